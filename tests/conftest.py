@@ -1,0 +1,70 @@
+"""Tiny seeded models and a byte tokenizer, built in memory: no test reaches a hub."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+TEST_DATA = Path(__file__).parent / "data"
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are bytes (ids 3 to 258), after <unk>, <s> and </s>; it adds no token of its own."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def make_llama(seed: int = 0, **overrides) -> LlamaForCausalLM:
+    """A seeded random LLaMA of 3 layers, 4 query heads of width 16 and, unless overridden, 4 key/value heads."""
+    settings = dict(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+    )
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**settings | overrides)).eval()
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+@pytest.fixture
+def grouped_llama() -> LlamaForCausalLM:
+    """Two key/value heads for four query heads, tied embeddings: the shape of SmolLM2."""
+    return make_llama(num_key_value_heads=2, tie_word_embeddings=True)
+
+
+@pytest.fixture
+def saved_llama(grouped_llama, tokenizer, tmp_path) -> Path:
+    """The folder of a small checkpoint with its tokenizer."""
+    folder = tmp_path / "tiny-llama"
+    grouped_llama.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """The optional folder of real text and evaluation sets, named by the variable OLICA_DATA."""
+    folder = os.environ.get("OLICA_DATA")
+    if not folder:
+        pytest.skip("wants the folder of real text and evaluation sets: set OLICA_DATA to it")
+    return Path(folder)
