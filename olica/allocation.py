@@ -1,0 +1,215 @@
+"""How much is removed where: a config and a target sparsity become one `LayerShape` per decoder layer.
+
+Pure arithmetic on the dense sizes, done before any weight is read.
+
+    D hidden size, H query heads, K key/value heads, d head width, F intermediate channels, L layers
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import groupby
+from math import ceil, floor
+
+from .configuration_olica import LayerShape, head_dim
+from .errors import UsageError
+
+# The released code splits here without a comment: up to it query/key lose twice the sparsity whatever `k` is.
+RELEASED_SPLIT = 0.4
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters of the weight matrices of the dense model, from its configuration.
+
+    Attributes:
+        total: the whole model, embeddings and head included, tied ones once.
+        query_key, value_output, feed_forward: of one decoder layer.
+        layers: L.
+    """
+
+    total: int
+    query_key: int
+    value_output: int
+    feed_forward: int
+    layers: int
+
+    @classmethod
+    def of(cls, config, total: int) -> "Sizes":
+        """Sizes of the model of `config`, whose parameters number `total`."""
+        attention = config.hidden_size * head_dim(config) * (config.num_attention_heads + config.num_key_value_heads)
+        mlp = 3 * config.hidden_size * config.intermediate_size
+        return cls(total, attention, attention, mlp, config.num_hidden_layers)
+
+
+@dataclass(frozen=True)
+class Sparsities:
+    """Share of the parameters that the two halves of attention and the MLP lose."""
+
+    query_key: float
+    value_output: float
+    feed_forward: float
+
+
+def _spend_rest(sizes: Sizes, sparsity: float, query_key: float, value_output: float) -> Sparsities:
+    """Let the MLPs lose what is missing to `sparsity` of the whole model."""
+    attention = sizes.query_key * query_key + sizes.value_output * value_output
+    rest = sparsity * sizes.total - sizes.layers * attention
+    return Sparsities(query_key, value_output, rest / (sizes.layers * sizes.feed_forward))
+
+
+def released_sparsities(sizes: Sizes, sparsity: float, k: float) -> Sparsities:
+    """Allocation of the released code (D13): 2s, 2s/(1+k) and the rest up to s = 0.4, in the ratio k above it."""
+    value_output = 2 * sparsity / (1 + k)
+    query_key = 2 * sparsity if sparsity <= RELEASED_SPLIT else k * value_output
+    return _spend_rest(sizes, sparsity, query_key, value_output)
+
+
+def paper_sparsities(sizes: Sizes, sparsity: float, k: float) -> Sparsities:
+    """Allocation of the paper's Appendix A: as up to s = 0.4 in the code, with s M1/M2 in place of s.
+
+    M1 counts the whole model, M2 its decoder layers' matrices; k = 3 gives the paper's half for value/output.
+    """
+    prunable = sizes.layers * (sizes.query_key + sizes.value_output + sizes.feed_forward)
+    scaled = sparsity * sizes.total / prunable
+    return _spend_rest(sizes, sparsity, 2 * scaled, 2 * scaled / (1 + k))
+
+
+def kept_by_code(size: int, sparsity: float) -> int:
+    """Of `size` channels those that the released code leaves: what goes is rounded down."""
+    return size - int(sparsity * size)
+
+
+def kept_by_paper(size: int, sparsity: float) -> int:
+    """Of `size` channels those that the paper leaves: what stays is rounded down (section 3.3)."""
+    return floor((1 - sparsity) * size)
+
+
+def factor_rank(out_features: int, in_features: int, sparsity: float) -> int:
+    """Rank at which two factors have (1 - sparsity) of the parameters of an (out, in) matrix, rounded up.
+
+    A rank-r pair holds r (in + out) numbers. 0, "leave it dense", where the pair would hold no fewer than the matrix.
+    """
+    size = out_features * in_features
+    rank = ceil((1 - sparsity) * size / (out_features + in_features))
+    return rank if rank * (out_features + in_features) < size else 0
+
+
+def uniform_shape(config, sparsities: Sparsities, kept: Callable[[int, float], int]) -> LayerShape:
+    """The sizes that every layer gets, before it is known which are calibrated.
+
+    Raises:
+        ValueError: a projection would vanish or have to grow.
+    """
+    width = head_dim(config)
+    for name, share in vars(sparsities).items():
+        if not 0 <= share < 1:
+            raise ValueError(f"{name.replace('_', '/')} would have to lose {share:.1%} of its parameters")
+    shape = LayerShape(
+        q_rank=factor_rank(config.num_attention_heads * width, config.hidden_size, sparsities.query_key),
+        k_rank=factor_rank(config.num_key_value_heads * width, config.hidden_size, sparsities.query_key),
+        v_head_dim=kept(width, sparsities.value_output),
+        intermediate_size=kept(config.intermediate_size, sparsities.feed_forward),
+    )
+    if shape.v_head_dim < 1 or shape.intermediate_size < 1:
+        raise ValueError("a value head or an MLP would keep no channel")
+    return shape
+
+
+def allocate(recipe, config, total: int, sparsity: float, k: float) -> tuple[list[LayerShape], Sparsities]:
+    """Sizes of every decoder layer for a target sparsity of the whole model.
+
+    Args:
+        recipe: names the functions `sparsities` and `kept` (`olica.recipes.Recipe`).
+        config: of the dense model.
+        total: its parameters, tied ones once.
+        sparsity: share of `total` to remove, in [0, 1).
+        k: how many times the share of value/output query/key lose.
+
+    Returns:
+        One shape per layer, calibration left out, and the shares they come from.
+
+    Raises:
+        UsageError: impossible for this model; names the largest sparsity that is possible.
+    """
+    sizes = Sizes.of(config, total)
+
+    def attempt(target: float) -> tuple[LayerShape, Sparsities]:
+        sparsities = recipe.sparsities(sizes, target, k)
+        return uniform_shape(config, sparsities, recipe.kept), sparsities
+
+    try:
+        shape, sparsities = attempt(sparsity)
+    except ValueError as error:
+        largest = _largest_possible(attempt, sparsity)
+        raise UsageError(
+            f"--sparsity {sparsity:g} is impossible for this model with --recipe {recipe.name} --k {k:g}: {error}; "
+            f"the largest possible is {largest:.3f}"
+        ) from error
+    return [shape] * config.num_hidden_layers, sparsities
+
+
+def _largest_possible(attempt: Callable, below: float) -> float:
+    """The largest sparsity under `below`, in steps of a thousandth, for which `attempt` does not fail."""
+    for thousandths in range(ceil(below * 1000) - 1, 0, -1):
+        try:
+            attempt(thousandths / 1000)
+        except ValueError:
+            continue
+        return thousandths / 1000
+    return 0.0
+
+
+def calibration_rank(config, ratio: float) -> int:
+    """Rank of a linear correction, a share `ratio` of the hidden size rounded down (paper, section 4.1).
+
+    Raises:
+        UsageError: the ratio is outside (0, 1] or leaves no rank.
+    """
+    if not 0 < ratio <= 1:
+        raise UsageError(f"--ratio {ratio:g} is outside (0, 1]: it is a share of the hidden size")
+    rank = int(ratio * config.hidden_size)
+    if rank < 1:
+        raise UsageError(
+            f"--ratio {ratio:g} of the hidden size {config.hidden_size} leaves no rank: "
+            f"give at least {1 / config.hidden_size:.4f}, or --mlp_num 0"
+        )
+    return rank
+
+
+def with_calibration(plan: list[LayerShape], calibrated: list[int], rank: int) -> list[LayerShape]:
+    """The plan with a correction of that rank beside the MLPs of the layers `calibrated`."""
+    chosen = set(calibrated)
+    return [replace(s, calibration_rank=rank) if i in chosen else s for i, s in enumerate(plan)]
+
+
+def removed_parameters(config, shape: LayerShape) -> int:
+    """Parameters that a layer of this shape has fewer than the dense layer (negative where it has more)."""
+    hidden, width = config.hidden_size, head_dim(config)
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    removed = 0
+    for out_features, rank in ((heads * width, shape.q_rank), (groups * width, shape.k_rank)):
+        if rank:
+            removed += out_features * hidden - rank * (out_features + hidden)
+    value_bias = groups if getattr(config, "attention_bias", False) else 0
+    removed += (width - shape.v_head_dim) * (hidden * (heads + groups) + value_bias)
+    mlp_bias = 2 if getattr(config, "mlp_bias", False) else 0
+    removed += (config.intermediate_size - shape.intermediate_size) * (3 * hidden + mlp_bias)
+    return removed - 2 * hidden * shape.calibration_rank
+
+
+def planned_parameters(config, total: int, plan: list[LayerShape]) -> int:
+    """Parameters of the whole pruned model, corrections included."""
+    return total - sum(removed_parameters(config, shape) for shape in plan)
+
+
+def describe_plan(plan: list[LayerShape]) -> str:
+    """A table of the sizes, one line for each run of equal layers."""
+    names = list(plan[0].to_dict())
+    lines = [f"{'layers':>9}  " + "  ".join(f"{name:>17}" for name in names)]
+    start = 0
+    for shape, run in groupby(plan):
+        stop = start + len(list(run))
+        label = f"{start}-{stop - 1}" if stop - start > 1 else f"{start}"
+        lines.append(f"{label:>9}  " + "  ".join(f"{size or '-':>17}" for size in shape.to_dict().values()))
+        start = stop
+    return "\n".join(lines)

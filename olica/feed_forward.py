@@ -1,0 +1,63 @@
+"""Importance and removal of the intermediate channels of an MLP.
+
+    D hidden size, F intermediate channels
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .moments import Moments, diagonal, needs
+
+# The released code keeps the hundredth of the channels with the *lowest* scores, as LoRAP did; the paper is silent.
+RELEASED_PROTECTED_FRACTION = 0.01
+
+
+@needs(diagonal("mlp_input"), diagonal("intermediate"))
+def released_importance(mlp: nn.Module, moments: Moments) -> Tensor:
+    """Importance (F,) of the released code (D1): L2 norms of the Wanda-scaled gate row, up row and down column."""
+    squared_input = moments[diagonal("mlp_input")].double()
+    from_rows = sum(
+        (p.weight.double().square() @ squared_input).sqrt() for p in (mlp.gate_proj, mlp.up_proj)
+    )
+    squared_columns = mlp.down_proj.weight.double().square().sum(0)
+    return from_rows + (squared_columns * moments[diagonal("intermediate")].double()).sqrt()
+
+
+@needs(diagonal("mlp_input"), diagonal("intermediate"))
+def paper_importance(mlp: nn.Module, moments: Moments) -> Tensor:
+    """Importance (F,) of the paper's eq. 5: sum of the Wanda scores of the up row and the down column."""
+    from_up = mlp.up_proj.weight.double().abs() @ moments[diagonal("mlp_input")].double().sqrt()
+    from_down = mlp.down_proj.weight.double().abs().sum(0) * moments[diagonal("intermediate")].double().sqrt()
+    return from_up + from_down
+
+
+def kept_channels(importance: Tensor, kept: int, protected_fraction: float) -> Tensor:
+    """Indices, ascending, of the channels that stay.
+
+    Args:
+        importance: (F,).
+        kept: how many stay.
+        protected_fraction: share of F, taken from the lowest scores, that stays whatever its score.
+
+    Returns:
+        (kept,) indices: the protected ones and the highest scores.
+    """
+    order = importance.argsort(stable=True)
+    protected = min(int(protected_fraction * len(order)), kept)
+    staying = torch.cat([order[:protected], order[len(order) - (kept - protected) :]])
+    return staying.sort().values
+
+
+def prune_feed_forward(mlp: nn.Module, kept: Tensor) -> dict[str, Tensor]:
+    """Weights and biases of `gate_proj`, `up_proj` and `down_proj` reduced to the channels `kept`."""
+    pruned = {
+        "gate_proj.weight": mlp.gate_proj.weight[kept],
+        "up_proj.weight": mlp.up_proj.weight[kept],
+        "down_proj.weight": mlp.down_proj.weight[:, kept],
+    }
+    for name in ("gate_proj", "up_proj"):
+        if getattr(mlp, name).bias is not None:
+            pruned[f"{name}.bias"] = getattr(mlp, name).bias[kept]
+    if mlp.down_proj.bias is not None:
+        pruned["down_proj.bias"] = mlp.down_proj.bias
+    return pruned

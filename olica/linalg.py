@@ -1,0 +1,86 @@
+"""The linear algebra of the method: tensors in, tensors out, float64 throughout.
+
+Everything is a function of weights and of sums over tokens, so no activation is ever needed here.
+
+    n tokens, D input features, O output features, r rank
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def principal_components(gram: Tensor, rank: int | None = None) -> Tensor:
+    """Eigenvectors (n, rank) of a symmetric positive semidefinite matrix (n, n), largest eigenvalue first."""
+    vectors = torch.linalg.eigh(gram.double()).eigenvectors.flip(-1)
+    return vectors[..., :rank]
+
+
+def low_rank_split(weight: Tensor, second_moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Best rank-r factors of a projection, its error weighted by the second moment of its input (paper, eq. 12).
+
+    The minimiser of ||(W - expand reduce) D||_F with D D^T = C is U_r U_r^T W, U_r the leading eigenvectors of
+    W C W^T: the principal components of the projection's output. No norm is divided by, so a feature that is always
+    zero does no harm.
+
+    Args:
+        weight: W (O, D).
+        second_moment: diagonal (D,) of C or the whole of it (D, D), up to a common factor.
+        rank: r, at most min(O, D).
+
+    Returns:
+        reduce (r, D) and expand (O, r).
+    """
+    weight, second_moment = weight.double(), second_moment.double()
+    weighted = weight * second_moment if second_moment.ndim == 1 else weight @ second_moment
+    expand = principal_components(weighted @ weight.T, rank)
+    return expand.T @ weight, expand
+
+
+@dataclass
+class RegressionSums:
+    """What a linear regression of Y (n, O) on X (n, D) needs, as sums over the n tokens.
+
+    Attributes:
+        count: n.
+        x: sum of the rows of X (D,).
+        y: sum of the rows of Y (O,).
+        xx: X^T X (D, D).
+        xy: X^T Y (D, O).
+        yy: diagonal of Y^T Y (O,).
+    """
+
+    count: int
+    x: Tensor
+    y: Tensor
+    xx: Tensor
+    xy: Tensor
+    yy: Tensor
+
+
+def ridge_regression(sums: RegressionSums, ridge: float) -> Tensor:
+    """Solution B (D, O) of min ||Y - X B||^2 + ridge ||B||^2 (paper, eq. 7); no intercept.
+
+    Raises:
+        torch.linalg.LinAlgError: X^T X + ridge I is not positive definite (a ridge of 0 and too few tokens).
+    """
+    regularised = sums.xx.double().clone()
+    regularised.diagonal().add_(ridge)
+    return torch.cholesky_solve(sums.xy.double(), torch.linalg.cholesky(regularised))
+
+
+def multiple_correlation(sums: RegressionSums, solution: Tensor) -> Tensor:
+    """Pearson correlation (O,) between each column of Y and its prediction X B (paper, eq. 10).
+
+    A column that does not vary, or whose prediction does not, has correlation 0.
+    """
+    n, solution = sums.count, solution.double()
+    x_mean, y_mean = sums.x.double() / n, sums.y.double() / n
+    x_covariance = sums.xx.double() / n - torch.outer(x_mean, x_mean)  # (D, D)
+    xy_covariance = sums.xy.double() / n - torch.outer(x_mean, y_mean)  # (D, O)
+    predicted_variance = (solution * (x_covariance @ solution)).sum(0)
+    variance = sums.yy.double() / n - y_mean.square()
+    covariance = (solution * xy_covariance).sum(0)
+    scale = (predicted_variance.clamp(min=0) * variance.clamp(min=0)).sqrt()
+    return torch.where(scale > 0, covariance / scale, 0.0)

@@ -1,0 +1,116 @@
+"""Which MLPs to calibrate, and the low-rank linear correction of a pruned MLP.
+
+    n tokens, D hidden size, F intermediate channels, P pruned channels, r rank
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .linalg import RegressionSums, multiple_correlation, principal_components, ridge_regression
+from .moments import Moments, cross, diagonal, full, needs, total
+
+# Steepness with which the released code turns correlations into weights of the correction's outputs (D11).
+RELEASED_TEMPERATURE = 0.05
+# The released code divides its ridge by (samples / 128)(tokens / 128), whatever the sums are taken over (D10).
+RELEASED_RIDGE_SAMPLES = 128
+RELEASED_RIDGE_SEQLEN = 128
+
+
+def released_ridge(percdamp: float, mean_diagonal: float, samples: int, seqlen: int) -> float:
+    """Ridge of the released code: `percdamp` times the mean diagonal of X^T X, per 128 samples of 128 tokens."""
+    return percdamp * mean_diagonal / ((samples / RELEASED_RIDGE_SAMPLES) * (seqlen / RELEASED_RIDGE_SEQLEN))
+
+
+def paper_ridge(percdamp: float, mean_diagonal: float, samples: int, seqlen: int) -> float:
+    """Ridge of the paper's Appendix A: `percdamp` times the mean diagonal of X^T X."""
+    return percdamp * mean_diagonal
+
+
+@needs(
+    total("mlp_input"),
+    full("mlp_input"),
+    total("mlp_output"),
+    diagonal("mlp_output"),
+    cross("mlp_input", "mlp_output"),
+)
+def dense_output_sums(mlp: nn.Module, moments: Moments) -> RegressionSums:
+    """Regression of the dense MLP's output on its input: the released code's question, "how linear is it?" (D6)."""
+    return RegressionSums(
+        count=moments.count,
+        x=moments[total("mlp_input")],
+        y=moments[total("mlp_output")],
+        xx=moments[full("mlp_input")],
+        xy=moments[cross("mlp_input", "mlp_output")],
+        yy=moments[diagonal("mlp_output")],
+    )
+
+
+@needs(
+    total("mlp_input"),
+    full("mlp_input"),
+    total("intermediate"),
+    full("intermediate"),
+    cross("mlp_input", "intermediate"),
+)
+def residual_sums(mlp: nn.Module, moments: Moments, kept: Tensor) -> RegressionSums:
+    """Regression of what pruning removes on the MLP's input, without ever running the pruned MLP.
+
+    With the channels P gone the residual is E = H_P W_P^T, H the intermediate activations and W the down projection,
+    so X^T E, its sums and its squares follow from the moments of (X, H).
+
+    Args:
+        mlp: the dense MLP.
+        moments: of the statistics above.
+        kept: indices of the channels that stay.
+    """
+    gone = torch.ones(mlp.down_proj.in_features, dtype=torch.bool, device=kept.device)
+    gone[kept] = False
+    weight = mlp.down_proj.weight[:, gone].double()  # (D, P)
+    removed_moment = moments[full("intermediate")][gone][:, gone].double()  # (P, P)
+    return RegressionSums(
+        count=moments.count,
+        x=moments[total("mlp_input")],
+        y=weight @ moments[total("intermediate")][gone],
+        xx=moments[full("mlp_input")],
+        xy=moments[cross("mlp_input", "intermediate")][:, gone].double() @ weight.T,
+        yy=((weight @ removed_moment) * weight).sum(1),
+    )
+
+
+def best_explained(correlations: list[float], number: int, last_is_eligible: bool) -> list[int]:
+    """Indices, ascending, of the `number` layers with the highest correlation."""
+    eligible = range(len(correlations) if last_is_eligible else len(correlations) - 1)
+    return sorted(sorted(eligible, key=lambda i: correlations[i], reverse=True)[:number])
+
+
+def released_output_weights(sums: RegressionSums, solution: Tensor) -> Tensor:
+    """Weights (D,) of the correction's outputs: well-explained outputs count, the others fade (D11).
+
+    The released correlation divides a biased covariance by unbiased deviations, hence the factor (n - 1)/n (D7).
+    """
+    correlation = multiple_correlation(sums, solution) * (sums.count - 1) / sums.count
+    return torch.sigmoid((correlation - correlation.mean()) / RELEASED_TEMPERATURE)
+
+
+def equal_output_weights(sums: RegressionSums, solution: Tensor) -> Tensor:
+    """The paper's plain SVD: every output counts alike."""
+    return torch.ones_like(solution[0])
+
+
+def low_rank_correction(sums: RegressionSums, ridge: float, rank: int, output_weights) -> dict[str, Tensor]:
+    """Factors of the ridge solution B: the best rank-r approximation of B diag(w), with diag(1/w) put back.
+
+    Args:
+        sums: of the residual on the MLP's input.
+        ridge: strength of eq. 7's penalty.
+        rank: r.
+        output_weights: gives w (D,) from the sums and B.
+
+    Returns:
+        `reduce.weight` (r, D) and `expand.weight` (D, r).
+    """
+    solution = ridge_regression(sums, ridge)  # (D_in, D_out)
+    weights = output_weights(sums, solution)
+    weighted = solution * weights
+    directions = principal_components(weighted.T @ weighted, rank)  # (D_out, r)
+    return {"reduce.weight": (weighted @ directions).T, "expand.weight": directions / weights[:, None]}

@@ -1,0 +1,125 @@
+"""Streaming first and second moments of what flows through a decoder layer.
+
+A method never sees activations: it names the statistics that it needs, they are summed while calibration text streams
+through the layer, and memory does not grow with the amount of text.
+
+    n tokens, f features, H heads, d head width
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Where statistics can be taken: (submodule of the decoder layer, its "input" or its "output").
+TAPS = {
+    "attention_input": ("self_attn.q_proj", "input"),  # also the input of k_proj and v_proj
+    "heads": ("self_attn.o_proj", "input"),  # the attention-weighted values of all heads, side by side
+    "attention_output": ("self_attn.o_proj", "output"),
+    "mlp_input": ("mlp.gate_proj", "input"),  # also the input of up_proj
+    "intermediate": ("mlp.down_proj", "input"),
+    "mlp_output": ("mlp.down_proj", "output"),
+}
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A sum over tokens: of x, of x^2, of x x^T, of its blocks per head, or of x y^T.
+
+    Attributes:
+        kind: "sum", "diagonal", "full", "per_head" or "cross".
+        tap: where x is taken, a key of TAPS.
+        other: where y is taken, for "cross".
+    """
+
+    kind: str
+    tap: str
+    other: str | None = None
+
+
+def total(tap: str) -> Statistic:
+    """Sum of x (f,)."""
+    return Statistic("sum", tap)
+
+
+def diagonal(tap: str) -> Statistic:
+    """Sum of x^2 (f,): the squared column norms of Wanda."""
+    return Statistic("diagonal", tap)
+
+
+def full(tap: str) -> Statistic:
+    """Sum of x x^T (f, f)."""
+    return Statistic("full", tap)
+
+
+def per_head(tap: str) -> Statistic:
+    """Sum of z z^T for every head's slice z of x (H, d, d)."""
+    return Statistic("per_head", tap)
+
+
+def cross(tap: str, other: str) -> Statistic:
+    """Sum of x y^T (f, g)."""
+    return Statistic("cross", tap, other)
+
+
+def needs(*statistics: Statistic) -> Callable:
+    """Decorator that states which statistics a function reads, so that nothing else is computed."""
+
+    def mark(function: Callable) -> Callable:
+        function.needs = statistics
+        return function
+
+    return mark
+
+
+class Moments:
+    """Sums over all tokens seen so far, looked up by statistic: `moments[full("mlp_input")]`."""
+
+    def __init__(self, statistics: Iterable[Statistic], num_heads: int):
+        """Prepare the sums of `statistics`; `num_heads` is H, which `per_head` cuts its features into."""
+        wanted = set(statistics)
+        # The diagonal of a matrix that is summed anyway is read off it.
+        self.statistics = {s for s in wanted if s.kind != "diagonal" or full(s.tap) not in wanted}
+        self.num_heads = num_heads
+        self.count = 0
+        self._sums: dict[Statistic, Tensor] = {}
+
+    @property
+    def taps(self) -> set[str]:
+        """Names of the places that `update` wants activations of."""
+        return {tap for s in self.statistics for tap in (s.tap, s.other) if tap}
+
+    def update(self, activations: dict[str, Tensor]) -> None:
+        """Add a batch: for every name in `taps` its activations (..., f), the same tokens in each."""
+        flat = {tap: activations[tap].flatten(0, -2).float() for tap in self.taps}  # (n, f)
+        for statistic in self.statistics:
+            added = self._batch_sum(statistic, flat)
+            if statistic in self._sums:
+                self._sums[statistic] += added
+            else:
+                self._sums[statistic] = added
+        if flat:
+            self.count += len(next(iter(flat.values())))
+
+    def _batch_sum(self, statistic: Statistic, flat: dict[str, Tensor]) -> Tensor:
+        x = flat[statistic.tap]
+        match statistic.kind:
+            case "sum":
+                return x.sum(0).double()
+            case "diagonal":
+                return x.square().sum(0).double()
+            case "full":
+                return x.T @ x
+            case "per_head":
+                heads = x.unflatten(-1, (self.num_heads, -1)).transpose(0, 1)  # (H, n, d)
+                return heads.mT @ heads
+            case "cross":
+                return x.T @ flat[statistic.other]
+            case kind:
+                raise ValueError(f"unknown kind of statistic: {kind}")
+
+    def __getitem__(self, statistic: Statistic) -> Tensor:
+        if statistic.kind == "diagonal" and statistic not in self._sums:
+            return self._sums[full(statistic.tap)].diagonal()
+        return self._sums[statistic]

@@ -1,0 +1,190 @@
+"""Survey the dense model, then prune its decoder layers one at a time (paper, Algorithm 1).
+
+    N samples, T tokens, D hidden size
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from . import feed_forward, linear_calibration, value_output
+from .activations import calibrate, propagate, record_layer_calls
+from .allocation import with_calibration
+from .configuration_olica import LayerShape
+from .errors import UsageError
+from .linalg import multiple_correlation, ridge_regression
+from .modeling_olica import shrink_layer
+from .moments import Moments, full
+from .recipes import Recipe
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PruningOptions:
+    """What the recipe leaves open.
+
+    Attributes:
+        percdamp: strength of the ridge.
+        mlp_num: how many MLPs get a linear correction.
+        calibration_rank: rank of a correction.
+        batch_size: samples that go through a layer at a time.
+        device: where layers run.
+        cache_device: where the hidden states (N, T, D) of the calibration set live.
+    """
+
+    percdamp: float
+    mlp_num: int
+    calibration_rank: int
+    batch_size: int
+    device: torch.device
+    cache_device: torch.device
+
+
+@dataclass(frozen=True)
+class LayerSurvey:
+    """What the survey keeps of a dense layer.
+
+    Attributes:
+        correlation: mean multiple correlation of the recipe's regression; None where no layer is to be calibrated.
+        value_basis: basis of every value head (K, d, d).
+    """
+
+    correlation: float | None
+    value_basis: Tensor
+
+
+def stream_layers(model: nn.Module, device: torch.device, title: str) -> Iterator[tuple[int, nn.Module]]:
+    """Yield the decoder layers of a base model, each on `device` while it is worked on: weights move only here."""
+    for index, layer in enumerate(tqdm(model.layers, desc=title, unit="layer")):
+        home = next(layer.parameters()).device
+        yield index, layer.to(device)
+        layer.to(home)
+
+
+def check_mlp_num(mlp_num: int, num_layers: int, recipe: Recipe) -> None:
+    """Raise UsageError unless so many layers can be calibrated."""
+    eligible = num_layers if recipe.last_is_eligible else num_layers - 1
+    if not 0 <= mlp_num <= eligible:
+        reason = "" if recipe.last_is_eligible else ", since it never calibrates the last one"
+        raise UsageError(
+            f"--mlp_num {mlp_num} does not fit: of the model's {num_layers} layers --recipe {recipe.name} can "
+            f"calibrate 0 to {eligible}{reason}"
+        )
+
+
+def _ridge(recipe: Recipe, options: PruningOptions, moments: Moments, ids_shape: tuple[int, int]) -> float:
+    mean_diagonal = moments[full("mlp_input")].diagonal().mean().item()
+    return recipe.ridge(options.percdamp, mean_diagonal, *ids_shape)
+
+
+def _mean_correlation(sums, ridge: float) -> float:
+    return multiple_correlation(sums, ridge_regression(sums, ridge)).mean().item()
+
+
+@torch.no_grad()
+def survey_layers(
+    model: nn.Module,
+    calibration_ids: Tensor,
+    shapes: list[LayerShape],
+    recipe: Recipe,
+    options: PruningOptions,
+) -> list[LayerSurvey]:
+    """Stream the calibration set (N, T) through the dense layers: the bases, and what ranks layers for calibration."""
+    config = model.config
+    heads = (config.num_attention_heads, config.num_key_value_heads)
+    ranking = options.mlp_num > 0
+    statistics = recipe.survey_needs(ranking)
+    if statistics:
+        hidden, calls = record_layer_calls(model, calibration_ids, options.cache_device, options.device)
+    survey = []
+    for index, layer in stream_layers(model, options.device, "survey"):
+        moments = Moments(statistics, config.num_attention_heads)
+        if statistics:
+            calibrate(layer, hidden, calls[index], moments, options.batch_size, advance=True)
+        correlation = None
+        if ranking:
+            sums = recipe.survey_regression(recipe, layer.mlp, moments, shapes[index])
+            correlation = _mean_correlation(sums, _ridge(recipe, options, moments, calibration_ids.shape))
+        basis = recipe.value_basis(layer, moments, *heads)
+        survey.append(LayerSurvey(correlation, basis.cpu()))
+    return survey
+
+
+def _compress_attention(layer, moments, shape, basis, recipe, config) -> dict[str, Tensor]:
+    heads = (config.num_attention_heads, config.num_key_value_heads)
+    basis = basis.to(next(layer.parameters()).device)
+    value_output_weights = value_output.prune_value_output(
+        layer, moments, shape, basis, recipe.value_importance, *heads
+    )
+    return recipe.query_key(layer, moments, shape) | value_output_weights
+
+
+def _compress_feed_forward(layer, moments, shape, recipe, options, ids_shape) -> dict[str, Tensor]:
+    if shape.intermediate_size == layer.mlp.down_proj.in_features:
+        return {}
+    kept = recipe.kept_channels(layer.mlp, moments, shape)
+    pruned = feed_forward.prune_feed_forward(layer.mlp, kept)
+    if not shape.calibration_rank:
+        return {f"mlp.{name}": tensor for name, tensor in pruned.items()}
+    correction = linear_calibration.low_rank_correction(
+        linear_calibration.residual_sums(layer.mlp, moments, kept),
+        _ridge(recipe, options, moments, ids_shape),
+        shape.calibration_rank,
+        recipe.output_weights,
+    )
+    weights = {f"mlp.mlp.{name}": tensor for name, tensor in pruned.items()}
+    return weights | {f"mlp.correction.{name}": tensor for name, tensor in correction.items()}
+
+
+def _replace_weights(layer: nn.Module, config, shape: LayerShape, weights: dict[str, Tensor]) -> None:
+    """Shrink `layer` to `shape` and fill it with `weights`, in the dtype and on the device that it had."""
+    like = next(layer.parameters())
+    with torch.device("meta"):  # the new modules are filled, not initialised
+        shrink_layer(layer, config, shape)
+    weights = {name: tensor.to(like).contiguous() for name, tensor in weights.items()}
+    layer.load_state_dict(weights, strict=False, assign=True)
+    unfilled = [name for name, parameter in layer.named_parameters() if parameter.is_meta]
+    if unfilled:
+        raise RuntimeError(f"no weights were computed for {', '.join(unfilled)}")
+
+
+@torch.no_grad()
+def prune_layers(
+    model: nn.Module,
+    calibration_ids: Tensor,
+    plan: list[LayerShape],
+    survey: list[LayerSurvey],
+    recipe: Recipe,
+    options: PruningOptions,
+) -> None:
+    """Prune every decoder layer of the base model `model` in place, on the stream that the recipe names."""
+    config = model.config
+    hidden, calls = record_layer_calls(model, calibration_ids, options.cache_device, options.device)
+    for index, layer in stream_layers(model, options.device, "prune"):
+        shape = plan[index]
+        statistics = recipe.calibration_needs(calibrated=shape.calibration_rank > 0)
+        moments = Moments(statistics, config.num_attention_heads)
+        calibrate(layer, hidden, calls[index], moments, options.batch_size, advance=recipe.dense_stream)
+        basis = survey[index].value_basis
+        weights = _compress_attention(layer, moments, shape, basis, recipe, config)
+        weights |= _compress_feed_forward(layer, moments, shape, recipe, options, calibration_ids.shape)
+        _replace_weights(layer, config, shape, weights)
+        if not recipe.dense_stream and index + 1 < len(plan):
+            propagate(layer, hidden, calls[index], options.batch_size)
+
+
+def choose_calibrated(
+    plan: list[LayerShape], survey: list[LayerSurvey], config, recipe: Recipe, options: PruningOptions
+) -> list[LayerShape]:
+    """The plan with the corrections of the layers whose survey promises most; none where no channel is pruned."""
+    if options.mlp_num == 0 or plan[0].intermediate_size == config.intermediate_size:
+        return plan
+    correlations = [layer.correlation for layer in survey]
+    calibrated = linear_calibration.best_explained(correlations, options.mlp_num, recipe.last_is_eligible)
+    logger.info("calibrated layers: %s", calibrated)
+    return with_calibration(plan, calibrated, options.calibration_rank)
