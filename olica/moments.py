@@ -123,3 +123,8 @@ class Moments:
         if statistic.kind == "diagonal" and statistic not in self._sums:
             return self._sums[full(statistic.tap)].diagonal()
         return self._sums[statistic]
+
+    def not_finite(self) -> list[str]:
+        """Names of the taps whose sums hold a NaN or an infinity; a product of two taps does not tell which it was."""
+        own = {s: summed for s, summed in self._sums.items() if s.kind != "cross"}
+        return sorted({s.tap for s, summed in own.items() if not torch.isfinite(summed).all()})

@@ -13,13 +13,16 @@ from tqdm import tqdm
 
 from . import feed_forward, linear_calibration, value_output
 from .activations import calibrate, propagate, record_layer_calls
-from .allocation import with_calibration
+from .allocation import Sizes, with_calibration
 from .configuration_olica import LayerShape
 from .errors import UsageError
 from .linalg import multiple_correlation, ridge_regression
 from .modeling_olica import shrink_layer
 from .moments import Moments, full
 from .recipes import Recipe
+
+# Resident size of Python with torch, transformers and datasets imported, as seen on Linux.
+INTERPRETER_BYTES = 700_000_000
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +69,30 @@ def stream_layers(model: nn.Module, device: torch.device, title: str) -> Iterato
         layer.to(home)
 
 
+def expected_memory(
+    config, total: int, options: PruningOptions, ids_shape: tuple[int, int], itemsize: int
+) -> dict[str, int | None]:
+    """Rough peak memory in bytes of pruning a model of `total` parameters, from its sizes alone.
+
+    The host holds the model, the device one layer, its sums, a batch of activations and the float64 work of a solve.
+    """
+    samples, seqlen = ids_shape
+    hidden, channels = config.hidden_size, config.intermediate_size
+    sizes = Sizes.of(config, total)
+    layer = (sizes.query_key + sizes.value_output + sizes.feed_forward) * itemsize
+    sums = 4 * (2 * hidden**2 + (channels**2 + hidden * channels if options.mlp_num else 0))
+    tokens = min(options.batch_size, samples) * seqlen
+    activations = tokens * (8 * hidden + 4 * channels) * 4
+    solve = 8 * (6 * hidden**2 + 2 * hidden * channels)
+    states = samples * seqlen * hidden * itemsize
+    working = 2 * layer + sums + max(activations, solve)
+    on_gpu = options.device.type == "cuda"
+    host = INTERPRETER_BYTES + total * itemsize
+    host += (0 if on_gpu else working) + (2 * states if options.cache_device.type == "cpu" else 0)
+    device = working + (2 * states if options.cache_device.type == "cuda" else 0)
+    return {"host_bytes": host, "device_bytes": device if on_gpu else None}
+
+
 def check_mlp_num(mlp_num: int, num_layers: int, recipe: Recipe) -> None:
     """Raise UsageError unless so many layers can be calibrated."""
     eligible = num_layers if recipe.last_is_eligible else num_layers - 1
@@ -84,6 +111,15 @@ def _ridge(recipe: Recipe, options: PruningOptions, moments: Moments, ids_shape:
 
 def _mean_correlation(sums, ridge: float) -> float:
     return multiple_correlation(sums, ridge_regression(sums, ridge)).mean().item()
+
+
+def _check_finite(moments: Moments, index: int) -> None:
+    overflown = moments.not_finite()
+    if overflown:
+        raise UsageError(
+            f"--dtype: in layer {index} the activations at {', '.join(overflown)} are NaN or infinite; "
+            "a dtype of a wider range, float32 or bfloat16, may hold them"
+        )
 
 
 @torch.no_grad()
@@ -106,6 +142,7 @@ def survey_layers(
         moments = Moments(statistics, config.num_attention_heads)
         if statistics:
             calibrate(layer, hidden, calls[index], moments, options.batch_size, advance=True)
+            _check_finite(moments, index)
         correlation = None
         if ranking:
             sums = recipe.survey_regression(recipe, layer.mlp, moments, shapes[index])
@@ -170,6 +207,7 @@ def prune_layers(
         statistics = recipe.calibration_needs(calibrated=shape.calibration_rank > 0)
         moments = Moments(statistics, config.num_attention_heads)
         calibrate(layer, hidden, calls[index], moments, options.batch_size, advance=recipe.dense_stream)
+        _check_finite(moments, index)
         basis = survey[index].value_basis
         weights = _compress_attention(layer, moments, shape, basis, recipe, config)
         weights |= _compress_feed_forward(layer, moments, shape, recipe, options, calibration_ids.shape)
@@ -179,10 +217,10 @@ def prune_layers(
 
 
 def choose_calibrated(
-    plan: list[LayerShape], survey: list[LayerSurvey], config, recipe: Recipe, options: PruningOptions
+    plan: list[LayerShape], survey: list[LayerSurvey], recipe: Recipe, options: PruningOptions
 ) -> list[LayerShape]:
-    """The plan with the corrections of the layers whose survey promises most; none where no channel is pruned."""
-    if options.mlp_num == 0 or plan[0].intermediate_size == config.intermediate_size:
+    """The plan with corrections beside the `options.mlp_num` MLPs whose survey promises most."""
+    if options.mlp_num == 0:
         return plan
     correlations = [layer.correlation for layer in survey]
     calibrated = linear_calibration.best_explained(correlations, options.mlp_num, recipe.last_is_eligible)

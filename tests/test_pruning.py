@@ -1,0 +1,140 @@
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import make_llama
+
+from olica.allocation import allocate
+from olica.errors import UsageError
+from olica.moments import diagonal, full, needs
+from olica.pruning import (
+    PruningOptions,
+    check_mlp_num,
+    choose_calibrated,
+    expected_memory,
+    prune_layers,
+    survey_layers,
+)
+from olica.recipes import RECIPES
+
+CPU = torch.device("cpu")
+
+
+def options(**overrides) -> PruningOptions:
+    settings = dict(percdamp=0.5, mlp_num=1, calibration_rank=6, batch_size=4, device=CPU, cache_device=CPU)
+    return PruningOptions(**settings | overrides)
+
+
+def prune(model, ids, recipe_name, sparsity, **overrides):
+    """Prune in place; returns the survey and the plan."""
+    recipe, opts = RECIPES[recipe_name], options(**overrides)
+    plan, _ = allocate(recipe, model.config, model.num_parameters(), sparsity, 3.0)
+    survey = survey_layers(model.model, ids, plan, recipe, opts)
+    plan = choose_calibrated(plan, survey, recipe, opts)
+    prune_layers(model.model, ids, plan, survey, recipe, opts)
+    return survey, plan
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(0, 320, (9, 24), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("recipe", list(RECIPES))
+@pytest.mark.parametrize("overrides", [{}, {"num_key_value_heads": 2, "tie_word_embeddings": True},
+                                       {"num_key_value_heads": 1, "attention_bias": True}])  # fmt: skip
+def test_sparsity_zero_rotates_and_changes_nothing(ids, recipe, overrides):
+    model = make_llama(**overrides)
+    dense = copy.deepcopy(model)
+    prune(model, ids, recipe, 0.0, mlp_num=0)
+    torch.testing.assert_close(model(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
+    for pruned_layer, dense_layer in zip(model.model.layers, dense.model.layers, strict=True):
+        moved = pruned_layer.self_attn.v_proj.weight - dense_layer.self_attn.v_proj.weight
+        assert moved.norm() > 0.1 * dense_layer.self_attn.v_proj.weight.norm(), "the rotation was not applied"
+
+
+@pytest.mark.parametrize("recipe", list(RECIPES))
+def test_batches_decide_nothing(ids, recipe):
+    one, many = make_llama(num_key_value_heads=2), make_llama(num_key_value_heads=2)
+    prune(one, ids, recipe, 0.2, batch_size=1)
+    prune(many, ids, recipe, 0.2, batch_size=5)
+    torch.testing.assert_close(one(ids).logits, many(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_a_recipe_calibrates_on_the_stream_that_it_names(ids, name):
+    dense, model, seen = make_llama(), make_llama(), []
+    inputs = {}
+    for index, layer in enumerate(dense.model.layers):
+        layer.self_attn.q_proj.register_forward_pre_hook(lambda _, args, i=index: inputs.update({i: args[0]}))
+    dense(ids)
+    expected = [x.square().sum((0, 1)).double() for x in inputs.values()]
+
+    @needs(*RECIPES[name].query_key.needs)
+    def watched(layer, moments, shape):
+        seen.append(moments[diagonal("attention_input")])
+        return RECIPES[name].query_key(layer, moments, shape)
+
+    recipe, opts = replace(RECIPES[name], query_key=watched), options()
+    plan, _ = allocate(recipe, model.config, model.num_parameters(), 0.3, 3.0)
+    survey = survey_layers(model.model, ids, plan, recipe, opts)
+    prune_layers(model.model, ids, plan, survey, recipe, opts)
+    same = [torch.allclose(a, b, rtol=1e-3) for a, b in zip(seen, expected, strict=True)]
+    assert same == [True] * 3 if recipe.dense_stream else [True, False, False]
+
+
+def test_without_calibration_nothing_is_ranked(ids):
+    model = make_llama()
+    survey, plan = prune(model, ids, "olica", 0.2, mlp_num=0)
+    assert [layer.correlation for layer in survey] == [None] * 3
+    assert not any(shape.calibration_rank for shape in plan)
+    recipe = RECIPES["olica"]
+    assert full("mlp_input") not in recipe.survey_needs(ranking=False)
+    assert full("intermediate") not in recipe.calibration_needs(calibrated=False)
+
+
+def test_pruning_is_repeatable_to_the_bit(ids):
+    first, second = make_llama(), make_llama()
+    prune(first, ids, "olica", 0.2)
+    prune(second, ids, "olica", 0.2)
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_pruned_in_its_dtype(ids, dtype):
+    model, single = make_llama().to(dtype), make_llama()
+    prune(model, ids, "olica", 0.2)
+    prune(single, ids, "olica", 0.2)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert torch.isfinite(model(ids).logits).all()
+    change = (model(ids).logits.float() - single(ids).logits).norm() / single(ids).logits.norm()
+    assert change < 0.4, "of the order of what pruning itself moves"
+
+
+def test_overflowing_activations_name_the_layer_and_the_place(ids):
+    model = make_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1e30)
+        model.model.layers[1].mlp.gate_proj.weight.mul_(1e30)
+    with pytest.raises(UsageError, match=r"--dtype: in layer 1 .*mlp_output are NaN or infinite"):
+        prune(model, ids, "olica", 0.2)
+
+
+def test_mlp_num_is_checked_against_the_layers():
+    check_mlp_num(2, 3, RECIPES["olica"])
+    check_mlp_num(3, 3, RECIPES["olica-paper"])
+    for number, recipe in ((3, "olica"), (4, "olica-paper"), (-1, "olica")):
+        with pytest.raises(UsageError, match=f"--mlp_num {number} .*3 layers"):
+            check_mlp_num(number, 3, RECIPES[recipe])
+
+
+def test_expected_memory_grows_with_what_it_should():
+    config = make_llama().config
+    base = expected_memory(config, 10**9, options(), (256, 128), 2)
+    assert base["device_bytes"] is None
+    assert expected_memory(config, 10**9, options(), (256, 128), 4)["host_bytes"] > base["host_bytes"] + 1.9e9
+    assert expected_memory(config, 10**9, options(), (512, 128), 2)["host_bytes"] > base["host_bytes"]
+    gpu = options(device=torch.device("cuda"), cache_device=torch.device("cuda"))
+    assert expected_memory(config, 10**9, gpu, (256, 128), 2)["device_bytes"] > 0

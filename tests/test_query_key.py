@@ -1,0 +1,33 @@
+import numpy as np
+import torch
+from conftest import make_llama
+
+from olica.configuration_olica import LayerShape
+from olica.moments import Moments, diagonal
+from olica.query_key import low_rank_query_key
+
+
+def factors_of(layer, shape):
+    inputs = torch.randn(2, 50, 64, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 3, 64)
+    moments = Moments([diagonal("attention_input")], 4)
+    moments.update({"attention_input": inputs})
+    norms = np.linalg.norm(inputs.flatten(0, 1).double().numpy(), axis=0)
+    return low_rank_query_key(layer, moments, shape), norms
+
+
+def test_factors_are_the_weighted_svd_of_the_paper():
+    layer = make_llama(num_key_value_heads=2).model.layers[0]
+    factors, norms = factors_of(layer, LayerShape(20, 10, 16, 176))
+    for name, rank in (("q_proj", 20), ("k_proj", 10)):
+        weight = getattr(layer.self_attn, name).weight.detach().double().numpy()
+        u, s, vt = np.linalg.svd(weight * norms, full_matrices=False)  # W D = U S V^T
+        expected = (u[:, :rank] * s[:rank]) @ vt[:rank] / norms
+        found = factors[f"self_attn.{name}.expand.weight"] @ factors[f"self_attn.{name}.reduce.weight"]
+        np.testing.assert_allclose(found.detach().numpy(), expected, atol=1e-6)
+
+
+def test_a_rank_of_zero_leaves_the_projection():
+    layer = make_llama(attention_bias=True).model.layers[0]
+    factors, _ = factors_of(layer, LayerShape(8, 0, 16, 176))
+    assert set(factors) == {f"self_attn.q_proj.{part}" for part in ("reduce.weight", "expand.weight", "expand.bias")}
+    assert factors["self_attn.q_proj.expand.bias"] is layer.self_attn.q_proj.bias

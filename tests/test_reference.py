@@ -1,0 +1,75 @@
+"""The released code's figures on a tiny random LLaMA (float32, autocast off), which `--recipe olica` repeats."""
+
+import json
+
+import pytest
+import torch
+from conftest import TEST_DATA
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from olica.allocation import allocate, calibration_rank, planned_parameters
+from olica.pruning import PruningOptions, choose_calibrated, prune_layers, survey_layers
+from olica.recipes import RECIPES
+
+FOLDER = TEST_DATA / "reference_tiny_llama"
+FIGURES = json.loads((FOLDER / "figures.json").read_text())
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    return load_file(FOLDER / "figures.safetensors")
+
+
+def test_the_dense_model_is_the_one_that_was_measured(tensors):
+    model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
+    torch.testing.assert_close(model(tensors["probe_ids"]).logits, tensors["dense_logits"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", list(FIGURES))
+def test_olica_repeats_the_released_code(case, tensors):
+    figures, recipe = FIGURES[case], RECIPES["olica"]
+    asked = figures["options"]
+    model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
+    config, total = model.config, model.num_parameters()
+    assert total == figures["parameters_before"]
+
+    plan, shares = allocate(recipe, config, total, asked["sparsity"], asked["k"])
+    options = PruningOptions(
+        percdamp=asked["percdamp"],
+        mlp_num=asked["mlp_num"],
+        calibration_rank=calibration_rank(config, asked["ratio"]),
+        batch_size=7,
+        device=CPU,
+        cache_device=CPU,
+    )
+    ids = tensors["calibration_ids"]
+    survey = survey_layers(model.model, ids, plan, recipe, options)
+    plan = choose_calibrated(plan, survey, recipe, options)
+    prune_layers(model.model, ids, plan, survey, recipe, options)
+
+    assert vars(shares) == pytest.approx(
+        {
+            name: figures[f"{name}_sparsity"]
+            for name in ("query_key", "value_output", "feed_forward")
+        },
+        rel=1e-12,
+    )
+    expected = figures["shape"]
+    assert [s.calibration_rank for s in plan] == expected["calibration_rank"]
+    assert [i for i, s in enumerate(plan) if s.calibration_rank] == figures["calibrated_layers"]
+    for shape in plan:
+        assert (shape.q_rank, shape.k_rank) == (expected["q_rank"], expected["k_rank"])
+        assert shape.v_head_dim * config.num_key_value_heads == expected["v_width"]
+        assert shape.intermediate_size == expected["intermediate_size"]
+    after = model.num_parameters()
+    assert after == planned_parameters(config, total, plan) == figures["parameters_after"]
+    assert 1 - after / total == pytest.approx(figures["measured_sparsity"], rel=1e-12)
+
+    logits, reference = model(tensors["probe_ids"]).logits, tensors[f"{case}_logits"]
+    difference = (logits - reference).norm() / reference.norm()
+    assert difference < 1e-3
+    dense = tensors["dense_logits"]
+    moved = (logits - dense).norm() / dense.norm()
+    assert moved.item() == pytest.approx(figures["relative_logit_change"], rel=1e-3)

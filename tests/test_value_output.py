@@ -1,0 +1,135 @@
+import numpy as np
+import pytest
+import torch
+from conftest import make_llama
+
+from olica.configuration_olica import LayerShape
+from olica.moments import Moments, diagonal, per_head
+from olica.value_output import output_basis, paper_importance, prune_value_output, released_importance, value_basis
+
+H, D, WIDTH = 4, 64, 16
+
+
+@pytest.fixture(params=[4, 2, 1], ids=lambda k: f"{k} key/value heads")
+def num_kv_heads(request):
+    return request.param
+
+
+@pytest.fixture
+def layer(num_kv_heads):
+    return make_llama(num_key_value_heads=num_kv_heads).model.layers[0]
+
+
+@pytest.fixture
+def activations():
+    generator = torch.Generator().manual_seed(1)
+    mix = torch.randn(D, D, generator=generator)
+    return {
+        name: torch.randn(3, 40, D, generator=generator) @ mix
+        for name in ("attention_input", "heads", "attention_output")
+    }
+
+
+@pytest.fixture
+def moments(activations):
+    summed = Moments([diagonal("attention_input"), diagonal("attention_output"), per_head("heads")], H)
+    summed.update(activations)
+    return summed
+
+
+def head_products(value: np.ndarray, output: np.ndarray, num_kv_heads: int, kept: int) -> np.ndarray:
+    """W_o W_v of every query head (H, D, D)."""
+    values = value.reshape(num_kv_heads, kept, D)
+    outputs = output.reshape(D, H, kept)
+    return np.stack([outputs[:, h] @ values[h // (H // num_kv_heads)] for h in range(H)])
+
+
+@pytest.mark.parametrize("make_basis", [output_basis, value_basis])
+def test_rotating_keeps_every_heads_product(layer, moments, num_kv_heads, make_basis):
+    basis = make_basis(layer, moments, H, num_kv_heads)
+    identity = torch.eye(WIDTH, dtype=torch.float64).expand(num_kv_heads, -1, -1)
+    torch.testing.assert_close(basis.mT @ basis, identity)
+    shape = LayerShape(0, 0, WIDTH, 176)
+    rotated = prune_value_output(layer, moments, shape, basis, released_importance, H, num_kv_heads)
+    attention = layer.self_attn
+    before = head_products(
+        attention.v_proj.weight.detach().double().numpy(), attention.o_proj.weight.detach().double().numpy(),
+        num_kv_heads, WIDTH,
+    )  # fmt: skip
+    after = head_products(
+        rotated["self_attn.v_proj.weight"].detach().numpy(), rotated["self_attn.o_proj.weight"].detach().numpy(),
+        num_kv_heads, WIDTH,
+    )  # fmt: skip
+    np.testing.assert_allclose(after, before, atol=1e-12)
+    assert not np.allclose(rotated["self_attn.v_proj.weight"].detach().numpy(), attention.v_proj.weight.detach())
+
+
+def test_output_basis_diagonalises_the_groups_weighted_outputs(layer, activations, moments, num_kv_heads):
+    basis = output_basis(layer, moments, H, num_kv_heads).detach().numpy()
+    weight = layer.self_attn.o_proj.weight.detach().double().numpy().reshape(D, H, WIDTH)
+    norms = (activations["attention_output"].double() ** 2).sum((0, 1)).numpy()
+    group = H // num_kv_heads
+    for kv in range(num_kv_heads):
+        summed = sum(
+            weight[:, h].T @ np.diag(norms) @ weight[:, h] for h in range(kv * group, (kv + 1) * group)
+        )
+        rotated = basis[kv].T @ summed @ basis[kv]
+        off_diagonal = rotated - np.diag(np.diag(rotated))
+        assert np.abs(off_diagonal).max() < 1e-6 * np.abs(rotated).max()
+        assert (np.diff(np.diag(rotated)) <= 1e-9).all(), "largest first"
+
+
+def test_value_basis_holds_the_singular_vectors(layer, num_kv_heads):
+    basis = value_basis(layer, None, H, num_kv_heads).detach().numpy()
+    weight = layer.self_attn.v_proj.weight.detach().double().numpy().reshape(num_kv_heads, WIDTH, D)
+    for kv in range(num_kv_heads):
+        _, _, expected = np.linalg.svd(weight[kv].T)  # W_v in the paper's orientation (D, d)
+        np.testing.assert_allclose(np.abs(expected @ basis[kv]), np.eye(WIDTH), atol=1e-7)
+
+
+def scores_by_hand(layer, activations, basis, num_kv_heads, norm) -> np.ndarray:
+    """Both importances from their definition on rotated weights and rotated activations, norm 1 or 2."""
+    group = H // num_kv_heads
+    value = layer.self_attn.v_proj.weight.detach().double().numpy().reshape(num_kv_heads, WIDTH, D)
+    output = layer.self_attn.o_proj.weight.detach().double().numpy().reshape(D, H, WIDTH)
+    inputs = np.linalg.norm(activations["attention_input"].double().flatten(0, 1).numpy(), axis=0)
+    heads = activations["heads"].double().flatten(0, 1).numpy().reshape(-1, H, WIDTH)
+    scores = np.zeros((num_kv_heads, WIDTH))
+    for kv in range(num_kv_heads):
+        rows = basis[kv].T @ value[kv]
+        scale = np.linalg.norm(rows, axis=1) if norm == 1 else np.ones(WIDTH)
+        wanda = np.abs(rows / scale[:, None]) * inputs
+        columns = []
+        for h in range(kv * group, (kv + 1) * group):
+            rotated_norms = np.linalg.norm(heads[:, h] @ basis[kv] / scale, axis=0)
+            columns.append(np.abs(output[:, h] @ basis[kv] * scale) * rotated_norms)
+        stacked = np.concatenate(columns)
+        scores[kv] = np.linalg.norm(wanda, ord=norm, axis=1) + np.linalg.norm(stacked, ord=norm, axis=0)
+    return scores
+
+
+@pytest.mark.parametrize(("importance", "norm"), [(released_importance, 2), (paper_importance, 1)])
+def test_pruning_keeps_the_most_important_directions(layer, activations, moments, num_kv_heads, importance, norm):
+    basis = output_basis(layer, moments, H, num_kv_heads).detach()
+    kept = 11
+    pruned = prune_value_output(layer, moments, LayerShape(0, 0, kept, 176), basis, importance, H, num_kv_heads)
+    scores = scores_by_hand(layer, activations, basis.numpy(), num_kv_heads, norm)
+    order = np.sort(np.argsort(scores, axis=1)[:, WIDTH - kept :], axis=1)
+    value = layer.self_attn.v_proj.weight.detach().double().numpy().reshape(num_kv_heads, WIDTH, D)
+    expected = np.stack([(basis[kv].numpy().T @ value[kv])[order[kv]] for kv in range(num_kv_heads)])
+    found = pruned["self_attn.v_proj.linear.weight"].detach().numpy().reshape(num_kv_heads, kept, D)
+    np.testing.assert_allclose(found, expected, atol=1e-10)
+    assert pruned["self_attn.o_proj.linear.weight"].shape == (D, H * kept)
+
+
+def test_biases_follow_their_projections(num_kv_heads, moments):
+    layer = make_llama(num_key_value_heads=num_kv_heads, attention_bias=True).model.layers[0]
+    torch.nn.init.normal_(layer.self_attn.v_proj.bias)
+    basis = output_basis(layer, moments, H, num_kv_heads).detach()
+    rotated = prune_value_output(
+        layer, moments, LayerShape(0, 0, WIDTH, 176), basis, released_importance, H, num_kv_heads
+    )
+    bias = layer.self_attn.v_proj.bias.detach().double().numpy().reshape(num_kv_heads, WIDTH)
+    expected = np.concatenate([basis[kv].numpy().T @ bias[kv] for kv in range(num_kv_heads)])
+    np.testing.assert_allclose(rotated["self_attn.v_proj.bias"].detach().numpy(), expected, atol=1e-12)
+    assert rotated["self_attn.o_proj.bias"] is layer.self_attn.o_proj.bias
