@@ -149,6 +149,8 @@ def run(args: argparse.Namespace) -> None:
     for flag in ("batch_size", "limit", "ppl_windows"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise UsageError(f"--{flag} {getattr(args, flag)} must be at least 1")
+    if args.ppl == "none" and not args.tasks:
+        raise UsageError("--ppl none leaves nothing to measure; give a text, or --tasks")
     stages = records.Stages(pick_device(args.device))
     locations = {"pruned" if args.with_dense else "model": find_checkpoint(args)}
     if args.with_dense:

@@ -1,7 +1,7 @@
 """Repeat the released code's run on SmolLM2-135M and print its figures beside ours.
 
 The released code knows neither grouped heads nor tied embeddings, so the model is made plain first, which changes
-no output. `--reference_dir` holds `smollm2_ids.safetensors`: the calibration tokens and the perplexity windows of that run.
+no output. The folder `--reference_dir` holds `smollm2_ids.safetensors`: calibration tokens and perplexity windows.
 
     python scripts/reference_figures.py --reference_dir DIR        about 10 minutes on 2 cores, 3 GB
 """

@@ -1,0 +1,331 @@
+"""Both command lines as a user calls them, on a tiny model in the current folder."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_llama, make_tokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import model_evaluate
+import model_pruning
+import olica  # noqa: F401
+from olica.command_line import run_command
+
+ROOT = Path(__file__).parents[1]
+PAPERS_PRUNING = (
+    "--base_model 7b --datasets bookcorpus+alpaca --num_samples 128 --seqlen 128 --percdamp 0.5 --mlp_num 6 "
+    "--sparsity 0.2 --ratio 0.03 --k 3 --save_dir ./pruned_models"
+)
+PAPERS_EVALUATION = (
+    "--base_mode 7b --sparsity 0.2 "
+    "--tasks openbookqa,arc_easy,winogrande,hellaswag,arc_challenge,piqa,boolq --save_dir ./pruned_models"
+)
+WORDS = "the quick brown fox jumps over a lazy dog while seven wise owls read old books by candle light ".split()
+
+
+def prose(seed: int, words: int) -> str:
+    order = torch.randint(len(WORDS), (words,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return " ".join(WORDS[i] for i in order)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty current folder with a tiny model, calibration rows and a text to measure on."""
+    monkeypatch.chdir(tmp_path)
+    make_llama(num_key_value_heads=2, tie_word_embeddings=True).save_pretrained("tiny")
+    make_tokenizer().save_pretrained("tiny")
+    rows = [{"text": prose(seed, 60)} for seed in range(20)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def prune(*arguments: str) -> int:
+    defaults = ["--base_model=tiny", "--datasets=rows.jsonl", "--num_samples=6", "--seqlen=32", "--mlp_num=1"]
+    return run_command(model_pruning.build_parser(), model_pruning.run, [*defaults, "--ratio=0.1", *arguments])
+
+
+def evaluate(*arguments: str) -> int:
+    return run_command(model_evaluate.build_parser(), model_evaluate.run, list(arguments))
+
+
+def refused(capsys, call, *arguments: str) -> str:
+    """The message of a call that must end with status 2 and one sentence on standard error."""
+    with pytest.raises(SystemExit) as ended:
+        call(*arguments)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert ended.value.code == 2 and len(lines) == 1
+    return lines[0].split("error: ", 1)[1]
+
+
+def files_in(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def test_prune_and_evaluate(here, capsys):
+    assert prune("--save_dir=out") == 0
+    folder = here / "out/tiny_sparsity-0.2"
+    record = json.loads((folder / "olica_run.json").read_text())
+    printed = capsys.readouterr().out
+    assert str(folder.relative_to(here)) in printed and "calibrated layers" in printed
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.num_parameters() == record["parameters"]["after"] == record["parameters"]["planned"]
+    saved = load_file(folder / "model.safetensors")
+    assert record["weight_bytes_on_disk"] == (folder / "model.safetensors").stat().st_size
+    assert sum(t.numel() for t in saved.values()) == record["parameters"]["after"]
+    assert record["measured_sparsity"] == 1 - record["parameters"]["after"] / record["parameters"]["before"]
+    assert record["settings"]["sparsity"] == 0.2 and record["calibration"]["token_hash"]
+    assert record["calibration"]["ids"] == [6, 32]
+    assert len(record["multiple_correlation"]) == len(record["plan"]) == 3
+    assert set(record["stages"]) == {"calibration set", "read model", "survey", "prune", "write"}
+    assert all(stage["minutes"] > 0 and stage["host_bytes"] > 1e8 for stage in record["stages"].values())
+
+    Path("held.txt").write_text(prose(99, 400))
+    assert evaluate("--base_model=tiny", "--save_dir=out", "--ppl=held.txt", "--ppl_seqlen=64", "--with_dense") == 0
+    (path,) = folder.glob("olica_eval_*.json")
+    results = json.loads(path.read_text())["results"]
+    assert list(results) == ["dense", "pruned"]
+    assert results["dense"]["parameters"]["total"] == record["parameters"]["before"]
+    assert results["pruned"]["parameters"]["decoder_layers"] == record["parameters"]["decoder_layers_after"]
+    for result in results.values():
+        assert result["perplexity"]["seqlen"] == 64 and result["perplexity"]["windows"] > 5
+        assert 1 < result["perplexity"]["value"] < 1e6
+    assert f"{results['pruned']['perplexity']['value']:.3f}" in capsys.readouterr().out
+
+
+def test_sparsity_zero_is_the_dense_model(here):
+    assert prune("--sparsity=0", "--save_dir=out") == 0
+    ids = torch.arange(40).view(2, 20)
+    dense, same = (AutoModelForCausalLM.from_pretrained(f) for f in ("tiny", "out/tiny_sparsity-0"))
+    torch.testing.assert_close(same(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
+    assert same.num_parameters() == dense.num_parameters()
+
+
+def test_drawn_tokens_can_be_given_back(here):
+    assert prune("--save_dir=first") == 0
+    (drawn,) = Path("data/calibration").glob("*.safetensors")
+    for path in Path("tiny").glob("*token*"):
+        path.unlink()
+    assert prune("--save_dir=second", f"--datasets={drawn}") == 0
+    first, second = (load_file(f"{name}/tiny_sparsity-0.2/model.safetensors") for name in ("first", "second"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    records = [json.loads(Path(f"{name}/tiny_sparsity-0.2/olica_run.json").read_text()) for name in ("first", "second")]
+    assert records[0]["calibration"]["token_hash"] == records[1]["calibration"]["token_hash"]
+
+
+def test_dry_run_prints_the_plan_and_reads_no_weights(here, capsys):
+    Path("tiny/model.safetensors").unlink()
+    before = files_in(here)
+    assert prune("--dry_run") == 0
+    printed = capsys.readouterr().out
+    assert "q_rank" in printed and "intermediate_size" in printed and "peak memory" in printed
+    assert files_in(here) == before
+
+
+def test_dry_run_plans_what_pruning_reaches(here, capsys):
+    prune("--dry_run", "--sparsity=0.3")
+    planned = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("parameters"))
+    prune("--save_dir=out", "--sparsity=0.3")
+    record = json.loads(Path("out/tiny_sparsity-0.3/olica_run.json").read_text())
+    assert f"{record['parameters']['after']:,}" in planned
+
+
+def test_the_papers_recipe_is_saved_under_its_name(here):
+    assert prune("--save_dir=out", "--recipe=olica-paper") == 0
+    assert json.loads(Path("out/tiny_sparsity-0.2_olica-paper/olica_run.json").read_text())["recipe"] == "olica-paper"
+
+
+def test_cache_dev_decides_where_hidden_states_live(here, monkeypatch):
+    devices = []
+    original = olica.pruning.record_layer_calls
+
+    def spy(model, ids, cache_device, device):
+        devices.append((cache_device.type, device.type))
+        return original(model, ids, cache_device, device)
+
+    monkeypatch.setattr("olica.pruning.record_layer_calls", spy)
+    assert prune("--save_dir=out", "--cache_dev=cpu", "--device=cpu") == 0
+    assert devices == [("cpu", "cpu")] * 2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_dtype_is_that_of_the_checkpoint(here, dtype):
+    assert prune("--save_dir=out", f"--dtype={dtype}") == 0
+    saved = load_file("out/tiny_sparsity-0.2/model.safetensors")
+    assert {str(tensor.dtype) for tensor in saved.values()} == {f"torch.{dtype}"}
+
+
+def test_the_papers_commands_run_verbatim(here, capsys):
+    """7b stands for a hub id, so a tiny model is put where the hub's cache has LLaMA-7B."""
+    repository = here / "hub/models--huggyllama--llama-7b"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    model = make_llama(hidden_size=128, num_attention_heads=4, num_key_value_heads=4, num_hidden_layers=8)
+    model.save_pretrained(snapshot)
+    make_tokenizer().save_pretrained(snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("0" * 40)
+    (here / "data/eval").mkdir(parents=True)
+    with open("data/bookcorpus.jsonl", "w") as books, open("data/alpaca.jsonl", "w") as alpaca:
+        for seed in range(130):
+            books.write(json.dumps({"text": prose(seed, 50)}) + "\n")
+            alpaca.write(json.dumps({"instruction": prose(seed, 5), "input": "", "output": prose(seed, 9)}) + "\n")
+    Path("data/wikitext2_raw_test.jsonl").write_text(json.dumps({"text": prose(1, 200)}) + "\n")
+    write_tasks(here / "data/eval")
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(here / "home"), "HF_HUB_CACHE": str(here / "hub")}
+    for script, flags in (("model_pruning.py", PAPERS_PRUNING), ("model_evaluate.py", PAPERS_EVALUATION)):
+        done = subprocess.run(
+            [sys.executable, ROOT / script, *flags.split()],
+            capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "0", **environment},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads(Path("pruned_models/7b_sparsity-0.2/olica_run.json").read_text())
+    assert record["model"]["source"] == "huggyllama/llama-7b" and record["model"]["revision"] == "0" * 40
+    assert record["calibration"]["ids"] == [256, 128] and len(record["calibrated_layers"]) == 6
+    (evaluation,) = Path("pruned_models/7b_sparsity-0.2").glob("olica_eval_*.json")
+    scores = json.loads(evaluation.read_text())["results"]["model"]["zero_shot"]
+    assert len(scores["tasks"]) == 7 and 0 <= scores["averages"]["paper_rule"] <= 100
+
+
+def write_tasks(folder: Path) -> None:
+    """One row for each of the paper's seven tasks, in the fields that the harness reads."""
+    choices = {"text": ["tea", "ice", "sand", "rope"], "label": ["A", "B", "C", "D"]}
+    rows = {
+        "openbookqa_main_test": {"id": "1", "question_stem": "what melts", "choices": choices, "answerKey": "B"},
+        "arc_easy_test": {"id": "1", "question": "what melts?", "choices": choices, "answerKey": "B"},
+        "arc_challenge_test": {"id": "1", "question": "what melts?", "choices": choices, "answerKey": "B"},
+        "winogrande_xl_validation": {"sentence": "an owl saw _ run", "option1": "a", "option2": "b", "answer": "1"},
+        "hellaswag_validation": {"ind": 1, "activity_label": "reading", "ctx_a": "an owl", "ctx_b": "reads",
+                                 "ctx": "an owl reads", "endings": ["a", "b", "c", "d"], "source_id": "1",
+                                 "split": "val", "split_type": "indomain", "label": "0"},
+        "piqa_validation": {"goal": "read", "sol1": "a book", "sol2": "a dog", "label": 0},
+        "boolq_validation": {"question": "is ice cold", "passage": "ice -- cold", "idx": 0, "label": 1},
+    }  # fmt: skip
+    for name, row in rows.items():
+        (folder / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--base_model=no-such-model"], ["--base_model no-such-model", "smollm2, 7b"]),
+        (["--base_model=./nowhere"], ["--base_model ./nowhere", "model folder"]),
+        (["--datasets=nowhere.jsonl"], ["--datasets", "nowhere.jsonl"]),
+        (["--datasets=empty.jsonl"], ["empty.jsonl"]),
+        (["--datasets=broken.jsonl"], ["broken.jsonl"]),
+        (["--datasets=broken.safetensors"], ["broken.safetensors"]),
+        (["--datasets=foreign.safetensors"], ["vocabulary"]),
+        (["--seqlen=500"], ["--seqlen", "256 positions"]),
+        (["--seqlen=250", "--datasets=short.jsonl"], ["short.jsonl", "--seqlen"]),
+        (["--sparsity=1"], ["--sparsity 1", "[0, 1)"]),
+        (["--sparsity=-0.1"], ["--sparsity -0.1", "[0, 1)"]),
+        (["--sparsity=0.97"], ["--sparsity 0.97", "largest possible"]),
+        (["--mlp_num=3"], ["--mlp_num 3", "0 to 2"]),
+        (["--mlp_num=-1"], ["--mlp_num -1"]),
+        (["--ratio=0"], ["--ratio 0", "(0, 1]"]),
+        (["--ratio=1.2"], ["--ratio 1.2", "(0, 1]"]),
+        (["--k=0"], ["--k 0"]),
+        (["--percdamp=0"], ["--percdamp 0"]),
+        (["--batch_size=0"], ["--batch_size 0"]),
+        (["--num_samples=0"], ["--num_samples 0"]),
+        (["--num_samples=21"], ["rows.jsonl", "20"]),
+        (["--save_dir=rows.jsonl"], ["--save_dir", "not a folder"]),
+        (["--save_dir=full"], ["--save_dir", "--overwrite"]),
+    ],
+)
+def test_wrong_input_to_pruning(here, capsys, flags, words):
+    (here / "full/tiny_sparsity-0.2").mkdir(parents=True)
+    Path("empty.jsonl").write_text("")
+    Path("broken.jsonl").write_text('{"text": "cut sho')
+    Path("short.jsonl").write_text('{"text": "too short"}\n')
+    Path("broken.safetensors").write_bytes(b"not a token file")
+    save_file({"calibration_ids": torch.full((4, 16), 5000)}, "foreign.safetensors")
+    before = files_in(here)
+    message = refused(capsys, prune, *flags)
+    assert all(word in message for word in words), message
+    assert files_in(here) == before, "something was left behind"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="wants a machine without a GPU")
+@pytest.mark.parametrize("flag", ["--device", "--cache_dev"])
+def test_a_gpu_that_is_not_there(here, capsys, flag):
+    assert f"{flag} cuda" in refused(capsys, prune, f"{flag}=cuda")
+    assert "--device cuda" in refused(capsys, evaluate, "--checkpoint=tiny", "--device=cuda", "--ppl=rows.jsonl")
+
+
+def test_bad_weights_leave_nothing_behind(here, capsys):
+    weights = load_file("tiny/model.safetensors")
+    bad = {name: tensor.clone() for name, tensor in weights.items()}
+    bad["model.layers.0.mlp.down_proj.weight"][3, 4] = float("nan")
+    save_file(bad, "tiny/model.safetensors", metadata={"format": "pt"})
+    message = refused(capsys, prune, "--save_dir=out")
+    assert "--base_model tiny" in message and "model.layers.0.mlp.down_proj.weight" in message
+    bad.pop("model.layers.0.mlp.down_proj.weight")
+    save_file(bad, "tiny/model.safetensors", metadata={"format": "pt"})
+    assert "lacks 1 weights" in refused(capsys, prune, "--save_dir=out")
+    assert not Path("out").exists()
+
+
+def test_a_full_disk_is_seen_before_the_work(here, capsys, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 0))
+    message = refused(capsys, prune, "--save_dir=out")
+    assert "--save_dir" in message and "free" in message
+    assert not Path("out").exists()
+
+
+def test_a_failure_while_writing_leaves_nothing_behind(here, monkeypatch):
+    monkeypatch.setattr("olica.checkpoint.write_pruned", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        prune("--save_dir=out")
+    assert files_in(here / "out") == set()
+
+
+def test_an_existing_checkpoint_is_replaced_only_when_told(here, capsys):
+    prune("--save_dir=out")
+    first = Path("out/tiny_sparsity-0.2/olica_run.json").read_text()
+    assert "--overwrite" in refused(capsys, prune, "--save_dir=out")
+    assert Path("out/tiny_sparsity-0.2/olica_run.json").read_text() == first
+    assert prune("--save_dir=out", "--overwrite", "--seed=1") == 0
+    assert json.loads(Path("out/tiny_sparsity-0.2/olica_run.json").read_text())["settings"]["seed"] == 1
+
+
+def test_a_pruned_checkpoint_is_not_pruned_again(here, capsys):
+    prune("--save_dir=out")
+    assert "pruned already" in refused(capsys, prune, "--base_model=out/tiny_sparsity-0.2")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--base_model=tiny"], ["pruned_models/tiny_sparsity-0.2", "--checkpoint"]),
+        (["--checkpoint=./nowhere"], ["--checkpoint ./nowhere"]),
+        (["--checkpoint=tiny", "--ppl=nowhere.txt"], ["--ppl", "nowhere.txt"]),
+        (["--checkpoint=tiny", "--ppl=rows.jsonl", "--ppl_seqlen=300"], ["--ppl_seqlen 300", "256 positions"]),
+        (["--checkpoint=tiny", "--ppl=short.txt"], ["--ppl_seqlen 128"]),
+        (["--checkpoint=tiny", "--ppl=rows.jsonl", "--limit=0"], ["--limit 0"]),
+        (["--checkpoint=tiny", "--ppl=rows.jsonl", "--ppl_windows=0"], ["--ppl_windows 0"]),
+        (["--checkpoint=tiny", "--ppl=rows.jsonl", "--with_dense"], ["--with_dense", "--base_model"]),
+        (["--checkpoint=tiny", "--ppl=none", "--tasks=hellaswog"], ["hellaswog", "hellaswag"]),
+        (["--checkpoint=tiny", "--ppl=none"], ["--tasks"]),
+    ],
+)
+def test_wrong_input_to_evaluation(here, capsys, flags, words):
+    Path("short.txt").write_text("too short")
+    before = files_in(here)
+    message = refused(capsys, evaluate, *flags)
+    assert all(word in message for word in words), message
+    assert files_in(here) == before
+
+
+def test_a_dense_model_can_be_measured_alone(here, capsys):
+    Path("held.txt").write_text(prose(5, 300))
+    assert evaluate("--checkpoint=tiny", "--ppl=held.txt", "--prompt=the quick", "--output_path=eval.json") == 0
+    record = json.loads(Path("eval.json").read_text())
+    assert record["results"]["model"]["continuation"].startswith("the quick")
+    assert "model: the quick" in capsys.readouterr().out

@@ -1,0 +1,56 @@
+import json
+import time
+
+import pytest
+import torch
+
+from olica.records import (
+    EVALUATION_RECORD,
+    PRUNING_RECORD,
+    Stages,
+    environment,
+    latest_evaluation,
+    read_pruning_record,
+    write_record,
+)
+
+CPU = torch.device("cpu")
+
+
+def test_a_record_is_whole_or_absent(tmp_path):
+    path = tmp_path / "deep" / "record.json"
+    write_record(path, {"a": 1})
+    assert json.loads(path.read_text()) == {"a": 1}
+    with pytest.raises(ValueError):
+        write_record(path, {"a": float("nan")})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in path.parent.iterdir()] == ["record.json"]
+
+
+def test_the_pruning_record_and_the_latest_evaluation_are_found(tmp_path):
+    assert read_pruning_record(tmp_path) is None and latest_evaluation(tmp_path) is None
+    write_record(tmp_path / PRUNING_RECORD, {"kind": "pruning"})
+    for hour in ("09", "17", "11"):
+        write_record(tmp_path / EVALUATION_RECORD.format(time=f"20260101T{hour}0000Z"), {"hour": hour})
+    assert read_pruning_record(tmp_path) == {"kind": "pruning"}
+    assert latest_evaluation(tmp_path) == {"hour": "17"}
+
+
+def test_stages_measure_time_and_memory():
+    stages = Stages(CPU)
+    with stages.stage("sleep"):
+        time.sleep(0.3)
+    with stages.stage("allocate"):
+        block = torch.ones(100_000_000)  # 400 MB
+    del block
+    assert list(stages.rows) == ["sleep", "allocate"]
+    assert 0.3 <= stages.rows["sleep"]["minutes"] * 60 < 5
+    assert stages.rows["allocate"]["host_bytes"] > stages.rows["sleep"]["host_bytes"] + 300e6
+    assert stages.rows["sleep"]["device_bytes"] is None
+
+
+def test_environment_names_versions_and_device():
+    found = environment(CPU)
+    assert found["packages"]["torch"] == torch.__version__
+    assert found["device"] == "cpu" and found["cpu_threads"] == torch.get_num_threads()
+    json.dumps(found)
