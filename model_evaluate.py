@@ -21,9 +21,7 @@ PROMPT_TOKENS = 30
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of the released code, with its defaults, and ours."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("model").add_argument
     add("--base_model", help="dense model: name, hub id, folder or .gguf file (7b, or what --checkpoint's record says)")
     add("--sparsity", type=float, default=0.2, help="with --base_model, finds the checkpoint in --save_dir")
@@ -69,9 +67,7 @@ def find_dense(args: argparse.Namespace, pruned: checkpoint.Location) -> checkpo
     return checkpoint.locate(name or DEFAULT_BASE_MODEL)
 
 
-def measure(
-    args: argparse.Namespace, location: checkpoint.Location, text: str | None, stages: records.Stages
-) -> dict:
+def measure(args: argparse.Namespace, location: checkpoint.Location, text: str | None, stages: records.Stages) -> dict:
     """Read one model and measure it; returns what its record says."""
     config = checkpoint.read_config(location)
     if text is not None and args.ppl_seqlen > config.max_position_embeddings:

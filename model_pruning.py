@@ -2,13 +2,22 @@
 
 import argparse
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from olica import checkpoint, cost, records
-from olica.allocation import allocate, calibration_rank, describe_plan, planned_parameters, with_calibration
-from olica.calibration import build_calibration_set
+from transformers import PreTrainedConfig
+
+from olica import LayerShape, checkpoint, cost, records
+from olica.allocation import (
+    Sparsities,
+    allocate,
+    calibration_rank,
+    describe_plan,
+    planned_parameters,
+    with_calibration,
+)
+from olica.calibration import CalibrationSet, build_calibration_set
 from olica.command_line import run_command
 from olica.devices import pick_device
 from olica.errors import UsageError
@@ -20,14 +29,12 @@ from olica.pruning import (
     prune_layers,
     survey_layers,
 )
-from olica.recipes import RECIPES
+from olica.recipes import RECIPES, Recipe
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of the released code, with its defaults, and ours."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("model").add_argument
     add("--base_model", default="7b", help="name (7b, llama2-7b, smollm2, ...), hub id, folder or .gguf file")
     add("--dtype", default="auto", choices=["auto", *checkpoint.DTYPES], help="to run and save in; auto: as stored")
@@ -69,13 +76,32 @@ def check_numbers(args: argparse.Namespace) -> None:
             raise UsageError(f"--{flag} {getattr(args, flag)} must be at least 1")
 
 
-def make_options(args: argparse.Namespace, config, recipe) -> PruningOptions:
+@dataclass(frozen=True)
+class Job:
+    """All that is decided before a weight is read."""
+
+    recipe: Recipe
+    location: checkpoint.Location
+    config: PreTrainedConfig
+    options: PruningOptions
+    plan: list[LayerShape]
+    sparsities: Sparsities
+    parameters: dict[str, int]
+    bytes_per_weight: int
+    memory: dict[str, int | None]
+    folder: Path
+
+
+def make_options(
+    args: argparse.Namespace, config: PreTrainedConfig, recipe: Recipe, plan: list[LayerShape]
+) -> PruningOptions:
     """What the recipe leaves open, checked against the model."""
     check_mlp_num(args.mlp_num, config.num_hidden_layers, recipe)
     device = pick_device(args.device)
     return PruningOptions(
         percdamp=args.percdamp,
-        mlp_num=args.mlp_num,
+        # With every channel left there is no residual to restore.
+        mlp_num=args.mlp_num if plan[0].intermediate_size < config.intermediate_size else 0,
         calibration_rank=calibration_rank(config, args.ratio),
         batch_size=args.batch_size,
         device=device,
@@ -83,19 +109,57 @@ def make_options(args: argparse.Namespace, config, recipe) -> PruningOptions:
     )
 
 
-def print_plan(plan, options: PruningOptions, parameters: dict, memory: dict, bytes_per_weight: int) -> None:
+def check_seqlen(seqlen: int, config: PreTrainedConfig) -> None:
+    """Raise UsageError if a sample is longer than the model's positions."""
+    positions = config.max_position_embeddings
+    if seqlen > positions:
+        raise UsageError(f"--seqlen: samples of {seqlen} tokens do not fit the model's {positions} positions")
+
+
+def prepare(args: argparse.Namespace) -> Job:
+    """Check all that can be checked without weights, and plan."""
+    check_numbers(args)
+    recipe = RECIPES[args.recipe]
+    location = checkpoint.locate(args.base_model)
+    config = checkpoint.read_config(location)
+    checkpoint.refuse_pruned(config, location)
+    check_seqlen(args.seqlen, config)
+    total = checkpoint.count_dense_parameters(config)
+    plan, sparsities = allocate(recipe, config, total, args.sparsity, args.k)
+    options = make_options(args, config, recipe, plan)
+    # Which layers are calibrated is not known yet, but all corrections have one size.
+    sized = with_calibration(plan, list(range(options.mlp_num)), options.calibration_rank)
+    bytes_per_weight = checkpoint.bytes_per_weight(location, config, args.dtype)
+    expected_ids = (args.num_samples * len(args.datasets.split("+")), args.seqlen)
+    return Job(
+        recipe=recipe,
+        location=location,
+        config=config,
+        options=options,
+        plan=plan,
+        sparsities=sparsities,
+        parameters={"before": total, "planned": planned_parameters(config, total, sized)},
+        bytes_per_weight=bytes_per_weight,
+        memory=expected_memory(config, total, options, expected_ids, bytes_per_weight),
+        folder=checkpoint.checkpoint_folder(args.save_dir, location.label, args.sparsity, recipe.name),
+    )
+
+
+def print_plan(job: Job) -> None:
     """Print the sizes of the layers, the parameters and the expected peak memory."""
-    before, after = parameters["before"], parameters["planned"]
-    print(describe_plan(plan))
-    if options.mlp_num:
-        print(f"and a correction of rank {options.calibration_rank} beside {options.mlp_num} MLPs, after a survey")
+    before, after = job.parameters["before"], job.parameters["planned"]
+    rank, number = job.options.calibration_rank, job.options.mlp_num
+    size = job.bytes_per_weight / 1e9
+    print(describe_plan(job.plan))
+    if number:
+        print(f"and a correction of rank {rank} beside {number} MLPs, which the survey chooses")
     print(f"parameters   {before:,} -> {after:,}, sparsity {1 - after / before:.4f}")
-    print(f"weights      {before * bytes_per_weight / 1e9:.3f} GB -> {after * bytes_per_weight / 1e9:.3f} GB")
-    device = f", device {memory['device_bytes'] / 1e9:.1f} GB" if memory["device_bytes"] else ""
-    print(f"peak memory  host {memory['host_bytes'] / 1e9:.1f} GB{device} (expected)")
+    print(f"weights      {before * size:.3f} GB -> {after * size:.3f} GB")
+    device = f", device {job.memory['device_bytes'] / 1e9:.1f} GB" if job.memory["device_bytes"] else ""
+    print(f"peak memory  host {job.memory['host_bytes'] / 1e9:.1f} GB{device} (expected)")
 
 
-def draw_calibration_set(args: argparse.Namespace, tokenizer, config):
+def draw_calibration_set(args: argparse.Namespace, tokenizer, config: PreTrainedConfig) -> CalibrationSet:
     """The calibration set, checked against the positions that the model knows."""
     calibration = build_calibration_set(
         args.datasets,
@@ -111,89 +175,67 @@ def draw_calibration_set(args: argparse.Namespace, tokenizer, config):
     return calibration
 
 
-def check_seqlen(seqlen: int, config) -> None:
-    """Raise UsageError if a sample is longer than the model's positions."""
-    if seqlen > config.max_position_embeddings:
-        raise UsageError(
-            f"--seqlen: samples of {seqlen} tokens do not fit the model's {config.max_position_embeddings} positions"
-        )
-
-
-def run(args: argparse.Namespace) -> None:
-    """Check all that can be checked without weights; then draw the calibration set, survey, prune and save."""
-    check_numbers(args)
-    recipe = RECIPES[args.recipe]
-    location = checkpoint.locate(args.base_model)
-    config = checkpoint.read_config(location)
-    checkpoint.refuse_pruned(config, location)
-    check_seqlen(args.seqlen, config)
-    options = make_options(args, config, recipe)
-    total = checkpoint.count_dense_parameters(config)
-    plan, sparsities = allocate(recipe, config, total, args.sparsity, args.k)
-    if plan[0].intermediate_size == config.intermediate_size:
-        options = replace(options, mlp_num=0)  # no channel is removed, so there is no residual to restore
-    bytes_per_weight = checkpoint.bytes_per_weight(location, config, args.dtype)
-    expected_ids = (args.num_samples * len(args.datasets.split("+")), args.seqlen)
-    memory = expected_memory(config, total, options, expected_ids, bytes_per_weight)
-    # Which layers are calibrated is not known yet, but all corrections have one size.
-    sized = with_calibration(plan, list(range(options.mlp_num)), options.calibration_rank)
-    parameters = {"before": total, "planned": planned_parameters(config, total, sized)}
-    print_plan(plan, options, parameters, memory, bytes_per_weight)
-    if args.dry_run:
-        return
-    folder = checkpoint.checkpoint_folder(args.save_dir, location.label, args.sparsity, recipe.name)
-    checkpoint.check_output(folder, parameters["planned"] * bytes_per_weight, args.overwrite)
-
-    stages = records.Stages(options.device)
+def prune_and_save(args: argparse.Namespace, job: Job, stages: records.Stages) -> dict:
+    """Draw the calibration set, survey, prune and save; returns the record, which lies beside the checkpoint."""
     with stages.stage("calibration set"):
-        tokenizer = checkpoint.read_tokenizer(location)
-        calibration = draw_calibration_set(args, tokenizer, config)
+        tokenizer = checkpoint.read_tokenizer(job.location)
+        calibration = draw_calibration_set(args, tokenizer, job.config)
     with stages.stage("read model"):
-        model = checkpoint.read_model(location, args.dtype)
-    parameters["decoder_layers_before"] = cost.count_parameters(model)["decoder_layers"]
-    decoder = model.get_decoder()
+        model = checkpoint.read_model(job.location, args.dtype)
+    dense, decoder = cost.count_parameters(model), model.get_decoder()
     with stages.stage("survey"):
-        survey = survey_layers(decoder, calibration.ids, plan, recipe, options)
-        plan = choose_calibrated(plan, survey, recipe, options)
+        survey = survey_layers(decoder, calibration.ids, job.plan, job.recipe, job.options)
+        plan = choose_calibrated(job.plan, survey, job.recipe, job.options)
     with stages.stage("prune"):
-        prune_layers(decoder, calibration.ids, plan, survey, recipe, options)
-    measured = cost.count_parameters(model)
-    parameters |= {"after": measured["total"], "decoder_layers_after": measured["decoder_layers"]}
+        prune_layers(decoder, calibration.ids, plan, survey, job.recipe, job.options)
+    pruned = cost.count_parameters(model)
     record = {
         "kind": "pruning",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": vars(args),
-        "model": checkpoint.describe_source(location, config),
-        "calibration": asdict(calibration) | {"ids": list(calibration.ids.shape)},
-        "recipe": recipe.name,
-        "shares_removed": asdict(sparsities),
+        "model": checkpoint.describe_source(job.location, job.config),
+        "calibration": {**vars(calibration), "ids": list(calibration.ids.shape)},
+        "shares_removed": asdict(job.sparsities),
         "plan": [shape.to_dict() for shape in plan],
         "multiple_correlation": [layer.correlation for layer in survey],
         "calibrated_layers": [index for index, shape in enumerate(plan) if shape.calibration_rank],
-        "parameters": parameters,
-        "measured_sparsity": 1 - parameters["after"] / total,
-        "expected_peak_memory": memory,
-        "environment": records.environment(options.device),
+        "parameters": job.parameters
+        | {"after": pruned["total"]}
+        | {"decoder_layers_before": dense["decoder_layers"], "decoder_layers_after": pruned["decoder_layers"]},
+        "measured_sparsity": 1 - pruned["total"] / dense["total"],
+        "expected_peak_memory": job.memory,
+        "environment": records.environment(job.options.device),
+        "stages": stages.rows,
     }
-    with checkpoint.replacing(folder) as partial:
+    with checkpoint.replacing(job.folder) as partial:
         with stages.stage("write"):
             checkpoint.write_pruned(model, plan, tokenizer, partial)
         record["weight_bytes_on_disk"] = cost.folder_weight_bytes(partial)
-        records.write_record(partial / records.PRUNING_RECORD, record | {"stages": stages.rows})
-    print_result(folder, record, stages)
+        records.write_record(partial / records.PRUNING_RECORD, record)
+    return record
 
 
-def print_result(folder: Path, record: dict, stages: records.Stages) -> None:
+def print_result(job: Job, record: dict) -> None:
     """Print what was done, and how long and how much memory each stage took."""
     parameters = record["parameters"]
     print(f"calibrated layers {record['calibrated_layers']}")
     print(f"parameters   {parameters['before']:,} -> {parameters['after']:,} (whole model)")
     print(f"             {parameters['decoder_layers_before']:,} -> {parameters['decoder_layers_after']:,} (layers)")
     print(f"sparsity     {record['measured_sparsity']:.4f} measured, {record['settings']['sparsity']:g} asked for")
-    for name, row in stages.rows.items():
+    for name, row in record["stages"].items():
         device = f", device {row['device_bytes'] / 1e9:.2f} GB" if row["device_bytes"] else ""
         print(f"{name:<16} {row['minutes'] * 60:7.1f} s, peak host {row['host_bytes'] / 1e9:.2f} GB{device}")
-    print(f"saved        {folder}")
+    print(f"saved        {job.folder}")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Plan; unless that was all, check the output folder, prune, save and print what was done."""
+    job = prepare(args)
+    print_plan(job)
+    if args.dry_run:
+        return
+    checkpoint.check_output(job.folder, job.parameters["planned"] * job.bytes_per_weight, args.overwrite)
+    print_result(job, prune_and_save(args, job, records.Stages(job.options.device)))
 
 
 if __name__ == "__main__":

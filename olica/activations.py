@@ -74,9 +74,7 @@ def record_layer_calls(
     return torch.cat(inputs).to(cache_device), _to_device(calls, device)
 
 
-def layer_outputs(
-    layer: nn.Module, hidden: Tensor, call: dict, batch_size: int
-) -> Iterator[tuple[slice, Tensor]]:
+def layer_outputs(layer: nn.Module, hidden: Tensor, call: dict, batch_size: int) -> Iterator[tuple[slice, Tensor]]:
     """Run a decoder layer over hidden states (N, T, D) in batches.
 
     Yields:
@@ -112,9 +110,7 @@ def recording(layer: nn.Module, taps: set[str]) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
-def calibrate(
-    layer: nn.Module, hidden: Tensor, call: dict, moments: Moments, batch_size: int, advance: bool
-) -> None:
+def calibrate(layer: nn.Module, hidden: Tensor, call: dict, moments: Moments, batch_size: int, advance: bool) -> None:
     """Fill `moments` while the hidden states (N, T, D) stream through `layer`: hooks on.
 
     With `advance` the hidden states are replaced by the layer's outputs on the way.

@@ -1,6 +1,6 @@
 """Importance and removal of the intermediate channels of an MLP.
 
-    D hidden size, F intermediate channels
+D hidden size, F intermediate channels
 """
 
 import torch
@@ -16,9 +16,7 @@ RELEASED_PROTECTED_FRACTION = 0.01
 def released_importance(mlp: nn.Module, moments: Moments) -> Tensor:
     """Importance (F,) of the released code (D1): L2 norms of the Wanda-scaled gate row, up row and down column."""
     squared_input = moments[diagonal("mlp_input")].double()
-    from_rows = sum(
-        (p.weight.double().square() @ squared_input).sqrt() for p in (mlp.gate_proj, mlp.up_proj)
-    )
+    from_rows = sum((p.weight.double().square() @ squared_input).sqrt() for p in (mlp.gate_proj, mlp.up_proj))
     squared_columns = mlp.down_proj.weight.double().square().sum(0)
     return from_rows + (squared_columns * moments[diagonal("intermediate")].double()).sqrt()
 

@@ -1,6 +1,6 @@
 """Which MLPs to calibrate, and the low-rank linear correction of a pruned MLP.
 
-    n tokens, D hidden size, F intermediate channels, P pruned channels, r rank
+n tokens, D hidden size, F intermediate channels, P pruned channels, r rank
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Survey the dense model, then prune its decoder layers one at a time (paper, Algorithm 1).
 
-    N samples, T tokens, D hidden size
+N samples, T tokens, D hidden size
 """
 
 import logging

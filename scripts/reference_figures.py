@@ -50,7 +50,7 @@ def make_plain(model: PreTrainedModel) -> LlamaForCausalLM:
 
 def measure(reference: dict, ids_file: Path, folder: Path) -> dict:
     """Prune the plain model through the command line, and collect our figures under the reference's names."""
-    windows = load_file(ids_file)["perplexity_windows"]
+    windows = load_file(ids_file)["perplexity_windows"].long()
     plain = make_plain(read_model(locate("smollm2"), "float32"))
     plain.save_pretrained(folder / "plain")
     figures = {

@@ -1,6 +1,6 @@
 """Print what the records in a checkpoint's folder say: the pruning, and the latest evaluation with the dense model.
 
-    python scripts/summary.py pruned_models/smollm2_sparsity-0.2
+python scripts/summary.py pruned_models/smollm2_sparsity-0.2
 """
 
 import sys

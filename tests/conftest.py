@@ -1,14 +1,16 @@
 """Tiny seeded models and a byte tokenizer, built in memory: no test reaches a hub."""
 
 import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported
+
+# ruff: noqa: E402
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 TEST_DATA = Path(__file__).parent / "data"
 

@@ -99,10 +99,11 @@ def test_prune_and_evaluate(here, capsys):
     assert f"{results['pruned']['perplexity']['value']:.3f}" in capsys.readouterr().out
 
 
-def test_sparsity_zero_is_the_dense_model(here):
-    assert prune("--sparsity=0", "--save_dir=out") == 0
+@pytest.mark.parametrize("sparsity", ["0", "1e-06"])
+def test_a_sparsity_that_removes_nothing_leaves_the_model(here, sparsity):
+    assert prune(f"--sparsity={sparsity}", "--save_dir=out") == 0
     ids = torch.arange(40).view(2, 20)
-    dense, same = (AutoModelForCausalLM.from_pretrained(f) for f in ("tiny", "out/tiny_sparsity-0"))
+    dense, same = (AutoModelForCausalLM.from_pretrained(f) for f in ("tiny", f"out/tiny_sparsity-{sparsity}"))
     torch.testing.assert_close(same(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
     assert same.num_parameters() == dense.num_parameters()
 
@@ -139,7 +140,8 @@ def test_dry_run_plans_what_pruning_reaches(here, capsys):
 
 def test_the_papers_recipe_is_saved_under_its_name(here):
     assert prune("--save_dir=out", "--recipe=olica-paper") == 0
-    assert json.loads(Path("out/tiny_sparsity-0.2_olica-paper/olica_run.json").read_text())["recipe"] == "olica-paper"
+    record = json.loads(Path("out/tiny_sparsity-0.2_olica-paper/olica_run.json").read_text())
+    assert record["settings"]["recipe"] == "olica-paper"
 
 
 def test_cache_dev_decides_where_hidden_states_live(here, monkeypatch):

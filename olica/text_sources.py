@@ -1,0 +1,287 @@
+"""Where text comes from: a table of named sources, local files and folders, and the text inside CPython.
+
+A row is prose (one text) or a prompt (instruction, input, output); its columns tell which.
+Splits: "train" is what calibrates, "test" is what measures.
+"""
+
+import glob
+import hashlib
+import platform
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import datasets
+
+from .errors import UsageError
+from .pydoc_text import pydoc_passages
+
+PYDOC = "pydoc"
+
+_FORMATS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}
+# A file named after one split must not match the wildcard of the other.
+_OTHER_SPLIT_WORDS = {"train": {"test", "validation", "valid", "eval", "dev"}, "test": {"train"}}
+# What to look for in a saved DatasetDict that is given by its path.
+_SAVED_SPLITS = {"train": ("train",), "test": ("test", "validation")}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A row of `SOURCES`; its mappings are keyed by "train" and "test", and a split they lack is not served.
+
+    `local` has patterns for the name, without suffix, of a file or folder under `data_dir`; they are tried in
+    order, before the hub. `hub` is what `datasets.load_dataset` gets besides the split; `splits` and `files`
+    are named as there. `row_of_line` makes a row of each line of a local .txt, whose rows are otherwise the
+    paragraphs between empty lines.
+    """
+
+    local: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    hub: dict[str, str] = field(default_factory=dict)
+    splits: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    row_of_line: Callable[[str], str] | None = None
+
+
+# datasets runs no loading scripts: where a repository is one, the hub's conversion of it is read.
+_CONVERTED = "refs/convert/parquet"
+
+SOURCES = {
+    "bookcorpus": Source(
+        local={"train": ("bookcorpus", "bookcorpus_*")},
+        hub={"path": "bookcorpus/bookcorpus", "revision": _CONVERTED},
+        splits={"train": "train"},
+    ),
+    "alpaca": Source(
+        local={"train": ("alpaca", "alpaca_*")},
+        hub={"path": "tatsu-lab/alpaca"},
+        splits={"train": "train"},
+    ),
+    "c4": Source(
+        local={"train": ("c4", "c4_*train*"), "test": ("c4_validation", "c4_*validation*")},
+        hub={"path": "allenai/c4"},
+        splits={"train": "train", "test": "validation"},
+        files={
+            "train": "en/c4-train.00000-of-01024.json.gz",
+            "test": "en/c4-validation.00000-of-00008.json.gz",
+        },
+    ),
+    "wikitext2": Source(
+        local={"train": ("wikitext2", "wikitext2_*train*"), "test": ("wikitext2_test", "wikitext2_raw_test")},
+        hub={"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"},
+        splits={"train": "train", "test": "test"},
+        # The plain file writes a blank row as " \n", the data set as ""; other rows keep their newline.
+        row_of_line=lambda line: line if line.strip() else "",
+    ),
+    "ptb": Source(
+        local={"train": ("ptb_train", "ptb"), "test": ("ptb_test",)},
+        hub={"path": "ptb-text-only/ptb_text_only", "revision": _CONVERTED},
+        splits={"train": "train", "test": "test"},
+        # The plain file begins and ends every sentence with a space; the data set does not.
+        row_of_line=str.strip,
+    ),
+    PYDOC: Source(splits={"train": "train", "test": "test"}),
+}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one split; `text_field` is the column that holds prose, None where the rows are prompts.
+
+    `origin` is for the record; `fingerprint` follows the content.
+    """
+
+    name: str
+    origin: str
+    fingerprint: str
+    table: datasets.Dataset
+    text_field: str | None
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether a row is an instruction with its output rather than prose."""
+        return self.text_field is None
+
+
+def read_rows(source: str, split: str, data_dir: Path | None, *, flag: str = "--datasets") -> Rows:
+    """Rows of `split` ("train" or "test") of a source in `SOURCES`, or of the file or folder at that path.
+
+    Raises UsageError, naming `flag` or the file, where the source is unknown, lacks the split, cannot be
+    read, or holds neither prose nor prompts.
+    """
+    if source == PYDOC:
+        return _pydoc_rows(split, flag)
+    if source in SOURCES:
+        return _named_rows(source, split, data_dir, flag)
+    path = Path(source)
+    if not path.exists():
+        known = ", ".join(SOURCES)
+        raise UsageError(f"{flag} names {source!r}, which is neither an existing path nor one of {known}")
+    return _path_rows(source, path, _SAVED_SPLITS[split], None)
+
+
+def evaluation_text(source: str, data_dir: Path | None, *, flag: str = "--datasets") -> tuple[str, str]:
+    """The test rows of a source, blank ones included, joined with two newlines; and its origin.
+
+    This is the text of the paper's perplexity. Raises UsageError as `read_rows` does, and for prompts.
+    """
+    rows = read_rows(source, "test", data_dir, flag=flag)
+    if rows.is_prompt:
+        raise UsageError(f"{flag} names {rows.origin}, which holds prompts: give prose, with a column text")
+    return "\n\n".join(text or "" for text in rows.table[rows.text_field]), rows.origin
+
+
+def _pydoc_rows(split: str, flag: str) -> Rows:
+    """The topics and their text differ by version of Python, which the origin therefore names."""
+    with _explained(f"{flag} names {PYDOC}, which this Python lacks", "give another source"):
+        from pydoc_data.topics import topics
+    passages = pydoc_passages(topics, split)
+    fingerprint = hashlib.sha256("\0".join(passages).encode()).hexdigest()
+    origin = f"CPython {platform.python_version()} pydoc_data.topics"
+    return Rows(PYDOC, origin, fingerprint, datasets.Dataset.from_dict({"text": passages}), "text")
+
+
+def _named_rows(name: str, split: str, data_dir: Path | None, flag: str) -> Rows:
+    source = SOURCES[name]
+    if split not in source.splits:
+        served = ", ".join(known for known, row in SOURCES.items() if split in row.splits)
+        raise UsageError(f"{flag} names {name}, which has no {split} split: give one of {served}, or a path")
+    local = _local_copy(name, split, data_dir, flag) if data_dir else None
+    if local:
+        return _path_rows(name, local, (source.splits[split],), source.row_of_line)
+    hub_split, files = source.splits[split], source.files.get(split)
+    remedy = f"put a local copy, {source.local[split][0]}.jsonl, into the folder --data_dir {data_dir or ''}"
+    with _explained(f"{flag} {name} cannot be read from the hub", remedy.rstrip()):
+        data_files = {hub_split: files} if files else None
+        table = datasets.load_dataset(**source.hub, data_files=data_files, split=hub_split)
+    place = f"{source.hub['path']}@{source.hub.get('revision', 'main')}"
+    origin = " ".join(filter(None, [place, source.hub.get("name"), files, hub_split]))
+    return Rows(name, origin, table._fingerprint, table, _text_field(table, origin))
+
+
+def _local_copy(name: str, split: str, data_dir: Path, flag: str) -> Path | None:
+    """The file or folder under `data_dir`, which need not exist, that serves the split, if there is one."""
+    if not data_dir.is_dir():
+        return None
+    saved_split = SOURCES[name].splits[split]
+    if (data_dir / name / saved_split).is_dir():
+        return data_dir / name  # a saved DatasetDict holds all its splits under the bare name
+    candidates = [path for path in sorted(data_dir.iterdir()) if _serves(path, split, saved_split)]
+    for pattern in SOURCES[name].local[split]:
+        found = [path for path in candidates if fnmatchcase(_stem(path), pattern)]
+        if len(found) > 1:
+            names = " and ".join(path.name for path in found)
+            raise UsageError(f"{data_dir} holds {names}, which are all {name}: give {flag} the path of one")
+        if found:
+            return found[0]
+    return None
+
+
+def _serves(path: Path, split: str, saved_split: str) -> bool:
+    """Whether a file or saved folder can be read and is not named after the other split."""
+    if set(re.split(r"[^a-z0-9]+", _stem(path).lower())) & _OTHER_SPLIT_WORDS[split]:
+        return False
+    if path.is_dir():
+        return (path / "state.json").is_file() or (path / saved_split).is_dir()
+    return _format(path) is not None
+
+
+def _format(path: Path) -> str | None:
+    """What datasets calls the kind of a file, None for an unknown one."""
+    return _FORMATS.get(Path(path.name.lower().removesuffix(".gz")).suffix)
+
+
+def _stem(path: Path) -> str:
+    return path.name if path.is_dir() else Path(path.name.removesuffix(".gz")).stem
+
+
+def _path_rows(name: str, path: Path, saved_splits: tuple[str, ...], row_of_line: Callable | None) -> Rows:
+    """Rows of a file, or of the first of `saved_splits` in a saved folder, falling back to its only split."""
+    if path.is_dir():
+        path, table = _load_folder(path, saved_splits)
+        fingerprint = table._fingerprint
+    else:
+        fingerprint, table = _load_file(path, row_of_line)
+    if not len(table):
+        raise UsageError(f"{path} holds no rows: give a file or folder with at least one")
+    return Rows(name, str(path), fingerprint, table, _text_field(table, str(path)))
+
+
+def _load_folder(path: Path, saved_splits: tuple[str, ...]) -> tuple[Path, datasets.Dataset]:
+    with _explained(f"{path} cannot be read as a folder made by save_to_disk", "save it again"):
+        saved = datasets.load_from_disk(str(path))
+    if isinstance(saved, datasets.Dataset):
+        return path, saved
+    split = next((split for split in saved_splits if split in saved), None)
+    if split is None and len(saved) != 1:
+        wanted, has = " or ".join(saved_splits), ", ".join(saved)
+        raise UsageError(f"{path} has the splits {has} but not {wanted}: give the folder of one of them")
+    split = split or next(iter(saved))
+    return path / split, saved[split]
+
+
+def _load_file(path: Path, row_of_line: Callable | None) -> tuple[str, datasets.Dataset]:
+    """The sha256 of a file, which unlike a fingerprint of datasets follows the content alone; its rows."""
+    kind = _format(path)
+    if kind is None:
+        raise UsageError(f"{path} is of an unknown kind: give .jsonl, .json, .txt, .gz of one, or .parquet")
+    if not path.stat().st_size:
+        raise UsageError(f"{path} is empty: give a file with at least one row")
+    options = {}
+    if kind == "text":
+        options = {"sample_by": "line" if row_of_line else "paragraph", "keep_linebreaks": bool(row_of_line)}
+    with _explained(f"{path} cannot be read as {kind}", "give a complete file with some rows"), _quiet():
+        with path.open("rb") as file:
+            fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
+        # Not load_dataset, which tells the hub of every call and so waits for the network here too.
+        read = getattr(datasets.Dataset, f"from_{kind}")
+        # Named by content: the cache of datasets would serve old rows to a new file with the old time stamp.
+        table = read(glob.escape(str(path.absolute())), config_name=fingerprint[:16], **options)
+    if kind == "text" and row_of_line:
+        table = datasets.Dataset.from_dict({"text": [row_of_line(line) for line in table["text"]]})
+    return fingerprint, table
+
+
+def _text_field(table: datasets.Dataset, origin: str) -> str | None:
+    """The column that holds prose, None where the rows are prompts."""
+    columns = table.column_names
+    prose = next((name for name in ("text", "sentence") if name in columns), None)
+    is_prompt = {"instruction", "output"} <= set(columns) and any(table["instruction"])
+    if not is_prompt and not prose:
+        raise UsageError(
+            f"{origin} has the columns {', '.join(columns)}: "
+            "prose needs a column text or sentence, prompts need instruction and output"
+        )
+    for name in ("instruction", "output") if is_prompt else (prose,):
+        kind = getattr(table.features[name], "dtype", "list")
+        if kind not in ("string", "large_string"):
+            raise UsageError(f"{origin} has a column {name} of {kind}: make it one string a row")
+    return None if is_prompt else prose
+
+
+@contextmanager
+def _explained(what: str, remedy: str) -> Iterator[None]:
+    """Turn any failure inside into a UsageError: datasets, pyarrow, gzip and the hub share no exception."""
+    try:
+        yield
+    except Exception as error:
+        cause = error.__cause__ or error  # where datasets keeps the telling message
+        reason = (str(cause).splitlines() or [type(cause).__name__])[0]
+        raise UsageError(f"{what} ({reason}): {remedy}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar, and no message beside the UsageError, while datasets reads a local file."""
+    verbosity = datasets.logging.get_verbosity()
+    shows_bars = not datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL + 1)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if shows_bars:
+            datasets.enable_progress_bars()
