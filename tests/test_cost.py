@@ -1,0 +1,122 @@
+"""Run with: pytest tests/test_cost.py."""
+
+import gc
+import resource
+import struct
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import make_llama
+
+from olica import cost
+
+# The grouped tiny LLaMA, by hand: D 64, F 176, 4 query and 2 key/value heads of width 16, 3 layers, V 320.
+GROUPED_LAYER = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 176 + 2 * 64
+GROUPED_TOTAL = 3 * GROUPED_LAYER + 320 * 64 + 64
+FULL_LAYER = 64 * 64 * 4 + 3 * 64 * 176 + 2 * 64
+FULL_TOTAL = 3 * FULL_LAYER + 2 * 320 * 64 + 64
+
+
+class TimedModel(torch.nn.Module):
+    """A model whose forward passes move a clock on by the seconds it was given."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, name, seconds, clock):
+        super().__init__()
+        self.name, self.seconds, self.clock = name, iter(seconds), clock
+
+    def forward(self, ids, use_cache):
+        self.clock.now += next(self.seconds)
+        self.clock.calls.append(self.name)
+
+
+def test_tied_parameters_count_once(grouped_llama):
+    counts = cost.count_parameters(grouped_llama)
+    assert counts == {"total": GROUPED_TOTAL, "decoder_layers": 3 * GROUPED_LAYER}
+
+
+def test_untied_head_counts_apart():
+    assert cost.count_parameters(make_llama()) == {"total": FULL_TOTAL, "decoder_layers": 3 * FULL_LAYER}
+
+
+def test_parameters_of_a_base_model(grouped_llama):
+    assert cost.count_parameters(grouped_llama.model) == cost.count_parameters(grouped_llama)
+
+
+def test_weight_bytes_follow_the_dtype(grouped_llama):
+    assert cost.weight_bytes(grouped_llama) == 4 * GROUPED_TOTAL
+    assert cost.weight_bytes(grouped_llama.bfloat16()) == 2 * GROUPED_TOTAL
+
+
+def test_folder_bytes_are_weights_and_headers_of_every_shard(grouped_llama, tmp_path):
+    grouped_llama.save_pretrained(tmp_path, max_shard_size="100KB")
+    shards = list(tmp_path.glob("model-*.safetensors"))
+    headers = [struct.unpack("<Q", path.read_bytes()[:8])[0] + 8 for path in shards]
+    assert len(shards) > 1
+    assert cost.folder_weight_bytes(tmp_path) == 4 * GROUPED_TOTAL + sum(headers)
+
+
+def test_folder_without_weights(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert cost.folder_weight_bytes(tmp_path) == 0
+
+
+def test_latency_takes_turns_and_leaves_the_warm_up_out(monkeypatch):
+    clock = SimpleNamespace(now=0.0, calls=[])
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: clock.now)
+    models = {
+        "dense": TimedModel("dense", [100.0, 2.0, 4.0, 9.0], clock),
+        "pruned": TimedModel("pruned", [500.0, 3.0, 1.0, 2.0], clock),
+    }
+    result = cost.forward_latency(models, torch.zeros(1, 4, dtype=torch.long), repeats=3)
+    assert clock.calls == ["dense", "pruned"] * 4
+    assert result["dense"] == pytest.approx({"median_s": 4.0, "min_s": 2.0, "max_s": 9.0, "ratio": 1.0})
+    assert result["pruned"] == pytest.approx({"median_s": 2.0, "min_s": 1.0, "max_s": 3.0, "ratio": 0.5})
+
+
+def test_latency_of_real_models(grouped_llama):
+    deeper = make_llama(num_hidden_layers=24)
+    ids = torch.zeros(1, 64, dtype=torch.long)
+    result = cost.forward_latency({"shallow": grouped_llama, "deep": deeper}, ids, repeats=5)
+    assert result["deep"]["ratio"] > 2  # eight times the layers
+    assert result["shallow"]["min_s"] > 0
+
+
+def test_host_peak_sees_memory_that_is_gone_again():
+    size = 200 * 2**20
+    reset = cost.reset_peak_memory("cpu")
+    before = cost.peak_memory("cpu")
+    block = torch.ones(size, dtype=torch.uint8)
+    del block
+    gc.collect()
+    after = cost.peak_memory("cpu")
+    assert before["device_bytes"] is None
+    if not reset:
+        pytest.skip("this system cannot reset the peak of a process")
+    assert 0.9 * size < after["host_bytes"] - before["host_bytes"] < 1.5 * size
+    cost.reset_peak_memory("cpu")
+    assert cost.peak_memory("cpu")["host_bytes"] < after["host_bytes"] - 0.5 * size
+
+
+def test_host_peak_without_proc(monkeypatch, tmp_path):
+    monkeypatch.setattr(cost, "CLEAR_REFS", tmp_path / "no" / "clear_refs")
+    monkeypatch.setattr(cost, "STATUS", tmp_path / "no" / "status")
+    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=5000))
+    monkeypatch.setattr(cost.sys, "platform", "linux")
+    assert cost.reset_peak_memory("cpu") is False
+    assert cost.peak_memory("cpu")["host_bytes"] == 5000 * 1024
+    monkeypatch.setattr(cost.sys, "platform", "darwin")
+    assert cost.peak_memory("cpu")["host_bytes"] == 5000
+
+
+@pytest.mark.gpu
+def test_device_peak():
+    if not torch.cuda.is_available():
+        pytest.skip("wants a CUDA device")
+    cost.reset_peak_memory("cuda")
+    before = cost.peak_memory("cuda")["device_bytes"]
+    block = torch.ones(2**26, dtype=torch.uint8, device="cuda")
+    del block
+    assert cost.peak_memory("cuda")["device_bytes"] - before >= 2**26
