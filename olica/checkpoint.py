@@ -19,6 +19,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from .configuration_olica import LayerShape
 from .errors import UsageError
@@ -146,12 +148,19 @@ def read_config(location: Location):
     return config
 
 
+def _hub_revision(location: Location) -> str | None:
+    """The hub's commit whose configuration was read, from its place in the hub's cache; None for local models."""
+    if Path(location.path).is_dir():
+        return None
+    return extract_commit_hash(cached_file(location.path, CONFIG_NAME, local_files_only=True), None)
+
+
 def describe_source(location: Location, config) -> dict:
     """What a record says of a model: its name, where it was read, and the hub's revision if it came from there."""
     return {
         "name": location.name,
         "source": location.gguf_file or location.path,
-        "revision": getattr(config, "_commit_hash", None),
+        "revision": _hub_revision(location),
         "model_type": config.model_type,
     }
 
