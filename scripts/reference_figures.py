@@ -9,7 +9,6 @@ no output. The folder `--reference_dir` holds `smollm2_ids.safetensors`: calibra
 import argparse
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -58,7 +57,13 @@ def measure(reference: dict, ids_file: Path, folder: Path) -> dict:
         "dense_perplexity": perplexity(plain, windows, BATCH_SIZE).value,
     }
     flags = [f"--{name}={value}" for name, value in reference["options"].items()]
-    arguments = [f"--base_model={folder / 'plain'}", f"--datasets={ids_file}", f"--save_dir={folder}", *flags]
+    arguments = [
+        f"--base_model={folder / 'plain'}",
+        f"--datasets={ids_file}",
+        f"--save_dir={folder}",
+        "--overwrite",
+        *flags,
+    ]
     run_command(model_pruning.build_parser(), model_pruning.run, arguments)
     pruned_folder = checkpoint_folder(str(folder), "plain", reference["options"]["sparsity"])
     record = read_pruning_record(pruned_folder)
@@ -92,11 +97,14 @@ def main() -> int:
     """Print both columns, write the record if asked, and end with 1 unless every figure agrees."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference_dir", required=True, type=Path, help="folder of smollm2_ids.safetensors")
+    parser.add_argument(
+        "--work_dir", type=Path, default=Path("reference_run"), help="receives both models (default: reference_run)"
+    )
     parser.add_argument("--output_path", type=Path, help="file of the record (default: none)")
     args = parser.parse_args()
     reference = json.loads((ROOT / "tests/data/reference_smollm2.json").read_text())
-    with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
-        ours = measure(reference, args.reference_dir / "smollm2_ids.safetensors", Path(folder))
+    with torch.inference_mode():
+        ours = measure(reference, args.reference_dir / "smollm2_ids.safetensors", args.work_dir)
     print(f"{'figure':<24}{'released code':>28}{'ours':>28}")
     agreement = {}
     for name, expected in reference["figures"].items():
