@@ -6,8 +6,6 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
-import torch
-
 from olica import checkpoint, cost, records
 from olica.command_line import run_command
 from olica.devices import pick_device
@@ -38,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--limit", type=int, help="only the first so many rows of every task, else all")
     add("--prompt", help=f"text that every model is to continue, greedily, by {PROMPT_TOKENS} tokens")
     add("--data_dir", default="./data", help="folder searched first for texts and for rows of the paper's tasks")
-    add("--seed", type=int, default=0, help="seed of torch; nothing here is random without few-shot examples")
+    add("--seed", type=int, default=0, help="seed of the draw of few-shot examples")
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run; auto: a GPU if there is one")
     add("--batch_size", type=int, default=16, help="windows or prompts that go through the model at a time")
@@ -134,6 +132,8 @@ def print_table(results: dict[str, dict], protocol: str) -> None:
                     f"{r['zero_shot']['tasks'][task][metric]:.4f} +- "
                     f"{r['zero_shot']['tasks'][task].get(metric + '_stderr') or 0:.4f}"
                 )
+    if first.get("zero_shot", {}).get("averages", {}).get("tasks"):
+        rows["mean by the paper's rule, %"] = lambda r: f"{r['zero_shot']['averages']['paper_rule']:.2f}"
     width = max(map(len, rows))
     print(" " * width + "".join(f"{name:>28}" for name in results))
     for name, cell in rows.items():
@@ -147,12 +147,13 @@ def run(args: argparse.Namespace) -> None:
             raise UsageError(f"--{flag} {getattr(args, flag)} must be at least 1")
     if args.ppl == "none" and not args.tasks:
         raise UsageError("--ppl none leaves nothing to measure; give a text, or --tasks")
+    if args.output_path and Path(args.output_path).is_dir():
+        raise UsageError(f"--output_path {args.output_path} is a folder; give the name of a file")
     stages = records.Stages(pick_device(args.device))
     locations = {"pruned" if args.with_dense else "model": find_checkpoint(args)}
     if args.with_dense:
         locations = {"dense": find_dense(args, locations["pruned"])} | locations
     text, origin = (None, None) if args.ppl == "none" else evaluation_text(args.ppl, Path(args.data_dir), flag="--ppl")
-    torch.manual_seed(args.seed)
     results = {name: measure(args, location, text, stages) for name, location in locations.items()}
     now = datetime.now(UTC)
     record = {

@@ -107,6 +107,8 @@ def locate(name: str, flag: str = "--base_model") -> Location:
     if name == PACKAGED_MODEL_NAME:
         file = _packaged_model()
         return Location(name, str(file.parent), flag, file.name)
+    if name in MODEL_NAMES:
+        return Location(name, MODEL_NAMES[name], flag)
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -118,7 +120,7 @@ def locate(name: str, flag: str = "--base_model") -> Location:
         return Location(name, str(path), flag)
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UsageError(f"{flag} {name}: there is no such folder; give a model folder, a .gguf file or a hub id")
-    return Location(name, MODEL_NAMES.get(name, name), flag)
+    return Location(name, name, flag)
 
 
 def read_config(location: Location):
@@ -249,6 +251,8 @@ def checkpoint_folder(save_dir: str, label: str, sparsity: float, recipe: str = 
 
 def check_output(folder: Path, needed_bytes: int, overwrite: bool) -> None:
     """Raise UsageError if `folder` exists and may not be replaced, or the disk has no room for `needed_bytes`."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--save_dir: {folder} is a file; give another --save_dir")
     if folder.exists() and not overwrite:
         raise UsageError(f"--save_dir: {folder} exists already; give --overwrite to replace it, or another --save_dir")
     parent = next(p for p in folder.absolute().parents if p.exists())

@@ -255,6 +255,8 @@ def test_output_is_checked_before_work(tmp_path, monkeypatch):
         check_output(tmp_path / "old", 1000, overwrite=False)
     check_output(tmp_path / "old", 1000, overwrite=True)
     (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="file is a file"):
+        check_output(tmp_path / "file", 1000, overwrite=True)
     with pytest.raises(UsageError, match="not a folder"):
         check_output(tmp_path / "file/new", 1000, overwrite=False)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 5, 5))

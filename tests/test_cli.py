@@ -315,6 +315,7 @@ def test_a_pruned_checkpoint_is_not_pruned_again(here, capsys):
         (["--checkpoint=tiny", "--ppl=rows.jsonl", "--with_dense"], ["--with_dense", "--base_model"]),
         (["--checkpoint=tiny", "--ppl=none", "--tasks=hellaswog"], ["hellaswog", "hellaswag"]),
         (["--checkpoint=tiny", "--ppl=none"], ["--tasks"]),
+        (["--checkpoint=tiny", "--ppl=rows.jsonl", "--output_path=tiny"], ["--output_path tiny", "folder"]),
     ],
 )
 def test_wrong_input_to_evaluation(here, capsys, flags, words):
