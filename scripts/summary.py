@@ -34,7 +34,7 @@ def rows(pruning: dict, evaluation: dict) -> list[tuple[str, str, str]]:
             f"{pruned['parameters']['decoder_layers']:,}",
         ),
         (
-            f"weights on disk ({pruned['dtype']})",
+            f"weights as {pruned['dtype']}",
             f"{dense['weight_bytes'] / 1e6:.1f} MB",
             f"{pruning['weight_bytes_on_disk'] / 1e6:.1f} MB",
         ),

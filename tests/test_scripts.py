@@ -1,0 +1,80 @@
+"""The scripts' own logic, on tiny models."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import torch
+from conftest import make_llama
+
+from olica.command_line import run_command
+from olica.records import EVALUATION_RECORD, PRUNING_RECORD, write_record
+
+ROOT = Path(__file__).parents[1]
+
+
+def load(path: str):
+    """The script at `path` of the repository as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_making_a_model_plain_changes_no_output():
+    grouped = make_llama(num_key_value_heads=2, tie_word_embeddings=True)
+    plain = load("scripts/reference_figures.py").make_plain(grouped)
+    ids = torch.arange(60).view(3, 20)
+    torch.testing.assert_close(plain(ids).logits, grouped(ids).logits)
+    assert plain.config.num_key_value_heads == 4
+    assert plain.lm_head.weight is not plain.model.embed_tokens.weight
+
+
+def test_agreement_with_the_reference_is_strict():
+    agrees = load("scripts/reference_figures.py").agrees
+    assert agrees("pruned_perplexity", 138.953, 139.2) and not agrees("pruned_perplexity", 138.953, 139.5)
+    assert agrees("parameters_after", 5, 5) and not agrees("parameters_after", 5, 6)
+    assert agrees("calibrated_layers", [0, 1], [0, 1]) and not agrees("calibrated_layers", [0, 1], [0, 2])
+    assert agrees("measured_sparsity", 0.198433, 0.1984332) and not agrees("measured_sparsity", 0.198433, 0.1985)
+
+
+def test_summary_prints_what_the_records_say(tmp_path, capsys):
+    def result(value: float, parameters: int) -> dict:
+        return {
+            "perplexity": {"value": value, "standard_error": 0.25, "windows": 40, "seqlen": 128},
+            "parameters": {"total": parameters, "decoder_layers": parameters - 5000},
+            "weight_bytes": 4 * parameters,
+            "dtype": "float32",
+        }
+
+    stages = {"survey": {"minutes": 0.5, "host_bytes": 10**9}, "prune": {"minutes": 1.0, "host_bytes": 2 * 10**9}}
+    write_record(tmp_path / PRUNING_RECORD, {"stages": stages, "weight_bytes_on_disk": 3_600_000})
+    evaluation = {
+        "results": {"dense": result(20.0, 1_000_000), "pruned": result(33.5, 800_000)},
+        "settings": {"ppl": "pydoc"},
+        "stages": {"perplexity a": {"minutes": 0.2}, "perplexity b": {"minutes": 0.1}},
+    }
+    summary = load("scripts/summary.py")
+    assert summary.main(str(tmp_path)) == 2
+    write_record(tmp_path / EVALUATION_RECORD.format(time="20260101T000000Z"), evaluation)
+    assert summary.main(str(tmp_path)) == 0
+    printed = capsys.readouterr().out
+    rows = {line[:48].strip(): line[48:].split() for line in printed.splitlines()}
+    assert rows["perplexity (pydoc, 40 windows of 128)"] == ["20.00", "+-", "0.25", "33.50", "+-", "0.25"]
+    assert rows["parameters"] == ["1,000,000", "800,000"]
+    assert rows["weights as float32"] == ["4.0", "MB", "3.6", "MB"]
+    assert rows["time of the perplexity"] == ["12", "s", "6", "s"]
+    assert rows["time of pruning"] == ["90", "s"] and rows["peak memory of pruning"] == ["2.00", "GB"]
+
+
+def test_forward_speed_records_every_model(tmp_path, capsys):
+    for name, layers in (("big", 3), ("small", 1)):
+        make_llama(num_hidden_layers=layers).save_pretrained(tmp_path / name)
+    script = load("benchmarks/forward_speed.py")
+    flags = ["--dense", f"{tmp_path / 'big'}", "--checkpoints", f"{tmp_path / 'small'}", "--repeats=1"]
+    run_command(script.build_parser(), script.run, [*flags, f"--output_path={tmp_path / 'speed.json'}"])
+    models = json.loads((tmp_path / "speed.json").read_text())["models"]
+    assert list(models) == ["dense", "small"] and models["dense"]["ratio"] == 1
+    assert models["small"]["parameters"]["total"] < models["dense"]["parameters"]["total"]
+    assert models["small"]["weight_bytes_on_disk"] == (tmp_path / "small/model.safetensors").stat().st_size
+    assert "small" in capsys.readouterr().out
