@@ -121,7 +121,7 @@ class Moments:
 
     def __getitem__(self, statistic: Statistic) -> Tensor:
         if statistic.kind == "diagonal" and statistic not in self._sums:
-            return self._sums[full(statistic.tap)].diagonal()
+            return self._sums[full(statistic.tap)].diagonal().double()
         return self._sums[statistic]
 
     def not_finite(self) -> list[str]:

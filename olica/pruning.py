@@ -87,9 +87,9 @@ def expected_memory(
     states = samples * seqlen * hidden * itemsize
     working = 2 * layer + sums + max(activations, solve)
     on_gpu = options.device.type == "cuda"
-    host = INTERPRETER_BYTES + total * itemsize
-    host += (0 if on_gpu else working) + (2 * states if options.cache_device.type == "cpu" else 0)
-    device = working + (2 * states if options.cache_device.type == "cuda" else 0)
+    on_host = options.cache_device.type == "cpu"
+    host = INTERPRETER_BYTES + total * itemsize + (states if on_host else 0) + (0 if on_gpu else working)
+    device = working + (0 if on_host else states)
     return {"host_bytes": host, "device_bytes": device if on_gpu else None}
 
 
