@@ -1,14 +1,16 @@
 """Prune a LLaMA-like checkpoint layer by layer, without retraining, and save it."""
 
 import argparse
+import math
 import sys
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from os.path import expanduser
 from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from olica import LayerShape, checkpoint, cost, records
+from olica import LayerShape, checkpoint, cost, model_source, records
 from olica.allocation import (
     Sparsities,
     allocate,
@@ -17,7 +19,7 @@ from olica.allocation import (
     planned_parameters,
     with_calibration,
 )
-from olica.calibration import CalibrationSet, build_calibration_set
+from olica.calibration import CalibrationSet, build_calibration_set, calibration_shape
 from olica.command_line import run_command
 from olica.devices import pick_device
 from olica.errors import UsageError
@@ -36,11 +38,21 @@ def build_parser() -> argparse.ArgumentParser:
     """The flags of the released code, with its defaults, and ours."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("model").add_argument
-    add("--base_model", default="7b", help="name (7b, llama2-7b, smollm2, ...), hub id, folder or .gguf file")
-    add("--dtype", default="auto", choices=["auto", *checkpoint.DTYPES], help="to run and save in; auto: as stored")
+    add(
+        "--base_model",
+        default="7b",
+        type=expanduser,
+        help="name (7b, llama2-7b, smollm2, ...), hub id, folder or .gguf file",
+    )
+    add("--dtype", default="auto", choices=["auto", *model_source.DTYPES], help="to run and save in; auto: as stored")
     add = parser.add_argument_group("calibration set").add_argument
     add("--datasets", default="bookcorpus+alpaca", help="texts joined by +: names or paths; or one token file")
-    add("--data_dir", default="./data", help="folder searched first for named texts; drawn tokens are kept there")
+    add(
+        "--data_dir",
+        default="./data",
+        type=expanduser,
+        help="folder searched first for named texts; drawn tokens are kept there",
+    )
     add("--num_samples", type=int, default=128, help="samples drawn from each text")
     add("--seqlen", type=int, default=128, help="tokens per sample")
     add("--seed", type=int, default=0, help="seed of the draw")
@@ -57,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--cache_dev", default="auto", choices=devices, help="where hidden states live; auto: where layers run")
     add("--batch_size", type=int, default=16, help="samples that go through a layer at a time")
     add = parser.add_argument_group("output").add_argument
-    add("--save_dir", default="./pruned_models", help="folder that receives the checkpoint's folder")
+    add("--save_dir", default="./pruned_models", type=expanduser, help="folder that receives the checkpoint's folder")
     add("--overwrite", action="store_true", help="replace an existing checkpoint")
     add("--dry_run", action="store_true", help="print sizes, parameters and expected memory, then stop")
     return parser
@@ -67,13 +79,14 @@ def check_numbers(args: argparse.Namespace) -> None:
     """Raise UsageError for a number that no model could satisfy."""
     if not 0 <= args.sparsity < 1:
         raise UsageError(f"--sparsity {args.sparsity:g} is outside [0, 1): it is the share of parameters to remove")
-    if args.k <= 0:
-        raise UsageError(f"--k {args.k:g} must be above 0: it is a ratio of shares")
-    if args.percdamp <= 0:
-        raise UsageError(f"--percdamp {args.percdamp:g} must be above 0: without a penalty the fit may be singular")
-    for flag in ("num_samples", "seqlen", "batch_size"):
-        if getattr(args, flag) < 1:
-            raise UsageError(f"--{flag} {getattr(args, flag)} must be at least 1")
+    if not 0 < args.k < math.inf:
+        raise UsageError(f"--k {args.k:g} must be a number above 0: it is a ratio of shares")
+    if not 0 < args.percdamp < math.inf:
+        raise UsageError(f"--percdamp {args.percdamp:g} must be a number above 0: without it the fit may be singular")
+    if not 0 < args.ratio <= 1:
+        raise UsageError(f"--ratio {args.ratio:g} is outside (0, 1]: it is a share of the hidden size")
+    if args.batch_size < 1:
+        raise UsageError(f"--batch_size {args.batch_size} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -81,7 +94,7 @@ class Job:
     """All that is decided before a weight is read."""
 
     recipe: Recipe
-    location: checkpoint.Location
+    location: model_source.Location
     config: PreTrainedConfig
     options: PruningOptions
     plan: list[LayerShape]
@@ -98,11 +111,12 @@ def make_options(
     """What the recipe leaves open, checked against the model."""
     check_mlp_num(args.mlp_num, config.num_hidden_layers, recipe)
     device = pick_device(args.device)
+    # With every channel left there is no residual to restore.
+    mlp_num = args.mlp_num if plan[0].intermediate_size < config.intermediate_size else 0
     return PruningOptions(
         percdamp=args.percdamp,
-        # With every channel left there is no residual to restore.
-        mlp_num=args.mlp_num if plan[0].intermediate_size < config.intermediate_size else 0,
-        calibration_rank=calibration_rank(config, args.ratio),
+        mlp_num=mlp_num,
+        calibration_rank=calibration_rank(config, args.ratio) if mlp_num else 0,
         batch_size=args.batch_size,
         device=device,
         cache_device=device if args.cache_dev == "auto" else pick_device(args.cache_dev, "--cache_dev"),
@@ -120,17 +134,17 @@ def prepare(args: argparse.Namespace) -> Job:
     """Check all that can be checked without weights, and plan."""
     check_numbers(args)
     recipe = RECIPES[args.recipe]
-    location = checkpoint.locate(args.base_model)
-    config = checkpoint.read_config(location)
-    checkpoint.refuse_pruned(config, location)
-    check_seqlen(args.seqlen, config)
-    total = checkpoint.count_dense_parameters(config)
+    location = model_source.locate(args.base_model)
+    config = model_source.read_config(location)
+    model_source.refuse_pruned(config, location)
+    ids_shape = calibration_shape(args.datasets, args.num_samples, args.seqlen)
+    check_seqlen(ids_shape[1], config)
+    total = model_source.count_dense_parameters(location, config)
     plan, sparsities = allocate(recipe, config, total, args.sparsity, args.k)
     options = make_options(args, config, recipe, plan)
     # Which layers are calibrated is not known yet, but all corrections have one size.
     sized = with_calibration(plan, list(range(options.mlp_num)), options.calibration_rank)
-    bytes_per_weight = checkpoint.bytes_per_weight(location, config, args.dtype)
-    expected_ids = (args.num_samples * len(args.datasets.split("+")), args.seqlen)
+    bytes_per_weight = model_source.bytes_per_weight(location, config, args.dtype)
     return Job(
         recipe=recipe,
         location=location,
@@ -140,7 +154,7 @@ def prepare(args: argparse.Namespace) -> Job:
         sparsities=sparsities,
         parameters={"before": total, "planned": planned_parameters(config, total, sized)},
         bytes_per_weight=bytes_per_weight,
-        memory=expected_memory(config, total, options, expected_ids, bytes_per_weight),
+        memory=expected_memory(config, total, options, ids_shape, bytes_per_weight),
         folder=checkpoint.checkpoint_folder(args.save_dir, location.label, args.sparsity, recipe.name),
     )
 
@@ -160,8 +174,8 @@ def print_plan(job: Job) -> None:
 
 
 def draw_calibration_set(args: argparse.Namespace, tokenizer, config: PreTrainedConfig) -> CalibrationSet:
-    """The calibration set, checked against the positions that the model knows."""
-    calibration = build_calibration_set(
+    """The calibration set that the flags describe."""
+    return build_calibration_set(
         args.datasets,
         tokenizer,
         num_samples=args.num_samples,
@@ -171,17 +185,15 @@ def draw_calibration_set(args: argparse.Namespace, tokenizer, config: PreTrained
         cache_dir=Path(args.data_dir) / "calibration",
         vocab_size=config.vocab_size,
     )
-    check_seqlen(calibration.ids.shape[1], config)
-    return calibration
 
 
 def prune_and_save(args: argparse.Namespace, job: Job, stages: records.Stages) -> dict:
     """Draw the calibration set, survey, prune and save; returns the record, which lies beside the checkpoint."""
     with stages.stage("calibration set"):
-        tokenizer = checkpoint.read_tokenizer(job.location)
+        tokenizer = model_source.read_tokenizer(job.location)
         calibration = draw_calibration_set(args, tokenizer, job.config)
     with stages.stage("read model"):
-        model = checkpoint.read_model(job.location, args.dtype)
+        model = model_source.read_model(job.location, args.dtype)
     dense, decoder = cost.count_parameters(model), model.get_decoder()
     with stages.stage("survey"):
         survey = survey_layers(decoder, calibration.ids, job.plan, job.recipe, job.options)
@@ -193,7 +205,7 @@ def prune_and_save(args: argparse.Namespace, job: Job, stages: records.Stages) -
         "kind": "pruning",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": vars(args),
-        "model": checkpoint.describe_source(job.location, job.config),
+        "model": model_source.describe_source(job.location, job.config),
         "calibration": {**vars(calibration), "ids": list(calibration.ids.shape)},
         "shares_removed": asdict(job.sparsities),
         "plan": [shape.to_dict() for shape in plan],

@@ -14,10 +14,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import olica  # noqa: E402, F401
-from olica.checkpoint import locate, read_model  # noqa: E402
 from olica.command_line import run_command  # noqa: E402
 from olica.cost import count_parameters, folder_weight_bytes, forward_latency, weight_bytes  # noqa: E402
 from olica.devices import pick_device  # noqa: E402
+from olica.errors import UsageError  # noqa: E402
+from olica.model_source import DTYPES, locate, read_model  # noqa: E402
 from olica.records import environment, write_record  # noqa: E402
 
 
@@ -28,8 +29,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dense", required=True, help="dense model: name, hub id, folder or .gguf file")
     parser.add_argument("--checkpoints", required=True, nargs="+", help="folders of pruned checkpoints")
-    parser.add_argument("--dtype", default="auto", help="dtype to run in; auto: as stored")
-    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
+    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="dtype to run in; auto: as stored")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run")
     parser.add_argument("--batch_size", type=int, default=8, help="sequences in a forward pass")
     parser.add_argument("--seqlen", type=int, default=128, help="tokens per sequence")
     parser.add_argument("--repeats", type=int, default=9, help="counted forward passes of each model")
@@ -40,9 +41,11 @@ def build_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     """Read the models, time them, print a table and write the record."""
     device = pick_device(args.device)
+    if min(args.batch_size, args.seqlen, args.repeats) < 1:
+        raise UsageError("--batch_size, --seqlen and --repeats must be at least 1")
     models = {"dense": read_model(locate(args.dense, "--dense"), args.dtype).to(device)}
     for folder in args.checkpoints:
-        models[Path(folder).name] = read_model(locate(folder, "--checkpoints"), args.dtype).to(device)
+        models[folder] = read_model(locate(folder, "--checkpoints"), args.dtype).to(device)
     vocabulary = models["dense"].config.vocab_size
     ids = torch.randint(vocabulary, (args.batch_size, args.seqlen), generator=torch.Generator().manual_seed(0))
     timed = forward_latency(models, ids, args.repeats)
@@ -55,11 +58,11 @@ def run(args: argparse.Namespace) -> None:
             "weight_bytes_on_disk": folder_weight_bytes(folder) if folder else None,
         }
     print(f"forward pass of {args.batch_size} x {args.seqlen} tokens, median of {args.repeats}, {device.type}")
-    print(f"{'model':<28}{'parameters':>14}{'decoder layers':>16}{'weights MB':>12}{'seconds':>9}{'ratio':>7}")
+    print(f"{'model':<40}{'parameters':>14}{'decoder layers':>16}{'weights MB':>12}{'seconds':>9}{'ratio':>7}")
     for name, row in rows.items():
         total, layers = row["parameters"]["total"], row["parameters"]["decoder_layers"]
         size = row["weight_bytes"] / 1e6
-        print(f"{name:<28}{total:>14,}{layers:>16,}{size:>12.1f}{row['median_s']:>9.3f}{row['ratio']:>7.3f}")
+        print(f"{name:<40}{total:>14,}{layers:>16,}{size:>12.1f}{row['median_s']:>9.3f}{row['ratio']:>7.3f}")
     if args.output_path:
         settings = {name: str(value) for name, value in vars(args).items()}
         write_record(

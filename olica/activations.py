@@ -67,11 +67,13 @@ def record_layer_calls(
         Hidden states (N, T, D) that enter the first layer, and for each layer the keyword arguments of a call with one
         sample: leading dimensions of 1, which broadcast over any batch.
     """
-    embedding_device = model.embed_tokens.weight.device
+    embedding = model.embed_tokens.weight
+    hidden = torch.empty(*calibration_ids.shape, embedding.shape[1], dtype=embedding.dtype, device=cache_device)
     with _pass_through(model.layers) as (inputs, calls):
-        for sample in calibration_ids.split(1):
-            model(sample.to(embedding_device), use_cache=False)
-    return torch.cat(inputs).to(cache_device), _to_device(calls, device)
+        for row, sample in zip(hidden, calibration_ids.split(1), strict=True):
+            model(sample.to(embedding.device), use_cache=False)
+            row.copy_(inputs.pop()[0])
+    return hidden, _to_device(calls, device)
 
 
 def layer_outputs(layer: nn.Module, hidden: Tensor, call: dict, batch_size: int) -> Iterator[tuple[slice, Tensor]]:

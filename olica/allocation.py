@@ -160,13 +160,11 @@ def _largest_possible(attempt: Callable, below: float) -> float:
 
 
 def calibration_rank(config, ratio: float) -> int:
-    """Rank of a linear correction, a share `ratio` of the hidden size rounded down (paper, section 4.1).
+    """Rank of a linear correction, a share `ratio` in (0, 1] of the hidden size, rounded down (paper, section 4.1).
 
     Raises:
-        UsageError: the ratio is outside (0, 1] or leaves no rank.
+        UsageError: the ratio leaves no rank.
     """
-    if not 0 < ratio <= 1:
-        raise UsageError(f"--ratio {ratio:g} is outside (0, 1]: it is a share of the hidden size")
     rank = int(ratio * config.hidden_size)
     if rank < 1:
         raise UsageError(

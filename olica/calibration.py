@@ -90,8 +90,13 @@ def build_calibration_set(
     if _is_token_file(names[0]):
         found = read_token_file(Path(names[0]))
     else:
+        _check_numbers(num_samples, seqlen)
+        if tokenizer is None:
+            raise UsageError(
+                f"--datasets {datasets} is text, but --base_model has no tokenizer to read it with: "
+                "add one, or give a token file (.safetensors with calibration_ids)"
+            )
         request = _Request(num_samples, seqlen, seed)
-        _check_request(request, tokenizer, datasets)
         sources = [read_rows(name, "train", data_dir) for name in names]
         found = _draw_or_reuse(sources, tokenizer, request, cache_dir)
     lowest, highest = int(found.ids.min()), int(found.ids.max())
@@ -101,6 +106,18 @@ def build_calibration_set(
             f"ends at {vocab_size - 1}: use the tokenizer of --base_model, or a token file made with it"
         )
     return found
+
+
+def calibration_shape(datasets: str, num_samples: int, seqlen: int) -> tuple[int, int]:
+    """The (N, T) that `build_calibration_set` will give, without reading any text.
+
+    Raises UsageError for wrong numbers where they count, that is without a token file, or an unreadable one.
+    """
+    names = _split_sources(datasets)
+    if _is_token_file(names[0]):
+        return tuple(read_token_file(Path(names[0])).ids.shape)
+    _check_numbers(num_samples, seqlen)
+    return num_samples * len(names), seqlen
 
 
 def format_prompt(row: dict) -> str:
@@ -169,16 +186,11 @@ def _with_record(path: Path, ids: torch.Tensor, metadata: dict[str, str]) -> Cal
     return CalibrationSet(ids, sources, token_hash, tokenizer)
 
 
-def _check_request(request: _Request, tokenizer: PreTrainedTokenizerBase | None, datasets: str) -> None:
-    if tokenizer is None:
-        raise UsageError(
-            f"--datasets {datasets} is text, but --base_model has no tokenizer to read it with: "
-            "add one, or give a token file (.safetensors with calibration_ids)"
-        )
-    if request.num_samples < 1:
-        raise UsageError(f"--num_samples is {request.num_samples}: give 1 or more")
-    if request.seqlen < 2:
-        raise UsageError(f"--seqlen is {request.seqlen}: give 2 or more")
+def _check_numbers(num_samples: int, seqlen: int) -> None:
+    if num_samples < 1:
+        raise UsageError(f"--num_samples is {num_samples}: give 1 or more")
+    if seqlen < 2:
+        raise UsageError(f"--seqlen is {seqlen}: give 2 or more")
 
 
 def _is_token_file(name: str) -> bool:
@@ -187,7 +199,7 @@ def _is_token_file(name: str) -> bool:
 
 def _split_sources(datasets: str) -> list[str]:
     """The sources between the plus signs, unless the whole is an existing path."""
-    names = [name.strip() for name in datasets.split("+")]
+    names = [os.path.expanduser(name.strip()) for name in datasets.split("+")]
     if not all(names):
         raise UsageError(f"--datasets {datasets!r} has an empty source: join names or paths with one +")
     if len(names) == 1 or Path(datasets).exists():
@@ -243,10 +255,11 @@ def _draw_windows(
             if index in tried:
                 continue
             tried.add(index)
-            tokens = tokenizer(_row_text(rows, index), verbose=False)["input_ids"]
+            text, is_prompt = _row_text(rows, index)
+            tokens = tokenizer(text, verbose=False)["input_ids"]
             if len(tokens) < request.seqlen:
                 continue
-            start = 0 if rows.is_prompt else rng.randint(0, len(tokens) - request.seqlen)
+            start = 0 if is_prompt else rng.randint(0, len(tokens) - request.seqlen)
             windows.append(tokens[start : start + request.seqlen])
             bar.update()
     logger.info("%s: %d of %d tried rows accepted", rows.name, len(windows), len(tried))
@@ -255,12 +268,12 @@ def _draw_windows(
     return windows, record | {"acceptance_rate": len(windows) / len(tried)}
 
 
-def _row_text(rows: Rows, index: int) -> str:
-    """A row as the text to tokenise; one without prose or instruction is the empty text."""
+def _row_text(rows: Rows, index: int) -> tuple[str, bool]:
+    """A row as the text to tokenise, empty where it has none, and whether it is a prompt."""
     row = rows.table[index]
-    if rows.is_prompt:
-        return format_prompt(row) if row["instruction"] else ""
-    return row[rows.text_field] or ""
+    if rows.has_prompts and row["instruction"]:
+        return format_prompt(row), True
+    return (row[rows.text_field] if rows.text_field else None) or "", False
 
 
 def _too_few(rows: Rows, request: _Request, accepted: int, tried: int) -> UsageError:

@@ -26,6 +26,9 @@ def run_command(
         run(args)
     except UsageError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        parser.exit(2, f"{parser.prog}: error: {place}{error.strerror or error}; give another file or folder\n")
     except torch.OutOfMemoryError:
         parser.exit(2, f"{parser.prog}: error: out of GPU memory; lower --batch_size (pruning: or --cache_dev cpu)\n")
     return 0

@@ -8,6 +8,8 @@ import importlib.util
 import json
 import math
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from olica.errors import UsageError
+from .errors import UsageError
 
 # The metric that the paper's tables print, by task. Its text does not say so: its dense means (66.09 for
 # LLaMA-7B) only work out this way.
@@ -103,16 +105,17 @@ def perplexity(model: PreTrainedModel, windows: torch.Tensor, batch_size: int) -
     treats the windows as independent: value * std(window means) / sqrt(W), by the delta method.
     Raises UsageError if the result is not a finite number.
     """
-    means = []
-    batches = windows.split(batch_size)
-    for batch in tqdm(batches, desc="Perplexity", unit="batch"):
+    # Filled in place: small tensors kept from between the large ones would pin the allocator's freed memory.
+    nll = torch.empty(len(windows), dtype=torch.float64, device=model.device)  # nats per window
+    start = 0
+    for batch in tqdm(windows.split(batch_size), desc="perplexity", unit="batch"):
         ids = batch.to(model.device)
         logits = model(ids, use_cache=False).logits  # (B, T, V)
         # One window at a time: the float32 copy of a whole batch's logits would be the largest tensor of all.
-        means += [
-            cross_entropy(row[:-1].float(), targets[1:]) for row, targets in zip(logits, ids, strict=True)
-        ]
-    nll = torch.stack(means).double().cpu()  # (W,)
+        for index, (row, targets) in enumerate(zip(logits, ids, strict=True), start):
+            nll[index] = cross_entropy(row[:-1].float(), targets[1:])
+        start += len(batch)
+    nll = nll.cpu()
     value = nll.mean().exp().item()
     if not math.isfinite(value):
         raise UsageError(
@@ -144,7 +147,7 @@ def zero_shot(
     Raises UsageError if lm-eval is missing, a task is unknown, or shots are asked of a local file.
     """
     harness = _import_harness()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _explained(tasks, data_dir):
         local = local_tasks(data_dir, folder) if data_dir else []
         manager = _task_manager(tasks, local, folder, num_fewshot)
         results = harness.simple_evaluate(
@@ -164,6 +167,32 @@ def zero_shot(
         "limit": limit,
         **HARNESS_SETTINGS,
     }
+
+
+def check_tasks(tasks: list[str], *, num_fewshot: int | None, data_dir: str | Path | None) -> None:
+    """Read the rows of `tasks`, so that what is wrong with them is told before any model is read.
+
+    Raises UsageError as `zero_shot` does.
+    """
+    _import_harness()
+    with tempfile.TemporaryDirectory() as folder, _explained(tasks, data_dir):
+        local = local_tasks(data_dir, folder) if data_dir else []
+        _task_manager(tasks, local, folder, num_fewshot).load(tasks)
+
+
+@contextmanager
+def _explained(tasks: list[str], data_dir: str | Path | None) -> Iterator[None]:
+    """Turn any failure of the harness into a UsageError; running out of memory is not one of the tasks' faults."""
+    try:
+        yield
+    except (UsageError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(
+            f"--tasks {','.join(tasks)}: lm-eval cannot score them ({reason}); without a hub their rows must lie in "
+            f"--data_dir {data_dir}, whole and in the hub's fields"
+        ) from error
 
 
 def local_tasks(data_dir: str | Path, folder: str | Path) -> list[str]:

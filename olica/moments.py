@@ -94,28 +94,38 @@ class Moments:
         """Add a batch: for every name in `taps` its activations (..., f), the same tokens in each."""
         flat = {tap: activations[tap].flatten(0, -2).float() for tap in self.taps}  # (n, f)
         for statistic in self.statistics:
-            added = self._batch_sum(statistic, flat)
-            if statistic in self._sums:
-                self._sums[statistic] += added
-            else:
-                self._sums[statistic] = added
+            x, y = flat[statistic.tap], flat.get(statistic.other)
+            if statistic not in self._sums:
+                self._sums[statistic] = self._empty_sum(statistic, x, y)
+            self._add(statistic, self._sums[statistic], x, y)
         if flat:
             self.count += len(next(iter(flat.values())))
 
-    def _batch_sum(self, statistic: Statistic, flat: dict[str, Tensor]) -> Tensor:
-        x = flat[statistic.tap]
+    def _empty_sum(self, statistic: Statistic, x: Tensor, y: Tensor | None) -> Tensor:
+        width = x.shape[-1]
+        head = width // self.num_heads
+        shapes = {
+            "full": (width, width),
+            "per_head": (self.num_heads, head, head),
+            "cross": (width, None if y is None else y.shape[-1]),
+        }
+        if statistic.kind in shapes:
+            return x.new_zeros(shapes[statistic.kind])
+        return x.new_zeros(width, dtype=torch.float64)  # vectors are cheap to sum in double precision
+
+    def _add(self, statistic: Statistic, summed: Tensor, x: Tensor, y: Tensor | None) -> None:
         match statistic.kind:
             case "sum":
-                return x.sum(0).double()
+                summed += x.sum(0)
             case "diagonal":
-                return x.square().sum(0).double()
+                summed += x.square().sum(0)
             case "full":
-                return x.T @ x
+                summed.addmm_(x.T, x)
             case "per_head":
                 heads = x.unflatten(-1, (self.num_heads, -1)).transpose(0, 1)  # (H, n, d)
-                return heads.mT @ heads
+                summed.baddbmm_(heads.mT, heads)
             case "cross":
-                return x.T @ flat[statistic.other]
+                summed.addmm_(x.T, y)
             case kind:
                 raise ValueError(f"unknown kind of statistic: {kind}")
 

@@ -5,6 +5,7 @@ N samples, T tokens, D hidden size
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -113,6 +114,18 @@ def _mean_correlation(sums, ridge: float) -> float:
     return multiple_correlation(sums, ridge_regression(sums, ridge)).mean().item()
 
 
+@contextmanager
+def _regularised(percdamp: float, index: int) -> Iterator[None]:
+    """Tell the user of a fit that the ridge is too weak for."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:
+        raise UsageError(
+            f"--percdamp {percdamp:g} is too small for the calibration set: in layer {index} the fit is singular; "
+            "raise it, or --num_samples"
+        ) from error
+
+
 def _check_finite(moments: Moments, index: int) -> None:
     overflown = moments.not_finite()
     if overflown:
@@ -146,7 +159,8 @@ def survey_layers(
         correlation = None
         if ranking:
             sums = recipe.survey_regression(recipe, layer.mlp, moments, shapes[index])
-            correlation = _mean_correlation(sums, _ridge(recipe, options, moments, calibration_ids.shape))
+            with _regularised(options.percdamp, index):
+                correlation = _mean_correlation(sums, _ridge(recipe, options, moments, calibration_ids.shape))
         basis = recipe.value_basis(layer, moments, *heads)
         survey.append(LayerSurvey(correlation, basis.cpu()))
     return survey
@@ -210,7 +224,8 @@ def prune_layers(
         _check_finite(moments, index)
         basis = survey[index].value_basis
         weights = _compress_attention(layer, moments, shape, basis, recipe, config)
-        weights |= _compress_feed_forward(layer, moments, shape, recipe, options, calibration_ids.shape)
+        with _regularised(options.percdamp, index):
+            weights |= _compress_feed_forward(layer, moments, shape, recipe, options, calibration_ids.shape)
         _replace_weights(layer, config, shape, weights)
         if not recipe.dense_stream and index + 1 < len(plan):
             propagate(layer, hidden, calls[index], options.batch_size)

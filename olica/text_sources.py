@@ -88,7 +88,9 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one split; `text_field` is the column that holds prose, None where the rows are prompts.
+    """The rows of one split, a row with an instruction being a prompt and any other prose.
+
+    `text_field` is the column of the prose, if there is one; `has_prompts` tells whether any row is a prompt.
 
     `origin` is for the record; `fingerprint` follows the content.
     """
@@ -98,11 +100,7 @@ class Rows:
     fingerprint: str
     table: datasets.Dataset
     text_field: str | None
-
-    @property
-    def is_prompt(self) -> bool:
-        """Whether a row is an instruction with its output rather than prose."""
-        return self.text_field is None
+    has_prompts: bool
 
 
 def read_rows(source: str, split: str, data_dir: Path | None, *, flag: str = "--datasets") -> Rows:
@@ -128,7 +126,7 @@ def evaluation_text(source: str, data_dir: Path | None, *, flag: str = "--datase
     This is the text of the paper's perplexity. Raises UsageError as `read_rows` does, and for prompts.
     """
     rows = read_rows(source, "test", data_dir, flag=flag)
-    if rows.is_prompt:
+    if rows.has_prompts:
         raise UsageError(f"{flag} names {rows.origin}, which holds prompts: give prose, with a column text")
     return "\n\n".join(text or "" for text in rows.table[rows.text_field]), rows.origin
 
@@ -140,7 +138,7 @@ def _pydoc_rows(split: str, flag: str) -> Rows:
     passages = pydoc_passages(topics, split)
     fingerprint = hashlib.sha256("\0".join(passages).encode()).hexdigest()
     origin = f"CPython {platform.python_version()} pydoc_data.topics"
-    return Rows(PYDOC, origin, fingerprint, datasets.Dataset.from_dict({"text": passages}), "text")
+    return Rows(PYDOC, origin, fingerprint, datasets.Dataset.from_dict({"text": passages}), "text", False)
 
 
 def _named_rows(name: str, split: str, data_dir: Path | None, flag: str) -> Rows:
@@ -158,7 +156,7 @@ def _named_rows(name: str, split: str, data_dir: Path | None, flag: str) -> Rows
         table = datasets.load_dataset(**source.hub, data_files=data_files, split=hub_split)
     place = f"{source.hub['path']}@{source.hub.get('revision', 'main')}"
     origin = " ".join(filter(None, [place, source.hub.get("name"), files, hub_split]))
-    return Rows(name, origin, table._fingerprint, table, _text_field(table, origin))
+    return Rows(name, origin, table._fingerprint, table, *_columns(table, origin))
 
 
 def _local_copy(name: str, split: str, data_dir: Path, flag: str) -> Path | None:
@@ -206,7 +204,7 @@ def _path_rows(name: str, path: Path, saved_splits: tuple[str, ...], row_of_line
         fingerprint, table = _load_file(path, row_of_line)
     if not len(table):
         raise UsageError(f"{path} holds no rows: give a file or folder with at least one")
-    return Rows(name, str(path), fingerprint, table, _text_field(table, str(path)))
+    return Rows(name, str(path), fingerprint, table, *_columns(table, str(path)))
 
 
 def _load_folder(path: Path, saved_splits: tuple[str, ...]) -> tuple[Path, datasets.Dataset]:
@@ -244,21 +242,21 @@ def _load_file(path: Path, row_of_line: Callable | None) -> tuple[str, datasets.
     return fingerprint, table
 
 
-def _text_field(table: datasets.Dataset, origin: str) -> str | None:
-    """The column that holds prose, None where the rows are prompts."""
+def _columns(table: datasets.Dataset, origin: str) -> tuple[str | None, bool]:
+    """The column that holds prose, if there is one, and whether any row is a prompt."""
     columns = table.column_names
     prose = next((name for name in ("text", "sentence") if name in columns), None)
-    is_prompt = {"instruction", "output"} <= set(columns) and any(table["instruction"])
-    if not is_prompt and not prose:
+    has_prompts = {"instruction", "output"} <= set(columns) and any(table["instruction"])
+    if not has_prompts and not prose:
         raise UsageError(
             f"{origin} has the columns {', '.join(columns)}: "
             "prose needs a column text or sentence, prompts need instruction and output"
         )
-    for name in ("instruction", "output") if is_prompt else (prose,):
+    for name in filter(None, [*(("instruction", "output") if has_prompts else ()), prose]):
         kind = getattr(table.features[name], "dtype", "list")
         if kind not in ("string", "large_string"):
             raise UsageError(f"{origin} has a column {name} of {kind}: make it one string a row")
-    return None if is_prompt else prose
+    return prose, has_prompts
 
 
 @contextmanager

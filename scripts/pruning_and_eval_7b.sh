@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # LLaMA-7B at 20 % of Table 2: the paper prints perplexity 15.35 (128 tokens) and a mean accuracy of 64.54 %,
-# 413 s of pruning. Not run by us yet. Variables: MODEL, SPARSITY, SAVE_DIR, DATA_DIR.
+# 413 s and 3 GB of GPU memory. Not run by us yet. Variables: MODEL, SPARSITY, SAVE_DIR, DATA_DIR, PYTHON.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 MODEL=${MODEL:-7b}
 SPARSITY=${SPARSITY:-0.2}
 SAVE_DIR=${SAVE_DIR:-./pruned_models}
 DATA_DIR=${DATA_DIR:-./data}
+PYTHON=${PYTHON:-.venv/bin/python}  # made by scripts/install.sh
 
-python model_pruning.py \
+"$PYTHON" model_pruning.py \
     --base_model "$MODEL" \
     --datasets bookcorpus+alpaca \
     --num_samples 128 \
@@ -21,7 +22,7 @@ python model_pruning.py \
     --data_dir "$DATA_DIR" \
     --save_dir "$SAVE_DIR"
 
-python model_evaluate.py \
+"$PYTHON" model_evaluate.py \
     --base_model "$MODEL" \
     --sparsity "$SPARSITY" \
     --tasks openbookqa,arc_easy,winogrande,hellaswag,arc_challenge,piqa,boolq \

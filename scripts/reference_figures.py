@@ -20,9 +20,10 @@ sys.path.insert(0, str(ROOT))
 
 import model_pruning  # noqa: E402
 import olica  # noqa: E402, F401
-from olica.checkpoint import checkpoint_folder, locate, read_model  # noqa: E402
+from olica.checkpoint import checkpoint_folder  # noqa: E402
 from olica.command_line import run_command  # noqa: E402
 from olica.evaluation import perplexity  # noqa: E402
+from olica.model_source import locate, read_model  # noqa: E402
 from olica.records import read_pruning_record, write_record  # noqa: E402
 
 BATCH_SIZE = 16

@@ -4,6 +4,7 @@ python scripts/summary.py pruned_models/smollm2_sparsity-0.2
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -17,28 +18,28 @@ def rows(pruning: dict, evaluation: dict) -> list[tuple[str, str, str]]:
 
     def perplexity(result: dict) -> str:
         measured = result["perplexity"]
-        return f"{measured['value']:.2f} +- {measured['standard_error']:.2f}"
+        error = measured["standard_error"]
+        return f"{measured['value']:.2f}" + ("" if error is None else f" +- {error:.2f}")
 
-    def seconds(stage: str) -> list[str]:
-        taken = [row["minutes"] * 60 for name, row in evaluation["stages"].items() if name.startswith(stage)]
-        return [f"{value:.0f} s" for value in taken]
+    def megabytes(size: int | None) -> str:
+        return "hub" if size is None else f"{size / 1e6:.1f} MB"
 
-    protocol = f"{evaluation['settings']['ppl']}, {dense['perplexity']['windows']} windows"
+    def seconds(name: str) -> str:
+        return f"{evaluation['stages'][name]['minutes'] * 60:.0f} s"
+
+    def both(cell: Callable[[dict], str]) -> tuple[str, str]:
+        return cell(dense), cell(pruned)
+
+    measured = dense["perplexity"]
+    protocol = f"{evaluation['settings']['ppl']}, {measured['windows']} windows of {measured['seqlen']}"
     stages = pruning["stages"].values()
     return [
-        (f"perplexity ({protocol} of {dense['perplexity']['seqlen']})", perplexity(dense), perplexity(pruned)),
-        ("parameters", f"{dense['parameters']['total']:,}", f"{pruned['parameters']['total']:,}"),
-        (
-            "parameters of the decoder layers",
-            f"{dense['parameters']['decoder_layers']:,}",
-            f"{pruned['parameters']['decoder_layers']:,}",
-        ),
-        (
-            f"weights as {pruned['dtype']}",
-            f"{dense['weight_bytes'] / 1e6:.1f} MB",
-            f"{pruning['weight_bytes_on_disk'] / 1e6:.1f} MB",
-        ),
-        ("time of the perplexity", *seconds("perplexity")),
+        (f"perplexity ({protocol})", *both(perplexity)),
+        ("parameters", *both(lambda r: f"{r['parameters']['total']:,}")),
+        ("parameters of the decoder layers", *both(lambda r: f"{r['parameters']['decoder_layers']:,}")),
+        (f"weights as {pruned['dtype']}", *both(lambda r: megabytes(r["weight_bytes"]))),
+        ("weight files on disk", *both(lambda r: megabytes(r["file_bytes"]))),
+        ("time of the perplexity", seconds("dense: perplexity"), seconds("pruned: perplexity")),
         ("time of pruning", "", f"{sum(row['minutes'] for row in stages) * 60:.0f} s"),
         ("peak memory of pruning", "", f"{max(row['host_bytes'] for row in stages) / 1e9:.2f} GB"),
     ]

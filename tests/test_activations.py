@@ -37,6 +37,11 @@ def test_recording_calls_leaves_the_model_as_it_was(ids):
     assert all("forward" not in vars(layer) for layer in model.model.layers)
 
 
+def test_hidden_states_live_where_they_are_told(ids):
+    hidden, _ = record_layer_calls(make_llama().model, ids, torch.device("meta"), CPU)
+    assert hidden.device.type == "meta" and hidden.shape == (5, 12, 64)
+
+
 @torch.no_grad()
 def test_batches_give_what_single_samples_give(ids):
     model = make_llama()

@@ -16,7 +16,13 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from olica import calibration
-from olica.calibration import build_calibration_set, describe_tokenizer, format_prompt, hash_tokens
+from olica.calibration import (
+    build_calibration_set,
+    calibration_shape,
+    describe_tokenizer,
+    format_prompt,
+    hash_tokens,
+)
 from olica.errors import UsageError
 
 BYTES = 259  # vocabulary of the byte tokenizer
@@ -488,3 +494,26 @@ def test_the_released_code_drew_the_same_tokens(shared_data, build):
     drawn = build(f"{novels}+alpaca", vocab_size=49152, **settings)
     # The hash of the windows with which the figures of the released code on this model were measured.
     assert drawn.token_hash == "0960fc615d8a270374966ea206136aca4859bad5c8ea8d3e80cb98e3daf30333"
+
+
+def test_prompts_and_prose_may_share_a_file(tokenizer, tmp_path):
+    rows = [{"text": f"prose {i} " * 9} for i in range(4)]
+    rows += [{"instruction": f"Do {i}.", "input": "", "output": "Done."} for i in range(4)]
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn = build_calibration_set(
+        str(path), tokenizer, num_samples=8, seqlen=40, seed=0, data_dir=None, cache_dir=tmp_path, vocab_size=300
+    )
+    texts = tokenizer.batch_decode(drawn.ids)
+    assert sum(text.startswith("Below is an instruction") for text in texts) == 4
+    assert sum(any(text in row.get("text", "") for row in rows) for text in texts) == 4
+
+
+def test_the_shape_is_known_before_any_text_is_read(tokenizer, tmp_path):
+    assert calibration_shape("bookcorpus+alpaca", 128, 64) == (256, 64)
+    save_file({"calibration_ids": torch.zeros(3, 17, dtype=torch.int64)}, tmp_path / "ids.safetensors")
+    assert calibration_shape(str(tmp_path / "ids.safetensors"), 0, 0) == (3, 17)
+    with pytest.raises(UsageError, match="--num_samples is 0"):
+        calibration_shape("alpaca", 0, 64)
+    with pytest.raises(UsageError, match="--seqlen is 1"):
+        calibration_shape("alpaca", 2, 1)

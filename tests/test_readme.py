@@ -7,7 +7,7 @@ import pytest
 
 import model_evaluate
 import model_pruning
-from olica.checkpoint import MODEL_NAMES
+from olica.model_source import MODEL_NAMES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -4,6 +4,7 @@ import time
 import pytest
 import torch
 
+from olica.errors import UsageError
 from olica.records import (
     EVALUATION_RECORD,
     PRUNING_RECORD,
@@ -29,11 +30,19 @@ def test_a_record_is_whole_or_absent(tmp_path):
 
 def test_the_pruning_record_and_the_latest_evaluation_are_found(tmp_path):
     assert read_pruning_record(tmp_path) is None and latest_evaluation(tmp_path) is None
-    write_record(tmp_path / PRUNING_RECORD, {"kind": "pruning"})
+    pruning = {"model": {"name": "tiny", "source": "tiny"}, "parameters": {"before": 5}}
+    write_record(tmp_path / PRUNING_RECORD, pruning)
     for hour in ("09", "17", "11"):
         write_record(tmp_path / EVALUATION_RECORD.format(time=f"20260101T{hour}0000Z"), {"hour": hour})
-    assert read_pruning_record(tmp_path) == {"kind": "pruning"}
+    assert read_pruning_record(tmp_path) == pruning
     assert latest_evaluation(tmp_path) == {"hour": "17"}
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"model": {"name": "tiny"}}'])
+def test_a_file_that_is_no_pruning_record_is_named(tmp_path, content):
+    (tmp_path / PRUNING_RECORD).write_text(content)
+    with pytest.raises(UsageError, match=f"{PRUNING_RECORD} is not the record of a pruning"):
+        read_pruning_record(tmp_path)
 
 
 def test_stages_measure_time_and_memory():

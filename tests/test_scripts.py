@@ -39,20 +39,26 @@ def test_agreement_with_the_reference_is_strict():
 
 
 def test_summary_prints_what_the_records_say(tmp_path, capsys):
-    def result(value: float, parameters: int) -> dict:
+    def result(value: float, parameters: int, file_bytes: int | None) -> dict:
         return {
             "perplexity": {"value": value, "standard_error": 0.25, "windows": 40, "seqlen": 128},
             "parameters": {"total": parameters, "decoder_layers": parameters - 5000},
             "weight_bytes": 4 * parameters,
+            "file_bytes": file_bytes,
             "dtype": "float32",
         }
 
     stages = {"survey": {"minutes": 0.5, "host_bytes": 10**9}, "prune": {"minutes": 1.0, "host_bytes": 2 * 10**9}}
-    write_record(tmp_path / PRUNING_RECORD, {"stages": stages, "weight_bytes_on_disk": 3_600_000})
+    pruning = {
+        "model": {"name": "tiny", "source": "tiny"},
+        "parameters": {"before": 1_000_000},
+        "stages": stages,
+    }
+    write_record(tmp_path / PRUNING_RECORD, pruning)
     evaluation = {
-        "results": {"dense": result(20.0, 1_000_000), "pruned": result(33.5, 800_000)},
+        "results": {"dense": result(20.0, 1_000_000, None), "pruned": result(33.5, 800_000, 3_300_000)},
         "settings": {"ppl": "pydoc"},
-        "stages": {"perplexity a": {"minutes": 0.2}, "perplexity b": {"minutes": 0.1}},
+        "stages": {"dense: perplexity": {"minutes": 0.2}, "pruned: perplexity": {"minutes": 0.1}},
     }
     summary = load("scripts/summary.py")
     assert summary.main(str(tmp_path)) == 2
@@ -62,7 +68,8 @@ def test_summary_prints_what_the_records_say(tmp_path, capsys):
     rows = {line[:48].strip(): line[48:].split() for line in printed.splitlines()}
     assert rows["perplexity (pydoc, 40 windows of 128)"] == ["20.00", "+-", "0.25", "33.50", "+-", "0.25"]
     assert rows["parameters"] == ["1,000,000", "800,000"]
-    assert rows["weights as float32"] == ["4.0", "MB", "3.6", "MB"]
+    assert rows["weights as float32"] == ["4.0", "MB", "3.2", "MB"]
+    assert rows["weight files on disk"] == ["hub", "3.3", "MB"]
     assert rows["time of the perplexity"] == ["12", "s", "6", "s"]
     assert rows["time of pruning"] == ["90", "s"] and rows["peak memory of pruning"] == ["2.00", "GB"]
 
@@ -74,7 +81,8 @@ def test_forward_speed_records_every_model(tmp_path, capsys):
     flags = ["--dense", f"{tmp_path / 'big'}", "--checkpoints", f"{tmp_path / 'small'}", "--repeats=1"]
     run_command(script.build_parser(), script.run, [*flags, f"--output_path={tmp_path / 'speed.json'}"])
     models = json.loads((tmp_path / "speed.json").read_text())["models"]
-    assert list(models) == ["dense", "small"] and models["dense"]["ratio"] == 1
-    assert models["small"]["parameters"]["total"] < models["dense"]["parameters"]["total"]
-    assert models["small"]["weight_bytes_on_disk"] == (tmp_path / "small/model.safetensors").stat().st_size
+    small = models[str(tmp_path / "small")]
+    assert len(models) == 2 and models["dense"]["ratio"] == 1
+    assert small["parameters"]["total"] < models["dense"]["parameters"]["total"]
+    assert small["weight_bytes_on_disk"] == (tmp_path / "small/model.safetensors").stat().st_size
     assert "small" in capsys.readouterr().out

@@ -53,7 +53,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
         assert texts(rows) == ["one", "two"], path.name
         assert rows.origin == rows.name == str(path)
         assert rows.fingerprint == hashlib.sha256(path.read_bytes()).hexdigest()
-        assert not rows.is_prompt
+        assert not rows.has_prompts
 
 
 def test_a_path_is_no_pattern(tmp_path):
@@ -114,10 +114,10 @@ def test_the_fingerprint_of_a_folder_follows_its_content(tmp_path):
 def test_columns_tell_prompts_from_prose(tmp_path):
     prompt = {"instruction": "Add.", "input": "", "output": "2", "text": "the filled-in prompt"}
     prompts = read_rows(str(write_json(tmp_path / "a.jsonl", [prompt])), "train", None)
-    assert prompts.is_prompt and prompts.text_field is None
+    assert prompts.has_prompts
     assert prompts.table[0] == prompt
     without = write_json(tmp_path / "b.jsonl", [prompt | {"instruction": ""}])
-    assert read_rows(str(without), "train", None).text_field == "text"
+    assert not read_rows(str(without), "train", None).has_prompts
     other = write_json(tmp_path / "c.jsonl", [{"sentence": "one"}])
     assert texts(read_rows(str(other), "train", None)) == ["one"]
 
@@ -437,7 +437,7 @@ def test_a_python_without_the_topics_is_told(monkeypatch):
 def test_the_shared_folder_works_as_it_stands(shared_data, source, split, file, count):
     rows = read_rows(source, split, shared_data)
     assert (rows.origin, len(rows.table)) == (str(shared_data / file), count)
-    assert rows.is_prompt == (source == "alpaca")
+    assert rows.has_prompts == (source == "alpaca")
 
 
 @pytest.mark.shared

