@@ -105,13 +105,14 @@ def test_pruning_is_repeatable_to_the_bit(ids):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_pruned_in_its_dtype(ids, dtype):
-    model, single = make_llama().to(dtype), make_llama()
+    model, single = make_llama().to(dtype), make_llama().to(dtype).float()  # the same weights
+    dense = single(ids).logits
     prune(model, ids, "olica", 0.2)
     prune(single, ids, "olica", 0.2)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
-    assert torch.isfinite(model(ids).logits).all()
-    change = (model(ids).logits.float() - single(ids).logits).norm() / single(ids).logits.norm()
-    assert change < 0.4, "of the order of what pruning itself moves"
+    expected = single(ids).logits
+    change, moved = (model(ids).logits.float() - expected).norm(), (expected - dense).norm()
+    assert change < 0.3 * moved, "a few channels of nearly equal importance may swap, no more"
 
 
 def test_overflowing_activations_name_the_layer_and_the_place(ids):
