@@ -153,10 +153,14 @@ def read_config(location: Location) -> PreTrainedConfig:
         UsageError: unknown model, or of a family that is not supported.
     """
     supported = ", ".join([*FAMILIES, *(config.model_type for config, _, _ in FAMILIES.values())])
-    names = ", ".join([PACKAGED_MODEL_NAME, *MODEL_NAMES])
-    unread = f"its configuration cannot be read; supported families: {supported}"
-    unknown = f"not one of {names}, no local folder or .gguf file, and no model that the hub gives us"
-    with _explained(location, unread if location.is_local else unknown):
+    if location.is_local:
+        fault = f"its configuration cannot be read; supported families: {supported}"
+    elif location.name in MODEL_NAMES:
+        fault = f"the hub does not give us {location.path}; give a folder that holds the model"
+    else:
+        names = ", ".join([PACKAGED_MODEL_NAME, *MODEL_NAMES])
+        fault = f"not one of {names}, no local folder or .gguf file, and no model that the hub gives us"
+    with _explained(location, fault):
         config = AutoConfig.from_pretrained(location.path, **location.arguments)
     if config.model_type not in supported.split(", "):
         raise UsageError(

@@ -66,6 +66,11 @@ def test_an_unknown_model_lists_the_names():
         read_config(locate("7bb"))
 
 
+def test_a_known_model_that_the_hub_does_not_give():
+    with pytest.raises(UsageError, match="--base_model 7b: the hub does not give us huggyllama/llama-7b"):
+        read_config(locate("7b"))
+
+
 def test_an_unknown_family_lists_the_supported_ones(tmp_path):
     MistralConfig().save_pretrained(tmp_path / "mistral")
     with pytest.raises(UsageError, match="family mistral is not supported; supported: llama"):
