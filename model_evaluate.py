@@ -3,10 +3,13 @@
 import argparse
 import math
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from os.path import expanduser
 from pathlib import Path
+
+from torch import Tensor
+from transformers import BatchEncoding, PreTrainedConfig, PreTrainedTokenizerBase
 
 from olica import checkpoint, cost, model_source, records
 from olica.command_line import run_command
@@ -71,24 +74,25 @@ def find_models(args: argparse.Namespace) -> dict[str, model_source.Location]:
             raise UsageError(f"--save_dir: there is no {folder}; prune the model first, or name one with --checkpoint")
         measured = model_source.locate(str(folder), "--save_dir")
     record = records.read_pruning_record(measured.path)
-    if base and record and not base.is_local and record["model"]["source"] != base.path:
-        raise UsageError(
-            f"--base_model {base.name}: {measured.path} was pruned from {record['model']['source']}; name the "
-            "checkpoint that you mean with --checkpoint"
-        )
-    if not args.with_dense:
-        return {"model": measured}
-    name = args.base_model or (record["model"]["name"] if record else None)
-    if name is None:
+    name = args.base_model or (record["model"]["name"] if record and args.with_dense else None)
+    if args.with_dense and name is None:
         raise UsageError("--with_dense: the checkpoint has no record of its dense model; name it with --base_model")
-    dense = model_source.locate(name)
+    dense = model_source.locate(name or DEFAULT_BASE_MODEL) if base or args.with_dense else None
+    if dense and record:
+        check_same_model(dense, measured, record)
+    return {"dense": dense, "pruned": measured} if args.with_dense else {"model": measured}
+
+
+def check_same_model(dense: model_source.Location, measured: model_source.Location, record: dict) -> None:
+    """Raise UsageError if the record beside a checkpoint tells of another dense model than this one."""
     total = model_source.count_dense_parameters(dense, model_source.read_config(dense))
-    if record and record["parameters"]["before"] != total:
+    source, before = record["model"]["source"], record["parameters"]["before"]
+    if before != total or (not dense.is_local and source != dense.path):
         raise UsageError(
-            f"--base_model {dense.name} has {total:,} parameters, but {measured.path} was pruned from "
-            f"{record['model']['name']} with {record['parameters']['before']:,}"
+            f"--base_model {dense.name} ({total:,} parameters): {measured.path} was pruned from "
+            f"{record['model']['name']} ({source}, {before:,} parameters); name the checkpoint that you mean with "
+            "--checkpoint"
         )
-    return {"dense": dense, "pruned": measured}
 
 
 def record_path(args: argparse.Namespace, measured: model_source.Location, now: datetime) -> Path:
@@ -100,9 +104,7 @@ def record_path(args: argparse.Namespace, measured: model_source.Location, now: 
         # A model without a record of ours may lie anywhere; its evaluation goes into the current folder.
         path = Path(measured.path if records.read_pruning_record(measured.path) else "") / name
         flag = "--output_path, left out"
-    if path.is_dir():
-        raise UsageError(f"{flag} {path} is a folder; give the name of a file")
-    checkpoint.check_writable(path, flag)
+    checkpoint.check_record_path(path, flag)
     return path
 
 
@@ -127,19 +129,38 @@ def check_vocabulary(ids, config, location: model_source.Location) -> None:
         )
 
 
-def measure(
-    args: argparse.Namespace, name: str, location: model_source.Location, text: str | None, stages: records.Stages
-) -> dict:
-    """Read the model called `name` in the record, and measure it; returns what the record says of it."""
+@dataclass(frozen=True)
+class Subject:
+    """A model to measure, with all that can be made ready before its weights are read."""
+
+    name: str  # in the record: "dense", "pruned" or "model"
+    location: model_source.Location
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    windows: Tensor | None
+    prompt: BatchEncoding | None
+
+
+def prepare(args: argparse.Namespace, name: str, location: model_source.Location, text: str | None) -> Subject:
+    """Cut the windows and tokenise the prompt, so that no model is measured in vain for another's faults."""
     config = model_source.read_config(location)
     tokenizer = model_source.read_tokenizer(location)
     if tokenizer is None:
         raise UsageError(f"{location.flag} {location.name}: the folder has no tokenizer, which evaluation needs")
     windows = None if text is None else windows_of(args, text, tokenizer, config, location)
+    prompt = tokenizer(args.prompt, return_tensors="pt") if args.prompt else None
+    if prompt is not None:
+        check_vocabulary(prompt.input_ids, config, location)
+    return Subject(name, location, config, tokenizer, windows, prompt)
+
+
+def measure(args: argparse.Namespace, subject: Subject, stages: records.Stages) -> dict:
+    """Read a model and measure it; returns what the record says of it."""
+    name, location, windows = subject.name, subject.location, subject.windows
     with stages.stage(f"{name}: read"):
         model = model_source.read_model(location, args.dtype).to(stages.device)
     result = {
-        "model": model_source.describe_source(location, config),
+        "model": model_source.describe_source(location, subject.config),
         "parameters": cost.count_parameters(model),
         "weight_bytes": cost.weight_bytes(model),
         "file_bytes": location.file_bytes,
@@ -148,12 +169,12 @@ def measure(
     if windows is not None:
         with stages.stage(f"{name}: perplexity"):
             result["perplexity"] = asdict(perplexity(model, windows, args.batch_size))
-        result["perplexity"]["bos"] = bool(windows[0, 0] == tokenizer.bos_token_id)
+        result["perplexity"]["bos"] = bool(windows[0, 0] == subject.tokenizer.bos_token_id)
     if args.tasks:
         with stages.stage(f"{name}: tasks"):
             result["zero_shot"] = zero_shot(
                 model,
-                tokenizer,
+                subject.tokenizer,
                 args.tasks.split(","),
                 num_fewshot=args.num_fewshot,
                 batch_size=args.batch_size,
@@ -161,22 +182,10 @@ def measure(
                 data_dir=args.data_dir,
                 seed=args.seed,
             )
-    if args.prompt:
-        result["continuation"] = continue_text(model, tokenizer, args.prompt, location)
+    if subject.prompt is not None:
+        output = model.generate(**subject.prompt.to(model.device), max_new_tokens=PROMPT_TOKENS, do_sample=False)
+        result["continuation"] = subject.tokenizer.decode(output[0], skip_special_tokens=True)
     return result
-
-
-def continue_text(model, tokenizer, prompt: str, location: model_source.Location) -> str:
-    """The prompt and what the model makes of it, greedily."""
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    check_vocabulary(inputs.input_ids, model.config, location)
-    output = model.generate(
-        input_ids=inputs.input_ids,
-        attention_mask=inputs.attention_mask,
-        max_new_tokens=PROMPT_TOKENS,
-        do_sample=False,
-    )
-    return tokenizer.decode(output[0], skip_special_tokens=True)
 
 
 def with_error(value: float, error: float | None, digits: int) -> str:
@@ -233,7 +242,8 @@ def run(args: argparse.Namespace) -> None:
     text, origin = (None, None) if args.ppl == "none" else evaluation_text(args.ppl, Path(args.data_dir), flag="--ppl")
     if args.tasks:
         check_tasks(args.tasks.split(","), num_fewshot=args.num_fewshot, data_dir=args.data_dir)
-    results = {name: measure(args, name, location, text, stages) for name, location in locations.items()}
+    subjects = [prepare(args, name, location, text) for name, location in locations.items()]
+    results = {subject.name: measure(args, subject, stages) for subject in subjects}
     record = {
         "kind": "evaluation",
         "date": now.isoformat(timespec="seconds"),

@@ -19,7 +19,7 @@ from olica.allocation import (
     planned_parameters,
     with_calibration,
 )
-from olica.calibration import CalibrationSet, build_calibration_set, calibration_shape
+from olica.calibration import CalibrationSet, build_calibration_set, calibration_shape, is_token_file
 from olica.command_line import run_command
 from olica.devices import pick_device
 from olica.errors import UsageError
@@ -123,11 +123,11 @@ def make_options(
     )
 
 
-def check_seqlen(seqlen: int, config: PreTrainedConfig) -> None:
-    """Raise UsageError if a sample is longer than the model's positions."""
+def check_seqlen(seqlen: int, flag: str, config: PreTrainedConfig) -> None:
+    """Raise UsageError, naming the flag that decides it, if a sample is longer than the model's positions."""
     positions = config.max_position_embeddings
     if seqlen > positions:
-        raise UsageError(f"--seqlen: samples of {seqlen} tokens do not fit the model's {positions} positions")
+        raise UsageError(f"{flag}: samples of {seqlen} tokens do not fit the model's {positions} positions")
 
 
 def prepare(args: argparse.Namespace) -> Job:
@@ -138,7 +138,7 @@ def prepare(args: argparse.Namespace) -> Job:
     config = model_source.read_config(location)
     model_source.refuse_pruned(config, location)
     ids_shape = calibration_shape(args.datasets, args.num_samples, args.seqlen)
-    check_seqlen(ids_shape[1], config)
+    check_seqlen(ids_shape[1], "--datasets" if is_token_file(args.datasets) else "--seqlen", config)
     total = model_source.count_dense_parameters(location, config)
     plan, sparsities = allocate(recipe, config, total, args.sparsity, args.k)
     options = make_options(args, config, recipe, plan)

@@ -14,8 +14,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import olica  # noqa: E402, F401
+from olica.checkpoint import check_record_path  # noqa: E402
 from olica.command_line import run_command  # noqa: E402
-from olica.cost import count_parameters, folder_weight_bytes, forward_latency, weight_bytes  # noqa: E402
+from olica.cost import count_parameters, forward_latency, weight_bytes  # noqa: E402
 from olica.devices import pick_device  # noqa: E402
 from olica.errors import UsageError  # noqa: E402
 from olica.model_source import DTYPES, locate, read_model  # noqa: E402
@@ -43,20 +44,25 @@ def run(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     if min(args.batch_size, args.seqlen, args.repeats) < 1:
         raise UsageError("--batch_size, --seqlen and --repeats must be at least 1")
-    models = {"dense": read_model(locate(args.dense, "--dense"), args.dtype).to(device)}
-    for folder in args.checkpoints:
-        models[folder] = read_model(locate(folder, "--checkpoints"), args.dtype).to(device)
-    vocabulary = models["dense"].config.vocab_size
+    if len({args.dense, *args.checkpoints}) <= len(args.checkpoints):
+        raise UsageError("--checkpoints: a model is named twice")
+    if args.output_path:
+        check_record_path(args.output_path, "--output_path")
+    locations = {args.dense: locate(args.dense, "--dense")}
+    locations |= {name: locate(name, "--checkpoints") for name in args.checkpoints}
+    models = {name: read_model(location, args.dtype).to(device) for name, location in locations.items()}
+    vocabulary = min(model.config.vocab_size for model in models.values())
     ids = torch.randint(vocabulary, (args.batch_size, args.seqlen), generator=torch.Generator().manual_seed(0))
     timed = forward_latency(models, ids, args.repeats)
-    rows = {}
-    for name, folder in zip(models, [None, *args.checkpoints], strict=True):
-        rows[name] = {
+    rows = {
+        name: {
             **timed[name],
-            "parameters": count_parameters(models[name]),
-            "weight_bytes": weight_bytes(models[name]),
-            "weight_bytes_on_disk": folder_weight_bytes(folder) if folder else None,
+            "parameters": count_parameters(model),
+            "weight_bytes": weight_bytes(model),
+            "file_bytes": locations[name].file_bytes,
         }
+        for name, model in models.items()
+    }
     print(f"forward pass of {args.batch_size} x {args.seqlen} tokens, median of {args.repeats}, {device.type}")
     print(f"{'model':<40}{'parameters':>14}{'decoder layers':>16}{'weights MB':>12}{'seconds':>9}{'ratio':>7}")
     for name, row in rows.items():

@@ -25,7 +25,7 @@ from .text_sources import Rows, read_rows
 logger = logging.getLogger(__name__)
 
 # Part of the cache key: raise it whenever the same request would draw other tokens.
-SAMPLING_VERSION = 1
+SAMPLING_VERSION = 2
 # Ends the search in BookCorpus-like sources, where nearly all of 74 million one-sentence rows are too short.
 MAX_TRIED_ROWS = 2_000_000
 
@@ -87,7 +87,7 @@ def build_calibration_set(
     few rows of at least `seqlen` tokens, and for token ids outside a vocabulary of `vocab_size`.
     """
     names = _split_sources(datasets)
-    if _is_token_file(names[0]):
+    if _names_token_file(names[0]):
         found = read_token_file(Path(names[0]))
     else:
         _check_numbers(num_samples, seqlen)
@@ -108,13 +108,18 @@ def build_calibration_set(
     return found
 
 
+def is_token_file(datasets: str) -> bool:
+    """Whether `--datasets` names a token file rather than text."""
+    return _names_token_file(_split_sources(datasets)[0])
+
+
 def calibration_shape(datasets: str, num_samples: int, seqlen: int) -> tuple[int, int]:
     """The (N, T) that `build_calibration_set` will give, without reading any text.
 
     Raises UsageError for wrong numbers where they count, that is without a token file, or an unreadable one.
     """
     names = _split_sources(datasets)
-    if _is_token_file(names[0]):
+    if _names_token_file(names[0]):
         return tuple(read_token_file(Path(names[0])).ids.shape)
     _check_numbers(num_samples, seqlen)
     return num_samples * len(names), seqlen
@@ -193,7 +198,7 @@ def _check_numbers(num_samples: int, seqlen: int) -> None:
         raise UsageError(f"--seqlen is {seqlen}: give 2 or more")
 
 
-def _is_token_file(name: str) -> bool:
+def _names_token_file(name: str) -> bool:
     return name.endswith(".safetensors")
 
 
@@ -202,10 +207,11 @@ def _split_sources(datasets: str) -> list[str]:
     names = [os.path.expanduser(name.strip()) for name in datasets.split("+")]
     if not all(names):
         raise UsageError(f"--datasets {datasets!r} has an empty source: join names or paths with one +")
-    if len(names) == 1 or Path(datasets).exists():
-        return [datasets.strip()]
+    whole = os.path.expanduser(datasets.strip())
+    if len(names) == 1 or Path(whole).exists():
+        return [whole]
     for name in names:
-        if _is_token_file(name):
+        if _names_token_file(name):
             raise UsageError(f"--datasets {datasets} mixes the token file {name} with others: give it alone")
         if names.count(name) > 1:
             raise UsageError(f"--datasets {datasets} has {name} twice, with the same rows: name it once")

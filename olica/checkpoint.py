@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .configuration_olica import LayerShape
@@ -28,6 +29,13 @@ def check_writable(path: Path, flag: str) -> Path:
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UsageError(f"{flag}: {parent} is not a folder that can be written to")
     return parent
+
+
+def check_record_path(path: Path, flag: str) -> None:
+    """Raise UsageError unless a record can be written to `path`, in place of a file at the most."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise UsageError(f"{flag} {path} is a folder, a link or a device; give the name of a file")
+    check_writable(path, flag)
 
 
 def check_output(folder: Path, needed_bytes: int, overwrite: bool) -> None:
@@ -52,6 +60,8 @@ def replacing(folder: Path) -> Iterator[Path]:
     What was there is put aside until the new folder has its place, so that there is always one that is whole.
     """
     partial, old = (folder.with_name(f".{folder.name}.{word}") for word in ("partial", "old"))
+    if old.exists() and not folder.exists():
+        old.replace(folder)  # a run was killed between the two moves below
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -61,7 +71,7 @@ def replacing(folder: Path) -> Iterator[Path]:
             folder.replace(old)
         try:
             partial.replace(folder)
-        except OSError:
+        except BaseException:
             if old.exists():
                 old.replace(folder)
             raise
@@ -94,6 +104,9 @@ def write_pruned(
         pruned.generation_config.validate(strict=True)
     except ValueError:  # sampling settings without sampling, as Llama 2 ships them, are refused when saved
         pruned.generation_config.do_sample = True
-    pruned.save_pretrained(folder)
+    try:
+        pruned.save_pretrained(folder)
+    except SafetensorError as error:  # how safetensors tells that the disk is full
+        raise UsageError(f"--save_dir: the weights cannot be written ({error}); make room or give another") from error
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

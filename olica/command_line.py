@@ -1,7 +1,9 @@
 """What both command lines share: how they begin and how they end."""
 
 import argparse
+import errno
 import logging
+import os
 from collections.abc import Callable
 
 import torch
@@ -9,13 +11,26 @@ from transformers.utils import logging as transformers_logging
 
 from .errors import UsageError
 
+# What a path that a user gave can be at fault for.
+PATH_ERRORS = {
+    errno.ENOENT,
+    errno.EACCES,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.EROFS,
+    errno.ENOSPC,
+}
+
 
 def run_command(
     parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None], arguments: list[str] | None = None
 ) -> int:
     """Parse `arguments` (those of the process by default) and run; returns the exit status.
 
-    Wrong input ends in one sentence on standard error and exit status 2.
+    Wrong input ends in one sentence on standard error and exit status 2, or in a traceback to what is behind it where
+    the variable OLICA_DEBUG is set.
     """
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
@@ -25,10 +40,13 @@ def run_command(
     try:
         run(args)
     except UsageError as error:
+        if os.environ.get("OLICA_DEBUG"):
+            raise
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        parser.exit(2, f"{parser.prog}: error: {place}{error.strerror or error}; give another file or folder\n")
+        if error.filename is None or error.errno not in PATH_ERRORS:
+            raise
+        parser.exit(2, f"{parser.prog}: error: {error.filename}: {error.strerror}; give another file or folder\n")
     except torch.OutOfMemoryError:
         parser.exit(2, f"{parser.prog}: error: out of GPU memory; lower --batch_size (pruning: or --cache_dev cpu)\n")
     return 0

@@ -182,10 +182,10 @@ def check_tasks(tasks: list[str], *, num_fewshot: int | None, data_dir: str | Pa
 
 @contextmanager
 def _explained(tasks: list[str], data_dir: str | Path | None) -> Iterator[None]:
-    """Turn any failure of the harness into a UsageError; running out of memory is not one of the tasks' faults."""
+    """Turn the failures of reading and filling in rows into a UsageError, but not those of running the model."""
     try:
         yield
-    except (UsageError, torch.OutOfMemoryError):
+    except (UsageError, RuntimeError, NameError, AttributeError, AssertionError, MemoryError):
         raise
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

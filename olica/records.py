@@ -89,8 +89,11 @@ def write_record(path: Path, record: dict) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-    os.replace(partial, path)
+    try:
+        partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_pruning_record(folder: str | Path) -> dict | None:
@@ -110,7 +113,18 @@ def read_pruning_record(folder: str | Path) -> dict | None:
     return record
 
 
-def latest_evaluation(folder: str | Path) -> dict | None:
-    """The newest evaluation record in a checkpoint's folder, or None."""
-    paths = sorted(Path(folder).glob(EVALUATION_RECORD.format(time="*")))
-    return json.loads(paths[-1].read_text()) if paths else None
+def latest_comparison(folder: str | Path) -> dict | None:
+    """The newest record in a checkpoint's folder of a perplexity measured beside the dense model's, or None.
+
+    Raises:
+        UsageError: a file of that name is no record.
+    """
+    for path in sorted(Path(folder).glob(EVALUATION_RECORD.format(time="*")), reverse=True):
+        try:
+            record = json.loads(path.read_text())
+            results = record["results"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{path} is not the record of an evaluation; remove it") from error
+        if "perplexity" in results.get("dense", {}):
+            return record
+    return None

@@ -266,7 +266,7 @@ def _explained(what: str, remedy: str) -> Iterator[None]:
         yield
     except Exception as error:
         cause = error.__cause__ or error  # where datasets keeps the telling message
-        reason = (str(cause).splitlines() or [type(cause).__name__])[0]
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise UsageError(f"{what} ({reason}): {remedy}") from error
 
 

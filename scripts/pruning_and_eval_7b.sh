@@ -9,7 +9,8 @@ SAVE_DIR=${SAVE_DIR:-./pruned_models}
 DATA_DIR=${DATA_DIR:-./data}
 PYTHON=${PYTHON:-.venv/bin/python}  # made by scripts/install.sh
 
-"$PYTHON" model_pruning.py \
+# What is pruned already is only evaluated again.
+[ -d "$SAVE_DIR/${MODEL}_sparsity-$SPARSITY" ] || "$PYTHON" model_pruning.py \
     --base_model "$MODEL" \
     --datasets bookcorpus+alpaca \
     --num_samples 128 \

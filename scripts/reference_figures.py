@@ -20,8 +20,9 @@ sys.path.insert(0, str(ROOT))
 
 import model_pruning  # noqa: E402
 import olica  # noqa: E402, F401
-from olica.checkpoint import checkpoint_folder  # noqa: E402
+from olica.checkpoint import check_record_path, checkpoint_folder  # noqa: E402
 from olica.command_line import run_command  # noqa: E402
+from olica.errors import UsageError  # noqa: E402
 from olica.evaluation import perplexity  # noqa: E402
 from olica.model_source import locate, read_model  # noqa: E402
 from olica.records import read_pruning_record, write_record  # noqa: E402
@@ -94,18 +95,27 @@ def agrees(name: str, expected, ours) -> bool:
     return ours == expected
 
 
-def main() -> int:
-    """Print both columns, write the record if asked, and end with 1 unless every figure agrees."""
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference_dir", required=True, type=Path, help="folder of smollm2_ids.safetensors")
     parser.add_argument(
         "--work_dir", type=Path, default=Path("reference_run"), help="receives both models (default: reference_run)"
     )
     parser.add_argument("--output_path", type=Path, help="file of the record (default: none)")
-    args = parser.parse_args()
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print both columns, write the record if asked, and end with status 1 unless every figure agrees."""
+    ids_file = args.reference_dir / "smollm2_ids.safetensors"
+    if not ids_file.is_file():
+        raise UsageError(f"--reference_dir: there is no {ids_file}")
+    if args.output_path:
+        check_record_path(args.output_path, "--output_path")
     reference = json.loads((ROOT / "tests/data/reference_smollm2.json").read_text())
     with torch.inference_mode():
-        ours = measure(reference, args.reference_dir / "smollm2_ids.safetensors", args.work_dir)
+        ours = measure(reference, ids_file, args.work_dir)
     print(f"{'figure':<24}{'released code':>28}{'ours':>28}")
     agreement = {}
     for name, expected in reference["figures"].items():
@@ -114,8 +124,9 @@ def main() -> int:
         print(f"{name:<24}{str(expected):>28}{str(ours[name]):>28}{mark}")
     if args.output_path:
         write_record(args.output_path, {"kind": "reference", "reference": reference, "ours": ours})
-    return 0 if all(agreement.values()) else 1
+    if not all(agreement.values()):
+        sys.exit(1)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(build_parser(), run))

@@ -1,15 +1,18 @@
-"""Print what the records in a checkpoint's folder say: the pruning, and the latest evaluation with the dense model.
+"""Print what the records in a checkpoint's folder say: the pruning, and the latest perplexity beside the dense model's.
 
 python scripts/summary.py pruned_models/smollm2_sparsity-0.2
 """
 
+import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from olica.records import latest_evaluation, read_pruning_record  # noqa: E402
+from olica.command_line import run_command  # noqa: E402
+from olica.errors import UsageError  # noqa: E402
+from olica.records import latest_comparison, read_pruning_record  # noqa: E402
 
 
 def rows(pruning: dict, evaluation: dict) -> list[tuple[str, str, str]]:
@@ -45,19 +48,22 @@ def rows(pruning: dict, evaluation: dict) -> list[tuple[str, str, str]]:
     ]
 
 
-def main(folder: str) -> int:
+def build_parser() -> argparse.ArgumentParser:
+    """The one argument."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", help="folder of a pruned checkpoint")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
     """Print the table of a checkpoint's folder."""
-    pruning, evaluation = read_pruning_record(folder), latest_evaluation(folder)
-    if pruning is None or evaluation is None or "dense" not in evaluation["results"]:
-        print(f"{folder} has no record of a pruning and of an evaluation with --with_dense", file=sys.stderr)
-        return 2
+    pruning, evaluation = read_pruning_record(args.folder), latest_comparison(args.folder)
+    if pruning is None or evaluation is None:
+        raise UsageError(f"{args.folder} lacks the record of a pruning, or of a perplexity measured --with_dense")
     print(f"{'':<48}{'dense':>20}{'pruned':>20}")
     for name, dense, pruned in rows(pruning, evaluation):
         print(f"{name:<48}{dense:>20}{pruned:>20}")
-    return 0
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    sys.exit(main(sys.argv[1]))
+    sys.exit(run_command(build_parser(), run))

@@ -465,7 +465,7 @@ def test_wrong_requests_are_named(build, source, overrides, message):
 
 def test_constants_of_the_search():
     assert calibration.MAX_TRIED_ROWS == 2_000_000
-    assert calibration.SAMPLING_VERSION == 1
+    assert calibration.SAMPLING_VERSION == 2
 
 
 # The optional folder of real text

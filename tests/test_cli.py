@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_llama, make_tokenizer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import model_evaluate
 import model_pruning
@@ -302,7 +303,14 @@ def test_a_token_file_needs_no_other_flags(here, capsys):
     assert prune("--datasets=ids.safetensors", "--num_samples=0", "--seqlen=5000", "--save_dir=out") == 0
     assert json.loads(Path("out/tiny_sparsity-0.2/olica_run.json").read_text())["calibration"]["ids"] == [8, 16]
     save_file({"calibration_ids": torch.randint(300, (2, 257))}, "long.safetensors")
-    assert "257 tokens" in refused(capsys, prune, "--datasets=long.safetensors")
+    assert "--datasets: samples of 257 tokens" in refused(capsys, prune, "--datasets=long.safetensors")
+
+
+def test_a_tilde_is_expanded(here, monkeypatch):
+    monkeypatch.setenv("HOME", str(here))
+    flags = ["--base_model=~/tiny", "--datasets=~/rows.jsonl", "--data_dir=~/cache", "--save_dir=~/out"]
+    assert prune(*flags) == 0
+    assert (here / "out/tiny_sparsity-0.2/model.safetensors").is_file() and (here / "cache/calibration").is_dir()
 
 
 def test_a_ridge_that_is_too_weak(here, capsys):
@@ -321,11 +329,21 @@ def test_a_checkpoint_of_another_model_is_not_taken_for_this_one(here, capsys):
     make_tokenizer().save_pretrained("other/tiny")
     flags = ["--save_dir=out", "--ppl=rows.jsonl", "--with_dense"]
     assert "was pruned from tiny" in refused(capsys, evaluate, "--base_model=other/tiny", *flags)
+    assert "was pruned from tiny" in refused(capsys, evaluate, "--base_model=other/tiny", *flags[:2])
+    path = Path("out/tiny_sparsity-0.2/olica_run.json")
+    record = json.loads(path.read_text())
+    record["model"]["source"] = "huggyllama/llama-7b"
+    path.write_text(json.dumps(record))
+    assert evaluate("--base_model=tiny", *flags[:2]) == 0, "a local model may have moved"
 
 
 def test_a_failure_while_writing_leaves_nothing_behind(here, capsys, monkeypatch):
-    monkeypatch.setattr("olica.checkpoint.write_pruned", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    assert "disk full" in refused(capsys, prune, "--save_dir=out")
+    def full(self, folder):
+        raise SafetensorError("disk full")  # which is no OSError
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    message = refused(capsys, prune, "--save_dir=out")
+    assert "--save_dir" in message and "disk full" in message
     assert files_in(here / "out") == set()
 
 
@@ -364,6 +382,7 @@ def test_a_pruned_checkpoint_is_not_pruned_again(here, capsys):
         (["--base_model=tiny", "--sparsity=nan"], ["--sparsity nan"]),
         (["--checkpoint=tiny", "--ppl=rows.jsonl", "--output_path=rows.jsonl/x"], ["--output_path", "rows.jsonl"]),
         (["--checkpoint=small", "--ppl=rows.jsonl"], ["--checkpoint small", "vocabulary"]),
+        (["--checkpoint=tiny", "--ppl=rows.jsonl", "--output_path=link"], ["--output_path link", "link or a device"]),
         (["--checkpoint=bad_record", "--ppl=rows.jsonl"], ["bad_record/olica_run.json"]),
         (["--checkpoint=tiny", "--ppl=rows.jsonl", "--output_path=tiny"], ["--output_path tiny", "folder"]),
     ],
@@ -377,6 +396,7 @@ def test_wrong_input_to_evaluation(here, capsys, flags, words):
     make_llama(vocab_size=100).save_pretrained("small")
     make_tokenizer().save_pretrained("small")
     shutil.copytree("tiny", "bad_record")
+    Path("link").symlink_to("rows.jsonl")
     Path("bad_record/olica_run.json").write_text("{")
     before = files_in(here)
     message = refused(capsys, evaluate, *flags)

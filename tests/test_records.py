@@ -10,7 +10,7 @@ from olica.records import (
     PRUNING_RECORD,
     Stages,
     environment,
-    latest_evaluation,
+    latest_comparison,
     read_pruning_record,
     write_record,
 )
@@ -29,13 +29,18 @@ def test_a_record_is_whole_or_absent(tmp_path):
 
 
 def test_the_pruning_record_and_the_latest_evaluation_are_found(tmp_path):
-    assert read_pruning_record(tmp_path) is None and latest_evaluation(tmp_path) is None
+    assert read_pruning_record(tmp_path) is None and latest_comparison(tmp_path) is None
     pruning = {"model": {"name": "tiny", "source": "tiny"}, "parameters": {"before": 5}}
     write_record(tmp_path / PRUNING_RECORD, pruning)
     for hour in ("09", "17", "11"):
-        write_record(tmp_path / EVALUATION_RECORD.format(time=f"20260101T{hour}0000Z"), {"hour": hour})
+        record = {"results": {"dense": {"perplexity": {}}}, "hour": hour}
+        write_record(tmp_path / EVALUATION_RECORD.format(time=f"20260101T{hour}0000Z"), record)
+    write_record(tmp_path / EVALUATION_RECORD.format(time="20260101T230000Z"), {"results": {"model": {}}})
     assert read_pruning_record(tmp_path) == pruning
-    assert latest_evaluation(tmp_path) == {"hour": "17"}
+    assert latest_comparison(tmp_path)["hour"] == "17"
+    (tmp_path / EVALUATION_RECORD.format(time="20260102T000000Z")).write_text("{")
+    with pytest.raises(UsageError, match="20260102T000000Z.json is not the record of an evaluation"):
+        latest_comparison(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"model": {"name": "tiny"}}'])

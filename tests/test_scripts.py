@@ -4,6 +4,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import make_llama
 
@@ -61,9 +62,12 @@ def test_summary_prints_what_the_records_say(tmp_path, capsys):
         "stages": {"dense: perplexity": {"minutes": 0.2}, "pruned: perplexity": {"minutes": 0.1}},
     }
     summary = load("scripts/summary.py")
-    assert summary.main(str(tmp_path)) == 2
+    with pytest.raises(SystemExit) as ended:
+        run_command(summary.build_parser(), summary.run, [str(tmp_path)])
+    assert ended.value.code == 2 and "--with_dense" in capsys.readouterr().err
     write_record(tmp_path / EVALUATION_RECORD.format(time="20260101T000000Z"), evaluation)
-    assert summary.main(str(tmp_path)) == 0
+    write_record(tmp_path / EVALUATION_RECORD.format(time="20260102T000000Z"), {"results": {"model": {}}})
+    assert run_command(summary.build_parser(), summary.run, [str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     rows = {line[:48].strip(): line[48:].split() for line in printed.splitlines()}
     assert rows["perplexity (pydoc, 40 windows of 128)"] == ["20.00", "+-", "0.25", "33.50", "+-", "0.25"]
@@ -82,7 +86,10 @@ def test_forward_speed_records_every_model(tmp_path, capsys):
     run_command(script.build_parser(), script.run, [*flags, f"--output_path={tmp_path / 'speed.json'}"])
     models = json.loads((tmp_path / "speed.json").read_text())["models"]
     small = models[str(tmp_path / "small")]
-    assert len(models) == 2 and models["dense"]["ratio"] == 1
-    assert small["parameters"]["total"] < models["dense"]["parameters"]["total"]
-    assert small["weight_bytes_on_disk"] == (tmp_path / "small/model.safetensors").stat().st_size
+    assert len(models) == 2 and models[str(tmp_path / "big")]["ratio"] == 1
+    assert small["parameters"]["total"] < models[str(tmp_path / "big")]["parameters"]["total"]
+    assert small["file_bytes"] == (tmp_path / "small/model.safetensors").stat().st_size
     assert "small" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        run_command(script.build_parser(), script.run, ["--dense", "a", "--checkpoints", "b", "b"])
+    assert ended.value.code == 2 and "named twice" in capsys.readouterr().err
