@@ -144,7 +144,8 @@ def zero_shot(
     `num_fewshot` None is each task's own number, drawn by `seed`; `limit` scores the first rows or that share.
     Returns `tasks` (by name: metrics as shares of 1, their standard errors, the protocol; a group appears as
     its tasks), `averages` (see there) and the settings. Resets the generators of random, numpy and torch.
-    Raises UsageError if lm-eval is missing, a task is unknown, or shots are asked of a local file.
+    Raises UsageError if lm-eval is missing, a task is unknown, its rows cannot be had, or shots are asked of a
+    local file.
     """
     harness = _import_harness()
     with tempfile.TemporaryDirectory() as folder, _explained(tasks, data_dir):
