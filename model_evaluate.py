@@ -84,14 +84,20 @@ def find_models(args: argparse.Namespace) -> dict[str, model_source.Location]:
 
 
 def check_same_model(dense: model_source.Location, measured: model_source.Location, record: dict) -> None:
-    """Raise UsageError if the record beside a checkpoint tells of another dense model than this one."""
-    total = model_source.count_dense_parameters(dense, model_source.read_config(dense))
-    source, before = record["model"]["source"], record["parameters"]["before"]
-    if before != total or (not dense.is_local and source != dense.path):
+    """Raise UsageError if the record beside a checkpoint tells of another dense model than this one.
+
+    A local model may have moved, so its size is compared; one of the hub is known by its id and need not be at hand.
+    """
+    if dense.is_local:
+        total = model_source.count_dense_parameters(dense, model_source.read_config(dense))
+        same = record["parameters"]["before"] == total
+    else:
+        same = record["model"]["source"] == dense.path
+    if not same:
         raise UsageError(
-            f"--base_model {dense.name} ({total:,} parameters): {measured.path} was pruned from "
-            f"{record['model']['name']} ({source}, {before:,} parameters); name the checkpoint that you mean with "
-            "--checkpoint"
+            f"--base_model {dense.name}: {measured.path} was pruned from {record['model']['name']} "
+            f"({record['model']['source']}, {record['parameters']['before']:,} parameters); name the checkpoint that "
+            "you mean with --checkpoint"
         )
 
 

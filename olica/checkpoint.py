@@ -87,6 +87,7 @@ def write_pruned(
 
     Raises:
         RuntimeError: the weights are not those of the plan.
+        UsageError: the disk is full or fails.
     """
     config_class, base_class, causal_class = FAMILIES[model.config.model_type]
     settings = model.config.to_dict()
@@ -106,7 +107,7 @@ def write_pruned(
         pruned.generation_config.do_sample = True
     try:
         pruned.save_pretrained(folder)
-    except SafetensorError as error:  # how safetensors tells that the disk is full
-        raise UsageError(f"--save_dir: the weights cannot be written ({error}); make room or give another") from error
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    except (SafetensorError, OSError) as error:  # a full disk is the one or the other, by who writes
+        raise UsageError(f"--save_dir: the model cannot be written ({error}); make room or give another") from error

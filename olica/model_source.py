@@ -19,6 +19,7 @@ from transformers import (
 from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
+from .cost import folder_weight_bytes
 from .errors import UsageError
 from .modeling_olica import FAMILIES
 
@@ -87,9 +88,10 @@ class Location:
         """Bytes of the weight files of a local model; None for one of the hub."""
         if not self.is_local:
             return None
-        patterns = (self.gguf_file,) if self.gguf_file else ("*.safetensors", "*.bin")
-        sizes = [[file.stat().st_size for file in Path(self.path).glob(pattern)] for pattern in patterns]
-        return sum(next(filter(None, sizes), []))
+        folder = Path(self.path)
+        if self.gguf_file:
+            return (folder / self.gguf_file).stat().st_size
+        return folder_weight_bytes(folder) or sum(file.stat().st_size for file in folder.glob("*.bin"))
 
 
 @contextmanager

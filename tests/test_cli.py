@@ -335,11 +335,16 @@ def test_a_checkpoint_of_another_model_is_not_taken_for_this_one(here, capsys):
     record["model"]["source"] = "huggyllama/llama-7b"
     path.write_text(json.dumps(record))
     assert evaluate("--base_model=tiny", *flags[:2]) == 0, "a local model may have moved"
+    shutil.copytree("out/tiny_sparsity-0.2", "out/7b_sparsity-0.2")
+    assert evaluate("--base_model=7b", *flags[:2]) == 0, "a model of the hub need not be at hand"
+    shutil.copytree("out/tiny_sparsity-0.2", "out/13b_sparsity-0.2")
+    assert "huggyllama/llama-7b" in refused(capsys, evaluate, "--base_model=13b", *flags[:2])
 
 
-def test_a_failure_while_writing_leaves_nothing_behind(here, capsys, monkeypatch):
+@pytest.mark.parametrize("error", [SafetensorError, OSError])
+def test_a_failure_while_writing_leaves_nothing_behind(here, capsys, monkeypatch, error):
     def full(self, folder):
-        raise SafetensorError("disk full")  # which is no OSError
+        raise error("disk full")
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
     message = refused(capsys, prune, "--save_dir=out")
