@@ -16,7 +16,6 @@ from olica.allocation import (
     allocate,
     calibration_rank,
     describe_plan,
-    planned_parameters,
     with_calibration,
 )
 from olica.calibration import CalibrationSet, build_calibration_set, calibration_shape, is_token_file
@@ -152,7 +151,7 @@ def prepare(args: argparse.Namespace) -> Job:
         options=options,
         plan=plan,
         sparsities=sparsities,
-        parameters={"before": total, "planned": planned_parameters(config, total, sized)},
+        parameters={"before": total, "planned": checkpoint.pruned_skeleton(config, sized).num_parameters()},
         bytes_per_weight=bytes_per_weight,
         memory=expected_memory(config, total, options, ids_shape, bytes_per_weight),
         folder=checkpoint.checkpoint_folder(args.save_dir, location.label, args.sparsity, recipe.name),

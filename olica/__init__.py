@@ -10,7 +10,8 @@ from .modeling_olica import FAMILIES
 
 __all__ = ["FAMILIES", "LayerShape"]
 
-for _config, _model, _causal_lm in FAMILIES.values():
+for _causal_lm in FAMILIES.values():
+    _config, _model = _causal_lm.config_class, _causal_lm.base_class
     AutoConfig.register(_config.model_type, _config)
     AutoModel.register(_config, _model)
     AutoModelForCausalLM.register(_config, _causal_lm)

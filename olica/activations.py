@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from .modeling_olica import projections_of
 from .moments import TAPS, Moments
 
 
@@ -99,10 +100,10 @@ def recording(layer: nn.Module, taps: set[str]) -> Iterator[dict[str, Tensor]]:
             return lambda module, args: seen.__setitem__(tap, args[0])
         return lambda module, args, output: seen.__setitem__(tap, output)
 
-    handles = []
+    projections, handles = projections_of(layer), []
     for tap in taps:
-        path, side = TAPS[tap]
-        module = layer.get_submodule(path)
+        name, side = TAPS[tap]
+        module = getattr(projections, name)
         register = module.register_forward_pre_hook if side == "input" else module.register_forward_hook
         handles.append(register(hook(tap, side)))
     try:

@@ -23,12 +23,13 @@ class Sizes:
 
     Attributes:
         total: the whole model, embeddings and head included, tied ones once.
-        query_key, value_output, feed_forward: of one decoder layer.
+        query, key, value_output, feed_forward: of one decoder layer.
         layers: L.
     """
 
     total: int
-    query_key: int
+    query: int
+    key: int
     value_output: int
     feed_forward: int
     layers: int
@@ -36,32 +37,39 @@ class Sizes:
     @classmethod
     def of(cls, config, total: int) -> "Sizes":
         """Sizes of the model of `config`, whose parameters number `total`."""
-        attention = config.hidden_size * head_dim(config) * (config.num_attention_heads + config.num_key_value_heads)
+        query = config.hidden_size * head_dim(config) * config.num_attention_heads
+        key = config.hidden_size * head_dim(config) * config.num_key_value_heads
         mlp = 3 * config.hidden_size * config.intermediate_size
-        return cls(total, attention, attention, mlp, config.num_hidden_layers)
+        return cls(total, query, key, query + key, mlp, config.num_hidden_layers)
+
+    @property
+    def layer(self) -> int:
+        """Of one decoder layer, norms and biases left out."""
+        return self.query + self.key + self.value_output + self.feed_forward
 
 
 @dataclass(frozen=True)
 class Sparsities:
-    """Share of the parameters that the two halves of attention and the MLP lose."""
+    """Share of their parameters that the parts of a decoder layer lose."""
 
-    query_key: float
+    query: float
+    key: float
     value_output: float
     feed_forward: float
 
 
-def _spend_rest(sizes: Sizes, sparsity: float, query_key: float, value_output: float) -> Sparsities:
+def _spend_rest(sizes: Sizes, sparsity: float, query: float, key: float, value_output: float) -> Sparsities:
     """Let the MLPs lose what is missing to `sparsity` of the whole model."""
-    attention = sizes.query_key * query_key + sizes.value_output * value_output
+    attention = sizes.query * query + sizes.key * key + sizes.value_output * value_output
     rest = sparsity * sizes.total - sizes.layers * attention
-    return Sparsities(query_key, value_output, rest / (sizes.layers * sizes.feed_forward))
+    return Sparsities(query, key, value_output, rest / (sizes.layers * sizes.feed_forward))
 
 
 def released_sparsities(sizes: Sizes, sparsity: float, k: float) -> Sparsities:
     """Allocation of the released code (D13): 2s, 2s/(1+k) and the rest up to s = 0.4, in the ratio k above it."""
     value_output = 2 * sparsity / (1 + k)
     query_key = 2 * sparsity if sparsity <= RELEASED_SPLIT else k * value_output
-    return _spend_rest(sizes, sparsity, query_key, value_output)
+    return _spend_rest(sizes, sparsity, query_key, query_key, value_output)
 
 
 def paper_sparsities(sizes: Sizes, sparsity: float, k: float) -> Sparsities:
@@ -69,9 +77,8 @@ def paper_sparsities(sizes: Sizes, sparsity: float, k: float) -> Sparsities:
 
     M1 counts the whole model, M2 its decoder layers' matrices; k = 3 gives the paper's half for value/output.
     """
-    prunable = sizes.layers * (sizes.query_key + sizes.value_output + sizes.feed_forward)
-    scaled = sparsity * sizes.total / prunable
-    return _spend_rest(sizes, sparsity, 2 * scaled, 2 * scaled / (1 + k))
+    scaled = sparsity * sizes.total / (sizes.layers * sizes.layer)
+    return _spend_rest(sizes, sparsity, 2 * scaled, 2 * scaled, 2 * scaled / (1 + k))
 
 
 def kept_by_code(size: int, sparsity: float) -> int:
@@ -101,12 +108,12 @@ def uniform_shape(config, sparsities: Sparsities, kept: Callable[[int, float], i
         ValueError: a projection would vanish or have to grow.
     """
     width = head_dim(config)
-    for name, share in zip(("query/key", "value/output", "the MLPs"), vars(sparsities).values(), strict=True):
+    for name, share in vars(sparsities).items():
         if not 0 <= share < 1:
-            raise ValueError(f"{name} would have to lose {share:.1%} of the parameters")
+            raise ValueError(f"{name.replace('_', '/')} would have to lose {share:.1%} of its parameters")
     shape = LayerShape(
-        q_rank=factor_rank(config.num_attention_heads * width, config.hidden_size, sparsities.query_key),
-        k_rank=factor_rank(config.num_key_value_heads * width, config.hidden_size, sparsities.query_key),
+        q_rank=factor_rank(config.num_attention_heads * width, config.hidden_size, sparsities.query),
+        k_rank=factor_rank(config.num_key_value_heads * width, config.hidden_size, sparsities.key),
         v_head_dim=kept(width, sparsities.value_output),
         intermediate_size=kept(config.intermediate_size, sparsities.feed_forward),
     )
@@ -178,26 +185,6 @@ def with_calibration(plan: list[LayerShape], calibrated: list[int], rank: int) -
     """The plan with a correction of that rank beside the MLPs of the layers `calibrated`."""
     chosen = set(calibrated)
     return [replace(s, calibration_rank=rank) if i in chosen else s for i, s in enumerate(plan)]
-
-
-def removed_parameters(config, shape: LayerShape) -> int:
-    """Parameters that a layer of this shape has fewer than the dense layer (negative where it has more)."""
-    hidden, width = config.hidden_size, head_dim(config)
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
-    removed = 0
-    for out_features, rank in ((heads * width, shape.q_rank), (groups * width, shape.k_rank)):
-        if rank:
-            removed += out_features * hidden - rank * (out_features + hidden)
-    value_bias = groups if getattr(config, "attention_bias", False) else 0
-    removed += (width - shape.v_head_dim) * (hidden * (heads + groups) + value_bias)
-    mlp_bias = 2 if getattr(config, "mlp_bias", False) else 0
-    removed += (config.intermediate_size - shape.intermediate_size) * (3 * hidden + mlp_bias)
-    return removed - 2 * hidden * shape.calibration_rank
-
-
-def planned_parameters(config, total: int, plan: list[LayerShape]) -> int:
-    """Parameters of the whole pruned model, corrections included."""
-    return total - sum(removed_parameters(config, shape) for shape in plan)
 
 
 def describe_plan(plan: list[LayerShape]) -> str:

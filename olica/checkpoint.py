@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .configuration_olica import LayerShape
 from .errors import UsageError
@@ -80,6 +80,16 @@ def replacing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def pruned_skeleton(config: PreTrainedConfig, plan: list[LayerShape]) -> PreTrainedModel:
+    """The pruned form, without weights, of a dense model of `config` whose layers get the sizes `plan`."""
+    pruned_class = FAMILIES[config.model_type]
+    settings = config.to_dict()
+    for key in ("model_type", "architectures", "transformers_version"):
+        settings.pop(key, None)
+    with torch.device("meta"):
+        return pruned_class(pruned_class.config_class(**settings, layer_shapes=[shape.to_dict() for shape in plan]))
+
+
 def write_pruned(
     model: PreTrainedModel, plan: list[LayerShape], tokenizer: PreTrainedTokenizerBase | None, folder: Path
 ) -> None:
@@ -89,15 +99,10 @@ def write_pruned(
         RuntimeError: the weights are not those of the plan.
         UsageError: the disk is full or fails.
     """
-    config_class, base_class, causal_class = FAMILIES[model.config.model_type]
-    settings = model.config.to_dict()
-    for key in ("model_type", "architectures", "transformers_version"):
-        settings.pop(key, None)
-    config = config_class(**settings, layer_shapes=[shape.to_dict() for shape in plan])
+    pruned = pruned_skeleton(model.config, plan)
     # save_pretrained adds the entries of the configuration and of the class that it saves.
-    config.auto_map = {"AutoModel": f"{base_class.__module__.split('.')[-1]}.{base_class.__name__}"}
-    with torch.device("meta"):
-        pruned = causal_class(config)
+    base_class = pruned.base_class
+    pruned.config.auto_map = {"AutoModel": f"{base_class.__module__.split('.')[-1]}.{base_class.__name__}"}
     pruned.load_state_dict(model.state_dict(), assign=True)
     pruned.tie_weights()
     pruned.generation_config = model.generation_config

@@ -8,7 +8,18 @@ Face constructor builds the dense modules and `shrink_layer` narrows them to `la
 from dataclasses import asdict, dataclass, fields
 
 from huggingface_hub.dataclasses import strict
-from transformers import LlamaConfig
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 
 @dataclass(frozen=True)
@@ -59,17 +70,86 @@ def check_layer_shapes(config) -> None:
                 raise ValueError(f"layer_shapes[{index}]: {name} = {size} does not fit this model")
 
 
-@strict
-class OlicaLlamaConfig(LlamaConfig):
-    """A LLaMA whose decoder layers have the sizes `layer_shapes`, one row per layer (None: all dense)."""
-
-    model_type = "olica_llama"
-    # Sharding a zero-padded value projection over devices by the dense model's plan would cut heads apart.
-    base_model_tp_plan = None
+@dataclass(kw_only=True)
+class PrunedConfig:
+    """What every family's configuration gains: the sizes of each decoder layer, one row per layer (None: all dense)."""
 
     layer_shapes: list[dict[str, int]] | None = None
+
+    # Sharding a zero-padded value projection over devices by the dense model's plan would cut heads apart.
+    base_model_tp_plan = None
 
     def validate_architecture(self):
         """Part of the strict validation: the dense sizes, then the sizes of every layer."""
         super().validate_architecture()
         check_layer_shapes(self)
+
+
+@strict
+class OlicaLlamaConfig(PrunedConfig, LlamaConfig):
+    """A pruned LLaMA."""
+
+    model_type = "olica_llama"
+
+
+@strict
+class OlicaMistralConfig(PrunedConfig, MistralConfig):
+    """A pruned Mistral."""
+
+    model_type = "olica_mistral"
+
+
+@strict
+class OlicaQwen2Config(PrunedConfig, Qwen2Config):
+    """A pruned Qwen2."""
+
+    model_type = "olica_qwen2"
+
+
+@strict
+class OlicaQwen3Config(PrunedConfig, Qwen3Config):
+    """A pruned Qwen3."""
+
+    model_type = "olica_qwen3"
+
+
+@strict
+class OlicaSmolLM3Config(PrunedConfig, SmolLM3Config):
+    """A pruned SmolLM3."""
+
+    model_type = "olica_smollm3"
+
+
+@strict
+class OlicaGraniteConfig(PrunedConfig, GraniteConfig):
+    """A pruned Granite."""
+
+    model_type = "olica_granite"
+
+
+@strict
+class OlicaOlmo2Config(PrunedConfig, Olmo2Config):
+    """A pruned OLMo 2."""
+
+    model_type = "olica_olmo2"
+
+
+@strict
+class OlicaGemma2Config(PrunedConfig, Gemma2Config):
+    """A pruned Gemma 2."""
+
+    model_type = "olica_gemma2"
+
+
+@strict
+class OlicaGemma3TextConfig(PrunedConfig, Gemma3TextConfig):
+    """A pruned Gemma 3 (text)."""
+
+    model_type = "olica_gemma3_text"
+
+
+@strict
+class OlicaPhi3Config(PrunedConfig, Phi3Config):
+    """A pruned Phi-3."""
+
+    model_type = "olica_phi3"

@@ -4,8 +4,9 @@ D hidden size, F intermediate channels
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .modeling_olica import Projections
 from .moments import Moments, diagonal, needs
 
 # The released code keeps the hundredth of the channels with the *lowest* scores, as LoRAP did; the paper is silent.
@@ -13,19 +14,19 @@ RELEASED_PROTECTED_FRACTION = 0.01
 
 
 @needs(diagonal("mlp_input"), diagonal("intermediate"))
-def released_importance(mlp: nn.Module, moments: Moments) -> Tensor:
+def released_importance(layer: Projections, moments: Moments) -> Tensor:
     """Importance (F,) of the released code (D1): L2 norms of the Wanda-scaled gate row, up row and down column."""
     squared_input = moments[diagonal("mlp_input")].double()
-    from_rows = sum((p.weight.double().square() @ squared_input).sqrt() for p in (mlp.gate_proj, mlp.up_proj))
-    squared_columns = mlp.down_proj.weight.double().square().sum(0)
+    from_rows = sum((p.weight.double().square() @ squared_input).sqrt() for p in (layer.gate_proj, layer.up_proj))
+    squared_columns = layer.down_proj.weight.double().square().sum(0)
     return from_rows + (squared_columns * moments[diagonal("intermediate")].double()).sqrt()
 
 
 @needs(diagonal("mlp_input"), diagonal("intermediate"))
-def paper_importance(mlp: nn.Module, moments: Moments) -> Tensor:
+def paper_importance(layer: Projections, moments: Moments) -> Tensor:
     """Importance (F,) of the paper's eq. 5: sum of the Wanda scores of the up row and the down column."""
-    from_up = mlp.up_proj.weight.double().abs() @ moments[diagonal("mlp_input")].double().sqrt()
-    from_down = mlp.down_proj.weight.double().abs().sum(0) * moments[diagonal("intermediate")].double().sqrt()
+    from_up = layer.up_proj.weight.double().abs() @ moments[diagonal("mlp_input")].double().sqrt()
+    from_down = layer.down_proj.weight.double().abs().sum(0) * moments[diagonal("intermediate")].double().sqrt()
     return from_up + from_down
 
 
@@ -46,16 +47,16 @@ def kept_channels(importance: Tensor, kept: int, protected_fraction: float) -> T
     return staying.sort().values
 
 
-def prune_feed_forward(mlp: nn.Module, kept: Tensor) -> dict[str, Tensor]:
+def prune_feed_forward(layer: Projections, kept: Tensor) -> dict[str, Tensor]:
     """Weights and biases of `gate_proj`, `up_proj` and `down_proj` reduced to the channels `kept`."""
     pruned = {
-        "gate_proj.weight": mlp.gate_proj.weight[kept],
-        "up_proj.weight": mlp.up_proj.weight[kept],
-        "down_proj.weight": mlp.down_proj.weight[:, kept],
+        "gate_proj.weight": layer.gate_proj.weight[kept],
+        "up_proj.weight": layer.up_proj.weight[kept],
+        "down_proj.weight": layer.down_proj.weight[:, kept],
     }
     for name in ("gate_proj", "up_proj"):
-        if getattr(mlp, name).bias is not None:
-            pruned[f"{name}.bias"] = getattr(mlp, name).bias[kept]
-    if mlp.down_proj.bias is not None:
-        pruned["down_proj.bias"] = mlp.down_proj.bias
+        if getattr(layer, name).bias is not None:
+            pruned[f"{name}.bias"] = getattr(layer, name).bias[kept]
+    if layer.down_proj.bias is not None:
+        pruned["down_proj.bias"] = layer.down_proj.bias
     return pruned

@@ -4,9 +4,10 @@ n tokens, D hidden size, F intermediate channels, P pruned channels, r rank
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .linalg import RegressionSums, multiple_correlation, principal_components, ridge_regression
+from .modeling_olica import Projections
 from .moments import Moments, cross, diagonal, full, needs, total
 
 # Steepness with which the released code turns correlations into weights of the correction's outputs (D11).
@@ -33,7 +34,7 @@ def paper_ridge(percdamp: float, mean_diagonal: float, samples: int, seqlen: int
     diagonal("mlp_output"),
     cross("mlp_input", "mlp_output"),
 )
-def dense_output_sums(mlp: nn.Module, moments: Moments) -> RegressionSums:
+def dense_output_sums(layer: Projections, moments: Moments) -> RegressionSums:
     """Regression of the dense MLP's output on its input: the released code's question, "how linear is it?" (D6)."""
     return RegressionSums(
         count=moments.count,
@@ -52,20 +53,20 @@ def dense_output_sums(mlp: nn.Module, moments: Moments) -> RegressionSums:
     full("intermediate"),
     cross("mlp_input", "intermediate"),
 )
-def residual_sums(mlp: nn.Module, moments: Moments, kept: Tensor) -> RegressionSums:
+def residual_sums(layer: Projections, moments: Moments, kept: Tensor) -> RegressionSums:
     """Regression of what pruning removes on the MLP's input, without ever running the pruned MLP.
 
     With the channels P gone the residual is E = H_P W_P^T, H the intermediate activations and W the down projection,
     so X^T E, its sums and its squares follow from the moments of (X, H).
 
     Args:
-        mlp: the dense MLP.
+        layer: dense projections.
         moments: of the statistics above.
         kept: indices of the channels that stay.
     """
-    gone = torch.ones(mlp.down_proj.in_features, dtype=torch.bool, device=kept.device)
+    gone = torch.ones(layer.down_proj.in_features, dtype=torch.bool, device=kept.device)
     gone[kept] = False
-    weight = mlp.down_proj.weight[:, gone].double()  # (D, P)
+    weight = layer.down_proj.weight[:, gone].double()  # (D, P)
     removed_moment = moments[full("intermediate")][gone][:, gone].double()  # (P, P)
     return RegressionSums(
         count=moments.count,
@@ -107,10 +108,13 @@ def low_rank_correction(sums: RegressionSums, ridge: float, rank: int, output_we
         output_weights: gives w (D,) from the sums and B.
 
     Returns:
-        `reduce.weight` (r, D) and `expand.weight` (D, r).
+        `correction.reduce.weight` (r, D) and `correction.expand.weight` (D, r).
     """
     solution = ridge_regression(sums, ridge)  # (D_in, D_out)
     weights = output_weights(sums, solution)
     weighted = solution * weights
     directions = principal_components(weighted.T @ weighted, rank)  # (D_out, r)
-    return {"reduce.weight": (weighted @ directions).T, "expand.weight": directions / weights[:, None]}
+    return {
+        "correction.reduce.weight": (weighted @ directions).T,
+        "correction.expand.weight": directions / weights[:, None],
+    }

@@ -156,7 +156,8 @@ def read_config(location: Location) -> PreTrainedConfig:
     Raises:
         UsageError: unknown model, or of a family that is not supported.
     """
-    supported = ", ".join([*FAMILIES, *(config.model_type for config, _, _ in FAMILIES.values())])
+    supported = ", ".join(FAMILIES)
+    pruned = [family.config_class.model_type for family in FAMILIES.values()]
     if location.is_local:
         fault = f"its configuration cannot be read; supported families: {supported}"
     elif location.name in MODEL_NAMES:
@@ -166,7 +167,7 @@ def read_config(location: Location) -> PreTrainedConfig:
         fault = f"not one of {names}, no local folder or .gguf file, and no model that the hub gives us"
     with _explained(location, fault):
         config = AutoConfig.from_pretrained(location.path, **location.arguments)
-    if config.model_type not in supported.split(", "):
+    if config.model_type not in [*FAMILIES, *pruned]:
         raise UsageError(
             f"{location.flag} {location.name}: the family {config.model_type} is not supported; supported: {supported}"
         )

@@ -7,10 +7,47 @@ attention code sees. Masks, caches, rotary embeddings and attention kernels stay
     F intermediate channels, r rank
 """
 
-from torch import Tensor, nn
-from transformers import LlamaForCausalLM, LlamaModel
+from typing import NamedTuple
 
-from .configuration_olica import LayerShape, OlicaLlamaConfig, head_dim
+import torch
+from torch import Tensor, nn
+from transformers import (
+    Gemma2ForCausalLM,
+    Gemma2Model,
+    Gemma3ForCausalLM,
+    Gemma3TextModel,
+    GraniteForCausalLM,
+    GraniteModel,
+    LlamaForCausalLM,
+    LlamaModel,
+    MistralForCausalLM,
+    MistralModel,
+    Olmo2ForCausalLM,
+    Olmo2Model,
+    Phi3ForCausalLM,
+    Phi3Model,
+    Qwen2ForCausalLM,
+    Qwen2Model,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+    SmolLM3ForCausalLM,
+    SmolLM3Model,
+)
+
+from .configuration_olica import (
+    LayerShape,
+    OlicaGemma2Config,
+    OlicaGemma3TextConfig,
+    OlicaGraniteConfig,
+    OlicaLlamaConfig,
+    OlicaMistralConfig,
+    OlicaOlmo2Config,
+    OlicaPhi3Config,
+    OlicaQwen2Config,
+    OlicaQwen3Config,
+    OlicaSmolLM3Config,
+    head_dim,
+)
 
 
 class LowRankLinear(nn.Module):
@@ -71,7 +108,73 @@ class CalibratedMLP(nn.Module):
         return self.mlp(x) + self.correction(x)
 
 
-def _narrow_linear(linear: nn.Linear, in_features: int, out_features: int) -> nn.Linear:
+class SideBySide(nn.Module):
+    """Projections of one input whose outputs lie side by side, as attention or MLP code reads a fused projection."""
+
+    def __init__(self, **projections: nn.Module):
+        super().__init__()
+        for name, projection in projections.items():
+            self.add_module(name, projection)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., sum of the output widths)."""
+        return torch.cat([projection(x) for projection in self.children()], dim=-1)
+
+
+class Projections(NamedTuple):
+    """The seven projections of a dense decoder layer, wherever its family keeps them."""
+
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    o_proj: nn.Linear
+    gate_proj: nn.Linear
+    up_proj: nn.Linear
+    down_proj: nn.Linear
+
+
+# Where some families fuse projections, and what a fused one holds, in the order in which its output is cut.
+FUSED = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def module_paths(layer: nn.Module) -> dict[str, str]:
+    """Where a decoder layer, dense or shrunk, has its projections and, if it has one, the correction of its MLP."""
+    names = (*Projections._fields, "correction")
+    return {name: path for path, _ in layer.named_modules() if (name := path.rpartition(".")[2]) in names}
+
+
+def projections_of(layer: nn.Module) -> Projections:
+    """The projections of a dense decoder layer; fused ones have to be separate already."""
+    paths = module_paths(layer)
+    return Projections(*(layer.get_submodule(paths[name]) for name in Projections._fields))
+
+
+def separate_projections(layer: nn.Module, config) -> None:
+    """Replace fused projections of a decoder layer by the separate ones that they hold, in place."""
+    width = head_dim(config)
+    query, key = config.num_attention_heads * width, config.num_key_value_heads * width
+    channels = config.intermediate_size
+    sizes = {"q_proj": query, "k_proj": key, "v_proj": key, "gate_proj": channels, "up_proj": channels}
+    modules = dict(layer.named_modules())
+    for path, names in FUSED.items():
+        if isinstance(modules.get(path), nn.Linear):
+            layer.set_submodule(path, _separated(modules[path], {name: sizes[name] for name in names}))
+
+
+def _separated(fused: nn.Linear, sizes: dict[str, int]) -> SideBySide:
+    """`fused` as one projection for each of `sizes`, the rows of its weight in that order."""
+    weights = fused.weight.split(list(sizes.values()))
+    biases = [None] * len(sizes) if fused.bias is None else fused.bias.split(list(sizes.values()))
+    projections = {}
+    for name, weight, bias in zip(sizes, weights, biases, strict=True):
+        projections[name] = nn.Linear(*weight.shape[::-1], bias=bias is not None, device="meta")
+        # Copies: rows that went on sharing the fused matrix would keep it in memory.
+        projections[name].weight = nn.Parameter(weight.clone())
+        projections[name].bias = None if bias is None else nn.Parameter(bias.clone())
+    return SideBySide(**projections)
+
+
+def _resized(linear: nn.Linear, in_features: int, out_features: int) -> nn.Linear:
     return nn.Linear(in_features, out_features, bias=linear.bias is not None)
 
 
@@ -80,58 +183,179 @@ def shrink_layer(layer: nn.Module, config, shape: LayerShape) -> None:
 
     What keeps its size keeps its module and its weights.
     """
-    attention, mlp = layer.self_attn, layer.mlp
+    separate_projections(layer, config)
+    dense, new = projections_of(layer), {}
     for name, rank in (("q_proj", shape.q_rank), ("k_proj", shape.k_rank)):
         if rank:
-            dense = getattr(attention, name)
-            factors = LowRankLinear(dense.in_features, dense.out_features, rank, dense.bias is not None)
-            setattr(attention, name, factors)
+            linear = getattr(dense, name)
+            new[name] = LowRankLinear(linear.in_features, linear.out_features, rank, linear.bias is not None)
     width, kept = head_dim(config), shape.v_head_dim
     if kept < width:
-        v_proj, o_proj = attention.v_proj, attention.o_proj
-        attention.v_proj = PaddedHeadsLinear(
-            v_proj.in_features, config.num_key_value_heads, kept, width, v_proj.bias is not None
-        )
-        attention.o_proj = CroppedHeadsLinear(
-            config.num_attention_heads, kept, width, o_proj.out_features, o_proj.bias is not None
-        )
+        v_proj, o_proj = dense.v_proj, dense.o_proj
+        groups, heads = config.num_key_value_heads, config.num_attention_heads
+        new["v_proj"] = PaddedHeadsLinear(v_proj.in_features, groups, kept, width, v_proj.bias is not None)
+        new["o_proj"] = CroppedHeadsLinear(heads, kept, width, o_proj.out_features, o_proj.bias is not None)
     channels = shape.intermediate_size
     if channels < config.intermediate_size:
-        mlp.gate_proj = _narrow_linear(mlp.gate_proj, config.hidden_size, channels)
-        mlp.up_proj = _narrow_linear(mlp.up_proj, config.hidden_size, channels)
-        mlp.down_proj = _narrow_linear(mlp.down_proj, channels, config.hidden_size)
-        mlp.intermediate_size = channels
+        new["gate_proj"] = _resized(dense.gate_proj, config.hidden_size, channels)
+        new["up_proj"] = _resized(dense.up_proj, config.hidden_size, channels)
+        new["down_proj"] = _resized(dense.down_proj, channels, config.hidden_size)
+    paths = module_paths(layer)
+    for name, module in new.items():
+        layer.set_submodule(paths[name], module)
     if shape.calibration_rank:
-        layer.mlp = CalibratedMLP(mlp, config.hidden_size, shape.calibration_rank)
+        layer.mlp = CalibratedMLP(layer.mlp, config.hidden_size, shape.calibration_rank)
 
 
-def shrink_layers(model: nn.Module) -> None:
-    """Shrink every decoder layer of a base model to `model.config.layer_shapes`."""
-    for layer, shape in zip(model.layers, model.config.layer_shapes or [], strict=False):
-        shrink_layer(layer, model.config, LayerShape(**shape))
+class PrunedModel:
+    """Makes a family's base model its pruned form: the library builds the dense layers, which are shrunk then."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for layer, shape in zip(self.layers, config.layer_shapes or [], strict=False):
+            shrink_layer(layer, config, LayerShape(**shape))
+        self.post_init()
 
 
-class OlicaLlamaModel(LlamaModel):
+class PrunedForCausalLM:
+    """Makes a family's causal language model its pruned form; `base_class` is the pruned base model."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = self.base_class(config)
+        self.post_init()
+
+
+class OlicaLlamaModel(PrunedModel, LlamaModel):
     """The base model of a pruned LLaMA."""
 
     config_class = OlicaLlamaConfig
 
-    def __init__(self, config: OlicaLlamaConfig):
-        super().__init__(config)
-        shrink_layers(self)
-        self.post_init()
 
-
-class OlicaLlamaForCausalLM(LlamaForCausalLM):
+class OlicaLlamaForCausalLM(PrunedForCausalLM, LlamaForCausalLM):
     """A pruned LLaMA with its language-model head."""
 
-    config_class = OlicaLlamaConfig
-
-    def __init__(self, config: OlicaLlamaConfig):
-        super().__init__(config)
-        self.model = OlicaLlamaModel(config)
-        self.post_init()
+    config_class, base_class = OlicaLlamaConfig, OlicaLlamaModel
 
 
-# model_type of the dense model -> the classes of its pruned form.
-FAMILIES = {"llama": (OlicaLlamaConfig, OlicaLlamaModel, OlicaLlamaForCausalLM)}
+class OlicaMistralModel(PrunedModel, MistralModel):
+    """The base model of a pruned Mistral."""
+
+    config_class = OlicaMistralConfig
+
+
+class OlicaMistralForCausalLM(PrunedForCausalLM, MistralForCausalLM):
+    """A pruned Mistral with its language-model head."""
+
+    config_class, base_class = OlicaMistralConfig, OlicaMistralModel
+
+
+class OlicaQwen2Model(PrunedModel, Qwen2Model):
+    """The base model of a pruned Qwen2."""
+
+    config_class = OlicaQwen2Config
+
+
+class OlicaQwen2ForCausalLM(PrunedForCausalLM, Qwen2ForCausalLM):
+    """A pruned Qwen2 with its language-model head."""
+
+    config_class, base_class = OlicaQwen2Config, OlicaQwen2Model
+
+
+class OlicaQwen3Model(PrunedModel, Qwen3Model):
+    """The base model of a pruned Qwen3."""
+
+    config_class = OlicaQwen3Config
+
+
+class OlicaQwen3ForCausalLM(PrunedForCausalLM, Qwen3ForCausalLM):
+    """A pruned Qwen3 with its language-model head."""
+
+    config_class, base_class = OlicaQwen3Config, OlicaQwen3Model
+
+
+class OlicaSmolLM3Model(PrunedModel, SmolLM3Model):
+    """The base model of a pruned SmolLM3."""
+
+    config_class = OlicaSmolLM3Config
+
+
+class OlicaSmolLM3ForCausalLM(PrunedForCausalLM, SmolLM3ForCausalLM):
+    """A pruned SmolLM3 with its language-model head."""
+
+    config_class, base_class = OlicaSmolLM3Config, OlicaSmolLM3Model
+
+
+class OlicaGraniteModel(PrunedModel, GraniteModel):
+    """The base model of a pruned Granite."""
+
+    config_class = OlicaGraniteConfig
+
+
+class OlicaGraniteForCausalLM(PrunedForCausalLM, GraniteForCausalLM):
+    """A pruned Granite with its language-model head."""
+
+    config_class, base_class = OlicaGraniteConfig, OlicaGraniteModel
+
+
+class OlicaOlmo2Model(PrunedModel, Olmo2Model):
+    """The base model of a pruned OLMo 2."""
+
+    config_class = OlicaOlmo2Config
+
+
+class OlicaOlmo2ForCausalLM(PrunedForCausalLM, Olmo2ForCausalLM):
+    """A pruned OLMo 2 with its language-model head."""
+
+    config_class, base_class = OlicaOlmo2Config, OlicaOlmo2Model
+
+
+class OlicaGemma2Model(PrunedModel, Gemma2Model):
+    """The base model of a pruned Gemma 2."""
+
+    config_class = OlicaGemma2Config
+
+
+class OlicaGemma2ForCausalLM(PrunedForCausalLM, Gemma2ForCausalLM):
+    """A pruned Gemma 2 with its language-model head."""
+
+    config_class, base_class = OlicaGemma2Config, OlicaGemma2Model
+
+
+class OlicaGemma3TextModel(PrunedModel, Gemma3TextModel):
+    """The base model of a pruned Gemma 3 (text)."""
+
+    config_class = OlicaGemma3TextConfig
+
+
+class OlicaGemma3TextForCausalLM(PrunedForCausalLM, Gemma3ForCausalLM):
+    """A pruned Gemma 3 (text) with its language-model head."""
+
+    config_class, base_class = OlicaGemma3TextConfig, OlicaGemma3TextModel
+
+
+class OlicaPhi3Model(PrunedModel, Phi3Model):
+    """The base model of a pruned Phi-3."""
+
+    config_class = OlicaPhi3Config
+
+
+class OlicaPhi3ForCausalLM(PrunedForCausalLM, Phi3ForCausalLM):
+    """A pruned Phi-3 with its language-model head."""
+
+    config_class, base_class = OlicaPhi3Config, OlicaPhi3Model
+
+
+# model_type of the dense model -> its pruned form.
+FAMILIES = {
+    "llama": OlicaLlamaForCausalLM,
+    "mistral": OlicaMistralForCausalLM,
+    "qwen2": OlicaQwen2ForCausalLM,
+    "qwen3": OlicaQwen3ForCausalLM,
+    "smollm3": OlicaSmolLM3ForCausalLM,
+    "granite": OlicaGraniteForCausalLM,
+    "olmo2": OlicaOlmo2ForCausalLM,
+    "gemma2": OlicaGemma2ForCausalLM,
+    "gemma3_text": OlicaGemma3TextForCausalLM,
+    "phi3": OlicaPhi3ForCausalLM,
+}

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Where statistics can be taken: (submodule of the decoder layer, its "input" or its "output").
+# Where statistics can be taken: (projection of the decoder layer, its "input" or its "output").
 TAPS = {
-    "attention_input": ("self_attn.q_proj", "input"),  # also the input of k_proj and v_proj
-    "heads": ("self_attn.o_proj", "input"),  # the attention-weighted values of all heads, side by side
-    "attention_output": ("self_attn.o_proj", "output"),
-    "mlp_input": ("mlp.gate_proj", "input"),  # also the input of up_proj
-    "intermediate": ("mlp.down_proj", "input"),
-    "mlp_output": ("mlp.down_proj", "output"),
+    "attention_input": ("q_proj", "input"),  # also the input of k_proj and v_proj
+    "heads": ("o_proj", "input"),  # the attention-weighted values of all heads, side by side
+    "attention_output": ("o_proj", "output"),
+    "mlp_input": ("gate_proj", "input"),  # also the input of up_proj
+    "intermediate": ("down_proj", "input"),
+    "mlp_output": ("down_proj", "output"),
 }
 
 

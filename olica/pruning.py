@@ -18,7 +18,7 @@ from .allocation import Sizes, with_calibration
 from .configuration_olica import LayerShape
 from .errors import UsageError
 from .linalg import multiple_correlation, ridge_regression
-from .modeling_olica import shrink_layer
+from .modeling_olica import Projections, module_paths, projections_of, separate_projections, shrink_layer
 from .moments import Moments, full
 from .recipes import Recipe
 
@@ -63,9 +63,13 @@ class LayerSurvey:
 
 
 def stream_layers(model: nn.Module, device: torch.device, title: str) -> Iterator[tuple[int, nn.Module]]:
-    """Yield the decoder layers of a base model, each on `device` while it is worked on: weights move only here."""
+    """Yield the decoder layers of a base model, each on `device` while it is worked on: weights move only here.
+
+    Fused projections are separated for good: what is measured and pruned is what they hold.
+    """
     for index, layer in enumerate(tqdm(model.layers, desc=title, unit="layer")):
         home = next(layer.parameters()).device
+        separate_projections(layer, model.config)
         yield index, layer.to(device)
         layer.to(home)
 
@@ -80,7 +84,7 @@ def expected_memory(
     samples, seqlen = ids_shape
     hidden, channels = config.hidden_size, config.intermediate_size
     sizes = Sizes.of(config, total)
-    layer = (sizes.query_key + sizes.value_output + sizes.feed_forward) * itemsize
+    layer = sizes.layer * itemsize
     sums = 4 * (2 * hidden**2 + (channels**2 + hidden * channels if options.mlp_num else 0))
     tokens = min(options.batch_size, samples) * seqlen
     activations = tokens * (8 * hidden + 4 * channels) * 4
@@ -156,40 +160,38 @@ def survey_layers(
         if statistics:
             calibrate(layer, hidden, calls[index], moments, options.batch_size, advance=True)
             _check_finite(moments, index)
-        correlation = None
+        projections, correlation = projections_of(layer), None
         if ranking:
-            sums = recipe.survey_regression(recipe, layer.mlp, moments, shapes[index])
+            sums = recipe.survey_regression(recipe, projections, moments, shapes[index])
             with _regularised(options.percdamp, index):
                 correlation = _mean_correlation(sums, _ridge(recipe, options, moments, calibration_ids.shape))
-        basis = recipe.value_basis(layer, moments, *heads)
+        basis = recipe.value_basis(projections, moments, *heads)
         survey.append(LayerSurvey(correlation, basis.cpu()))
     return survey
 
 
-def _compress_attention(layer, moments, shape, basis, recipe, config) -> dict[str, Tensor]:
+def _compress_attention(layer: Projections, moments, shape, basis, recipe, config) -> dict[str, Tensor]:
     heads = (config.num_attention_heads, config.num_key_value_heads)
-    basis = basis.to(next(layer.parameters()).device)
+    basis = basis.to(layer.v_proj.weight.device)
     value_output_weights = value_output.prune_value_output(
         layer, moments, shape, basis, recipe.value_importance, *heads
     )
     return recipe.query_key(layer, moments, shape) | value_output_weights
 
 
-def _compress_feed_forward(layer, moments, shape, recipe, options, ids_shape) -> dict[str, Tensor]:
-    if shape.intermediate_size == layer.mlp.down_proj.in_features:
+def _compress_feed_forward(layer: Projections, moments, shape, recipe, options, ids_shape) -> dict[str, Tensor]:
+    if shape.intermediate_size == layer.down_proj.in_features:
         return {}
-    kept = recipe.kept_channels(layer.mlp, moments, shape)
-    pruned = feed_forward.prune_feed_forward(layer.mlp, kept)
+    kept = recipe.kept_channels(layer, moments, shape)
+    pruned = feed_forward.prune_feed_forward(layer, kept)
     if not shape.calibration_rank:
-        return {f"mlp.{name}": tensor for name, tensor in pruned.items()}
-    correction = linear_calibration.low_rank_correction(
-        linear_calibration.residual_sums(layer.mlp, moments, kept),
+        return pruned
+    return pruned | linear_calibration.low_rank_correction(
+        linear_calibration.residual_sums(layer, moments, kept),
         _ridge(recipe, options, moments, ids_shape),
         shape.calibration_rank,
         recipe.output_weights,
     )
-    weights = {f"mlp.mlp.{name}": tensor for name, tensor in pruned.items()}
-    return weights | {f"mlp.correction.{name}": tensor for name, tensor in correction.items()}
 
 
 def _replace_weights(layer: nn.Module, config, shape: LayerShape, weights: dict[str, Tensor]) -> None:
@@ -197,8 +199,11 @@ def _replace_weights(layer: nn.Module, config, shape: LayerShape, weights: dict[
     like = next(layer.parameters())
     with torch.device("meta"):  # the new modules are filled, not initialised
         shrink_layer(layer, config, shape)
-    weights = {name: tensor.to(like).contiguous() for name, tensor in weights.items()}
-    layer.load_state_dict(weights, strict=False, assign=True)
+    paths, filling = module_paths(layer), {}
+    for name, tensor in weights.items():
+        module, _, rest = name.partition(".")
+        filling[f"{paths[module]}.{rest}"] = tensor.to(like).contiguous()
+    layer.load_state_dict(filling, strict=False, assign=True)
     unfilled = [name for name, parameter in layer.named_parameters() if parameter.is_meta]
     if unfilled:
         raise RuntimeError(f"no weights were computed for {', '.join(unfilled)}")
@@ -223,9 +228,11 @@ def prune_layers(
         calibrate(layer, hidden, calls[index], moments, options.batch_size, advance=recipe.dense_stream)
         _check_finite(moments, index)
         basis = survey[index].value_basis
-        weights = _compress_attention(layer, moments, shape, basis, recipe, config)
+        weights = _compress_attention(projections_of(layer), moments, shape, basis, recipe, config)
         with _regularised(options.percdamp, index):
-            weights |= _compress_feed_forward(layer, moments, shape, recipe, options, calibration_ids.shape)
+            weights |= _compress_feed_forward(
+                projections_of(layer), moments, shape, recipe, options, calibration_ids.shape
+            )
         _replace_weights(layer, config, shape, weights)
         if not recipe.dense_stream and index + 1 < len(plan):
             propagate(layer, hidden, calls[index], options.batch_size)

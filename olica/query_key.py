@@ -3,28 +3,29 @@
 Rotary embeddings stand between W_q and W_k, so each is factorised on its own (paper, Appendix A).
 """
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .configuration_olica import LayerShape
 from .linalg import low_rank_split
+from .modeling_olica import Projections
 from .moments import Moments, diagonal, needs
 
 
 @needs(diagonal("attention_input"))
-def low_rank_query_key(layer: nn.Module, moments: Moments, shape: LayerShape) -> dict[str, Tensor]:
+def low_rank_query_key(layer: Projections, moments: Moments, shape: LayerShape) -> dict[str, Tensor]:
     """Factors of `q_proj` and `k_proj`, weighted by the norms of their input's features (paper, eq. 12).
 
     Returns:
-        `self_attn.{q,k}_proj.{reduce,expand}.weight`, and the bias on `expand`, for each that the shape factorises.
+        `{q,k}_proj.{reduce,expand}.weight`, and the bias on `expand`, for each that the shape factorises.
     """
     factors = {}
     for name, rank in (("q_proj", shape.q_rank), ("k_proj", shape.k_rank)):
         if not rank:
             continue
-        projection = getattr(layer.self_attn, name)
+        projection = getattr(layer, name)
         reduce, expand = low_rank_split(projection.weight, moments[diagonal("attention_input")], rank)
-        factors[f"self_attn.{name}.reduce.weight"] = reduce
-        factors[f"self_attn.{name}.expand.weight"] = expand
+        factors[f"{name}.reduce.weight"] = reduce
+        factors[f"{name}.expand.weight"] = expand
         if projection.bias is not None:
-            factors[f"self_attn.{name}.expand.bias"] = projection.bias
+            factors[f"{name}.expand.bias"] = projection.bias
     return factors

@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import allocation, feed_forward, linear_calibration, query_key, value_output
 from .configuration_olica import LayerShape
 from .linalg import RegressionSums
+from .modeling_olica import Projections
 from .moments import Moments, Statistic, needs
 
 
@@ -23,9 +24,9 @@ class Recipe:
         query_key: (layer, moments, shape) -> factors.
         value_basis: (layer, survey moments, H, K) -> basis of every value head.
         value_importance: importance of the directions of the rotated value heads.
-        channel_importance: (mlp, moments) -> importance of the intermediate channels.
+        channel_importance: (layer, moments) -> importance of the intermediate channels.
         protected_fraction: share of the channels, the least important, that stay nevertheless.
-        survey_regression: (recipe, mlp, moments, shape) -> the regression whose correlation ranks the layers.
+        survey_regression: (recipe, layer, moments, shape) -> the regression whose correlation ranks the layers.
         last_is_eligible: whether the last layer may be calibrated.
         ridge: (percdamp, mean diagonal of X^T X, samples, tokens per sample) -> ridge.
         output_weights: (sums, solution) -> weight of every output in the low-rank step of the correction.
@@ -56,22 +57,22 @@ class Recipe:
             stages.append(linear_calibration.residual_sums)
         return {statistic for stage in stages for statistic in stage.needs}
 
-    def kept_channels(self, mlp: nn.Module, moments: Moments, shape: LayerShape) -> Tensor:
+    def kept_channels(self, layer: Projections, moments: Moments, shape: LayerShape) -> Tensor:
         """Indices of the intermediate channels that stay."""
-        importance = self.channel_importance(mlp, moments)
+        importance = self.channel_importance(layer, moments)
         return feed_forward.kept_channels(importance, shape.intermediate_size, self.protected_fraction)
 
 
 @needs(*linear_calibration.dense_output_sums.needs)
-def regress_dense_output(recipe: Recipe, mlp: nn.Module, moments: Moments, shape: LayerShape) -> RegressionSums:
+def regress_dense_output(recipe: Recipe, layer: Projections, moments: Moments, shape: LayerShape) -> RegressionSums:
     """Rank layers by how linear the dense MLP is."""
-    return linear_calibration.dense_output_sums(mlp, moments)
+    return linear_calibration.dense_output_sums(layer, moments)
 
 
 @needs(*linear_calibration.residual_sums.needs, *feed_forward.paper_importance.needs)
-def regress_residual(recipe: Recipe, mlp: nn.Module, moments: Moments, shape: LayerShape) -> RegressionSums:
+def regress_residual(recipe: Recipe, layer: Projections, moments: Moments, shape: LayerShape) -> RegressionSums:
     """Rank layers by how well the residual of the MLP, pruned as planned, is explained (paper, eq. 9)."""
-    return linear_calibration.residual_sums(mlp, moments, recipe.kept_channels(mlp, moments, shape))
+    return linear_calibration.residual_sums(layer, moments, recipe.kept_channels(layer, moments, shape))
 
 
 RECIPES = {

@@ -8,26 +8,27 @@ the others are dropped. With grouped-query attention a key/value head is read by
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .configuration_olica import LayerShape
 from .linalg import principal_components
+from .modeling_olica import Projections
 from .moments import Moments, diagonal, needs, per_head
 
 
-def _value_heads(layer: nn.Module, num_kv_heads: int) -> Tensor:
+def _value_heads(layer: Projections, num_kv_heads: int) -> Tensor:
     """W_v by head (K, d, D), float64."""
-    return layer.self_attn.v_proj.weight.double().unflatten(0, (num_kv_heads, -1))
+    return layer.v_proj.weight.double().unflatten(0, (num_kv_heads, -1))
 
 
-def _output_heads(layer: nn.Module, num_heads: int, num_kv_heads: int) -> Tensor:
+def _output_heads(layer: Projections, num_heads: int, num_kv_heads: int) -> Tensor:
     """W_o by key/value head and query head of its group (K, G, D, d), float64."""
-    heads = layer.self_attn.o_proj.weight.double().unflatten(1, (num_heads, -1))  # (D, H, d)
+    heads = layer.o_proj.weight.double().unflatten(1, (num_heads, -1))  # (D, H, d)
     return heads.movedim(0, 1).unflatten(0, (num_kv_heads, -1))
 
 
 @needs(diagonal("attention_output"))
-def output_basis(layer: nn.Module, moments: Moments | None, num_heads: int, num_kv_heads: int) -> Tensor:
+def output_basis(layer: Projections, moments: Moments | None, num_heads: int, num_kv_heads: int) -> Tensor:
     """Basis of the released code (D3): eigenvectors of W_o^T D^2 W_o, D the norms of the layer's attention output.
 
     A group's matrix is the sum over its query heads.
@@ -41,7 +42,7 @@ def output_basis(layer: nn.Module, moments: Moments | None, num_heads: int, num_
 
 
 @needs()
-def value_basis(layer: nn.Module, moments: Moments | None, num_heads: int, num_kv_heads: int) -> Tensor:
+def value_basis(layer: Projections, moments: Moments | None, num_heads: int, num_kv_heads: int) -> Tensor:
     """Basis of the paper's Fast-OND: right singular vectors of W_v (D, d) in the paper's orientation.
 
     Returns:
@@ -51,7 +52,7 @@ def value_basis(layer: nn.Module, moments: Moments | None, num_heads: int, num_k
     return principal_components(weight @ weight.mT)
 
 
-def _rotate(layer: nn.Module, basis: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor]:
+def _rotate(layer: Projections, basis: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor]:
     """W_v (K, d, D) and W_o (K, G, D, d) in the basis: per head the product W_o W_v is what it was."""
     value = basis.mT @ _value_heads(layer, num_kv_heads)
     output = _output_heads(layer, num_heads, num_kv_heads) @ basis[:, None]
@@ -97,7 +98,7 @@ def paper_importance(value: Tensor, output: Tensor, head_moment: Tensor, input_m
 
 
 def prune_value_output(
-    layer: nn.Module,
+    layer: Projections,
     moments: Moments,
     shape: LayerShape,
     basis: Tensor,
@@ -108,7 +109,7 @@ def prune_value_output(
     """Rotate every value head into its basis and keep its most important `shape.v_head_dim` directions.
 
     Args:
-        layer: dense decoder layer.
+        layer: dense projections.
         moments: of the statistics that `importance` needs.
         shape: sizes to reach.
         basis: orthogonal (K, d, d).
@@ -117,11 +118,11 @@ def prune_value_output(
         num_kv_heads: K.
 
     Returns:
-        Weights and biases of `self_attn.v_proj` and `self_attn.o_proj`, under the names of the padded and cropped
+        Weights and biases of `v_proj` and `o_proj`, under the names of the padded and cropped
         projections where heads become narrower, of the dense ones (rotated, nothing dropped) where they do not.
     """
     value, output = _rotate(layer, basis, num_heads, num_kv_heads)
-    v_bias, o_bias = layer.self_attn.v_proj.bias, layer.self_attn.o_proj.bias
+    v_bias, o_bias = layer.v_proj.bias, layer.o_proj.bias
     rotated_bias = None if v_bias is None else (basis.mT @ v_bias.double().view(num_kv_heads, -1, 1)).squeeze(-1)
     suffix = ""
     if shape.v_head_dim < basis.shape[-1]:
@@ -133,11 +134,11 @@ def prune_value_output(
         output = output.take_along_dim(kept[:, None, None], dim=-1)  # (K, G, D, v)
         rotated_bias = None if rotated_bias is None else rotated_bias.gather(-1, kept)
     pruned = {
-        f"self_attn.v_proj{suffix}.weight": value.flatten(0, 1),
-        f"self_attn.o_proj{suffix}.weight": output.flatten(0, 1).movedim(0, 1).flatten(1),
+        f"v_proj{suffix}.weight": value.flatten(0, 1),
+        f"o_proj{suffix}.weight": output.flatten(0, 1).movedim(0, 1).flatten(1),
     }
     if rotated_bias is not None:
-        pruned[f"self_attn.v_proj{suffix}.bias"] = rotated_bias.flatten()
+        pruned[f"v_proj{suffix}.bias"] = rotated_bias.flatten()
     if o_bias is not None:
-        pruned[f"self_attn.o_proj{suffix}.bias"] = o_bias
+        pruned[f"o_proj{suffix}.bias"] = o_bias
     return pruned

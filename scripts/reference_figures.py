@@ -75,7 +75,7 @@ def measure(reference: dict, ids_file: Path, folder: Path) -> dict:
         "pruned_perplexity": perplexity(pruned, windows, BATCH_SIZE).value,
         "parameters_after": pruned.num_parameters(),
         "measured_sparsity": record["measured_sparsity"],
-        "query_key_sparsity": record["shares_removed"]["query_key"],
+        "query_key_sparsity": record["shares_removed"]["query"],
         "value_output_sparsity": record["shares_removed"]["value_output"],
         "feed_forward_sparsity": record["shares_removed"]["feed_forward"],
         "q_rank": shape["q_rank"],

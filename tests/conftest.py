@@ -12,6 +12,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from olica.allocation import allocate
+from olica.configuration_olica import LayerShape
+from olica.pruning import LayerSurvey, PruningOptions, choose_calibrated, prune_layers, survey_layers
+from olica.recipes import RECIPES
+
+CPU = torch.device("cpu")
 TEST_DATA = Path(__file__).parent / "data"
 
 
@@ -41,6 +47,31 @@ def make_llama(seed: int = 0, **overrides) -> LlamaForCausalLM:
     )
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(**settings | overrides)).eval()
+
+
+def pruning_options(**overrides) -> PruningOptions:
+    """Options that calibrate one layer at rank 6, unless overridden."""
+    settings = dict(percdamp=0.5, mlp_num=1, calibration_rank=6, batch_size=4, device=CPU, cache_device=CPU)
+    return PruningOptions(**settings | overrides)
+
+
+def prune(
+    model, ids: torch.Tensor, recipe_name: str, sparsity: float, **overrides
+) -> tuple[list[LayerSurvey], list[LayerShape]]:
+    """Prune a causal model in place as the command line does; returns the survey and the plan."""
+    recipe, options = RECIPES[recipe_name], pruning_options(**overrides)
+    plan, _ = allocate(recipe, model.config, model.num_parameters(), sparsity, 3.0)
+    survey = survey_layers(model.model, ids, plan, recipe, options)
+    plan = choose_calibrated(plan, survey, recipe, options)
+    prune_layers(model.model, ids, plan, survey, recipe, options)
+    return survey, plan
+
+
+def prune_to(model, ids: torch.Tensor, plan: list[LayerShape]) -> None:
+    """Prune a causal model in place to sizes that no rule has to give."""
+    recipe, options = RECIPES["olica"], pruning_options(mlp_num=0)
+    survey = survey_layers(model.model, ids, plan, recipe, options)
+    prune_layers(model.model, ids, plan, survey, recipe, options)
 
 
 @pytest.fixture

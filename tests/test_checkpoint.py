@@ -6,35 +6,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_llama, make_tokenizer
+from conftest import make_llama, make_tokenizer, prune
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from olica.allocation import allocate, planned_parameters
+from olica.allocation import allocate
 from olica.checkpoint import check_output, checkpoint_folder, replacing, write_pruned
 from olica.errors import UsageError
-from olica.pruning import PruningOptions, choose_calibrated, prune_layers, survey_layers
 from olica.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
-CPU = torch.device("cpu")
 IDS = torch.randint(0, 320, (6, 20), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
 def pruned_folder(tmp_path):
     """A pruned checkpoint, grouped heads and tied embeddings, and the logits of the model in memory on IDS."""
-    model, recipe = make_llama(num_key_value_heads=2, tie_word_embeddings=True), RECIPES["olica"]
-    options = PruningOptions(0.5, 1, 4, 4, CPU, CPU)
-    plan, _ = allocate(recipe, model.config, model.num_parameters(), 0.25, 3.0)
-    survey = survey_layers(model.model, IDS, plan, recipe, options)
-    plan = choose_calibrated(plan, survey, recipe, options)
-    total = model.num_parameters()
-    prune_layers(model.model, IDS, plan, survey, recipe, options)
+    model = make_llama(num_key_value_heads=2, tie_word_embeddings=True)
+    _, plan = prune(model, IDS, "olica", 0.25)
     folder = tmp_path / "pruned"
     write_pruned(model, plan, make_tokenizer(), folder)
     save_file({"logits": model(IDS).logits.detach()}, tmp_path / "logits.safetensors")
-    assert model.num_parameters() == planned_parameters(model.config, total, plan)
     return folder
 
 

@@ -10,12 +10,23 @@ from olica.feed_forward import (
     prune_feed_forward,
     released_importance,
 )
+from olica.modeling_olica import projections_of
 from olica.moments import Moments, diagonal
 
 
 @pytest.fixture
-def mlp():
-    return make_llama(mlp_bias=True).model.layers[0].mlp
+def decoder_layer():
+    return make_llama(mlp_bias=True).model.layers[0]
+
+
+@pytest.fixture
+def mlp(decoder_layer):
+    return decoder_layer.mlp
+
+
+@pytest.fixture
+def layer(decoder_layer):
+    return projections_of(decoder_layer)
 
 
 @pytest.fixture
@@ -46,15 +57,15 @@ def wanda(mlp, inputs) -> dict[str, np.ndarray]:
     }
 
 
-def test_released_importance_adds_l2_norms_of_all_three(mlp, inputs, moments):
+def test_released_importance_adds_l2_norms_of_all_three(mlp, layer, inputs, moments):
     expected = sum(np.linalg.norm(scores, axis=1) for scores in wanda(mlp, inputs).values())
-    np.testing.assert_allclose(released_importance(mlp, moments).detach().numpy(), expected, rtol=1e-5)
+    np.testing.assert_allclose(released_importance(layer, moments).detach().numpy(), expected, rtol=1e-5)
 
 
-def test_paper_importance_sums_up_and_down(mlp, inputs, moments):
+def test_paper_importance_sums_up_and_down(mlp, layer, inputs, moments):
     scores = wanda(mlp, inputs)
     expected = scores["up"].sum(1) + scores["down"].sum(1)
-    np.testing.assert_allclose(paper_importance(mlp, moments).detach().numpy(), expected, rtol=1e-5)
+    np.testing.assert_allclose(paper_importance(layer, moments).detach().numpy(), expected, rtol=1e-5)
 
 
 def test_the_released_code_keeps_the_lowest_hundredth():
@@ -71,11 +82,11 @@ def test_without_protection_the_highest_stay():
     assert kept_channels(importance, 5, 0.0).tolist() == [0, 1, 2, 3, 4]
 
 
-def test_the_pruned_mlp_is_the_dense_one_with_channels_silenced(mlp, inputs):
+def test_the_pruned_mlp_is_the_dense_one_with_channels_silenced(mlp, layer, inputs):
     for bias in (mlp.gate_proj.bias, mlp.up_proj.bias, mlp.down_proj.bias):
         torch.nn.init.normal_(bias)
     kept = torch.arange(0, 176, 3)
-    pruned = prune_feed_forward(mlp, kept)
+    pruned = prune_feed_forward(layer, kept)
     gate = inputs @ pruned["gate_proj.weight"].T + pruned["gate_proj.bias"]
     up = inputs @ pruned["up_proj.weight"].T + pruned["up_proj.bias"]
     found = (mlp.act_fn(gate) * up) @ pruned["down_proj.weight"].T + pruned["down_proj.bias"]

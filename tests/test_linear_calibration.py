@@ -17,12 +17,23 @@ from olica.linear_calibration import (
     released_ridge,
     residual_sums,
 )
+from olica.modeling_olica import projections_of
 from olica.moments import Moments
 
 
 @pytest.fixture
-def mlp():
-    return make_llama().model.layers[0].mlp
+def decoder_layer():
+    return make_llama().model.layers[0]
+
+
+@pytest.fixture
+def mlp(decoder_layer):
+    return decoder_layer.mlp
+
+
+@pytest.fixture
+def layer(decoder_layer):
+    return projections_of(decoder_layer)
 
 
 @pytest.fixture
@@ -63,19 +74,19 @@ def check_sums(sums, x: np.ndarray, y: np.ndarray) -> None:
         np.testing.assert_allclose(found.detach().numpy(), expected, rtol=2e-4, atol=2e-3)
 
 
-def test_residual_sums_are_those_of_the_residual(mlp, inputs, moments):
+def test_residual_sums_are_those_of_the_residual(mlp, layer, inputs, moments):
     x = inputs.flatten(0, 1).double().numpy()
-    check_sums(residual_sums(mlp, moments, KEPT), x, residual(mlp, inputs))
+    check_sums(residual_sums(layer, moments, KEPT), x, residual(mlp, inputs))
 
 
-def test_dense_output_sums_are_those_of_the_output(mlp, inputs, moments):
+def test_dense_output_sums_are_those_of_the_output(mlp, layer, inputs, moments):
     x = inputs.flatten(0, 1).double().numpy()
-    check_sums(dense_output_sums(mlp, moments), x, mlp(inputs).detach().flatten(0, 1).double().numpy())
+    check_sums(dense_output_sums(layer, moments), x, mlp(inputs).detach().flatten(0, 1).double().numpy())
 
 
-def test_released_output_weights_come_from_the_correlations(mlp, inputs, moments):
+def test_released_output_weights_come_from_the_correlations(mlp, layer, inputs, moments):
     assert RELEASED_TEMPERATURE == 0.05
-    sums = residual_sums(mlp, moments, KEPT)
+    sums = residual_sums(layer, moments, KEPT)
     solution = ridge_regression(sums, 5.0).detach()
     x, e = inputs.flatten(0, 1).double().numpy(), residual(mlp, inputs)
     predicted, n = x @ solution.numpy(), len(x)
@@ -88,9 +99,9 @@ def test_released_output_weights_come_from_the_correlations(mlp, inputs, moments
 
 
 @pytest.mark.parametrize("output_weights", [released_output_weights, equal_output_weights])
-def test_correction_is_the_weighted_svd_of_the_ridge_solution(mlp, inputs, moments, output_weights):
+def test_correction_is_the_weighted_svd_of_the_ridge_solution(mlp, layer, inputs, moments, output_weights):
     rank, ridge = 6, 3.0
-    sums = residual_sums(mlp, moments, KEPT)
+    sums = residual_sums(layer, moments, KEPT)
     factors = low_rank_correction(sums, ridge, rank, output_weights)
     x, e = inputs.flatten(0, 1).double().numpy(), residual(mlp, inputs)
     augmented = np.vstack([x, np.sqrt(ridge) * np.eye(64)])
@@ -98,16 +109,15 @@ def test_correction_is_the_weighted_svd_of_the_ridge_solution(mlp, inputs, momen
     weights = output_weights(sums, torch.from_numpy(solution)).detach().numpy()
     u, s, vt = np.linalg.svd(solution * weights)
     expected = (u[:, :rank] * s[:rank]) @ vt[:rank] / weights
-    found = (factors["expand.weight"] @ factors["reduce.weight"]).T.detach().numpy()
+    found = (factors["correction.expand.weight"] @ factors["correction.reduce.weight"]).T.detach().numpy()
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
 
 
-def test_a_full_rank_correction_is_the_ridge_solution(mlp, moments):
-    sums = residual_sums(mlp, moments, KEPT)
+def test_a_full_rank_correction_is_the_ridge_solution(layer, moments):
+    sums = residual_sums(layer, moments, KEPT)
     factors = low_rank_correction(sums, 3.0, 64, released_output_weights)
-    torch.testing.assert_close(
-        (factors["expand.weight"] @ factors["reduce.weight"]).T, ridge_regression(sums, 3.0), rtol=1e-6, atol=1e-8
-    )
+    found = (factors["correction.expand.weight"] @ factors["correction.reduce.weight"]).T
+    torch.testing.assert_close(found, ridge_regression(sums, 3.0), rtol=1e-6, atol=1e-8)
 
 
 def test_ridges():

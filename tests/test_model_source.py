@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import make_llama
 from safetensors.torch import load_file, save_file
-from transformers import MistralConfig
+from transformers import GPT2Config
 
 from olica import model_source
 from olica.allocation import allocate
@@ -72,9 +72,9 @@ def test_a_known_model_that_the_hub_does_not_give():
 
 
 def test_an_unknown_family_lists_the_supported_ones(tmp_path):
-    MistralConfig().save_pretrained(tmp_path / "mistral")
-    with pytest.raises(UsageError, match="family mistral is not supported; supported: llama"):
-        read_config(locate(str(tmp_path / "mistral")))
+    GPT2Config().save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(UsageError, match="family gpt2 is not supported; supported: llama, mistral, .*phi3$"):
+        read_config(locate(str(tmp_path / "gpt2")))
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd/config.json").write_text('{"model_type": "no-such-type"}')
     with pytest.raises(UsageError, match="supported families: llama.*no-such-type"):

@@ -3,37 +3,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_llama
+from conftest import make_llama, prune, pruning_options
 
 from olica.allocation import allocate
 from olica.errors import UsageError
 from olica.moments import diagonal, full, needs
-from olica.pruning import (
-    PruningOptions,
-    check_mlp_num,
-    choose_calibrated,
-    expected_memory,
-    prune_layers,
-    survey_layers,
-)
+from olica.pruning import check_mlp_num, expected_memory, prune_layers, survey_layers
 from olica.recipes import RECIPES
-
-CPU = torch.device("cpu")
-
-
-def options(**overrides) -> PruningOptions:
-    settings = dict(percdamp=0.5, mlp_num=1, calibration_rank=6, batch_size=4, device=CPU, cache_device=CPU)
-    return PruningOptions(**settings | overrides)
-
-
-def prune(model, ids, recipe_name, sparsity, **overrides):
-    """Prune in place; returns the survey and the plan."""
-    recipe, opts = RECIPES[recipe_name], options(**overrides)
-    plan, _ = allocate(recipe, model.config, model.num_parameters(), sparsity, 3.0)
-    survey = survey_layers(model.model, ids, plan, recipe, opts)
-    plan = choose_calibrated(plan, survey, recipe, opts)
-    prune_layers(model.model, ids, plan, survey, recipe, opts)
-    return survey, plan
 
 
 @pytest.fixture
@@ -76,7 +52,7 @@ def test_a_recipe_calibrates_on_the_stream_that_it_names(ids, name):
         seen.append(moments[diagonal("attention_input")])
         return RECIPES[name].query_key(layer, moments, shape)
 
-    recipe, opts = replace(RECIPES[name], query_key=watched), options()
+    recipe, opts = replace(RECIPES[name], query_key=watched), pruning_options()
     plan, _ = allocate(recipe, model.config, model.num_parameters(), 0.3, 3.0)
     survey = survey_layers(model.model, ids, plan, recipe, opts)
     prune_layers(model.model, ids, plan, survey, recipe, opts)
@@ -134,9 +110,9 @@ def test_mlp_num_is_checked_against_the_layers():
 
 def test_expected_memory_grows_with_what_it_should():
     config = make_llama().config
-    base = expected_memory(config, 10**9, options(), (256, 128), 2)
+    base = expected_memory(config, 10**9, pruning_options(), (256, 128), 2)
     assert base["device_bytes"] is None
-    assert expected_memory(config, 10**9, options(), (256, 128), 4)["host_bytes"] > base["host_bytes"] + 1.9e9
-    assert expected_memory(config, 10**9, options(), (512, 128), 2)["host_bytes"] > base["host_bytes"]
-    gpu = options(device=torch.device("cuda"), cache_device=torch.device("cuda"))
+    assert expected_memory(config, 10**9, pruning_options(), (256, 128), 4)["host_bytes"] > base["host_bytes"] + 1.9e9
+    assert expected_memory(config, 10**9, pruning_options(), (512, 128), 2)["host_bytes"] > base["host_bytes"]
+    gpu = pruning_options(device=torch.device("cuda"), cache_device=torch.device("cuda"))
     assert expected_memory(config, 10**9, gpu, (256, 128), 2)["device_bytes"] > 0

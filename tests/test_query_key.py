@@ -3,6 +3,7 @@ import torch
 from conftest import make_llama
 
 from olica.configuration_olica import LayerShape
+from olica.modeling_olica import projections_of
 from olica.moments import Moments, diagonal
 from olica.query_key import low_rank_query_key
 
@@ -16,18 +17,18 @@ def factors_of(layer, shape):
 
 
 def test_factors_are_the_weighted_svd_of_the_paper():
-    layer = make_llama(num_key_value_heads=2).model.layers[0]
+    layer = projections_of(make_llama(num_key_value_heads=2).model.layers[0])
     factors, norms = factors_of(layer, LayerShape(20, 10, 16, 176))
     for name, rank in (("q_proj", 20), ("k_proj", 10)):
-        weight = getattr(layer.self_attn, name).weight.detach().double().numpy()
+        weight = getattr(layer, name).weight.detach().double().numpy()
         u, s, vt = np.linalg.svd(weight * norms, full_matrices=False)  # W D = U S V^T
         expected = (u[:, :rank] * s[:rank]) @ vt[:rank] / norms
-        found = factors[f"self_attn.{name}.expand.weight"] @ factors[f"self_attn.{name}.reduce.weight"]
+        found = factors[f"{name}.expand.weight"] @ factors[f"{name}.reduce.weight"]
         np.testing.assert_allclose(found.detach().numpy(), expected, atol=1e-6)
 
 
 def test_a_rank_of_zero_leaves_the_projection():
-    layer = make_llama(attention_bias=True).model.layers[0]
+    layer = projections_of(make_llama(attention_bias=True).model.layers[0])
     factors, _ = factors_of(layer, LayerShape(8, 0, 16, 176))
-    assert set(factors) == {f"self_attn.q_proj.{part}" for part in ("reduce.weight", "expand.weight", "expand.bias")}
-    assert factors["self_attn.q_proj.expand.bias"] is layer.self_attn.q_proj.bias
+    assert set(factors) == {f"q_proj.{part}" for part in ("reduce.weight", "expand.weight", "expand.bias")}
+    assert factors["q_proj.expand.bias"] is layer.q_proj.bias

@@ -4,6 +4,7 @@ import torch
 from conftest import make_llama
 
 from olica.configuration_olica import LayerShape
+from olica.modeling_olica import projections_of
 from olica.moments import Moments, diagonal, per_head
 from olica.value_output import output_basis, paper_importance, prune_value_output, released_importance, value_basis
 
@@ -17,7 +18,7 @@ def num_kv_heads(request):
 
 @pytest.fixture
 def layer(num_kv_heads):
-    return make_llama(num_key_value_heads=num_kv_heads).model.layers[0]
+    return projections_of(make_llama(num_key_value_heads=num_kv_heads).model.layers[0])
 
 
 @pytest.fixture
@@ -51,22 +52,21 @@ def test_rotating_keeps_every_heads_product(layer, moments, num_kv_heads, make_b
     torch.testing.assert_close(basis.mT @ basis, identity)
     shape = LayerShape(0, 0, WIDTH, 176)
     rotated = prune_value_output(layer, moments, shape, basis, released_importance, H, num_kv_heads)
-    attention = layer.self_attn
     before = head_products(
-        attention.v_proj.weight.detach().double().numpy(), attention.o_proj.weight.detach().double().numpy(),
+        layer.v_proj.weight.detach().double().numpy(), layer.o_proj.weight.detach().double().numpy(),
         num_kv_heads, WIDTH,
     )  # fmt: skip
     after = head_products(
-        rotated["self_attn.v_proj.weight"].detach().numpy(), rotated["self_attn.o_proj.weight"].detach().numpy(),
+        rotated["v_proj.weight"].detach().numpy(), rotated["o_proj.weight"].detach().numpy(),
         num_kv_heads, WIDTH,
     )  # fmt: skip
     np.testing.assert_allclose(after, before, atol=1e-12)
-    assert not np.allclose(rotated["self_attn.v_proj.weight"].detach().numpy(), attention.v_proj.weight.detach())
+    assert not np.allclose(rotated["v_proj.weight"].detach().numpy(), layer.v_proj.weight.detach())
 
 
 def test_output_basis_diagonalises_the_groups_weighted_outputs(layer, activations, moments, num_kv_heads):
     basis = output_basis(layer, moments, H, num_kv_heads).detach().numpy()
-    weight = layer.self_attn.o_proj.weight.detach().double().numpy().reshape(D, H, WIDTH)
+    weight = layer.o_proj.weight.detach().double().numpy().reshape(D, H, WIDTH)
     norms = (activations["attention_output"].double() ** 2).sum((0, 1)).numpy()
     group = H // num_kv_heads
     for kv in range(num_kv_heads):
@@ -81,7 +81,7 @@ def test_output_basis_diagonalises_the_groups_weighted_outputs(layer, activation
 
 def test_value_basis_holds_the_singular_vectors(layer, num_kv_heads):
     basis = value_basis(layer, None, H, num_kv_heads).detach().numpy()
-    weight = layer.self_attn.v_proj.weight.detach().double().numpy().reshape(num_kv_heads, WIDTH, D)
+    weight = layer.v_proj.weight.detach().double().numpy().reshape(num_kv_heads, WIDTH, D)
     for kv in range(num_kv_heads):
         _, _, expected = np.linalg.svd(weight[kv].T)  # W_v in the paper's orientation (D, d)
         np.testing.assert_allclose(np.abs(expected @ basis[kv]), np.eye(WIDTH), atol=1e-7)
@@ -90,8 +90,8 @@ def test_value_basis_holds_the_singular_vectors(layer, num_kv_heads):
 def scores_by_hand(layer, activations, basis, num_kv_heads, norm) -> np.ndarray:
     """Both importances from their definition on rotated weights and rotated activations, norm 1 or 2."""
     group = H // num_kv_heads
-    value = layer.self_attn.v_proj.weight.detach().double().numpy().reshape(num_kv_heads, WIDTH, D)
-    output = layer.self_attn.o_proj.weight.detach().double().numpy().reshape(D, H, WIDTH)
+    value = layer.v_proj.weight.detach().double().numpy().reshape(num_kv_heads, WIDTH, D)
+    output = layer.o_proj.weight.detach().double().numpy().reshape(D, H, WIDTH)
     inputs = np.linalg.norm(activations["attention_input"].double().flatten(0, 1).numpy(), axis=0)
     heads = activations["heads"].double().flatten(0, 1).numpy().reshape(-1, H, WIDTH)
     scores = np.zeros((num_kv_heads, WIDTH))
@@ -115,21 +115,22 @@ def test_pruning_keeps_the_most_important_directions(layer, activations, moments
     pruned = prune_value_output(layer, moments, LayerShape(0, 0, kept, 176), basis, importance, H, num_kv_heads)
     scores = scores_by_hand(layer, activations, basis.numpy(), num_kv_heads, norm)
     order = np.sort(np.argsort(scores, axis=1)[:, WIDTH - kept :], axis=1)
-    value = layer.self_attn.v_proj.weight.detach().double().numpy().reshape(num_kv_heads, WIDTH, D)
+    value = layer.v_proj.weight.detach().double().numpy().reshape(num_kv_heads, WIDTH, D)
     expected = np.stack([(basis[kv].numpy().T @ value[kv])[order[kv]] for kv in range(num_kv_heads)])
-    found = pruned["self_attn.v_proj.linear.weight"].detach().numpy().reshape(num_kv_heads, kept, D)
+    found = pruned["v_proj.linear.weight"].detach().numpy().reshape(num_kv_heads, kept, D)
     np.testing.assert_allclose(found, expected, atol=1e-10)
-    assert pruned["self_attn.o_proj.linear.weight"].shape == (D, H * kept)
+    assert pruned["o_proj.linear.weight"].shape == (D, H * kept)
 
 
 def test_biases_follow_their_projections(num_kv_heads, moments):
     layer = make_llama(num_key_value_heads=num_kv_heads, attention_bias=True).model.layers[0]
-    torch.nn.init.normal_(layer.self_attn.v_proj.bias)
+    layer = projections_of(layer)
+    torch.nn.init.normal_(layer.v_proj.bias)
     basis = output_basis(layer, moments, H, num_kv_heads).detach()
     rotated = prune_value_output(
         layer, moments, LayerShape(0, 0, WIDTH, 176), basis, released_importance, H, num_kv_heads
     )
-    bias = layer.self_attn.v_proj.bias.detach().double().numpy().reshape(num_kv_heads, WIDTH)
+    bias = layer.v_proj.bias.detach().double().numpy().reshape(num_kv_heads, WIDTH)
     expected = np.concatenate([basis[kv].numpy().T @ bias[kv] for kv in range(num_kv_heads)])
-    np.testing.assert_allclose(rotated["self_attn.v_proj.bias"].detach().numpy(), expected, atol=1e-12)
-    assert rotated["self_attn.o_proj.bias"] is layer.self_attn.o_proj.bias
+    np.testing.assert_allclose(rotated["v_proj.bias"].detach().numpy(), expected, atol=1e-12)
+    assert rotated["o_proj.bias"] is layer.o_proj.bias

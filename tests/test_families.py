@@ -1,0 +1,220 @@
+"""Every family, grouped and ungrouped heads, tied and untied embeddings: tiny models pruned, saved and used."""
+
+import copy
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import prune, prune_to
+from safetensors.torch import save_file
+from tiny_families import PECULIARITIES, WINDOW, kept_parameters, make_family
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from olica.allocation import allocate, with_calibration
+from olica.checkpoint import pruned_skeleton, write_pruned
+from olica.configuration_olica import LayerShape
+from olica.modeling_olica import FAMILIES, projections_of, separate_projections
+from olica.recipes import RECIPES
+
+ROOT = Path(__file__).parents[1]
+CASES = [(family, grouped, tied) for family in FAMILIES for grouped in (True, False) for tied in (True, False)]
+IDS = torch.randint(3, 319, (9, 23), generator=torch.Generator().manual_seed(0))
+DENSE = [LayerShape(0, 0, 10, 177)] * 3
+ODD = [LayerShape(13, 7, 7, 101), LayerShape(13, 0, 9, 101, calibration_rank=5), LayerShape(0, 7, 7, 99)]
+GREEDY = dict(max_new_tokens=8, do_sample=False, eos_token_id=None)
+
+every_case = pytest.mark.parametrize(
+    ("family", "grouped", "tied"),
+    CASES,
+    ids=[f"{f}-{'grouped' if g else 'ungrouped'}-{'tied' if t else 'untied'}" for f, g, t in CASES],
+)
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+@pytest.fixture(scope="module")
+def pruned_folder(tmp_path_factory):
+    """Gives the folder of a case's model pruned to ODD; the logits on IDS in memory lie beside it."""
+    root = tmp_path_factory.mktemp("families")
+
+    @cache
+    def folder_of(family: str, grouped: bool, tied: bool) -> Path:
+        model = make_family(family, grouped, tied)
+        prune_to(model, IDS, ODD)
+        folder = root / f"{family}_{grouped}_{tied}"
+        write_pruned(model, ODD, None, folder)
+        with torch.no_grad():
+            save_file({"ids": IDS, "logits": model(IDS).logits}, folder.with_suffix(".safetensors"))
+        return folder
+
+    return folder_of
+
+
+def load(folder: Path, **arguments):
+    return AutoModelForCausalLM.from_pretrained(folder, **arguments).eval()
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
+def test_every_family_is_tried_here():
+    assert PECULIARITIES.keys() == FAMILIES.keys()
+
+
+@every_case
+def test_rotating_without_removing_changes_nothing(family, grouped, tied):
+    dense = make_family(family, grouped, tied)
+    rotated = copy.deepcopy(dense)
+    prune_to(rotated, IDS, DENSE)
+    torch.testing.assert_close(rotated(IDS).logits, dense(IDS).logits, rtol=1e-4, atol=1e-4)
+    for layer, dense_layer in zip(rotated.model.layers, dense.model.layers, strict=True):
+        separate_projections(dense_layer, dense.config)
+        for name in ("v_proj", "o_proj"):
+            was = getattr(projections_of(dense_layer), name).weight
+            moved = getattr(projections_of(layer), name).weight - was
+            assert moved.norm() > 0.1 * was.norm(), "the rotation was not applied"
+
+
+def expanded(layer: nn.Module, groups: int, heads: int, width: int) -> dict[str, tuple]:
+    """Weights and biases of a pruned layer's projections, multiplied out and filled up with zeros (no correction)."""
+    wide = {}
+    for name, module in projections_of(layer)._asdict().items():
+        parts = dict(module.named_children())
+        last = parts.get("expand", parts.get("linear", module))
+        weight = last.weight if "reduce" not in parts else last.weight @ parts["reduce"].weight
+        bias = last.bias
+        if name == "v_proj" and "linear" in parts:
+            weight = nn.functional.pad(weight.unflatten(0, (groups, -1)), (0, 0, 0, width - module.kept)).flatten(0, 1)
+            if bias is not None:
+                bias = nn.functional.pad(bias.unflatten(0, (groups, -1)), (0, width - module.kept)).flatten()
+        if name == "o_proj" and "linear" in parts:
+            weight = nn.functional.pad(weight.unflatten(1, (heads, -1)), (0, width - module.kept)).flatten(1)
+        wide[name] = (weight, bias)
+    return wide
+
+
+@every_case
+def test_the_pruned_model_is_the_librarys_with_its_weights_multiplied_out(family, grouped, tied):
+    model, plan = make_family(family, grouped, tied), [LayerShape(13, 7, 7, 101)] * 3
+    dense = copy.deepcopy(model)
+    prune_to(model, IDS, plan)
+    config = dense.config
+    for layer, target in zip(model.model.layers, dense.model.layers, strict=True):
+        sizes = (config.num_key_value_heads, config.num_attention_heads, config.head_dim)
+        wide = expanded(layer, *sizes)
+        separate_projections(target, config)
+        for name, (weight, bias) in wide.items():
+            projection = getattr(projections_of(target), name)
+            weight = nn.functional.pad(weight, (0, projection.in_features - weight.shape[1]))
+            weight = nn.functional.pad(weight, (0, 0, 0, projection.out_features - len(weight)))
+            projection.weight = nn.Parameter(weight)
+            if bias is not None:
+                projection.bias = nn.Parameter(nn.functional.pad(bias, (0, projection.out_features - len(bias))))
+    torch.testing.assert_close(model(IDS).logits, dense(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+FRESH_PROCESS = """
+import importlib.util, sys
+from pathlib import Path
+from safetensors.torch import load_file
+installed = {installed}
+assert (importlib.util.find_spec("olica") is not None) == installed
+if installed:
+    import olica
+from transformers import AutoModel, AutoModelForCausalLM
+arguments = dict() if installed else dict(trust_remote_code=True)
+for path in sys.argv[1:]:
+    expected = load_file(Path(path).with_suffix(".safetensors"))
+    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **arguments)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), (path, info)
+    assert type(model).__module__.startswith("olica." if installed else "transformers_modules."), type(model)
+    assert (model.eval()(expected["ids"]).logits == expected["logits"]).all(), path
+    base = AutoModel.from_pretrained(path, **arguments)
+    assert type(base) is type(model).base_class, (path, type(base))
+print("equal logits", len(sys.argv) - 1)
+"""
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_all_load_in_a_fresh_process_with_and_without_olica(pruned_folder, installed, tmp_path):
+    folders = [pruned_folder(*case) for case in CASES]
+    environment = os.environ | {"HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT) if installed else ""}
+    command = [sys.executable, "-c", FRESH_PROCESS.format(installed=installed), *map(str, folders)]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["equal", "logits", str(len(CASES))]
+
+
+@every_case
+def test_generation_is_the_same_whatever_the_cache_and_the_padding(pruned_folder, family, grouped, tied):
+    model = load(pruned_folder(family, grouped, tied))
+    prompts = IDS[:2, : WINDOW + 4]
+    uncached = model.generate(prompts, use_cache=False, **GREEDY)
+    assert uncached.shape == (2, WINDOW + 12)
+    assert torch.equal(model.generate(prompts, **GREEDY), uncached)
+    assert torch.equal(model.generate(prompts, cache_implementation="static", **GREEDY), uncached)
+    short = prompts[:1, 5:]
+    padded = torch.cat([nn.functional.pad(short, (5, 0), value=0), prompts[1:]])
+    mask = torch.ones_like(padded)
+    mask[0, :5] = 0
+    batch = model.generate(padded, attention_mask=mask, **GREEDY)
+    assert torch.equal(batch[0, 5:], model.generate(short, **GREEDY)[0])
+    assert torch.equal(batch[1], uncached[1])
+
+
+@every_case
+def test_attention_kernels_agree(pruned_folder, family, grouped, tied):
+    folder = pruned_folder(family, grouped, tied)
+    eager = load(folder, attn_implementation="eager")(IDS).logits
+    if family == "gemma2":  # its logit cap is in no fused kernel of torch, so the library has it run eager
+        with pytest.raises(ValueError, match="scaled_dot_product_attention"):
+            load(folder, attn_implementation="sdpa")
+        return
+    sdpa = load(folder, attn_implementation="sdpa")
+    assert sdpa.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(sdpa(IDS).logits, eager, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@every_case
+def test_half_precision_is_no_worse_than_in_the_dense_model(pruned_folder, family, grouped, tied, dtype):
+    folder, dense = pruned_folder(family, grouped, tied), make_family(family, grouped, tied)
+    expected, dense_expected = load(folder)(IDS).logits, dense(IDS).logits
+    found = load(folder, dtype=dtype)(IDS).logits
+    assert found.dtype == dtype and torch.isfinite(found).all()
+    assert relative_error(found, expected) < 3 * relative_error(dense.to(dtype)(IDS).logits, dense_expected)
+
+
+@every_case
+def test_measured_parameters_are_the_planned_ones(family, grouped, tied):
+    model = make_family(family, grouped, tied)
+    plan, _ = allocate(RECIPES["olica"], model.config, model.num_parameters(), 0.2, 3.0)
+    plan = with_calibration(plan, [1], 5)
+    by_hand = kept_parameters(model, plan)
+    planned = pruned_skeleton(model.config, plan).num_parameters()
+    prune_to(model, IDS, plan)
+    assert model.num_parameters() == planned == by_hand
+
+
+@every_case
+def test_the_checkpoint_holds_what_was_planned(pruned_folder, family, grouped, tied):
+    model = load(pruned_folder(family, grouped, tied))
+    assert model.config.model_type == f"olica_{family}"
+    assert model.config.layer_shapes == [shape.to_dict() for shape in ODD]
+    assert model.num_parameters() == kept_parameters(make_family(family, grouped, tied), ODD)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+
+
+@every_family
+def test_both_recipes_prune(family):
+    for recipe in RECIPES:
+        model = make_family(family)
+        before = model(IDS).logits
+        prune(model, IDS, recipe, 0.2)
+        after = model(IDS).logits
+        assert torch.isfinite(after).all() and relative_error(after, before) > 0.01
