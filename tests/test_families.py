@@ -1,6 +1,7 @@
 """Every family, grouped and ungrouped heads, tied and untied embeddings: tiny models pruned, saved and used."""
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -9,14 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import prune, prune_to
+from conftest import make_tokenizer, prune, prune_to
 from safetensors.torch import save_file
 from tiny_families import PECULIARITIES, WINDOW, kept_parameters, make_family
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+import model_evaluate
+import model_pruning
 from olica.allocation import allocate, with_calibration
 from olica.checkpoint import pruned_skeleton, write_pruned
+from olica.command_line import run_command
 from olica.configuration_olica import LayerShape
 from olica.modeling_olica import FAMILIES, projections_of, separate_projections
 from olica.recipes import RECIPES
@@ -218,3 +222,26 @@ def test_both_recipes_prune(family):
         prune(model, IDS, recipe, 0.2)
         after = model(IDS).logits
         assert torch.isfinite(after).all() and relative_error(after, before) > 0.01
+
+
+@every_family
+def test_both_command_lines(family, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_family(family).save_pretrained("dense")
+    make_tokenizer().save_pretrained("dense")
+    save_file({"calibration_ids": IDS}, "ids.safetensors")
+    Path("held.txt").write_text("seven wise owls read old books by candle light\n" * 20)
+    flags = ["--base_model=dense", "--datasets=ids.safetensors", "--mlp_num=1", "--ratio=0.1"]
+    assert run_command(model_pruning.build_parser(), model_pruning.run, flags) == 0
+    folder = Path("pruned_models/dense_sparsity-0.2")
+    record = json.loads((folder / "olica_run.json").read_text())
+    assert record["parameters"]["after"] == record["parameters"]["planned"] < record["parameters"]["before"]
+    assert len(record["calibrated_layers"]) == 1
+    flags = ["--base_model=dense", "--ppl=held.txt", "--ppl_seqlen=64", "--with_dense", "--prompt=old books"]
+    assert run_command(model_evaluate.build_parser(), model_evaluate.run, flags) == 0
+    (path,) = folder.glob("olica_eval_*.json")
+    results = json.loads(path.read_text())["results"]
+    assert results["pruned"]["perplexity"]["value"] != results["dense"]["perplexity"]["value"] < 1e5
+    with pytest.raises(SystemExit):
+        run_command(model_pruning.build_parser(), model_pruning.run, [f"--base_model={folder}"])
+    assert "this checkpoint is pruned already" in capsys.readouterr().err

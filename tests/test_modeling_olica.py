@@ -2,6 +2,7 @@ import pytest
 import torch
 from conftest import make_llama
 from huggingface_hub.errors import StrictDataclassClassValidationError
+from tiny_families import make_family
 
 from olica.configuration_olica import LayerShape, OlicaLlamaConfig
 from olica.modeling_olica import (
@@ -10,6 +11,8 @@ from olica.modeling_olica import (
     LowRankLinear,
     OlicaLlamaForCausalLM,
     PaddedHeadsLinear,
+    projections_of,
+    separate_projections,
 )
 
 
@@ -86,3 +89,21 @@ def test_shapes_that_do_not_fit_are_refused(shapes, message):
     settings.pop("model_type")
     with pytest.raises(StrictDataclassClassValidationError, match=message):
         OlicaLlamaConfig(**settings, layer_shapes=shapes)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_separated_projections_do_what_the_fused_one_did(bias):
+    layer = make_family("phi3").model.layers[0]
+    config, x = make_family("phi3").config, torch.randn(2, 5, 63)
+    layer.self_attn.qkv_proj = torch.nn.Linear(63, (9 + 3 + 3) * 10, bias=bias)
+    fused, expected = layer.self_attn.qkv_proj, layer.self_attn.qkv_proj(x)
+    separate_projections(layer, config)
+    torch.testing.assert_close(layer.self_attn.qkv_proj(x), expected)
+    projections = projections_of(layer)
+    assert torch.equal(projections.k_proj.weight, fused.weight[90:120])
+    assert torch.equal(projections.v_proj.weight, fused.weight[120:])
+    assert projections.gate_proj.weight.shape == projections.up_proj.weight.shape == (177, 63)
+    assert projections.q_proj.weight.untyped_storage().nbytes() == 90 * 63 * 4, "the fused matrix would stay in memory"
+    before = layer.self_attn.qkv_proj
+    separate_projections(layer, config)
+    assert layer.self_attn.qkv_proj is before

@@ -4,10 +4,15 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import make_llama, make_tokenizer, prune
+from transformers import AutoModelForCausalLM
 
 import model_evaluate
 import model_pruning
+from olica.checkpoint import write_pruned
 from olica.model_source import MODEL_NAMES
+from olica.modeling_olica import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -41,3 +46,22 @@ def test_the_papers_commands_are_those_of_the_tests():
 
     flat = re.sub(r"\\\n", "", README)
     assert PAPERS_PRUNING in flat and PAPERS_EVALUATION in flat
+
+
+def test_the_families_are_those_that_are_supported():
+    table = README.split("| `model_type` | for example")[1].split("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE) == list(FAMILIES)
+
+
+def test_the_python_blocks_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model, ids = make_llama(num_key_value_heads=2), torch.arange(3, 203).view(10, 20)
+    _, plan = prune(model, ids, "olica", 0.2)
+    write_pruned(model, plan, make_tokenizer(), tmp_path / "pruned_models" / "7b_sparsity-0.2")
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(blocks) == 2
+    exec("\n".join(blocks), {})  # noqa: S102
+    assert "The capital of France is" in capsys.readouterr().out
+    for folder in ("copy", "retrained"):
+        again = AutoModelForCausalLM.from_pretrained(folder).eval()
+        torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
