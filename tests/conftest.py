@@ -67,9 +67,9 @@ def prune(
     return survey, plan
 
 
-def prune_to(model, ids: torch.Tensor, plan: list[LayerShape], **overrides) -> None:
+def prune_to(model, ids: torch.Tensor, plan: list[LayerShape], recipe_name: str = "olica", **overrides) -> None:
     """Prune a causal model in place to sizes that no rule has to give."""
-    recipe, options = RECIPES["olica"], pruning_options(mlp_num=0, **overrides)
+    recipe, options = RECIPES[recipe_name], pruning_options(mlp_num=0, **overrides)
     survey = survey_layers(model.model, ids, plan, recipe, options)
     prune_layers(model.model, ids, plan, survey, recipe, options)
 

@@ -94,6 +94,15 @@ def test_sampling_settings_without_sampling_can_be_saved(tmp_path):
     assert GenerationConfig.from_pretrained(tmp_path / "out").temperature == 0.6
 
 
+def test_a_generation_configuration_that_cannot_be_saved_loses_no_pruning(tmp_path):
+    model = make_llama()
+    model.generation_config = GenerationConfig(pad_token_id=-1, eos_token_id=2, early_stopping=True)
+    plan, _ = allocate(RECIPES["olica"], model.config, model.num_parameters(), 0.0, 3.0)
+    write_pruned(model, plan, None, tmp_path / "out")
+    saved = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert saved.eos_token_id == 2 and saved.pad_token_id is None
+
+
 def test_weights_that_are_not_the_plans_are_refused(tmp_path):
     model = make_llama()
     plan, _ = allocate(RECIPES["olica"], model.config, model.num_parameters(), 0.2, 3.0)

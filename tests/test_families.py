@@ -30,7 +30,6 @@ CASES = [(family, grouped, tied) for family in FAMILIES for grouped in (True, Fa
 IDS = torch.randint(3, 319, (9, 23), generator=torch.Generator().manual_seed(0))
 DENSE = [LayerShape(0, 0, 10, 177)] * 3
 ODD = [LayerShape(13, 7, 7, 101), LayerShape(13, 0, 9, 101, calibration_rank=5), LayerShape(0, 7, 7, 99)]
-GREEDY = dict(max_new_tokens=8, do_sample=False, eos_token_id=None)
 
 every_case = pytest.mark.parametrize(
     ("family", "grouped", "tied"),
@@ -70,11 +69,12 @@ def test_every_family_is_tried_here():
     assert PECULIARITIES.keys() == FAMILIES.keys()
 
 
+@pytest.mark.parametrize("recipe", ["olica", "olica-paper"])
 @every_case
-def test_rotating_without_removing_changes_nothing(family, grouped, tied):
+def test_rotating_without_removing_changes_nothing(family, grouped, tied, recipe):
     dense = make_family(family, grouped, tied)
     rotated = copy.deepcopy(dense)
-    prune_to(rotated, IDS, DENSE)
+    prune_to(rotated, IDS, DENSE, recipe)
     torch.testing.assert_close(rotated(IDS).logits, dense(IDS).logits, rtol=1e-4, atol=1e-4)
     for layer, dense_layer in zip(rotated.model.layers, dense.model.layers, strict=True):
         separate_projections(dense_layer, dense.config)
@@ -154,21 +154,32 @@ def test_all_load_in_a_fresh_process_with_and_without_olica(pruned_folder, insta
     assert run.stdout.split() == ["equal", "logits", str(len(CASES))]
 
 
+def generate(model, prompts: torch.Tensor, **settings) -> tuple[torch.Tensor, torch.Tensor]:
+    """Greedily generated ids (B, T + 8), and the logits (B, 8, V) that they were chosen by."""
+    settings = dict(max_new_tokens=8, do_sample=False, eos_token_id=None) | settings
+    found = model.generate(prompts, output_logits=True, return_dict_in_generate=True, **settings)
+    return found.sequences, torch.stack(found.logits, dim=1)
+
+
 @every_case
 def test_generation_is_the_same_whatever_the_cache_and_the_padding(pruned_folder, family, grouped, tied):
     model = load(pruned_folder(family, grouped, tied))
     prompts = IDS[:2, : WINDOW + 4]
-    uncached = model.generate(prompts, use_cache=False, **GREEDY)
-    assert uncached.shape == (2, WINDOW + 12)
-    assert torch.equal(model.generate(prompts, **GREEDY), uncached)
-    assert torch.equal(model.generate(prompts, cache_implementation="static", **GREEDY), uncached)
-    short = prompts[:1, 5:]
-    padded = torch.cat([nn.functional.pad(short, (5, 0), value=0), prompts[1:]])
+    ids, logits = generate(model, prompts, use_cache=False)
+    assert ids.shape == (2, WINDOW + 12)
+    for kind in ("dynamic", "static"):
+        cached_ids, cached_logits = generate(model, prompts, cache_implementation=kind)
+        assert torch.equal(cached_ids, ids)
+        torch.testing.assert_close(cached_logits, logits, rtol=1e-4, atol=1e-4)
+    short_ids, short_logits = generate(model, prompts[:1, 5:])
+    padded = torch.cat([nn.functional.pad(prompts[:1, 5:], (5, 0), value=0), prompts[1:]])
     mask = torch.ones_like(padded)
     mask[0, :5] = 0
-    batch = model.generate(padded, attention_mask=mask, **GREEDY)
-    assert torch.equal(batch[0, 5:], model.generate(short, **GREEDY)[0])
-    assert torch.equal(batch[1], uncached[1])
+    batch_ids, batch_logits = generate(model, padded, attention_mask=mask)
+    assert torch.equal(batch_ids[0, 5:], short_ids[0]) and torch.equal(batch_ids[1], ids[1])
+    torch.testing.assert_close(batch_logits, torch.cat([short_logits, logits[1:]]), rtol=1e-4, atol=1e-4)
+    _, unmasked = generate(model, padded, attention_mask=torch.ones_like(padded))
+    assert relative_error(unmasked[0, 0], batch_logits[0, 0]) > 1e-3, "the mask makes no difference to this model"
 
 
 @every_case
@@ -241,7 +252,34 @@ def test_both_command_lines(family, tmp_path, monkeypatch, capsys):
     assert run_command(model_evaluate.build_parser(), model_evaluate.run, flags) == 0
     (path,) = folder.glob("olica_eval_*.json")
     results = json.loads(path.read_text())["results"]
-    assert results["pruned"]["perplexity"]["value"] != results["dense"]["perplexity"]["value"] < 1e5
+    dense, pruned = (results[name]["perplexity"]["value"] for name in ("dense", "pruned"))
+    assert dense != pruned and 1 < dense < 1e5 and 1 < pruned < 1e5
     with pytest.raises(SystemExit):
         run_command(model_pruning.build_parser(), model_pruning.run, [f"--base_model={folder}"])
     assert "this checkpoint is pruned already" in capsys.readouterr().err
+
+
+REAL_FORMS = {
+    "llama-old-scaling": ("llama", dict(rope_scaling={"type": "linear", "factor": 2.0}, rope_theta=500.0)),
+    "llama-without-head-dim": ("llama", dict(hidden_size=90, head_dim=None)),
+    "qwen2-yarn": ("qwen2", dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+                                                  "original_max_position_embeddings": 64})),
+    "phi3-longrope": ("phi3", dict(hidden_size=90, head_dim=None, original_max_position_embeddings=16, rope_parameters={
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.1] * 5, "long_factor": [2.0] * 5})),
+    "phi3-partial": ("phi3", dict(partial_rotary_factor=0.6)),
+    "gemma3-pattern": ("gemma3_text", dict(sliding_window_pattern=2, layer_types=None)),
+    "granite-plain": ("granite", dict(hidden_size=90, head_dim=None)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", REAL_FORMS)
+def test_configurations_in_the_forms_of_real_ones(form, tmp_path):
+    family, overrides = REAL_FORMS[form]
+    make_family(family, peculiar=False, **overrides).save_pretrained(tmp_path / "dense")
+    model = load(tmp_path / "dense")
+    prune_to(model, IDS, ODD)
+    write_pruned(model, ODD, None, tmp_path / "pruned")
+    again = load(tmp_path / "pruned")
+    assert again.config.rope_parameters == model.config.rope_parameters
+    torch.testing.assert_close(again(IDS).logits, model(IDS).logits)
+    torch.testing.assert_close(generate(again, IDS)[1], generate(model, IDS)[1])

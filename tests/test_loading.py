@@ -75,10 +75,12 @@ def test_saved_again_and_in_shards(pruned_folder, family, tmp_path):
 
 
 WITHOUT_OLICA = """
+import importlib.util
 import sys
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+assert importlib.util.find_spec("olica") is None
 folder = sys.argv[1]
 code = dict(trust_remote_code=True)
 expected = load_file(folder + ".safetensors")
@@ -130,14 +132,11 @@ metric_list: [{{metric: acc}}]
 """
 
 
-def likeliest(model, tokenizer, text: str, choices: list[str]) -> int:
-    """The choice with the highest log-probability after `text`, by hand."""
-    scores = []
-    for choice in choices:
-        start, ids = len(tokenizer(text).input_ids), torch.tensor([tokenizer(text + choice).input_ids])
-        logprobs = model(ids).logits.float().log_softmax(-1)[0, start - 1 : -1]
-        scores.append(logprobs.gather(-1, ids[0, start:, None]).sum().item())
-    return max(range(len(choices)), key=scores.__getitem__)
+def log_likelihood(model, tokenizer, text: str, choice: str) -> float:
+    """Log-probability of `choice` after `text`, by hand."""
+    start, ids = len(tokenizer(text).input_ids), torch.tensor([tokenizer(text + choice).input_ids])
+    logprobs = model(ids).logits.log_softmax(-1)[0, start - 1 : -1]
+    return logprobs.gather(-1, ids[0, start:, None]).sum().item()
 
 
 def test_the_harness_command_line(pruned_folder, tmp_path):
@@ -147,11 +146,14 @@ def test_the_harness_command_line(pruned_folder, tmp_path):
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "tiny.yaml").write_text(TASK.format(rows=rows))
     arguments = f"--model hf --model_args pretrained={folder},trust_remote_code=True --tasks tiny_choices --device cpu"
-    arguments += f" --include_path {tmp_path / 'tasks'} --output_path {tmp_path / 'results'}"
+    arguments += f" --include_path {tmp_path / 'tasks'} --output_path {tmp_path / 'results'} --log_samples"
     run_without_olica(tmp_path, "-m", "lm_eval", *arguments.split())
-    (results,) = (tmp_path / "results").rglob("results_*.json")
+    (results,), (samples,) = ((tmp_path / "results").rglob(name) for name in ("results_*.json", "samples_*.jsonl"))
+    found = [[float(x[0][0]) for x in json.loads(line)["resps"]] for line in samples.read_text().splitlines()]
     model, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
-    right = [likeliest(model, tokenizer, text, choices) == gold for text, choices, gold in QUESTIONS]
+    expected = [[log_likelihood(model, tokenizer, text, choice) for choice in row] for text, row, _ in QUESTIONS]
+    assert sum(found, []) == pytest.approx(sum(expected, []), abs=1e-3)
+    right = [row.index(max(row)) == gold for row, (_, _, gold) in zip(expected, QUESTIONS, strict=True)]
     assert json.loads(results.read_text())["results"]["tiny_choices"]["acc,none"] == sum(right) / len(right)
 
 
@@ -160,9 +162,12 @@ def test_device_maps_and_offload(pruned_folder, family, tmp_path):
     folder = pruned_folder(family)
     for device_map in ("auto", "cpu"):
         torch.testing.assert_close(load(folder, device_map=device_map)(IDS).logits, expected_logits(folder))
+    small = load(folder, device_map="auto", max_memory={"cpu": "120KB"}, offload_folder=tmp_path / "auto")
+    assert "disk" in small.hf_device_map.values()
+    torch.testing.assert_close(small(IDS).logits, expected_logits(folder))
     some_on_disk = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu"}
     some_on_disk |= {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
-    offloaded = load(folder, device_map=some_on_disk, offload_folder=tmp_path)
+    offloaded = load(folder, device_map=some_on_disk, offload_folder=tmp_path / "map")
     assert all(parameter.is_meta for parameter in offloaded.model.layers[1].parameters())
     torch.testing.assert_close(offloaded(IDS).logits, expected_logits(folder))
 
@@ -186,7 +191,7 @@ def test_lora_trains_is_kept_and_merged(pruned_folder, family, tmp_path):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < losses[0] - 0.1
     trained = model.eval()(IDS).logits
     model.save_pretrained(tmp_path / "adapter")
     again = PeftModel.from_pretrained(load(folder), tmp_path / "adapter").eval()
@@ -204,4 +209,4 @@ def test_compiled_forward(pruned_folder, family):
     torch._dynamo.reset()  # the families of the other tests have left nothing to recompile
     # Without code generation, whose compiler not every machine has: one graph, no break at a module of ours.
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(IDS, use_cache=False).logits, expected_logits(folder), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(compiled(IDS).logits, expected_logits(folder), rtol=1e-4, atol=1e-4)

@@ -20,7 +20,7 @@ from olica.model_source import (
     read_config,
     read_model,
     read_tokenizer,
-    refuse_pruned,
+    refuse_unprunable,
 )
 from olica.recipes import RECIPES
 
@@ -87,7 +87,16 @@ def test_a_pruned_model_is_not_pruned_again(tmp_path):
     write_pruned(model, plan, None, tmp_path / "pruned")
     location = locate(str(tmp_path / "pruned"))
     with pytest.raises(UsageError, match="pruned already"):
-        refuse_pruned(read_config(location), location)
+        refuse_unprunable(read_config(location), location)
+
+
+def test_a_quantised_model_is_not_pruned(saved_llama):
+    config = json.loads((saved_llama / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (saved_llama / "config.json").write_text(json.dumps(config))
+    location = locate(str(saved_llama))
+    with pytest.raises(UsageError, match="this checkpoint is quantised; prune the one"):
+        refuse_unprunable(read_config(location), location)
 
 
 def test_missing_weights_are_named(saved_llama):

@@ -77,10 +77,8 @@ def train_sentencepiece(folder: Path, **settings) -> None:
         vocab_size=500,
         model_type="bpe",
         byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
         minloglevel=2,
-        **settings,
+        **dict(normalization_rule_name="identity", remove_extra_whitespaces=False) | settings,
     )
     (folder / "tokenizer.model").write_bytes(trained.getvalue())
 
@@ -125,8 +123,8 @@ GGUF_FAMILIES = {
     "mistral": ("llama", {"sliding_window": None}),  # files of Mistral call themselves llama, and are read as one
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {"head_dim": 128}),  # the file does not say the head width: transformers takes its default
-    "gemma2": ("gemma2", {}),
-    "gemma3_text": ("gemma3", {}),
+    "gemma2": ("gemma2", {"head_dim": 256, "intermediate_size": 960}),  # nor the scale of attention
+    "gemma3_text": ("gemma3", {"head_dim": 256, "intermediate_size": 960}),
     "phi3": ("phi3", {}),
 }
 
@@ -151,10 +149,13 @@ def write_gguf(model: PreTrainedModel, architecture: str, path: Path) -> None:
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
+    rope = config.rope_parameters
+    writer.add_rope_dimension_count(int(config.head_dim * rope.get("partial_rotary_factor", 1)))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    rope = config.rope_parameters
+    if "factor" in rope:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
     writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
     if getattr(config, "sliding_window", None):
         writer.add_sliding_window(config.sliding_window)
@@ -212,3 +213,52 @@ def test_gguf_is_dequantised_and_pruned(family, tied, tmp_path, monkeypatch):
     torch.testing.assert_close(pruned(IDS).logits, dense(IDS).logits, rtol=1e-3, atol=1e-3)
     saved = AutoTokenizer.from_pretrained("pruned_models/tiny_sparsity-0.2")
     assert saved("abc").input_ids[-2:] == [259, make_tokenizer().get_vocab()["c"]]
+
+
+PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("family", "architecture", "overrides", "lost"),
+    [
+        ("llama", "llama", {"rope_parameters": LINEAR}, "rope scaling"),
+        ("phi3", "phi3", {"rope_parameters": PARTIAL}, "rope width"),
+        ("gemma2", "gemma2", {"query_pre_attn_scalar": 16}, "attention scale"),
+    ],
+)
+def test_gguf_whose_settings_would_be_lost_is_refused(family, architecture, overrides, lost, tmp_path):
+    sizes = dict(vocab_size=320, hidden_size=64, head_dim=16, intermediate_size=160, num_attention_heads=4)
+    dense = make_family(family, tied=True, peculiar=False, **sizes | {"num_key_value_heads": 2} | overrides)
+    write_gguf(dense, architecture, tmp_path / "tiny.gguf")
+    with pytest.raises(UsageError, match=f"does not take the model's {lost} from a GGUF file"):
+        read_config(locate(str(tmp_path / "tiny.gguf")))
+
+
+def test_a_sentencepiece_file_that_transformers_reads_otherwise_is_refused(tmp_path):
+    make_family("llama", vocab_size=500).save_pretrained(tmp_path)
+    train_sentencepiece(tmp_path, normalization_rule_name="nmt_nfkc")
+    with pytest.raises(UsageError, match="otherwise than SentencePiece"):
+        read_tokenizer(locate(str(tmp_path)))
+
+
+@pytest.mark.parametrize(("settings", "starts"), [({}, True), ({"add_bos_token": True}, True),
+                                                  ({"add_bos_token": False}, False)])  # fmt: skip
+def test_the_start_token_of_a_sentencepiece_tokenizer(settings, starts, tmp_path):
+    make_family("llama", vocab_size=500).save_pretrained(tmp_path)
+    train_sentencepiece(tmp_path)
+    settings = {"tokenizer_class": "LlamaTokenizer"} | settings
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = read_tokenizer(locate(str(tmp_path)))
+    assert (tokenizer("two words").input_ids[0] == tokenizer.bos_token_id) == starts
+
+
+def test_a_tokenizer_of_the_hub_in_sentencepiece_form(tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--team--model" / "snapshots" / ("0" * 40)
+    (tmp_path / "models--team--model" / "refs").mkdir(parents=True)
+    (tmp_path / "models--team--model" / "refs" / "main").write_text("0" * 40)
+    make_family("llama", vocab_size=500).save_pretrained(snapshot)
+    train_sentencepiece(snapshot)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    tokenizer = read_tokenizer(locate("team/model"))
+    assert tokenizer.convert_ids_to_tokens(tokenizer("two").input_ids)[0] == "<s>"

@@ -50,13 +50,18 @@ def make_family(
 ) -> PreTrainedModel:
     """A seeded random dense model in which no norm or bias is left at its neutral value."""
     settings = SIZES | dict(num_key_value_heads=3 if grouped else 9, tie_word_embeddings=tied)
+    settings |= (PECULIARITIES[model_type] if peculiar else {}) | overrides
+    if settings["head_dim"] is None:
+        del settings["head_dim"]  # most real configurations have none
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **settings | (PECULIARITIES[model_type] if peculiar else {}) | overrides)
+    config = AutoConfig.for_model(model_type, **settings)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))
+        if tied:  # else the head finds in the last state little but the last token itself
+            model.model.embed_tokens.weight.mul_(0.1)
     return model.eval()
 
 
