@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seqlen", type=int, default=128, help="tokens per sample")
     add("--seed", type=int, default=0, help="seed of the draw")
     add = parser.add_argument_group("pruning").add_argument
-    add("--recipe", default="olica", choices=[*RECIPES], help="the released code's arithmetic, or the paper's text")
+    add("--recipe", default="olica", choices=[*RECIPES], help="what is computed at each stage, see the README")
     add("--sparsity", type=float, default=0.2, help="share of the whole model's parameters to remove, in [0, 1)")
     add("--k", type=float, default=3.0, help="how many times the share of value/output query/key lose")
     add("--mlp_num", type=int, default=6, help="number of MLPs that get a linear calibration")

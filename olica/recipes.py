@@ -1,7 +1,7 @@
 """The table of methods: for each recipe the function used at each stage, and the stream its statistics come from."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -75,24 +75,29 @@ def regress_residual(recipe: Recipe, layer: Projections, moments: Moments, shape
     return linear_calibration.residual_sums(layer, moments, recipe.kept_channels(layer, moments, shape))
 
 
+# The released code's arithmetic, which made the paper's tables; how grouped heads share the loss is ours.
+OLICA = Recipe(
+    name="olica",
+    sparsities=allocation.grouped_sparsities,
+    kept=allocation.kept_by_code,
+    dense_stream=False,
+    query_key=query_key.low_rank_query_key,
+    value_basis=value_output.output_basis,
+    value_importance=value_output.released_importance,
+    channel_importance=feed_forward.released_importance,
+    protected_fraction=feed_forward.RELEASED_PROTECTED_FRACTION,
+    survey_regression=regress_dense_output,
+    last_is_eligible=False,
+    ridge=linear_calibration.released_ridge,
+    output_weights=linear_calibration.released_output_weights,
+)
+
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        Recipe(  # the released code's arithmetic, which made the paper's tables
-            name="olica",
-            sparsities=allocation.released_sparsities,
-            kept=allocation.kept_by_code,
-            dense_stream=False,
-            query_key=query_key.low_rank_query_key,
-            value_basis=value_output.output_basis,
-            value_importance=value_output.released_importance,
-            channel_importance=feed_forward.released_importance,
-            protected_fraction=feed_forward.RELEASED_PROTECTED_FRACTION,
-            survey_regression=regress_dense_output,
-            last_is_eligible=False,
-            ridge=linear_calibration.released_ridge,
-            output_weights=linear_calibration.released_output_weights,
-        ),
+        OLICA,
+        # The released code's shares for grouped heads too, of which it knows nothing.
+        replace(OLICA, name="olica-released", sparsities=allocation.released_sparsities),
         Recipe(  # the paper's text: equations 4 to 11, Algorithm 1, Appendix A
             name="olica-paper",
             sparsities=allocation.paper_sparsities,

@@ -9,6 +9,7 @@ from olica.allocation import (
     calibration_rank,
     describe_plan,
     factor_rank,
+    grouped_sparsities,
     paper_sparsities,
     released_sparsities,
     with_calibration,
@@ -58,6 +59,32 @@ def test_the_papers_rule_scales_the_target_to_what_is_prunable():
     assert shares.query == shares.key == pytest.approx(2 * 0.2 * 1000 / 800)
     assert shares.value_output == pytest.approx(shares.query / 4)
     assert 5 * (20 * shares.query + 20 * shares.value_output + 120 * shares.feed_forward) == pytest.approx(200)
+
+
+SMOLLM2 = LlamaConfig(
+    vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+    num_key_value_heads=3, tie_word_embeddings=True,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "query", "key"), [(0.02, 0, 0), (0.1, 0.5, 0), (0.2, 8 / 15, 0), (0.3, 0.6, 0.6), (0.5, 0.75, 0.75)]
+)
+def test_grouped_queries_lose_for_the_keys_while_they_can(sparsity, query, key):
+    sizes = Sizes.of(SMOLLM2, dense_parameters(SMOLLM2))
+    shares, released = grouped_sparsities(sizes, sparsity, 3.0), released_sparsities(sizes, sparsity, 3.0)
+    assert (shares.query, shares.key) == (pytest.approx(query), pytest.approx(key))
+    assert shares.value_output == released.value_output and shares.feed_forward >= 0
+    layer = sum(getattr(sizes, name) * share for name, share in vars(shares).items())
+    assert sizes.layers * layer == pytest.approx(sparsity * sizes.total)
+    if sparsity == 0.2:  # the queries lose just what both lost together
+        assert shares.feed_forward == pytest.approx(released.feed_forward)
+
+
+def test_ungrouped_heads_get_the_released_shares():
+    sizes = Sizes.of(LLAMA_7B, dense_parameters(LLAMA_7B))
+    for sparsity in (0.02, 0.1, 0.2, 0.33, 0.5):
+        assert grouped_sparsities(sizes, sparsity, 3.0) == released_sparsities(sizes, sparsity, 3.0)
 
 
 def test_factor_rank_breaks_even():

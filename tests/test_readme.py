@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_llama, make_tokenizer, prune
-from transformers import AutoModelForCausalLM
+from tiny_families import SIZES
+from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 import model_evaluate
 import model_pruning
 from olica.checkpoint import write_pruned
-from olica.model_source import MODEL_NAMES
+from olica.model_source import MODEL_NAMES, locate, read_model
 from olica.modeling_olica import FAMILIES
 
 ROOT = Path(__file__).parents[1]
@@ -59,9 +60,25 @@ def test_the_python_blocks_run(tmp_path, monkeypatch, capsys):
     _, plan = prune(model, ids, "olica", 0.2)
     write_pruned(model, plan, make_tokenizer(), tmp_path / "pruned_models" / "7b_sparsity-0.2")
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 2
-    exec("\n".join(blocks), {})  # noqa: S102
+    assert len(blocks) == 3
+    exec("\n".join(block for block in blocks if "gemma" not in block), {})  # noqa: S102
     assert "The capital of France is" in capsys.readouterr().out
     for folder in ("copy", "retrained"):
         again = AutoModelForCausalLM.from_pretrained(folder).eval()
         torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_text_model_of_a_multimodal_gemma_is_taken_out_as_the_readme_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sizes = dict(SIZES, hidden_size=72, num_key_value_heads=3)
+    vision = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    vision |= dict(image_size=28, patch_size=14)
+    config = Gemma3Config(text_config=sizes, vision_config=vision, mm_tokens_per_image=4)
+    torch.manual_seed(0)
+    whole = Gemma3ForConditionalGeneration(config).eval()
+    whole.save_pretrained("google/gemma-3-4b-pt")
+    (block,) = (block for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "gemma" in block)
+    exec(block, {})  # noqa: S102
+    ids = torch.arange(3, 23)[None]
+    text = read_model(locate("./gemma-3-4b-text"))
+    torch.testing.assert_close(text(ids).logits, whole(ids).logits)
