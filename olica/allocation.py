@@ -60,7 +60,7 @@ class Sparsities:
     feed_forward: float
 
 
-def _spend_rest(sizes: Sizes, sparsity: float, query: float, key: float, value_output: float) -> Sparsities:
+def spend_rest(sizes: Sizes, sparsity: float, query: float, key: float, value_output: float) -> Sparsities:
     """Let the MLPs lose what is missing to `sparsity` of the whole model."""
     attention = sizes.query * query + sizes.key * key + sizes.value_output * value_output
     rest = sparsity * sizes.total - sizes.layers * attention
@@ -71,7 +71,7 @@ def released_sparsities(sizes: Sizes, sparsity: float, k: float) -> Sparsities:
     """Allocation of the released code (D13): 2s, 2s/(1+k) and the rest up to s = 0.4, in the ratio k above it."""
     value_output = 2 * sparsity / (1 + k)
     query_key = 2 * sparsity if sparsity <= RELEASED_SPLIT else k * value_output
-    return _spend_rest(sizes, sparsity, query_key, query_key, value_output)
+    return spend_rest(sizes, sparsity, query_key, query_key, value_output)
 
 
 def grouped_sparsities(sizes: Sizes, sparsity: float, k: float) -> Sparsities:
@@ -87,8 +87,8 @@ def grouped_sparsities(sizes: Sizes, sparsity: float, k: float) -> Sparsities:
     query = max(least, released.query * (1 + sizes.key / sizes.query))
     if sizes.key == sizes.query or query > most:
         return released
-    alone = _spend_rest(sizes, sparsity, query, 0.0, released.value_output)
-    return alone if alone.feed_forward >= 0 else _spend_rest(sizes, sparsity, 0.0, 0.0, released.value_output)
+    alone = spend_rest(sizes, sparsity, query, 0.0, released.value_output)
+    return alone if alone.feed_forward >= 0 else spend_rest(sizes, sparsity, 0.0, 0.0, released.value_output)
 
 
 def paper_sparsities(sizes: Sizes, sparsity: float, k: float) -> Sparsities:
@@ -97,7 +97,7 @@ def paper_sparsities(sizes: Sizes, sparsity: float, k: float) -> Sparsities:
     M1 counts the whole model, M2 its decoder layers' matrices; k = 3 gives the paper's half for value/output.
     """
     scaled = sparsity * sizes.total / (sizes.layers * sizes.layer)
-    return _spend_rest(sizes, sparsity, 2 * scaled, 2 * scaled, 2 * scaled / (1 + k))
+    return spend_rest(sizes, sparsity, 2 * scaled, 2 * scaled, 2 * scaled / (1 + k))
 
 
 def kept_by_code(size: int, sparsity: float) -> int:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_llama
+from conftest import make_llama, make_tokenizer
+from safetensors.torch import save_file
 
 from olica.command_line import run_command
 from olica.records import EVALUATION_RECORD, PRUNING_RECORD, write_record
@@ -93,3 +94,20 @@ def test_forward_speed_records_every_model(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         run_command(script.build_parser(), script.run, ["--dense", "a", "--checkpoints", "b", "b"])
     assert ended.value.code == 2 and "named twice" in capsys.readouterr().err
+
+
+def test_grouped_heads_measures_every_point(tmp_path, capsys):
+    make_llama(num_key_value_heads=2).save_pretrained(tmp_path / "tiny")
+    make_tokenizer().save_pretrained(tmp_path / "tiny")
+    (tmp_path / "text.txt").write_text("seven wise owls read old books by candle light\n" * 20)
+    save_file({"calibration_ids": torch.arange(3, 203).view(10, 20)}, tmp_path / "ids.safetensors")
+    script = load("benchmarks/grouped_heads.py")
+    flags = [f"--base_model={tmp_path / 'tiny'}", f"--datasets={tmp_path / 'ids.safetensors'}", "--mlp_num=1"]
+    flags += [f"--ppl={tmp_path / 'text.txt'}", "--ppl_windows=4", f"--output_path={tmp_path / 'points.json'}"]
+    run_command(script.build_parser(), script.run, [*flags, "--points", "0.1:0.5,0", "0.2:0.4,0.4"])
+    first, second = json.loads((tmp_path / "points.json").read_text())["points"]
+    assert first["shape"]["k_rank"] == 0 < first["shape"]["q_rank"]
+    assert second["shares_removed"]["query"] == second["shares_removed"]["key"] == 0.4
+    assert second["parameters"] < first["parameters"]
+    assert all(1 < row["perplexity"]["value"] < 1e5 and row["perplexity"]["windows"] == 4 for row in (first, second))
+    assert len(capsys.readouterr().out.splitlines()) == 3

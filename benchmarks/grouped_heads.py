@@ -1,0 +1,111 @@
+"""Perplexity of a model pruned with other shares of the query and key projections, the MLPs losing the rest.
+
+    python benchmarks/grouped_heads.py --datasets ids.safetensors --data_dir data --points 0.1:0.2,0.2 0.1:0.5,0
+
+A point is SPARSITY:QUERY,KEY; value/output lose what the released code takes. About two minutes a point on 2 cores for
+SmolLM2-135M. All points are measured on the same windows, so their differences are surer than their standard errors.
+"""
+
+import argparse
+import copy
+import sys
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from olica.allocation import Sizes, Sparsities, allocate, calibration_rank, released_sparsities, spend_rest  # noqa: E402
+from olica.calibration import build_calibration_set  # noqa: E402
+from olica.checkpoint import check_record_path  # noqa: E402
+from olica.command_line import run_command  # noqa: E402
+from olica.devices import pick_device  # noqa: E402
+from olica.errors import UsageError  # noqa: E402
+from olica.evaluation import perplexity, token_windows  # noqa: E402
+from olica.model_source import locate, read_config, read_model, read_tokenizer, refuse_unprunable  # noqa: E402
+from olica.pruning import PruningOptions, choose_calibrated, prune_layers, survey_layers  # noqa: E402
+from olica.recipes import OLICA  # noqa: E402
+from olica.records import environment, write_record  # noqa: E402
+from olica.text_sources import evaluation_text  # noqa: E402
+
+K, PERCDAMP, RATIO, BATCH_SIZE = 3.0, 0.5, 0.03, 16
+
+
+def point(text: str) -> tuple[float, float, float]:
+    """(sparsity, share of the queries, share of the keys) from SPARSITY:QUERY,KEY."""
+    sparsity, _, shares = text.partition(":")
+    query, key = map(float, shares.split(","))
+    return float(sparsity), query, key
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of this benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--base_model", default="smollm2", help="dense model: name, hub id, folder or .gguf file")
+    parser.add_argument("--datasets", required=True, help="calibration texts joined by +, or one token file")
+    parser.add_argument("--data_dir", type=Path, default=Path("data"), help="folder searched first for texts")
+    parser.add_argument("--points", required=True, nargs="+", type=point, help="SPARSITY:QUERY,KEY")
+    parser.add_argument("--ppl", default="wikitext2", help="text of the perplexity")
+    parser.add_argument("--ppl_windows", type=int, default=256, help="windows of 128 tokens")
+    parser.add_argument("--mlp_num", type=int, default=6, help="number of MLPs that get a linear calibration")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run")
+    parser.add_argument("--output_path", type=Path, help="file of the record")
+    return parser
+
+
+def shares_of(query: float, key: float, sizes: Sizes, sparsity: float, k: float) -> Sparsities:
+    """The released share of value/output beside these shares."""
+    return spend_rest(sizes, sparsity, query, key, released_sparsities(sizes, sparsity, k).value_output)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Survey the model once, then prune a copy and measure it for every point."""
+    if args.output_path:
+        check_record_path(args.output_path, "--output_path")
+    location, device = locate(args.base_model), pick_device(args.device)
+    config, tokenizer = read_config(location), read_tokenizer(location)
+    refuse_unprunable(config, location)
+    if tokenizer is None:
+        raise UsageError(f"--base_model {args.base_model}: the folder has no tokenizer, which the windows need")
+    ids = build_calibration_set(
+        args.datasets,
+        tokenizer,
+        num_samples=128,
+        seqlen=128,
+        seed=0,
+        data_dir=args.data_dir,
+        cache_dir=args.data_dir / "calibration",
+        vocab_size=config.vocab_size,
+    ).ids
+    windows = token_windows(tokenizer, evaluation_text(args.ppl, args.data_dir, flag="--ppl")[0], 128, args.ppl_windows)
+    dense = read_model(location)
+    options = PruningOptions(PERCDAMP, args.mlp_num, calibration_rank(config, RATIO), BATCH_SIZE, device, device)
+    survey, rows = None, []
+    print(f"{'sparsity':>8}{'query':>8}{'key':>8}{'parameters':>14}{'perplexity':>12}")
+    for sparsity, query, key in args.points:
+        recipe = replace(OLICA, sparsities=partial(shares_of, query, key))
+        plan, shares = allocate(recipe, config, dense.num_parameters(), sparsity, K)
+        # Neither the bases nor the ranking of the layers depend on the sizes.
+        survey = survey or survey_layers(dense.model, ids, plan, recipe, options)
+        plan = choose_calibrated(plan, survey, recipe, options)
+        model = copy.deepcopy(dense)
+        prune_layers(model.model, ids, plan, survey, recipe, options)
+        measured = perplexity(model.to(device), windows, BATCH_SIZE)
+        rows.append({
+            "sparsity": sparsity,
+            "shares_removed": asdict(shares),
+            "shape": plan[-1].to_dict(),
+            "parameters": model.num_parameters(),
+            "perplexity": asdict(measured),
+        })  # fmt: skip
+        print(f"{sparsity:>8g}{query:>8g}{key:>8g}{model.num_parameters():>14,}{measured.value:>12.2f}", flush=True)
+    if args.output_path:
+        settings = {name: str(value) for name, value in vars(args).items()}
+        record = {"kind": "grouped heads", "settings": settings, "points": rows, "environment": environment(device)}
+        write_record(args.output_path, record)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(build_parser(), run))
