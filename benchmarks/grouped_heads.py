@@ -22,8 +22,15 @@ from olica.command_line import run_command  # noqa: E402
 from olica.devices import pick_device  # noqa: E402
 from olica.errors import UsageError  # noqa: E402
 from olica.evaluation import perplexity, token_windows  # noqa: E402
-from olica.model_source import locate, read_config, read_model, read_tokenizer, refuse_unprunable  # noqa: E402
-from olica.pruning import PruningOptions, choose_calibrated, prune_layers, survey_layers  # noqa: E402
+from olica.model_source import (  # noqa: E402
+    count_dense_parameters,
+    locate,
+    read_config,
+    read_model,
+    read_tokenizer,
+    refuse_unprunable,
+)
+from olica.pruning import PruningOptions, check_mlp_num, choose_calibrated, prune_layers, survey_layers  # noqa: E402
 from olica.recipes import OLICA  # noqa: E402
 from olica.records import environment, write_record  # noqa: E402
 from olica.text_sources import evaluation_text  # noqa: E402
@@ -80,18 +87,22 @@ def run(args: argparse.Namespace) -> None:
         vocab_size=config.vocab_size,
     ).ids
     windows = token_windows(tokenizer, evaluation_text(args.ppl, args.data_dir, flag="--ppl")[0], 128, args.ppl_windows)
-    dense = read_model(location)
-    options = PruningOptions(PERCDAMP, args.mlp_num, calibration_rank(config, RATIO), BATCH_SIZE, device, device)
-    survey, rows = None, []
-    print(f"{'sparsity':>8}{'query':>8}{'key':>8}{'parameters':>14}{'perplexity':>12}")
+    total = count_dense_parameters(location, config)
+    plans = []
     for sparsity, query, key in args.points:
-        recipe = replace(OLICA, sparsities=partial(shares_of, query, key))
-        plan, shares = allocate(recipe, config, dense.num_parameters(), sparsity, K)
-        # Neither the bases nor the ranking of the layers depend on the sizes.
-        survey = survey or survey_layers(dense.model, ids, plan, recipe, options)
-        plan = choose_calibrated(plan, survey, recipe, options)
+        plans.append(allocate(replace(OLICA, sparsities=partial(shares_of, query, key)), config, total, sparsity, K))
+        if plans[-1][0][0].intermediate_size == config.intermediate_size:
+            raise UsageError(f"--points {sparsity:g}:{query:g},{key:g} leaves nothing for the MLPs to lose")
+    check_mlp_num(args.mlp_num, config.num_hidden_layers, OLICA)
+    options = PruningOptions(PERCDAMP, args.mlp_num, calibration_rank(config, RATIO), BATCH_SIZE, device, device)
+    dense, rows = read_model(location), []
+    # Neither the bases nor the ranking of the layers depend on the sizes.
+    survey = survey_layers(dense.model, ids, plans[0][0], OLICA, options)
+    print(f"{'sparsity':>8}{'query':>8}{'key':>8}{'parameters':>14}{'perplexity':>12}")
+    for (sparsity, query, key), (plan, shares) in zip(args.points, plans, strict=True):
+        plan = choose_calibrated(plan, survey, OLICA, options)
         model = copy.deepcopy(dense)
-        prune_layers(model.model, ids, plan, survey, recipe, options)
+        prune_layers(model.model, ids, plan, survey, OLICA, options)
         measured = perplexity(model.to(device), windows, BATCH_SIZE)
         rows.append({
             "sparsity": sparsity,

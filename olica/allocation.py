@@ -15,6 +15,8 @@ from .errors import UsageError
 
 # The released code splits here without a comment: up to it query/key lose twice the sparsity whatever `k` is.
 RELEASED_SPLIT = 0.4
+# The fields of `Sparsities` in the words of messages.
+PARTS = {"query": "queries", "key": "keys", "value_output": "value and output projections", "feed_forward": "MLPs"}
 # Where heads are grouped: the least and the most that the query projections lose while the key projections stay dense.
 QUERY_ALONE = (0.5, 0.6)
 
@@ -75,17 +77,17 @@ def released_sparsities(sizes: Sizes, sparsity: float, k: float) -> Sparsities:
 
 
 def grouped_sparsities(sizes: Sizes, sparsity: float, k: float) -> Sparsities:
-    """The released allocation; with grouped heads the queries lose query/key's part alone, as long as they can.
+    """The released allocation; with grouped heads the keys stay dense while the queries can lose query/key's part.
 
-    The projection of K < H key heads is far from square, so a pair of factors is small only at a low rank: at a loss of
-    20 % of 192 x 576 its rank is 0.6 of full, at 20 % of 576 x 576 it is 0.4. What factors cost is paid at once, what
-    they save grows with the loss; so the keys stay dense, and the queries lose half or more, or nothing. The limits are
-    measured on SmolLM2-135M (README, "Grouped heads").
+    A grouped key is read by H/K query heads: its projection is small, so factors save little, and what they lose is
+    lost to all of these heads. The queries lose as much as both would have lost, but half at the least, since a pair of
+    factors that saves little has lost much rank already. Where the MLPs would have to grow for that, the queries stay
+    dense too. The limits are those that served SmolLM2-135M best (README, "Grouped heads").
     """
     released = released_sparsities(sizes, sparsity, k)
     least, most = QUERY_ALONE
     query = max(least, released.query * (1 + sizes.key / sizes.query))
-    if sizes.key == sizes.query or query > most:
+    if sizes.key == sizes.query or round(query, 6) > most:  # 0.4 * 1.5 is a hair above 0.6
         return released
     alone = spend_rest(sizes, sparsity, query, 0.0, released.value_output)
     return alone if alone.feed_forward >= 0 else spend_rest(sizes, sparsity, 0.0, 0.0, released.value_output)
@@ -127,10 +129,9 @@ def uniform_shape(config, sparsities: Sparsities, kept: Callable[[int, float], i
         ValueError: a projection would vanish or have to grow.
     """
     width = head_dim(config)
-    names = ("the query projections", "the key projections", "value/output", "the MLPs")
-    for name, share in zip(names, vars(sparsities).values(), strict=True):
+    for name, share in vars(sparsities).items():
         if not 0 <= share < 1:
-            raise ValueError(f"{name} would have to lose {share:.1%} of their parameters")
+            raise ValueError(f"the {PARTS[name]} would have to lose {share:.1%} of their parameters")
     shape = LayerShape(
         q_rank=factor_rank(config.num_attention_heads * width, config.hidden_size, sparsities.query),
         k_rank=factor_rank(config.num_key_value_heads * width, config.hidden_size, sparsities.key),

@@ -1,6 +1,5 @@
 """Write a pruned model as a checkpoint that the Auto classes load, whole or not at all."""
 
-import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -9,15 +8,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .configuration_olica import LayerShape
 from .errors import UsageError
 from .modeling_olica import FAMILIES
 
 DEFAULT_RECIPE = "olica"
-
-logger = logging.getLogger(__name__)
 
 
 def checkpoint_folder(save_dir: str, label: str, sparsity: float, recipe: str = DEFAULT_RECIPE) -> Path:
@@ -93,24 +90,6 @@ def pruned_skeleton(config: PreTrainedConfig, plan: list[LayerShape]) -> PreTrai
         return pruned_class(pruned_class.config_class(**settings, layer_shapes=[shape.to_dict() for shape in plan]))
 
 
-def _savable(generation_config: GenerationConfig) -> GenerationConfig:
-    """The settings, or as many of them as transformers agrees to save: it refuses what older releases wrote."""
-    candidates = (
-        generation_config.to_dict(),
-        generation_config.to_dict() | {"do_sample": True},  # Llama 2 comes with sampling settings without sampling
-        {name: getattr(generation_config, name) for name in ("bos_token_id", "eos_token_id")},
-    )
-    for settings in candidates:
-        savable = GenerationConfig.from_dict(settings)
-        try:
-            savable.validate(strict=True)
-        except ValueError as error:
-            logger.warning("the generation settings are changed to be saved: %s", str(error).splitlines()[0])
-        else:
-            return savable
-    return GenerationConfig()
-
-
 def write_pruned(
     model: PreTrainedModel, plan: list[LayerShape], tokenizer: PreTrainedTokenizerBase | None, folder: Path
 ) -> None:
@@ -126,7 +105,7 @@ def write_pruned(
     pruned.config.auto_map = {"AutoModel": f"{base_class.__module__.split('.')[-1]}.{base_class.__name__}"}
     pruned.load_state_dict(model.state_dict(), assign=True)
     pruned.tie_weights()
-    pruned.generation_config = _savable(model.generation_config)
+    pruned.generation_config = model.generation_config
     try:
         pruned.save_pretrained(folder)
         if tokenizer is not None:

@@ -180,7 +180,8 @@ def read_config(location: Location) -> PreTrainedConfig:
             f"{location.flag} {location.name}: the family {config.model_type} is not supported; supported: {supported}"
         )
     if location.gguf_file:
-        _refuse_lost_settings(location, config)
+        with _explained(location, fault):
+            _refuse_lost_settings(location, config)
     return config
 
 
@@ -189,12 +190,15 @@ def _refuse_lost_settings(location: Location, config: PreTrainedConfig) -> None:
 
     It takes neither the scaling of rotary embeddings nor their width nor Gemma's attention scale from the file.
     """
-    metadata, tensors = read_gguf_metadata(str(Path(location.path) / location.gguf_file))
-    family, width = metadata["general.architecture"], head_dim(config)
+    fields, tensors = read_gguf_metadata(_gguf_path(location))
+    family, width = fields["general.architecture"], head_dim(config)
+    scaling = [fields.get(f"{family}.rope.{key}", 1) for key in ("scaling.factor", "scale_linear")]
     lost = {
-        "rope scaling": metadata.get(f"{family}.rope.scaling.type", "none") != "none"
+        "rope scaling": fields.get(f"{family}.rope.scaling.type", "none") != "none"
+        or any(factor not in (0, 1) for factor in scaling)
         or any(name.startswith(("rope_freqs", "rope_factors")) for name in tensors),
-        "rope width": metadata.get(f"{family}.rope.dimension_count", width) != width,
+        "rope width": fields.get(f"{family}.rope.dimension_count", width) != width,
+        "head width": fields.get(f"{family}.attention.key_length", width) != width,
         # Files do not tell the scale. It is the head width in every Gemma but those of 27B, whose heads are narrower.
         "attention scale": getattr(config, "query_pre_attn_scalar", width) != width,
     }
@@ -204,6 +208,10 @@ def _refuse_lost_settings(location: Location, config: PreTrainedConfig) -> None:
             f"{location.flag} {location.name}: transformers does not take the model's {names} from a GGUF file; "
             "give the model's folder of safetensors"
         )
+
+
+def _gguf_path(location: Location) -> str:
+    return str(Path(location.path) / location.gguf_file)
 
 
 def _hub_revision(location: Location) -> str | None:
@@ -279,7 +287,7 @@ def _read_sentencepiece(location: Location) -> PreTrainedTokenizerBase:
     """
     reference = SentencePieceProcessor(model_file=_file_of(location, "tokenizer.model"))
     # Texts of these families begin with a start token, unless the model says otherwise; older releases knew that.
-    start = {"add_bos_token": get_tokenizer_config(location.path).get("add_bos_token", True)}
+    start = {"add_bos_token": get_tokenizer_config(location.path).get("add_bos_token") is not False}
     for reader in (AutoTokenizer, LlamaTokenizer):
         tokenizer = reader.from_pretrained(location.path, **start)
         found = tokenizer(list(TOKENIZER_PROBES), add_special_tokens=False).input_ids
@@ -310,6 +318,13 @@ def read_model(location: Location, dtype: str = "auto") -> PreTrainedModel:
             ignore_mismatched_sizes=True,  # they are reported below, by name
             **arguments,
         )
+    if location.gguf_file:
+        _, tensors = read_gguf_metadata(_gguf_path(location))
+        if len(tensors) > len(list(model.parameters())):  # biases of a llama, for example
+            raise UsageError(
+                f"{location.flag} {location.name}: the file holds {len(tensors)} tensors, of which transformers reads "
+                f"{len(list(model.parameters()))}; give the model's folder of safetensors"
+            )
     _refuse_weights(location, "lacks", info["missing_keys"])
     _refuse_weights(location, "holds in another size", (key[0] for key in info["mismatched_keys"]))
     _refuse_weights(location, "holds, but its configuration has no place for,", info["unexpected_keys"])

@@ -81,6 +81,19 @@ def test_grouped_queries_lose_for_the_keys_while_they_can(sparsity, query, key):
         assert shares.feed_forward == pytest.approx(released.feed_forward)
 
 
+def test_a_half_is_no_hair_too_much():
+    config = make_llama(num_key_value_heads=2).config  # half as many as query heads, so 0.4 of both is 0.6 of q
+    sizes = Sizes.of(config, dense_parameters(config))
+    assert grouped_sparsities(sizes, 0.2, 3.0).key == 0
+    assert grouped_sparsities(sizes, 0.201, 3.0).key > 0
+
+
+def test_where_attention_is_wide_the_mlps_never_grow_for_it():
+    sizes = Sizes(total=1000, query=100, key=50, value_output=100, feed_forward=50, layers=2)
+    shares = grouped_sparsities(sizes, 0.1, 3.0)
+    assert (shares.query, shares.key) == (0, 0) and shares.feed_forward > 0
+
+
 def test_ungrouped_heads_get_the_released_shares():
     sizes = Sizes.of(LLAMA_7B, dense_parameters(LLAMA_7B))
     for sparsity in (0.02, 0.1, 0.2, 0.33, 0.5):

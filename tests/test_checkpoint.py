@@ -86,21 +86,27 @@ def test_tied_weights_are_saved_once(pruned_folder):
     assert sum(tensor.numel() for tensor in saved.values()) == model.num_parameters()
 
 
-def test_sampling_settings_without_sampling_can_be_saved(tmp_path):
-    model = make_llama()
-    model.generation_config = GenerationConfig(do_sample=False, temperature=0.6, top_p=0.9)
-    plan, _ = allocate(RECIPES["olica"], model.config, model.num_parameters(), 0.0, 3.0)
-    write_pruned(model, plan, None, tmp_path / "out")
-    assert GenerationConfig.from_pretrained(tmp_path / "out").temperature == 0.6
-
-
-def test_a_generation_configuration_that_cannot_be_saved_loses_no_pruning(tmp_path):
-    model = make_llama()
-    model.generation_config = GenerationConfig(pad_token_id=-1, eos_token_id=2, early_stopping=True)
+@pytest.mark.parametrize(
+    ("config", "generation_config"),
+    [
+        ({}, {"do_sample": False, "temperature": 0.6, "top_p": 0.9}),  # as Llama 2 comes
+        ({"pad_token_id": -1}, {"pad_token_id": -1, "max_length": 64, "early_stopping": True}),  # old files
+        ({"pad_token_id": -1}, None),
+    ],
+)
+def test_generation_settings_that_are_no_longer_made_are_kept(config, generation_config, saved_llama, tmp_path):
+    (saved_llama / "generation_config.json").unlink()
+    if generation_config:
+        (saved_llama / "generation_config.json").write_text(json.dumps(generation_config))
+    settings = json.loads((saved_llama / "config.json").read_text())
+    (saved_llama / "config.json").write_text(json.dumps(settings | config))
+    model = AutoModelForCausalLM.from_pretrained(saved_llama)
     plan, _ = allocate(RECIPES["olica"], model.config, model.num_parameters(), 0.0, 3.0)
     write_pruned(model, plan, None, tmp_path / "out")
     saved = GenerationConfig.from_pretrained(tmp_path / "out")
-    assert saved.eos_token_id == 2 and saved.pad_token_id is None
+    for name, value in (generation_config or {}).items():
+        assert getattr(saved, name) == value
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
 
 
 def test_weights_that_are_not_the_plans_are_refused(tmp_path):

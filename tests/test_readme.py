@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditiona
 import model_evaluate
 import model_pruning
 from olica.checkpoint import write_pruned
-from olica.model_source import MODEL_NAMES, locate, read_model
+from olica.model_source import MODEL_NAMES, locate, read_model, read_tokenizer
 from olica.modeling_olica import FAMILIES
 
 ROOT = Path(__file__).parents[1]
@@ -77,8 +77,10 @@ def test_the_text_model_of_a_multimodal_gemma_is_taken_out_as_the_readme_says(tm
     torch.manual_seed(0)
     whole = Gemma3ForConditionalGeneration(config).eval()
     whole.save_pretrained("google/gemma-3-4b-pt")
+    make_tokenizer().save_pretrained("google/gemma-3-4b-pt")
     (block,) = (block for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "gemma" in block)
     exec(block, {})  # noqa: S102
     ids = torch.arange(3, 23)[None]
+    assert read_tokenizer(locate("./gemma-3-4b-text"))("ab").input_ids
     text = read_model(locate("./gemma-3-4b-text"))
     torch.testing.assert_close(text(ids).logits, whole(ids).logits)

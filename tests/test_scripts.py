@@ -108,6 +108,12 @@ def test_grouped_heads_measures_every_point(tmp_path, capsys):
     first, second = json.loads((tmp_path / "points.json").read_text())["points"]
     assert first["shape"]["k_rank"] == 0 < first["shape"]["q_rank"]
     assert second["shares_removed"]["query"] == second["shares_removed"]["key"] == 0.4
+    assert second["shape"]["q_rank"] > second["shape"]["k_rank"] > 0
     assert second["parameters"] < first["parameters"]
     assert all(1 < row["perplexity"]["value"] < 1e5 and row["perplexity"]["windows"] == 4 for row in (first, second))
     assert len(capsys.readouterr().out.splitlines()) == 3
+    for wrong, words in (("0.02:0.5,0", "would have to lose"), ("0.0:0,0", "leaves nothing for the MLPs")):
+        with pytest.raises(SystemExit):
+            run_command(script.build_parser(), script.run, [*flags, "--points", "0.1:0.5,0", wrong])
+        captured = capsys.readouterr()
+        assert words in captured.err and not captured.out

@@ -224,6 +224,7 @@ LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
     [
         ("llama", "llama", {"rope_parameters": LINEAR}, "rope scaling"),
         ("phi3", "phi3", {"rope_parameters": PARTIAL}, "rope width"),
+        ("qwen3", "qwen3", {"head_dim": 32}, "rope width, head width"),
         ("gemma2", "gemma2", {"query_pre_attn_scalar": 16}, "attention scale"),
     ],
 )
@@ -233,6 +234,14 @@ def test_gguf_whose_settings_would_be_lost_is_refused(family, architecture, over
     write_gguf(dense, architecture, tmp_path / "tiny.gguf")
     with pytest.raises(UsageError, match=f"does not take the model's {lost} from a GGUF file"):
         read_config(locate(str(tmp_path / "tiny.gguf")))
+
+
+def test_gguf_tensors_that_transformers_does_not_read_are_told(tmp_path):
+    sizes = dict(vocab_size=320, hidden_size=64, head_dim=16, intermediate_size=160, num_attention_heads=4)
+    dense = make_family("llama", tied=True, peculiar=False, **sizes | {"num_key_value_heads": 2}, attention_bias=True)
+    write_gguf(dense, "llama", tmp_path / "tiny.gguf")
+    with pytest.raises(UsageError, match="holds 41 tensors, of which transformers reads 29"):
+        read_model(locate(str(tmp_path / "tiny.gguf")))
 
 
 def test_a_sentencepiece_file_that_transformers_reads_otherwise_is_refused(tmp_path):
