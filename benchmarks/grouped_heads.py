@@ -1,16 +1,15 @@
-"""Perplexity of a model pruned with other shares of the query and key projections, the MLPs losing the rest.
+"""Perplexity of a model pruned with other shares of the attention projections, the MLPs losing the rest.
 
     python benchmarks/grouped_heads.py --datasets ids.safetensors --data_dir data --points 0.1:0.2,0.2 0.1:0.5,0
 
-A point is SPARSITY:QUERY,KEY; value/output lose what the released code takes. About two minutes a point on 2 cores for
-SmolLM2-135M. All points are measured on the same windows, so their differences are surer than their standard errors.
+A point is SPARSITY:QUERY,KEY or SPARSITY:QUERY,KEY,VALUE_OUTPUT; where value/output is not given it loses what the released
+code takes. About two minutes a point on 2 cores for SmolLM2-135M. All points are measured on the same windows, so their differences are surer than their standard errors.
 """
 
 import argparse
 import copy
 import sys
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -38,11 +37,27 @@ from olica.text_sources import evaluation_text  # noqa: E402
 K, PERCDAMP, RATIO, BATCH_SIZE = 3.0, 0.5, 0.03, 16
 
 
-def point(text: str) -> tuple[float, float, float]:
-    """(sparsity, share of the queries, share of the keys) from SPARSITY:QUERY,KEY."""
-    sparsity, _, shares = text.partition(":")
-    query, key = map(float, shares.split(","))
-    return float(sparsity), query, key
+@dataclass(frozen=True)
+class Point:
+    """A sparsity of the whole model, and shares that the attention projections lose."""
+
+    sparsity: float
+    query: float
+    key: float
+    value_output: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Point":
+        """The point written as SPARSITY:QUERY,KEY or SPARSITY:QUERY,KEY,VALUE_OUTPUT."""
+        sparsity, _, shares = text.partition(":")
+        return cls(float(sparsity), *map(float, shares.split(",")))
+
+    def shares(self, sizes: Sizes, sparsity: float, k: float) -> Sparsities:
+        """What every part of a layer loses: a row `sparsities` of the table of recipes."""
+        value_output = self.value_output
+        if value_output is None:
+            value_output = released_sparsities(sizes, sparsity, k).value_output
+        return spend_rest(sizes, sparsity, self.query, self.key, value_output)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,18 +68,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--base_model", default="smollm2", help="dense model: name, hub id, folder or .gguf file")
     parser.add_argument("--datasets", required=True, help="calibration texts joined by +, or one token file")
     parser.add_argument("--data_dir", type=Path, default=Path("data"), help="folder searched first for texts")
-    parser.add_argument("--points", required=True, nargs="+", type=point, help="SPARSITY:QUERY,KEY")
+    parser.add_argument("--points", required=True, nargs="+", type=Point.parse, help="SPARSITY:QUERY,KEY[,VALUE_OUTPUT]")
     parser.add_argument("--ppl", default="wikitext2", help="text of the perplexity")
     parser.add_argument("--ppl_windows", type=int, default=256, help="windows of 128 tokens")
     parser.add_argument("--mlp_num", type=int, default=6, help="number of MLPs that get a linear calibration")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run")
     parser.add_argument("--output_path", type=Path, help="file of the record")
     return parser
-
-
-def shares_of(query: float, key: float, sizes: Sizes, sparsity: float, k: float) -> Sparsities:
-    """The released share of value/output beside these shares."""
-    return spend_rest(sizes, sparsity, query, key, released_sparsities(sizes, sparsity, k).value_output)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -89,29 +99,30 @@ def run(args: argparse.Namespace) -> None:
     windows = token_windows(tokenizer, evaluation_text(args.ppl, args.data_dir, flag="--ppl")[0], 128, args.ppl_windows)
     total = count_dense_parameters(location, config)
     plans = []
-    for sparsity, query, key in args.points:
-        plans.append(allocate(replace(OLICA, sparsities=partial(shares_of, query, key)), config, total, sparsity, K))
+    for point in args.points:
+        plans.append(allocate(replace(OLICA, sparsities=point.shares), config, total, point.sparsity, K))
         if plans[-1][0][0].intermediate_size == config.intermediate_size:
-            raise UsageError(f"--points {sparsity:g}:{query:g},{key:g} leaves nothing for the MLPs to lose")
+            raise UsageError(f"--points: {point} leaves nothing for the MLPs to lose")
     check_mlp_num(args.mlp_num, config.num_hidden_layers, OLICA)
     options = PruningOptions(PERCDAMP, args.mlp_num, calibration_rank(config, RATIO), BATCH_SIZE, device, device)
     dense, rows = read_model(location), []
     # Neither the bases nor the ranking of the layers depend on the sizes.
     survey = survey_layers(dense.model, ids, plans[0][0], OLICA, options)
-    print(f"{'sparsity':>8}{'query':>8}{'key':>8}{'parameters':>14}{'perplexity':>12}")
-    for (sparsity, query, key), (plan, shares) in zip(args.points, plans, strict=True):
+    print(f"{'sparsity':>8}{'query':>8}{'key':>8}{'v/o':>8}{'MLPs':>8}{'parameters':>14}{'perplexity':>12}")
+    for point, (plan, shares) in zip(args.points, plans, strict=True):
         plan = choose_calibrated(plan, survey, OLICA, options)
         model = copy.deepcopy(dense)
         prune_layers(model.model, ids, plan, survey, OLICA, options)
         measured = perplexity(model.to(device), windows, BATCH_SIZE)
         rows.append({
-            "sparsity": sparsity,
+            "sparsity": point.sparsity,
             "shares_removed": asdict(shares),
             "shape": plan[-1].to_dict(),
             "parameters": model.num_parameters(),
             "perplexity": asdict(measured),
         })  # fmt: skip
-        print(f"{sparsity:>8g}{query:>8g}{key:>8g}{model.num_parameters():>14,}{measured.value:>12.2f}", flush=True)
+        lost = "".join(f"{share:>8.3f}" for share in vars(shares).values())
+        print(f"{point.sparsity:>8g}{lost}{model.num_parameters():>14,}{measured.value:>12.2f}", flush=True)
     if args.output_path:
         settings = {name: str(value) for name, value in vars(args).items()}
         record = {"kind": "grouped heads", "settings": settings, "points": rows, "environment": environment(device)}

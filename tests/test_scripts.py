@@ -104,9 +104,10 @@ def test_grouped_heads_measures_every_point(tmp_path, capsys):
     script = load("benchmarks/grouped_heads.py")
     flags = [f"--base_model={tmp_path / 'tiny'}", f"--datasets={tmp_path / 'ids.safetensors'}", "--mlp_num=1"]
     flags += [f"--ppl={tmp_path / 'text.txt'}", "--ppl_windows=4", f"--output_path={tmp_path / 'points.json'}"]
-    run_command(script.build_parser(), script.run, [*flags, "--points", "0.1:0.5,0", "0.2:0.4,0.4"])
+    run_command(script.build_parser(), script.run, [*flags, "--points", "0.1:0.5,0,0", "0.2:0.4,0.4"])
     first, second = json.loads((tmp_path / "points.json").read_text())["points"]
-    assert first["shape"]["k_rank"] == 0 < first["shape"]["q_rank"]
+    assert first["shape"]["k_rank"] == 0 < first["shape"]["q_rank"] and first["shape"]["v_head_dim"] == 16
+    assert second["shares_removed"]["value_output"] == pytest.approx(0.1)
     assert second["shares_removed"]["query"] == second["shares_removed"]["key"] == 0.4
     assert second["shape"]["q_rank"] > second["shape"]["k_rank"] > 0
     assert second["parameters"] < first["parameters"]
