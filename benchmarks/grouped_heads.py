@@ -2,8 +2,9 @@
 
     python benchmarks/grouped_heads.py --datasets ids.safetensors --data_dir data --points 0.1:0.2,0.2 0.1:0.5,0
 
-A point is SPARSITY:QUERY,KEY or SPARSITY:QUERY,KEY,VALUE_OUTPUT; where value/output is not given it loses what the released
-code takes. About two minutes a point on 2 cores for SmolLM2-135M. All points are measured on the same windows, so their differences are surer than their standard errors.
+A point is SPARSITY:QUERY,KEY or SPARSITY:QUERY,KEY,VALUE_OUTPUT; where value/output is not given it loses what the
+released code takes. About two minutes a point on 2 cores for SmolLM2-135M. All points are measured on the same windows,
+so their differences are surer than their standard errors.
 """
 
 import argparse
@@ -12,12 +13,15 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from olica.allocation import Sizes, Sparsities, allocate, calibration_rank, released_sparsities, spend_rest  # noqa: E402
 from olica.calibration import build_calibration_set  # noqa: E402
 from olica.checkpoint import check_record_path  # noqa: E402
 from olica.command_line import run_command  # noqa: E402
+from olica.configuration_olica import LayerShape  # noqa: E402
 from olica.devices import pick_device  # noqa: E402
 from olica.errors import UsageError  # noqa: E402
 from olica.evaluation import perplexity, token_windows  # noqa: E402
@@ -68,13 +72,38 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--base_model", default="smollm2", help="dense model: name, hub id, folder or .gguf file")
     parser.add_argument("--datasets", required=True, help="calibration texts joined by +, or one token file")
     parser.add_argument("--data_dir", type=Path, default=Path("data"), help="folder searched first for texts")
-    parser.add_argument("--points", required=True, nargs="+", type=Point.parse, help="SPARSITY:QUERY,KEY[,VALUE_OUTPUT]")
+    form = "SPARSITY:QUERY,KEY[,VALUE_OUTPUT]"
+    parser.add_argument("--points", required=True, nargs="+", type=Point.parse, help=form)
     parser.add_argument("--ppl", default="wikitext2", help="text of the perplexity")
     parser.add_argument("--ppl_windows", type=int, default=256, help="windows of 128 tokens")
     parser.add_argument("--mlp_num", type=int, default=6, help="number of MLPs that get a linear calibration")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run")
     parser.add_argument("--output_path", type=Path, help="file of the record")
     return parser
+
+
+def plan_points(points: list[Point], config, total: int) -> list[tuple[list[LayerShape], Sparsities]]:
+    """Sizes and shares of every point; raises UsageError for one that is impossible."""
+    plans = []
+    for point in points:
+        plans.append(allocate(replace(OLICA, sparsities=point.shares), config, total, point.sparsity, K))
+        if plans[-1][0][0].intermediate_size == config.intermediate_size:
+            raise UsageError(f"--points: {point} leaves nothing for the MLPs to lose")
+    return plans
+
+
+def draw_calibration_ids(args: argparse.Namespace, tokenizer, config) -> torch.Tensor:
+    """The calibration set (N, T) as `model_pruning.py` draws it by default."""
+    return build_calibration_set(
+        args.datasets,
+        tokenizer,
+        num_samples=128,
+        seqlen=128,
+        seed=0,
+        data_dir=args.data_dir,
+        cache_dir=args.data_dir / "calibration",
+        vocab_size=config.vocab_size,
+    ).ids
 
 
 def run(args: argparse.Namespace) -> None:
@@ -86,23 +115,9 @@ def run(args: argparse.Namespace) -> None:
     refuse_unprunable(config, location)
     if tokenizer is None:
         raise UsageError(f"--base_model {args.base_model}: the folder has no tokenizer, which the windows need")
-    ids = build_calibration_set(
-        args.datasets,
-        tokenizer,
-        num_samples=128,
-        seqlen=128,
-        seed=0,
-        data_dir=args.data_dir,
-        cache_dir=args.data_dir / "calibration",
-        vocab_size=config.vocab_size,
-    ).ids
+    ids = draw_calibration_ids(args, tokenizer, config)
     windows = token_windows(tokenizer, evaluation_text(args.ppl, args.data_dir, flag="--ppl")[0], 128, args.ppl_windows)
-    total = count_dense_parameters(location, config)
-    plans = []
-    for point in args.points:
-        plans.append(allocate(replace(OLICA, sparsities=point.shares), config, total, point.sparsity, K))
-        if plans[-1][0][0].intermediate_size == config.intermediate_size:
-            raise UsageError(f"--points: {point} leaves nothing for the MLPs to lose")
+    plans = plan_points(args.points, config, count_dense_parameters(location, config))
     check_mlp_num(args.mlp_num, config.num_hidden_layers, OLICA)
     options = PruningOptions(PERCDAMP, args.mlp_num, calibration_rank(config, RATIO), BATCH_SIZE, device, device)
     dense, rows = read_model(location), []
