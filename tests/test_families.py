@@ -226,7 +226,7 @@ def test_the_checkpoint_holds_what_was_planned(pruned_folder, family, grouped, t
 
 
 @every_family
-def test_both_recipes_prune(family):
+def test_every_recipe_prunes(family):
     for recipe in RECIPES:
         model = make_family(family)
         before = model(IDS).logits
