@@ -121,6 +121,7 @@ def run(args: argparse.Namespace) -> None:
     check_mlp_num(args.mlp_num, config.num_hidden_layers, OLICA)
     options = PruningOptions(PERCDAMP, args.mlp_num, calibration_rank(config, RATIO), BATCH_SIZE, device, device)
     dense, rows = read_model(location), []
+    settings = {name: str(value) for name, value in vars(args).items()}
     # Neither the bases nor the ranking of the layers depend on the sizes.
     survey = survey_layers(dense.model, ids, plans[0][0], OLICA, options)
     print(f"{'sparsity':>8}{'query':>8}{'key':>8}{'v/o':>8}{'MLPs':>8}{'parameters':>14}{'perplexity':>12}")
@@ -138,10 +139,9 @@ def run(args: argparse.Namespace) -> None:
         })  # fmt: skip
         lost = "".join(f"{share:>8.3f}" for share in vars(shares).values())
         print(f"{point.sparsity:>8g}{lost}{model.num_parameters():>14,}{measured.value:>12.2f}", flush=True)
-    if args.output_path:
-        settings = {name: str(value) for name, value in vars(args).items()}
-        record = {"kind": "grouped heads", "settings": settings, "points": rows, "environment": environment(device)}
-        write_record(args.output_path, record)
+        if args.output_path:  # after every point: the next one may be stopped
+            record = {"kind": "grouped heads", "settings": settings, "points": rows, "environment": environment(device)}
+            write_record(args.output_path, record)
 
 
 if __name__ == "__main__":
