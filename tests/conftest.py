@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from olica.allocation import allocate
 from olica.configuration_olica import LayerShape
+from olica.modeling_olica import Projections, projections_of
 from olica.pruning import LayerSurvey, PruningOptions, choose_calibrated, prune_layers, survey_layers
 from olica.recipes import RECIPES
 
@@ -72,6 +74,24 @@ def prune_to(model, ids: torch.Tensor, plan: list[LayerShape], recipe_name: str 
     recipe, options = RECIPES[recipe_name], pruning_options(mlp_num=0, **overrides)
     survey = survey_layers(model.model, ids, plan, recipe, options)
     prune_layers(model.model, ids, plan, survey, recipe, options)
+
+
+@pytest.fixture
+def decoder_layer() -> nn.Module:
+    """A dense decoder layer whose MLP has biases."""
+    return make_llama(mlp_bias=True).model.layers[0]
+
+
+@pytest.fixture
+def mlp(decoder_layer) -> nn.Module:
+    """The MLP of `decoder_layer`, to be run."""
+    return decoder_layer.mlp
+
+
+@pytest.fixture
+def layer(decoder_layer) -> Projections:
+    """The projections of `decoder_layer`, as the stages see them."""
+    return projections_of(decoder_layer)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 import torch
-from conftest import make_llama
 
 from olica.feed_forward import (
     RELEASED_PROTECTED_FRACTION,
@@ -10,23 +9,7 @@ from olica.feed_forward import (
     prune_feed_forward,
     released_importance,
 )
-from olica.modeling_olica import projections_of
 from olica.moments import Moments, diagonal
-
-
-@pytest.fixture
-def decoder_layer():
-    return make_llama(mlp_bias=True).model.layers[0]
-
-
-@pytest.fixture
-def mlp(decoder_layer):
-    return decoder_layer.mlp
-
-
-@pytest.fixture
-def layer(decoder_layer):
-    return projections_of(decoder_layer)
 
 
 @pytest.fixture

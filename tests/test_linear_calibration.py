@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 import torch
-from conftest import make_llama
 
 from olica.linalg import ridge_regression
 from olica.linear_calibration import (
@@ -17,23 +16,7 @@ from olica.linear_calibration import (
     released_ridge,
     residual_sums,
 )
-from olica.modeling_olica import projections_of
 from olica.moments import Moments
-
-
-@pytest.fixture
-def decoder_layer():
-    return make_llama().model.layers[0]
-
-
-@pytest.fixture
-def mlp(decoder_layer):
-    return decoder_layer.mlp
-
-
-@pytest.fixture
-def layer(decoder_layer):
-    return projections_of(decoder_layer)
 
 
 @pytest.fixture
