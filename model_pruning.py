@@ -10,7 +10,8 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from olica import LayerShape, checkpoint, cost, model_source, records
+from olica import LayerShape, checkpoint, cost, identity, model_source, records
+from olica.activations import BatchSize
 from olica.allocation import (
     Sparsities,
     allocate,
@@ -20,17 +21,15 @@ from olica.allocation import (
 )
 from olica.calibration import CalibrationSet, build_calibration_set, calibration_shape, is_token_file
 from olica.command_line import run_command
+from olica.dense_model import open_dense_model
 from olica.devices import pick_device
 from olica.errors import UsageError
-from olica.pruning import (
-    PruningOptions,
-    check_mlp_num,
-    choose_calibrated,
-    expected_memory,
-    prune_layers,
-    survey_layers,
-)
+from olica.memory import expected_memory
+from olica.options import PruningOptions, check_mlp_num
+from olica.progress import RunFolder
+from olica.pruning import prune_layers
 from olica.recipes import RECIPES, Recipe
+from olica.survey import choose_calibrated, survey_layers
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -116,7 +115,7 @@ def make_options(
         percdamp=args.percdamp,
         mlp_num=mlp_num,
         calibration_rank=calibration_rank(config, args.ratio) if mlp_num else 0,
-        batch_size=args.batch_size,
+        batch_size=BatchSize(args.batch_size),
         device=device,
         cache_device=device if args.cache_dev == "auto" else pick_device(args.cache_dev, "--cache_dev"),
     )
@@ -186,20 +185,29 @@ def draw_calibration_set(args: argparse.Namespace, tokenizer, config: PreTrained
     )
 
 
-def prune_and_save(args: argparse.Namespace, job: Job, stages: records.Stages) -> dict:
+def prune_and_save(args: argparse.Namespace, job: Job, progress: RunFolder, stages: records.Stages) -> dict:
     """Draw the calibration set, survey, prune and save; returns the record, which lies beside the checkpoint."""
     with stages.stage("calibration set"):
         tokenizer = model_source.read_tokenizer(job.location)
         calibration = draw_calibration_set(args, tokenizer, job.config)
-    with stages.stage("read model"):
-        model = model_source.read_model(job.location, args.dtype)
-    dense, decoder = cost.count_parameters(model), model.get_decoder()
+    with stages.stage("open model"):
+        dense = open_dense_model(job.location, args.dtype)
+        before = cost.count_parameters(dense.model)
+    progress.begin(
+        identity.of_run(args, job.location, job.config, calibration.token_hash, job.options.device),
+        args.overwrite,
+        dense.layers_prefix,
+        len(job.plan),
+        job.options.batch_size,
+    )
+    work = (job.recipe, job.options, progress)
     with stages.stage("survey"):
-        survey = survey_layers(decoder, calibration.ids, job.plan, job.recipe, job.options)
+        survey = survey_layers(dense, calibration.ids, job.plan, *work)
         plan = choose_calibrated(job.plan, survey, job.recipe, job.options)
     with stages.stage("prune"):
-        prune_layers(decoder, calibration.ids, plan, survey, job.recipe, job.options)
-    pruned = cost.count_parameters(model)
+        prune_layers(dense, calibration.ids, plan, survey, *work)
+    with stages.stage("write"):
+        after = checkpoint.complete(progress, dense, plan, tokenizer)
     record = {
         "kind": "pruning",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -211,18 +219,18 @@ def prune_and_save(args: argparse.Namespace, job: Job, stages: records.Stages) -
         "multiple_correlation": [layer.correlation for layer in survey],
         "calibrated_layers": [index for index, shape in enumerate(plan) if shape.calibration_rank],
         "parameters": job.parameters
-        | {"after": pruned["total"]}
-        | {"decoder_layers_before": dense["decoder_layers"], "decoder_layers_after": pruned["decoder_layers"]},
-        "measured_sparsity": 1 - pruned["total"] / dense["total"],
+        | {"after": after["total"]}
+        | {"decoder_layers_before": before["decoder_layers"], "decoder_layers_after": after["decoder_layers"]},
+        "measured_sparsity": 1 - after["total"] / before["total"],
+        "batch_size": job.options.batch_size.size,
+        "went_on_after": progress.interruptions,
         "expected_peak_memory": job.memory,
         "environment": records.environment(job.options.device),
         "stages": stages.rows,
+        "weight_bytes_on_disk": cost.folder_weight_bytes(progress.checkpoint),
     }
-    with checkpoint.replacing(job.folder) as partial:
-        with stages.stage("write"):
-            checkpoint.write_pruned(model, plan, tokenizer, partial)
-        record["weight_bytes_on_disk"] = cost.folder_weight_bytes(partial)
-        records.write_record(partial / records.PRUNING_RECORD, record)
+    records.write_record(progress.checkpoint / records.PRUNING_RECORD, record)
+    progress.publish()
     return record
 
 
@@ -245,8 +253,15 @@ def run(args: argparse.Namespace) -> None:
     print_plan(job)
     if args.dry_run:
         return
-    checkpoint.check_output(job.folder, job.parameters["planned"] * job.bytes_per_weight, args.overwrite)
-    print_result(job, prune_and_save(args, job, records.Stages(job.options.device)))
+    checkpoint.check_folder(job.folder)
+    with RunFolder.locked(job.folder) as progress:
+        if progress.is_published:
+            progress.tidy()
+            print(f"saved        {job.folder}")
+            return
+        needed = job.parameters["planned"] * job.bytes_per_weight - cost.folder_weight_bytes(progress.checkpoint)
+        checkpoint.check_room(job.folder, needed, args.overwrite)
+        print_result(job, prune_and_save(args, job, progress, records.Stages(job.options.device)))
 
 
 if __name__ == "__main__":

@@ -17,11 +17,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from olica.activations import BatchSize  # noqa: E402
 from olica.allocation import Sizes, Sparsities, allocate, calibration_rank, released_sparsities, spend_rest  # noqa: E402
 from olica.calibration import build_calibration_set  # noqa: E402
 from olica.checkpoint import check_record_path  # noqa: E402
 from olica.command_line import run_command  # noqa: E402
 from olica.configuration_olica import LayerShape  # noqa: E402
+from olica.dense_model import DenseModel  # noqa: E402
 from olica.devices import pick_device  # noqa: E402
 from olica.errors import UsageError  # noqa: E402
 from olica.evaluation import perplexity, token_windows  # noqa: E402
@@ -33,9 +35,12 @@ from olica.model_source import (  # noqa: E402
     read_tokenizer,
     refuse_unprunable,
 )
-from olica.pruning import PruningOptions, check_mlp_num, choose_calibrated, prune_layers, survey_layers  # noqa: E402
+from olica.options import PruningOptions, check_mlp_num  # noqa: E402
+from olica.progress import Progress  # noqa: E402
+from olica.pruning import prune_layers  # noqa: E402
 from olica.recipes import OLICA  # noqa: E402
 from olica.records import environment, write_record  # noqa: E402
+from olica.survey import choose_calibrated, survey_layers  # noqa: E402
 from olica.text_sources import evaluation_text  # noqa: E402
 
 K, PERCDAMP, RATIO, BATCH_SIZE = 3.0, 0.5, 0.03, 16
@@ -119,16 +124,18 @@ def run(args: argparse.Namespace) -> None:
     windows = token_windows(tokenizer, evaluation_text(args.ppl, args.data_dir, flag="--ppl")[0], 128, args.ppl_windows)
     plans = plan_points(args.points, config, count_dense_parameters(location, config))
     check_mlp_num(args.mlp_num, config.num_hidden_layers, OLICA)
-    options = PruningOptions(PERCDAMP, args.mlp_num, calibration_rank(config, RATIO), BATCH_SIZE, device, device)
+    batch_size, rank = BatchSize(BATCH_SIZE), calibration_rank(config, RATIO)
+    options = PruningOptions(PERCDAMP, args.mlp_num, rank, batch_size, device, device)
     dense, rows = read_model(location), []
     settings = {name: str(value) for name, value in vars(args).items()}
     # Neither the bases nor the ranking of the layers depend on the sizes.
-    survey = survey_layers(dense.model, ids, plans[0][0], OLICA, options)
+    work = (OLICA, options, Progress())
+    survey = survey_layers(DenseModel(dense), ids, plans[0][0], *work)
     print(f"{'sparsity':>8}{'query':>8}{'key':>8}{'v/o':>8}{'MLPs':>8}{'parameters':>14}{'perplexity':>12}")
     for point, (plan, shares) in zip(args.points, plans, strict=True):
         plan = choose_calibrated(plan, survey, OLICA, options)
         model = copy.deepcopy(dense)
-        prune_layers(model.model, ids, plan, survey, OLICA, options)
+        prune_layers(DenseModel(model), ids, plan, survey, *work)
         measured = perplexity(model.to(device), windows, BATCH_SIZE)
         rows.append({
             "sparsity": point.sparsity,

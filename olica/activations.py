@@ -6,22 +6,70 @@ passes) are kept and replayed unread: naming them is what broke older pruners on
     N samples, T tokens, D hidden size
 """
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
+from .errors import UsageError
 from .modeling_olica import projections_of
 from .moments import TAPS, Moments
+
+logger = logging.getLogger(__name__)
+
+
+class _SeenEnough(Exception):
+    """Ends a forward pass of which nothing more is wanted."""
+
+
+class BatchSize:
+    """How many samples go through a layer at a time: halved, for good, when memory runs out.
+
+    Attributes:
+        size: samples.
+    """
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def run(self, work: Callable[[slice], None], samples: int) -> None:
+        """Call `work` with the rows of one batch after the other; a batch that does not fit is done again in halves.
+
+        Raises:
+            UsageError: not even a single sample fits.
+        """
+        start = 0
+        while start < samples:
+            rows = slice(start, min(start + self.size, samples))
+            try:
+                work(rows)
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                if self.size == 1:
+                    raise UsageError(
+                        "out of memory with a single sample at a time; "
+                        "give --cache_dev cpu, a --dtype of half the width or a smaller --seqlen"
+                    ) from error
+            else:
+                start = rows.stop
+                continue
+            # Here the error is forgotten, and with it the frames that held what had been allocated.
+            clear_device_cache()
+            self.size //= 2
+            logger.warning("out of memory: going on with --batch_size %d", self.size)
 
 
 @contextmanager
 def _pass_through(layers: nn.ModuleList) -> Iterator[tuple[list[Tensor], list[dict]]]:
     """Let every decoder layer return its input, and note the inputs of the first and the first call of each.
 
-    Only `forward` is replaced, on the instance: whatever else transformers reads from its layers is still there.
+    The last one ends the pass by `_SeenEnough`. Only `forward` is replaced, on the instance: whatever else
+    transformers reads from its layers is still there.
     """
     inputs: list[Tensor] = []
     calls: list[dict] = [{} for _ in layers]
@@ -30,6 +78,8 @@ def _pass_through(layers: nn.ModuleList) -> Iterator[tuple[list[Tensor], list[di
         calls[index] = calls[index] or kwargs
         if index == 0:
             inputs.append(hidden_states)
+        if index == len(layers) - 1:
+            raise _SeenEnough
         return hidden_states
 
     for index, layer in enumerate(layers):
@@ -54,51 +104,47 @@ def _to_device(value, device):
 
 @torch.no_grad()
 def record_layer_calls(
-    model: nn.Module, calibration_ids: Tensor, cache_device: torch.device, device: torch.device
+    decoder: nn.Module, calibration_ids: Tensor, cache_device: torch.device
 ) -> tuple[Tensor, list[dict]]:
     """Embed the calibration set and learn how the base model calls its decoder layers.
 
     Args:
-        model: the base model (`model.layers` are its decoder layers).
+        decoder: the base model, of which only the embedding needs its weights.
         calibration_ids: (N, T).
         cache_device: where the hidden states are to live.
-        device: where the layers will run.
 
     Returns:
         Hidden states (N, T, D) that enter the first layer, and for each layer the keyword arguments of a call with one
-        sample: leading dimensions of 1, which broadcast over any batch.
+        sample: leading dimensions of 1, which broadcast over any batch. They stay where the model was run.
     """
-    embedding = model.embed_tokens.weight
+    embedding = decoder.embed_tokens.weight
     hidden = torch.empty(*calibration_ids.shape, embedding.shape[1], dtype=embedding.dtype, device=cache_device)
-    with _pass_through(model.layers) as (inputs, calls):
+    with _pass_through(decoder.layers) as (inputs, calls):
         for row, sample in zip(hidden, calibration_ids.split(1), strict=True):
-            model(sample.to(embedding.device), use_cache=False)
-            row.copy_(inputs.pop()[0])
-    return hidden, _to_device(calls, device)
-
-
-def layer_outputs(layer: nn.Module, hidden: Tensor, call: dict, batch_size: int) -> Iterator[tuple[slice, Tensor]]:
-    """Run a decoder layer over hidden states (N, T, D) in batches.
-
-    Yields:
-        The rows of the batch and the layer's output for them (B, T, D), on the layer's device.
-    """
-    device = next(layer.parameters()).device
-    for start in range(0, len(hidden), batch_size):
-        rows = slice(start, start + batch_size)
-        output = layer(hidden[rows].to(device), **call)
-        yield rows, output[0] if isinstance(output, tuple) else output
+            try:
+                decoder(sample.to(embedding.device), use_cache=False)
+            except _SeenEnough:
+                row.copy_(inputs.pop()[0])
+    return hidden, calls
 
 
 @contextmanager
-def recording(layer: nn.Module, taps: set[str]) -> Iterator[dict[str, Tensor]]:
-    """Keep the activations of the latest forward of `layer` at each of `taps` (keys of TAPS)."""
+def recording(layer: nn.Module, taps: set[str], stop: bool) -> Iterator[dict[str, Tensor]]:
+    """Keep the activations of a forward of `layer` at each of `taps` (keys of TAPS), in the dictionary yielded.
+
+    With `stop` the forward ends by `_SeenEnough` when the last of them has been seen.
+    """
     seen: dict[str, Tensor] = {}
+
+    def keep(tap: str, activations: Tensor) -> None:
+        seen[tap] = activations
+        if stop and len(seen) == len(taps):
+            raise _SeenEnough
 
     def hook(tap: str, side: str):
         if side == "input":
-            return lambda module, args: seen.__setitem__(tap, args[0])
-        return lambda module, args, output: seen.__setitem__(tap, output)
+            return lambda module, args: keep(tap, args[0])
+        return lambda module, args, output: keep(tap, output)
 
     projections, handles = projections_of(layer), []
     for tap in taps:
@@ -113,19 +159,47 @@ def recording(layer: nn.Module, taps: set[str]) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
-def calibrate(layer: nn.Module, hidden: Tensor, call: dict, moments: Moments, batch_size: int, advance: bool) -> None:
+def _forward(layer: nn.Module, hidden: Tensor, call: dict) -> Tensor:
+    output = layer(hidden, **call)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def calibrate(
+    layer: nn.Module, hidden: Tensor, call: dict, moments: Moments, batch_size: BatchSize, advance: bool
+) -> None:
     """Fill `moments` while the hidden states (N, T, D) stream through `layer`: hooks on.
 
-    With `advance` the hidden states are replaced by the layer's outputs on the way.
+    With `advance` the hidden states are replaced by the layer's outputs on the way; without, what comes behind the last
+    of the taps is not computed.
     """
-    with recording(layer, moments.taps) as seen:
-        for rows, output in layer_outputs(layer, hidden, call, batch_size):
-            moments.update(seen)
+    if not (moments.taps or advance):
+        return
+    device = next(layer.parameters()).device
+    call = _to_device(call, device)
+    with recording(layer, moments.taps, stop=not advance) as seen:
+
+        def work(rows: slice) -> None:
+            output = None
+            try:
+                output = _forward(layer, hidden[rows].to(device), call)
+            except _SeenEnough:
+                pass
+            finally:
+                activations = dict(seen)
+                seen.clear()  # kept any longer, they would stand beside those of the next batch
+            moments.update(activations)
             if advance:
                 hidden[rows] = output.to(hidden.device)
 
+        batch_size.run(work, len(hidden))
 
-def propagate(layer: nn.Module, hidden: Tensor, call: dict, batch_size: int) -> None:
+
+def propagate(layer: nn.Module, hidden: Tensor, call: dict, batch_size: BatchSize) -> None:
     """Replace the hidden states (N, T, D) by the outputs of `layer`: hooks off."""
-    for rows, output in layer_outputs(layer, hidden, call, batch_size):
-        hidden[rows] = output.to(hidden.device)
+    device = next(layer.parameters()).device
+    call = _to_device(call, device)
+
+    def work(rows: slice) -> None:
+        hidden[rows] = _forward(layer, hidden[rows].to(device), call).to(hidden.device)
+
+    batch_size.run(work, len(hidden))

@@ -1,18 +1,21 @@
 """Write a pruned model as a checkpoint that the Auto classes load, whole or not at all."""
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from .configuration_olica import LayerShape
+from .dense_model import DenseModel, StoredWeight, stored_weights
 from .errors import UsageError
 from .modeling_olica import FAMILIES
+from .progress import RunFolder
 
 DEFAULT_RECIPE = "olica"
 
@@ -38,46 +41,23 @@ def check_record_path(path: Path, flag: str) -> None:
     check_writable(path, flag)
 
 
-def check_output(folder: Path, needed_bytes: int, overwrite: bool) -> None:
-    """Raise UsageError if `folder` exists and may not be replaced, or the disk has no room for `needed_bytes`."""
+def check_folder(folder: Path) -> None:
+    """Raise UsageError unless a checkpoint's folder can be made at `folder`, or is one."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise UsageError(f"--save_dir: {folder} is a file or a link; give another --save_dir")
+    check_writable(folder, "--save_dir")
+
+
+def check_room(folder: Path, needed_bytes: int, overwrite: bool) -> None:
+    """Raise UsageError if `folder` exists and may not be replaced, or the disk has no room for `needed_bytes`."""
     if folder.exists() and not overwrite:
         raise UsageError(f"--save_dir: {folder} exists already; give --overwrite to replace it, or another --save_dir")
-    parent = check_writable(folder, "--save_dir")
-    free = shutil.disk_usage(parent).free
+    free = shutil.disk_usage(check_writable(folder, "--save_dir")).free
     if free < needed_bytes:
         raise UsageError(
-            f"--save_dir: the pruned model takes {needed_bytes / 1e9:.2f} GB and {parent} has {free / 1e9:.2f} GB "
-            "free; make room or give another --save_dir"
+            f"--save_dir: the pruned model takes {needed_bytes / 1e9:.2f} GB more and {folder.parent} has "
+            f"{free / 1e9:.2f} GB free; make room or give another --save_dir"
         )
-
-
-@contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder to fill; it becomes `folder` when all went well and vanishes when not.
-
-    What was there is put aside until the new folder has its place, so that there is always one that is whole.
-    """
-    partial, old = (folder.with_name(f".{folder.name}.{word}") for word in ("partial", "old"))
-    if old.exists() and not folder.exists():
-        old.replace(folder)  # a run was killed between the two moves below
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if folder.exists():
-            folder.replace(old)
-        try:
-            partial.replace(folder)
-        except BaseException:
-            if old.exists():
-                old.replace(folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def pruned_skeleton(config: PreTrainedConfig, plan: list[LayerShape]) -> PreTrainedModel:
@@ -90,25 +70,54 @@ def pruned_skeleton(config: PreTrainedConfig, plan: list[LayerShape]) -> PreTrai
         return pruned_class(pruned_class.config_class(**settings, layer_shapes=[shape.to_dict() for shape in plan]))
 
 
-def write_pruned(
-    model: PreTrainedModel, plan: list[LayerShape], tokenizer: PreTrainedTokenizerBase | None, folder: Path
-) -> None:
-    """Save a model whose layers were pruned to `plan` as a checkpoint of its family's pruned form.
+def complete(
+    progress: RunFolder, dense: DenseModel, plan: list[LayerShape], tokenizer: PreTrainedTokenizerBase | None
+) -> dict[str, int]:
+    """Write what a checkpoint has beside its decoder layers, all of which are written.
+
+    Returns:
+        The parameters that were written: `total`, and `decoder_layers` alone.
 
     Raises:
         RuntimeError: the weights are not those of the plan.
         UsageError: the disk is full or fails.
     """
-    pruned = pruned_skeleton(model.config, plan)
-    # save_pretrained adds the entries of the configuration and of the class that it saves.
-    base_class = pruned.base_class
-    pruned.config.auto_map = {"AutoModel": f"{base_class.__module__.split('.')[-1]}.{base_class.__name__}"}
-    pruned.load_state_dict(model.state_dict(), assign=True)
-    pruned.tie_weights()
-    pruned.generation_config = model.generation_config
-    try:
-        pruned.save_pretrained(folder)
+    for number, weights in zip((1, len(plan) + 2), dense.other_weights(), strict=True):
+        progress.save_shard(number, weights)
+    stored = stored_weights(sorted(progress.checkpoint.glob("*.safetensors")))
+    pruned = pruned_skeleton(dense.config, plan)
+    planned = {name: tuple(parameter.shape) for name, parameter in pruned.named_parameters()}
+    if planned != {name: weight.shape for name, weight in stored.items()}:
+        raise RuntimeError("the weights written are not those of the plan")
+    sizes = {name: prod(weight.shape) for name, weight in stored.items()}
+    written = {
+        "total": sum(sizes.values()),
+        "decoder_layers": sum(size for name, size in sizes.items() if name.startswith(dense.layers_prefix)),
+    }
+    with progress.explained():
+        _write_index(progress.checkpoint, stored, written["total"])
+        _write_description(pruned, dense.model, progress.checkpoint)
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-    except (SafetensorError, OSError) as error:  # a full disk is the one or the other, by who writes
-        raise UsageError(f"--save_dir: the model cannot be written ({error}); make room or give another") from error
+            tokenizer.save_pretrained(progress.checkpoint)
+    return written
+
+
+def _write_index(folder: Path, stored: dict[str, StoredWeight], parameters: int) -> None:
+    size = sum(prod(weight.shape) * weight.dtype.itemsize for weight in stored.values())
+    index = {
+        "metadata": {"total_parameters": parameters, "total_size": size},
+        "weight_map": {name: weight.path.name for name, weight in sorted(stored.items())},
+    }
+    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_description(pruned: PreTrainedModel, dense: PreTrainedModel, folder: Path) -> None:
+    """Write the configuration, the modelling files and the generation settings, as save_pretrained does."""
+    base_class = pruned.base_class
+    pruned.config.dtype = str(dense.dtype).removeprefix("torch.")
+    pruned.config.architectures = [type(pruned).__name__]
+    # The entries of the configuration and of the class that is saved are added.
+    pruned.config.auto_map = {"AutoModel": f"{base_class.__module__.split('.')[-1]}.{base_class.__name__}"}
+    custom_object_save(pruned, folder, config=pruned.config)
+    pruned.config.save_pretrained(folder)
+    dense.generation_config.save_pretrained(folder)

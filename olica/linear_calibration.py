@@ -78,9 +78,9 @@ def residual_sums(layer: Projections, moments: Moments, kept: Tensor) -> Regress
     )
 
 
-def best_explained(correlations: list[float], number: int, last_is_eligible: bool) -> list[int]:
-    """Indices, ascending, of the `number` layers with the highest correlation."""
-    eligible = range(len(correlations) if last_is_eligible else len(correlations) - 1)
+def best_explained(correlations: list[float | None], number: int) -> list[int]:
+    """Indices, ascending, of the `number` layers with the highest correlation; None: not to be calibrated."""
+    eligible = [index for index, correlation in enumerate(correlations) if correlation is not None]
     return sorted(sorted(eligible, key=lambda i: correlations[i], reverse=True)[:number])
 
 

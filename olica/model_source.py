@@ -103,7 +103,7 @@ class Location:
 
 
 @contextmanager
-def _explained(location: Location, what: str) -> Iterator[None]:
+def explained(location: Location, what: str) -> Iterator[None]:
     """Turn any failure of a library's reader into a UsageError.
 
     transformers, tokenizers, safetensors, pickle and gguf share no exception for files that are absent, cut short or
@@ -173,14 +173,14 @@ def read_config(location: Location) -> PreTrainedConfig:
     else:
         names = ", ".join([PACKAGED_MODEL_NAME, *MODEL_NAMES])
         fault = f"not one of {names}, no local folder or .gguf file, and no model that the hub gives us"
-    with _explained(location, fault):
+    with explained(location, fault):
         config = AutoConfig.from_pretrained(location.path, **location.arguments)
     if config.model_type not in [*FAMILIES, *pruned]:
         raise UsageError(
             f"{location.flag} {location.name}: the family {config.model_type} is not supported; supported: {supported}"
         )
     if location.gguf_file:
-        with _explained(location, fault):
+        with explained(location, fault):
             _refuse_lost_settings(location, config)
     return config
 
@@ -258,7 +258,7 @@ def count_dense_parameters(location: Location, config: PreTrainedConfig) -> int:
     Raises:
         UsageError: transformers cannot build a model of it.
     """
-    with _explained(location, "its configuration describes no model that can be built"), torch.device("meta"):
+    with explained(location, "its configuration describes no model that can be built"), torch.device("meta"):
         if config.num_hidden_layers < 1:
             raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}")
         return AutoModelForCausalLM.from_config(config).num_parameters()
@@ -269,13 +269,13 @@ def read_tokenizer(location: Location) -> PreTrainedTokenizerBase | None:
     if location.is_local and not location.gguf_file:
         if not any((Path(location.path) / name).is_file() for name in TOKENIZER_FILES):
             return None
-    with _explained(location, "its tokenizer cannot be read"):
-        if location.gguf_file or _file_of(location, "tokenizer.json") or not _file_of(location, "tokenizer.model"):
+    with explained(location, "its tokenizer cannot be read"):
+        if location.gguf_file or file_of(location, "tokenizer.json") or not file_of(location, "tokenizer.model"):
             return AutoTokenizer.from_pretrained(location.path, **location.arguments)
         return _read_sentencepiece(location)
 
 
-def _file_of(location: Location, name: str) -> str | None:
+def file_of(location: Location, name: str) -> str | None:
     """Path of a file of the model, downloaded if need be; None if the model has no such file."""
     return cached_file(location.path, name, _raise_exceptions_for_missing_entries=False)
 
@@ -285,7 +285,7 @@ def _read_sentencepiece(location: Location) -> PreTrainedTokenizerBase:
 
     AutoTokenizer converts Gemma's, but drops the separator before the first word of LLaMA's, Mistral's and Phi-3's.
     """
-    reference = SentencePieceProcessor(model_file=_file_of(location, "tokenizer.model"))
+    reference = SentencePieceProcessor(model_file=file_of(location, "tokenizer.model"))
     # Texts of these families begin with a start token, unless the model says otherwise; older releases knew that.
     start = {"add_bos_token": get_tokenizer_config(location.path).get("add_bos_token") is not False}
     for reader in (AutoTokenizer, LlamaTokenizer):
@@ -310,7 +310,7 @@ def read_model(location: Location, dtype: str = "auto") -> PreTrainedModel:
     if location.gguf_file:
         arguments["quantization_config"] = GgufConfig(dequantize=True)
         dtype = "float32" if dtype == "auto" else dtype
-    with _explained(location, "its weights cannot be read"):
+    with explained(location, "its weights cannot be read"):
         model, info = AutoModelForCausalLM.from_pretrained(
             location.path,
             dtype=DTYPES.get(dtype, dtype),
@@ -325,15 +325,15 @@ def read_model(location: Location, dtype: str = "auto") -> PreTrainedModel:
                 f"{location.flag} {location.name}: the file holds {len(tensors)} tensors, of which transformers reads "
                 f"{len(list(model.parameters()))}; give the model's folder of safetensors"
             )
-    _refuse_weights(location, "lacks", info["missing_keys"])
-    _refuse_weights(location, "holds in another size", (key[0] for key in info["mismatched_keys"]))
-    _refuse_weights(location, "holds, but its configuration has no place for,", info["unexpected_keys"])
+    refuse_weights(location, "lacks", info["missing_keys"])
+    refuse_weights(location, "holds in another size", (key[0] for key in info["mismatched_keys"]))
+    refuse_weights(location, "holds, but its configuration has no place for,", info["unexpected_keys"])
     bad = (name for name, parameter in model.named_parameters() if not torch.isfinite(parameter).all())
-    _refuse_weights(location, "holds NaN or infinite values in", bad)
+    refuse_weights(location, "holds NaN or infinite values in", bad)
     return model.eval()
 
 
-def _refuse_weights(location: Location, fault: str, names: Iterable[str]) -> None:
+def refuse_weights(location: Location, fault: str, names: Iterable[str]) -> None:
     """Raise UsageError if there are any `names` of weights with this fault."""
     found = sorted(name for name in names if not name.endswith(IGNORED_WEIGHTS))
     if found:

@@ -21,6 +21,9 @@ TAPS = {
     "intermediate": ("down_proj", "input"),
     "mlp_output": ("down_proj", "output"),
 }
+KINDS = ("sum", "diagonal", "full", "per_head", "cross")
+# Width of the blocks in which the lower half of a symmetric sum is accumulated: half the products, and faster ones.
+BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Statistic:
     """A sum over tokens: of x, of x^2, of x x^T, of its blocks per head, or of x y^T.
 
     Attributes:
-        kind: "sum", "diagonal", "full", "per_head" or "cross".
+        kind: one of KINDS.
         tap: where x is taken, a key of TAPS.
         other: where y is taken, for "cross".
     """
@@ -79,6 +82,9 @@ class Moments:
     def __init__(self, statistics: Iterable[Statistic], num_heads: int):
         """Prepare the sums of `statistics`; `num_heads` is H, which `per_head` cuts its features into."""
         wanted = set(statistics)
+        for statistic in wanted:
+            if statistic.kind not in KINDS:
+                raise ValueError(f"unknown kind of statistic: {statistic.kind}")
         # The diagonal of a matrix that is summed anyway is read off it.
         self.statistics = {s for s in wanted if s.kind != "diagonal" or full(s.tap) not in wanted}
         self.num_heads = num_heads
@@ -91,13 +97,18 @@ class Moments:
         return {tap for s in self.statistics for tap in (s.tap, s.other) if tap}
 
     def update(self, activations: dict[str, Tensor]) -> None:
-        """Add a batch: for every name in `taps` its activations (..., f), the same tokens in each."""
+        """Add a batch: for every name in `taps` its activations (..., f), the same tokens in each.
+
+        All that takes memory is done before the first sum is touched: a batch that does not fit is not half added.
+        """
         flat = {tap: activations[tap].flatten(0, -2).float() for tap in self.taps}  # (n, f)
-        for statistic in self.statistics:
-            x, y = flat[statistic.tap], flat.get(statistic.other)
-            if statistic not in self._sums:
-                self._sums[statistic] = self._empty_sum(statistic, x, y)
-            self._add(statistic, self._sums[statistic], x, y)
+        vectors = {s: _vector(s, flat[s.tap]) for s in self.statistics if s.kind in ("sum", "diagonal")}
+        for statistic in self.statistics - self._sums.keys():
+            self._sums[statistic] = self._empty_sum(statistic, flat[statistic.tap], flat.get(statistic.other))
+        for statistic, vector in vectors.items():
+            self._sums[statistic] += vector
+        for statistic in self.statistics - vectors.keys():
+            self._add_products(statistic, flat[statistic.tap], flat.get(statistic.other))
         if flat:
             self.count += len(next(iter(flat.values())))
 
@@ -113,28 +124,60 @@ class Moments:
             return x.new_zeros(shapes[statistic.kind])
         return x.new_zeros(width, dtype=torch.float64)  # vectors are cheap to sum in double precision
 
-    def _add(self, statistic: Statistic, summed: Tensor, x: Tensor, y: Tensor | None) -> None:
+    def _add_products(self, statistic: Statistic, x: Tensor, y: Tensor | None) -> None:
+        summed = self._sums[statistic]
         match statistic.kind:
-            case "sum":
-                summed += x.sum(0)
-            case "diagonal":
-                summed += x.square().sum(0)
             case "full":
-                summed.addmm_(x.T, x)
+                for start in range(0, len(summed), BLOCK):
+                    columns = slice(start, start + BLOCK)
+                    summed[start:, columns].addmm_(x[:, start:].T, x[:, columns])
             case "per_head":
                 heads = x.unflatten(-1, (self.num_heads, -1)).transpose(0, 1)  # (H, n, d)
                 summed.baddbmm_(heads.mT, heads)
             case "cross":
                 summed.addmm_(x.T, y)
-            case kind:
-                raise ValueError(f"unknown kind of statistic: {kind}")
 
     def __getitem__(self, statistic: Statistic) -> Tensor:
         if statistic.kind == "diagonal" and statistic not in self._sums:
             return self._sums[full(statistic.tap)].diagonal().double()
-        return self._sums[statistic]
+        summed = self._sums[statistic]
+        if statistic.kind == "full":
+            for start in range(0, len(summed), BLOCK):  # the upper half is the lower one
+                stop = start + BLOCK
+                summed[start:stop, stop:] = summed[stop:, start:stop].T
+        return summed
+
+    def kept(self, statistics: Iterable[Statistic]) -> "Moments":
+        """Only `statistics` of these sums, on the host: what outlives the layer."""
+        fewer = Moments(statistics, self.num_heads)
+        fewer.count = self.count
+        fewer._sums = {statistic: self[statistic].cpu() for statistic in fewer.statistics}
+        return fewer
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums under names, to be written to a file."""
+        return {_name(statistic): summed for statistic, summed in self._sums.items()}
+
+    @classmethod
+    def restored(
+        cls, state: dict[str, Tensor], statistics: Iterable[Statistic], num_heads: int, count: int
+    ) -> "Moments":
+        """The moments of `count` tokens whose `state` was written."""
+        moments = cls(statistics, num_heads)
+        moments.count = count
+        moments._sums = {statistic: state[_name(statistic)] for statistic in moments.statistics}
+        return moments
 
     def not_finite(self) -> list[str]:
         """Names of the taps whose sums hold a NaN or an infinity; a product of two taps does not tell which it was."""
         own = {s: summed for s, summed in self._sums.items() if s.kind != "cross"}
         return sorted({s.tap for s, summed in own.items() if not torch.isfinite(summed).all()})
+
+
+def _vector(statistic: Statistic, x: Tensor) -> Tensor:
+    """Sum over the tokens (n, f) of x or of x^2."""
+    return x.sum(0) if statistic.kind == "sum" else x.square().sum(0)
+
+
+def _name(statistic: Statistic) -> str:
+    return ".".join(filter(None, (statistic.kind, statistic.tap, statistic.other)))

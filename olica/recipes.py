@@ -46,8 +46,12 @@ class Recipe:
     ridge: Callable[[float, float, int, int], float]
     output_weights: Callable
 
+    def eligible_layers(self, layers: int) -> int:
+        """How many of `layers` layers, from the first on, may be calibrated."""
+        return layers if self.last_is_eligible else layers - 1
+
     def survey_needs(self, ranking: bool) -> set[Statistic]:
-        """Statistics of the survey; without `ranking` no layer is going to be calibrated."""
+        """Statistics of the survey of a layer; without `ranking` it is not going to be calibrated."""
         return {*self.value_basis.needs, *(self.survey_regression.needs if ranking else ())}
 
     def calibration_needs(self, calibrated: bool) -> set[Statistic]:

@@ -37,7 +37,8 @@ def output_basis(layer: Projections, moments: Moments | None, num_heads: int, nu
         Orthogonal (K, d, d), a basis vector per column.
     """
     weight = _output_heads(layer, num_heads, num_kv_heads)
-    weighted = weight * moments[diagonal("attention_output")][:, None]
+    squared_norms = moments[diagonal("attention_output")].to(weight.device)
+    weighted = weight * squared_norms[:, None]
     return principal_components((weighted.mT @ weight).sum(1))
 
 

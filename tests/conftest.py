@@ -9,15 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from olica.activations import BatchSize
 from olica.allocation import allocate
+from olica.checkpoint import complete
 from olica.configuration_olica import LayerShape
+from olica.dense_model import DenseModel
 from olica.modeling_olica import Projections, projections_of
-from olica.pruning import LayerSurvey, PruningOptions, choose_calibrated, prune_layers, survey_layers
+from olica.options import PruningOptions
+from olica.progress import Progress, RunFolder
+from olica.pruning import prune_layers
 from olica.recipes import RECIPES
+from olica.survey import LayerSurvey, choose_calibrated, survey_layers
 
 CPU = torch.device("cpu")
 TEST_DATA = Path(__file__).parent / "data"
@@ -53,7 +60,7 @@ def make_llama(seed: int = 0, **overrides) -> LlamaForCausalLM:
 
 def pruning_options(**overrides) -> PruningOptions:
     """Options that calibrate one layer at rank 6, unless overridden."""
-    settings = dict(percdamp=0.5, mlp_num=1, calibration_rank=6, batch_size=4, device=CPU, cache_device=CPU)
+    settings = dict(percdamp=0.5, mlp_num=1, calibration_rank=6, batch_size=BatchSize(4), device=CPU, cache_device=CPU)
     return PruningOptions(**settings | overrides)
 
 
@@ -63,17 +70,35 @@ def prune(
     """Prune a causal model in place as the command line does; returns the survey and the plan."""
     recipe, options = RECIPES[recipe_name], pruning_options(**overrides)
     plan, _ = allocate(recipe, model.config, model.num_parameters(), sparsity, 3.0)
-    survey = survey_layers(model.model, ids, plan, recipe, options)
+    dense, work = DenseModel(model), (recipe, options, Progress())
+    survey = survey_layers(dense, ids, plan, *work)
     plan = choose_calibrated(plan, survey, recipe, options)
-    prune_layers(model.model, ids, plan, survey, recipe, options)
+    prune_layers(dense, ids, plan, survey, *work)
     return survey, plan
 
 
 def prune_to(model, ids: torch.Tensor, plan: list[LayerShape], recipe_name: str = "olica", **overrides) -> None:
     """Prune a causal model in place to sizes that no rule has to give."""
-    recipe, options = RECIPES[recipe_name], pruning_options(mlp_num=0, **overrides)
-    survey = survey_layers(model.model, ids, plan, recipe, options)
-    prune_layers(model.model, ids, plan, survey, recipe, options)
+    work = (RECIPES[recipe_name], pruning_options(mlp_num=0, **overrides), Progress())
+    dense = DenseModel(model)
+    prune_layers(dense, ids, plan, survey_layers(dense, ids, plan, *work), *work)
+
+
+def write_pruned(model, plan: list[LayerShape], tokenizer, folder: Path) -> None:
+    """Save a model that was pruned in memory as the command line saves one that it streams."""
+    dense = DenseModel(model)
+    with RunFolder.locked(folder) as progress:
+        progress.begin({}, False, dense.layers_prefix, len(plan), BatchSize(1))
+        for index, layer in enumerate(dense.decoder.layers):
+            progress.save_layer(index, layer, None)
+        progress.wait()
+        complete(progress, dense, plan, tokenizer)
+        progress.publish()
+
+
+def load_weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    """All weights in the safetensors files of a folder, by name."""
+    return {name: t for path in sorted(Path(folder).glob("*.safetensors")) for name, t in load_file(path).items()}
 
 
 @pytest.fixture

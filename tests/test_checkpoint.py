@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_llama, make_tokenizer, prune
-from safetensors.torch import load_file, save_file
+from conftest import load_weights, make_llama, make_tokenizer, prune, write_pruned
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from olica.allocation import allocate
-from olica.checkpoint import check_output, checkpoint_folder, replacing, write_pruned
+from olica.checkpoint import check_folder, check_room, checkpoint_folder
 from olica.errors import UsageError
 from olica.recipes import RECIPES
 
@@ -70,7 +70,7 @@ def test_loads_in_a_fresh_process_with_and_without_olica(pruned_folder, installe
 
 def test_a_checkpoint_holds_what_loading_needs(pruned_folder):
     names = {path.name for path in pruned_folder.iterdir()}
-    assert {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json"} <= names
+    assert {"config.json", "model.safetensors.index.json", "generation_config.json", "tokenizer.json"} <= names
     assert {"configuration_olica.py", "modeling_olica.py"} <= names
     config = json.loads((pruned_folder / "config.json").read_text())
     assert config["model_type"] == "olica_llama" and config["architectures"] == ["OlicaLlamaForCausalLM"]
@@ -79,7 +79,7 @@ def test_a_checkpoint_holds_what_loading_needs(pruned_folder):
 
 
 def test_tied_weights_are_saved_once(pruned_folder):
-    saved = load_file(pruned_folder / "model.safetensors")
+    saved = load_weights(pruned_folder)
     assert "lm_head.weight" not in saved
     model = AutoModelForCausalLM.from_pretrained(pruned_folder)
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -112,7 +112,7 @@ def test_generation_settings_that_are_no_longer_made_are_kept(config, generation
 def test_weights_that_are_not_the_plans_are_refused(tmp_path):
     model = make_llama()
     plan, _ = allocate(RECIPES["olica"], model.config, model.num_parameters(), 0.2, 3.0)
-    with pytest.raises(RuntimeError, match="q_proj"):
+    with pytest.raises(RuntimeError, match="not those of the plan"):
         write_pruned(model, plan, None, tmp_path / "out")
 
 
@@ -123,52 +123,20 @@ def test_folders_are_named_by_model_sparsity_and_recipe():
 
 
 def test_output_is_checked_before_work(tmp_path, monkeypatch):
-    check_output(tmp_path / "a/b/new", 1000, overwrite=False)
+    check_folder(tmp_path / "a/b/new")
+    check_room(tmp_path / "a/b/new", 1000, overwrite=False)
     (tmp_path / "old").mkdir()
+    check_folder(tmp_path / "old")
     with pytest.raises(UsageError, match="--save_dir.*old exists already; give --overwrite"):
-        check_output(tmp_path / "old", 1000, overwrite=False)
-    check_output(tmp_path / "old", 1000, overwrite=True)
+        check_room(tmp_path / "old", 1000, overwrite=False)
+    check_room(tmp_path / "old", 1000, overwrite=True)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="file is a file or a link"):
-        check_output(tmp_path / "file", 1000, overwrite=True)
+    (tmp_path / "link").symlink_to(tmp_path / "old")
+    for name in ("file", "link"):
+        with pytest.raises(UsageError, match=f"{name} is a file or a link"):
+            check_folder(tmp_path / name)
     with pytest.raises(UsageError, match="not a folder"):
-        check_output(tmp_path / "file/new", 1000, overwrite=False)
+        check_folder(tmp_path / "file/new")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 5, 5))
     with pytest.raises(UsageError, match="--save_dir: the pruned model takes 0.00 GB .* free"):
-        check_output(tmp_path / "new", 1000, overwrite=False)
-
-
-def test_the_old_checkpoint_is_not_lost_before_the_new_one_has_its_place(tmp_path, monkeypatch):
-    folder = tmp_path / "out"
-    folder.mkdir()
-    (folder / "a").write_text("old")
-    replace = Path.replace
-
-    def failing(self, target):
-        if ".partial" in self.name:
-            raise OSError("cannot move")
-        return replace(self, target)
-
-    monkeypatch.setattr(Path, "replace", failing)
-    with pytest.raises(OSError, match="cannot move"), replacing(folder) as partial:
-        (partial / "a").write_text("new")
-    assert (folder / "a").read_text() == "old"
-    monkeypatch.undo()
-    (tmp_path / "link").symlink_to(folder)
-    with pytest.raises(UsageError, match="link is a file or a link"):
-        check_output(tmp_path / "link", 0, overwrite=True)
-
-
-def test_replacing_is_all_or_nothing(tmp_path):
-    folder = tmp_path / "out"
-    with replacing(folder) as partial:
-        (partial / "a").write_text("first")
-    assert (folder / "a").read_text() == "first"
-    with pytest.raises(KeyError), replacing(folder) as partial:
-        (partial / "b").write_text("half")
-        raise KeyError
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert [path.name for path in folder.iterdir()] == ["a"]
-    with replacing(folder) as partial:
-        (partial / "c").write_text("second")
-    assert [path.name for path in folder.iterdir()] == ["c"]
+        check_room(tmp_path / "new", 1000, overwrite=False)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_llama, make_tokenizer
+from conftest import load_weights, make_llama, make_tokenizer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 import model_evaluate
 import model_pruning
@@ -78,14 +78,15 @@ def test_prune_and_evaluate(here, capsys):
 
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.num_parameters() == record["parameters"]["after"] == record["parameters"]["planned"]
-    saved = load_file(folder / "model.safetensors")
-    assert record["weight_bytes_on_disk"] == (folder / "model.safetensors").stat().st_size
+    saved = load_weights(folder)
+    shards = [path.stat().st_size for path in folder.glob("*.safetensors")]
+    assert record["weight_bytes_on_disk"] == sum(shards) and len(shards) == 5
     assert sum(t.numel() for t in saved.values()) == record["parameters"]["after"]
     assert record["measured_sparsity"] == 1 - record["parameters"]["after"] / record["parameters"]["before"]
     assert record["settings"]["sparsity"] == 0.2 and record["calibration"]["token_hash"]
     assert record["calibration"]["ids"] == [6, 32]
     assert len(record["multiple_correlation"]) == len(record["plan"]) == 3
-    assert set(record["stages"]) == {"calibration set", "read model", "survey", "prune", "write"}
+    assert set(record["stages"]) == {"calibration set", "open model", "survey", "prune", "write"}
     assert all(stage["minutes"] > 0 and stage["host_bytes"] > 1e8 for stage in record["stages"].values())
 
     Path("held.txt").write_text(prose(99, 400))
@@ -116,7 +117,7 @@ def test_drawn_tokens_can_be_given_back(here):
     for path in Path("tiny").glob("*token*"):
         path.unlink()
     assert prune("--save_dir=second", f"--datasets={drawn}") == 0
-    first, second = (load_file(f"{name}/tiny_sparsity-0.2/model.safetensors") for name in ("first", "second"))
+    first, second = (load_weights(f"{name}/tiny_sparsity-0.2") for name in ("first", "second"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     records = [json.loads(Path(f"{name}/tiny_sparsity-0.2/olica_run.json").read_text()) for name in ("first", "second")]
@@ -150,7 +151,7 @@ def test_cache_dev_and_device_are_told_apart(here, capsys, monkeypatch):
     """No machine of two devices is needed to see which flag decides what."""
     seen = []
 
-    def survey_layers(model, ids, plan, recipe, options):
+    def survey_layers(dense, ids, plan, recipe, options, progress):
         seen.append((options.device.type, options.cache_device.type))
         raise UsageError("enough seen")
 
@@ -165,7 +166,7 @@ def test_cache_dev_and_device_are_told_apart(here, capsys, monkeypatch):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_dtype_is_that_of_the_checkpoint(here, dtype):
     assert prune("--save_dir=out", f"--dtype={dtype}") == 0
-    saved = load_file("out/tiny_sparsity-0.2/model.safetensors")
+    saved = load_weights("out/tiny_sparsity-0.2")
     assert {str(tensor.dtype) for tensor in saved.values()} == {f"torch.{dtype}"}
 
 
@@ -310,7 +311,7 @@ def test_a_tilde_is_expanded(here, monkeypatch):
     monkeypatch.setenv("HOME", str(here))
     flags = ["--base_model=~/tiny", "--datasets=~/rows.jsonl", "--data_dir=~/cache", "--save_dir=~/out"]
     assert prune(*flags) == 0
-    assert (here / "out/tiny_sparsity-0.2/model.safetensors").is_file() and (here / "cache/calibration").is_dir()
+    assert (here / "out/tiny_sparsity-0.2/config.json").is_file() and (here / "cache/calibration").is_dir()
 
 
 def test_a_ridge_that_is_too_weak(here, capsys):
@@ -342,14 +343,21 @@ def test_a_checkpoint_of_another_model_is_not_taken_for_this_one(here, capsys):
 
 
 @pytest.mark.parametrize("error", [SafetensorError, OSError])
-def test_a_failure_while_writing_leaves_nothing_behind(here, capsys, monkeypatch, error):
-    def full(self, folder):
+@pytest.mark.parametrize("writer", ["olica.progress.save_file", "olica.checkpoint.custom_object_save"])
+def test_a_full_disk_stops_the_run_and_the_same_command_goes_on(here, capsys, monkeypatch, error, writer):
+    def full(*arguments, **settings):
         raise error("disk full")
 
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
-    message = refused(capsys, prune, "--save_dir=out")
-    assert "--save_dir" in message and "disk full" in message
-    assert files_in(here / "out") == set()
+    prune("--save_dir=undisturbed")
+    with monkeypatch.context() as patched:
+        patched.setattr(writer, full)
+        message = refused(capsys, prune, "--save_dir=out")
+    assert all(word in message for word in ("--save_dir", "disk full", "same command"))
+    assert not Path("out/tiny_sparsity-0.2").exists()
+    assert prune("--save_dir=out") == 0
+    first, second = (load_weights(f"{name}/tiny_sparsity-0.2") for name in ("undisturbed", "out"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert files_in(here / "out") == {name.replace("undisturbed", "out") for name in files_in(here / "undisturbed")}
 
 
 def test_an_existing_checkpoint_is_replaced_only_when_told(here, capsys):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tokenizer, prune, prune_to
+from conftest import make_tokenizer, prune, prune_to, write_pruned
 from safetensors.torch import save_file
 from tiny_families import PECULIARITIES, WINDOW, kept_parameters, make_family
 from torch import nn
@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 import model_evaluate
 import model_pruning
 from olica.allocation import allocate, with_calibration
-from olica.checkpoint import pruned_skeleton, write_pruned
+from olica.checkpoint import pruned_skeleton
 from olica.command_line import run_command
 from olica.configuration_olica import LayerShape
 from olica.modeling_olica import FAMILIES, projections_of, separate_projections

@@ -112,6 +112,6 @@ def test_ridges():
 
 def test_best_explained_leaves_the_last_layer_out_when_told():
     correlations = [0.1, 0.9, 0.3, 0.2, 0.95]
-    assert best_explained(correlations, 2, last_is_eligible=True) == [1, 4]
-    assert best_explained(correlations, 2, last_is_eligible=False) == [1, 2]
-    assert best_explained(correlations, 0, last_is_eligible=True) == []
+    assert best_explained(correlations, 2) == [1, 4]
+    assert best_explained([*correlations[:4], None], 2) == [1, 2]
+    assert best_explained(correlations, 0) == []

@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tokenizer, prune
+from conftest import make_tokenizer, prune, write_pruned
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_families import make_family
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from olica.checkpoint import write_pruned
 from olica.modeling_olica import FAMILIES, CalibratedMLP, LowRankLinear
 
 IDS = torch.randint(3, 250, (6, 20), generator=torch.Generator().manual_seed(0))

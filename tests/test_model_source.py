@@ -4,13 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_llama
+from conftest import make_llama, write_pruned
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
 
 from olica import model_source
 from olica.allocation import allocate
-from olica.checkpoint import write_pruned
 from olica.errors import UsageError
 from olica.model_source import (
     MODEL_NAMES,

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_llama, make_tokenizer, prune
+from conftest import make_llama, make_tokenizer, prune, write_pruned
 from tiny_families import SIZES
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 import model_evaluate
 import model_pruning
-from olica.checkpoint import write_pruned
 from olica.model_source import MODEL_NAMES, locate, read_model, read_tokenizer
 from olica.modeling_olica import FAMILIES
 

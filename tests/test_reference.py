@@ -8,9 +8,14 @@ from conftest import TEST_DATA
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from olica.activations import BatchSize
 from olica.allocation import allocate, calibration_rank
-from olica.pruning import PruningOptions, choose_calibrated, prune_layers, survey_layers
+from olica.dense_model import DenseModel
+from olica.options import PruningOptions
+from olica.progress import Progress
+from olica.pruning import prune_layers
 from olica.recipes import RECIPES
+from olica.survey import choose_calibrated, survey_layers
 
 FOLDER = TEST_DATA / "reference_tiny_llama"
 FIGURES = json.loads((FOLDER / "figures.json").read_text())
@@ -40,14 +45,15 @@ def test_olica_repeats_the_released_code(case, tensors):
         percdamp=asked["percdamp"],
         mlp_num=asked["mlp_num"],
         calibration_rank=calibration_rank(config, asked["ratio"]),
-        batch_size=7,
+        batch_size=BatchSize(7),
         device=CPU,
         cache_device=CPU,
     )
     ids = tensors["calibration_ids"]
-    survey = survey_layers(model.model, ids, plan, recipe, options)
+    dense, work = DenseModel(model), (recipe, options, Progress())
+    survey = survey_layers(dense, ids, plan, *work)
     plan = choose_calibrated(plan, survey, recipe, options)
-    prune_layers(model.model, ids, plan, survey, recipe, options)
+    prune_layers(dense, ids, plan, survey, *work)
 
     named = {"query": "query_key", "key": "query_key", "value_output": "value_output", "feed_forward": "feed_forward"}
     expected_shares = {name: figures[f"{part}_sparsity"] for name, part in named.items()}

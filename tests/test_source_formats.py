@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from conftest import make_llama, make_tokenizer, prune_to
+from conftest import make_llama, make_tokenizer, prune_to, write_pruned
 from safetensors.torch import save_file
 from tiny_families import make_family
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import model_pruning
-from olica.checkpoint import write_pruned
+from olica.activations import BatchSize
 from olica.command_line import run_command
 from olica.configuration_olica import LayerShape
 from olica.errors import UsageError
@@ -62,7 +62,7 @@ def test_weight_files_are_pruned_and_saved_in_their_dtype(save, dtype, tmp_path,
     pruned = AutoModelForCausalLM.from_pretrained("pruned_models/dense_sparsity-0.2")
     assert {parameter.dtype for parameter in pruned.parameters()} == {dtype}
     plan = [LayerShape(**shape) for shape in pruned.config.layer_shapes]
-    prune_to(model, IDS, plan, batch_size=16)
+    prune_to(model, IDS, plan, batch_size=BatchSize(16))
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, pruned.state_dict()[name]), name
 

@@ -1,0 +1,211 @@
+"""The dense model as pruning sees it: its decoder layers one at a time, wherever the weights are.
+
+This is the only place that moves weights between disk, host and device.
+"""
+
+import copy
+import logging
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import get_checkpoint_shard_files
+
+from .model_source import DTYPES, IGNORED_WEIGHTS, Location, explained, file_of, read_model, refuse_weights
+from .modeling_olica import separate_projections
+
+logger = logging.getLogger(__name__)
+
+
+class DenseModel:
+    """A dense model that is in host memory as a whole; pruning a layer changes it in place.
+
+    Attributes:
+        model: the causal language model.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """Configuration of the dense model."""
+        return self.model.config
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The base model: embedding, decoder layers, final norm."""
+        return self.model.get_decoder()
+
+    @property
+    def layers_prefix(self) -> str:
+        """What the names of the decoder layers' weights begin with; the index of the layer follows."""
+        return f"{self.model.base_model_prefix}.layers."
+
+    @contextmanager
+    def embedding(self) -> Iterator[None]:
+        """Have the weights of the embedding in host memory meanwhile."""
+        yield
+
+    def layers(self, device: torch.device, title: str, first: int = 0) -> Iterator[tuple[int, nn.Module]]:
+        """Yield the decoder layers from the one of index `first` on, each on `device` while it is worked on.
+
+        Fused projections are separated for good: what is measured and pruned is what they hold.
+        """
+        for index in _counted(first, len(self.decoder.layers), title):
+            layer = self.decoder.layers[index]
+            home = next(layer.parameters()).device
+            separate_projections(layer, self.config)
+            yield index, layer.to(device)
+            layer.to(home)
+
+    def other_weights(self) -> Iterator[dict[str, Tensor]]:
+        """What is neither in a decoder layer nor tied, by name: first the embedding, then all else."""
+        for names in self._other_names():
+            yield self._read(names)
+
+    def _other_names(self) -> list[list[str]]:
+        parameters = self.model.named_parameters()  # tied ones once, under their first name
+        names = [name for name, _ in parameters if not name.startswith(self.layers_prefix)]
+        embedding = [name for name in names if "embed_tokens" in name]
+        return [embedding, [name for name in names if name not in embedding]]
+
+    def _read(self, names: list[str]) -> dict[str, Tensor]:
+        state = self.model.state_dict()
+        return {name: state[name] for name in names}
+
+
+class StreamedModel(DenseModel):
+    """A dense model that stays on disk: what is not worked on has no weights, and no work on a layer changes it."""
+
+    def __init__(self, model: PreTrainedModel, location: Location, files: dict[str, Path]):
+        """Wrap `model`, whose parameters are on the meta device and lie under their names in safetensors `files`."""
+        super().__init__(model)
+        self.location = location
+        self.files = files
+
+    @contextmanager
+    def embedding(self) -> Iterator[None]:
+        """Have the weights of the embedding in host memory meanwhile."""
+        module = self.decoder.embed_tokens
+        empty, (name,) = module.weight, self._other_names()[0]
+        module.weight = nn.Parameter(self._read([name])[name], requires_grad=False)
+        try:
+            yield
+        finally:
+            module.weight = empty
+
+    def layers(self, device: torch.device, title: str, first: int = 0) -> Iterator[tuple[int, nn.Module]]:
+        """Yield the decoder layers from the one of index `first` on, each on `device` and gone afterwards.
+
+        While one is worked on the next is read.
+        """
+        count = len(self.decoder.layers)
+        with ThreadPoolExecutor(1, "read") as reader:
+            coming = reader.submit(self._read_layer, first) if first < count else None
+            for index in _counted(first, count, title):
+                # A copy, since work on it changes its modules.
+                layer = copy.deepcopy(self.decoder.layers[index])
+                layer.load_state_dict(coming.result(), assign=True)
+                coming = reader.submit(self._read_layer, index + 1) if index + 1 < count else None
+                layer.to(device)
+                separate_projections(layer, self.config)
+                yield index, layer
+                del layer
+
+    def _read_layer(self, index: int) -> dict[str, Tensor]:
+        prefix = f"{self.layers_prefix}{index}."
+        names = [name for name in self.files if name.startswith(prefix)]
+        return {name.removeprefix(prefix): tensor for name, tensor in self._read(names).items()}
+
+    def _read(self, names: list[str]) -> dict[str, Tensor]:
+        weights = {}
+        with explained(self.location, "its weights cannot be read"):
+            for name in names:
+                # A file is mapped as a whole: opened anew, it does not pile up in memory what was read before.
+                with safe_open(self.files[name], framework="pt") as file:
+                    weights[name] = file.get_tensor(name).to(self.model.dtype, copy=True)
+        bad = (name for name, weight in weights.items() if not torch.isfinite(weight).all())
+        refuse_weights(self.location, "holds NaN or infinite values in", bad)
+        return weights
+
+
+def _counted(first: int, count: int, title: str) -> Iterator[int]:
+    return iter(tqdm(range(first, count), desc=title, unit="layer", initial=first, total=count))
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """Where a tensor is, and what it is."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def stored_weights(paths: Iterable[str | Path]) -> dict[str, StoredWeight]:
+    """What safetensors files hold, by the names of the tensors."""
+    stored = {}
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                view = file.get_slice(name)
+                stored[name] = StoredWeight(Path(path), tuple(view.get_shape()), view[:0].dtype)
+    return stored
+
+
+def open_dense_model(location: Location, dtype: str = "auto") -> DenseModel:
+    """The dense model at `location`, read layer by layer where it lies in safetensors under its own names.
+
+    Otherwise (.bin, GGUF, names or a tie that only transformers understands) it is read into host memory as a whole.
+
+    Args:
+        location: from `model_source.locate`.
+        dtype: a key of DTYPES, or "auto" for that of the checkpoint (float32 for GGUF).
+
+    Raises:
+        UsageError: as `model_source.read_model`.
+    """
+    with explained(location, "its weights cannot be read"):
+        files = weight_files(location)
+        stored = {name: w for name, w in stored_weights(files).items() if not name.endswith(IGNORED_WEIGHTS)}
+        if stored:
+            model = _skeleton(location, DTYPES.get(dtype), next(iter(stored.values())).dtype)
+            expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+            if expected == {name: weight.shape for name, weight in stored.items()}:
+                return StreamedModel(model, location, {name: weight.path for name, weight in stored.items()})
+    logger.info("reading the whole model into host memory")
+    return DenseModel(read_model(location, dtype))
+
+
+def weight_files(location: Location) -> list[str]:
+    """The model's safetensors files, downloaded if need be; none where it comes in another form."""
+    if location.gguf_file:
+        return []
+    if whole := file_of(location, SAFE_WEIGHTS_NAME):
+        return [whole]
+    index = file_of(location, SAFE_WEIGHTS_INDEX_NAME)
+    return get_checkpoint_shard_files(location.path, index)[0] if index else []
+
+
+def _skeleton(location: Location, dtype: torch.dtype | None, stored: torch.dtype) -> PreTrainedModel:
+    """The model without weights, but with the buffers that it computes, in `dtype` or as the checkpoint says."""
+    config = AutoConfig.from_pretrained(location.path)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or stored)
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(location.path)
+    except OSError:  # there is none: what an old config.json says of generation
+        model.generation_config = GenerationConfig.from_pretrained(
+            location.path, config_file_name="config.json", _from_model_config=True
+        )
+    return model.eval()

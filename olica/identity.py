@@ -1,0 +1,47 @@
+"""What decides the result of a pruning: a run that goes on must not differ in any of it from the run that began."""
+
+import argparse
+import hashlib
+from pathlib import Path
+
+import torch
+
+from .model_source import Location, describe_source
+from .records import environment
+
+# These say where something is, choose the calibration set, which goes by its tokens, or decide nothing.
+NOT_COMPARED = ("base_model", "datasets", "data_dir", "num_samples", "seqlen", "seed", "cache_dev")
+NOT_COMPARED += ("save_dir", "overwrite", "dry_run")
+SOURCE_FILES = ("*.json", "*.safetensors", "*.bin", "*.model")
+
+
+def of_run(args: argparse.Namespace, location: Location, config, token_hash: str, device: torch.device) -> dict:
+    """The settings, the dense model, the calibration set, the code and the machine of a run, by names for messages."""
+    settings = {f"--{name}": value for name, value in vars(args).items() if name not in NOT_COMPARED}
+    machine = environment(device)
+    return {
+        "calibration set": token_hash,
+        **settings,
+        **_source(location, config),
+        "version of the code": _code(),
+        "version of Python": machine["python"],
+        **{f"version of {name}": version for name, version in machine["packages"].items()},
+        "device": machine["device"],
+        "number of threads": machine["cpu_threads"],
+    }
+
+
+def _source(location: Location, config) -> dict:
+    """Size and time of the last change of every file of a local model; the commit of one of the hub."""
+    if not location.is_local:
+        return {"revision of the model": describe_source(location, config)["revision"]}
+    patterns = (location.gguf_file,) if location.gguf_file else SOURCE_FILES
+    files = sorted({path for pattern in patterns for path in Path(location.path).glob(pattern)})
+    return {f"{path.name} of the model": [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+
+
+def _code() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,56 @@
+"""What can go wrong in the numbers, said in a sentence that names the layer and the projection."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .errors import UsageError
+from .moments import TAPS, Moments
+
+
+def check_finite(moments: Moments, index: int) -> None:
+    """Raise UsageError if activations that were summed in layer `index` are NaN or infinite."""
+    overflown = moments.not_finite()
+    if overflown:
+        places = ", ".join("{1} of {0}".format(*TAPS[tap]) for tap in overflown)
+        raise UsageError(
+            f"--dtype: in layer {index} the activations at the {places} are NaN or infinite; "
+            "a dtype of a wider range, float32 or bfloat16, may hold them"
+        )
+
+
+@contextmanager
+def regression(percdamp: float, index: int) -> Iterator[None]:
+    """Tell the user of a fit that the ridge is too weak for."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:
+        raise UsageError(
+            f"--percdamp {percdamp:g} is too small for the calibration set: in layer {index} the regression on the "
+            "MLP's input (that of gate_proj) is singular; raise it, or --num_samples"
+        ) from error
+
+
+@contextmanager
+def decomposition(index: int, projections: str) -> Iterator[None]:
+    """Tell the user in which layer, and of which projections, a decomposition fails."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:
+        raise UsageError(
+            f"--base_model: in layer {index} the decomposition of {projections} does not converge; "
+            "another calibration set (--datasets, --num_samples) may help"
+        ) from error
+
+
+def cast_weight(weight: Tensor, name: str, index: int, like: Tensor) -> Tensor:
+    """A computed `weight` in the dtype and on the device of `like`; raises UsageError if that cannot hold it."""
+    cast = weight.to(like).contiguous()
+    if not torch.isfinite(cast).all():
+        raise UsageError(
+            f"--dtype: in layer {index} the new {name} does not fit {str(cast.dtype).removeprefix('torch.')}; "
+            "give float32 or bfloat16"
+        )
+    return cast

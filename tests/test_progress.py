@@ -1,0 +1,328 @@
+"""Runs that are killed, go on, and are told apart."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_llama, make_tokenizer
+from safetensors.torch import save_file
+
+import model_pruning
+from olica import progress as progress_module
+from olica import pruning as pruning_module
+from olica import survey as survey_module
+from olica.activations import BatchSize
+from olica.command_line import run_command
+from olica.progress import RunFolder
+
+ROOT = Path(__file__).parents[1]
+LAYERS = 6
+FLAGS = ["--base_model=tiny", "--datasets=ids.safetensors", "--mlp_num=2", "--ratio=0.1", "--save_dir=out"]
+FOLDER, WORK = Path("out/tiny_sparsity-0.2"), Path("out/.tiny_sparsity-0.2.partial")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty current folder with a tiny model of several layers and a calibration set."""
+    monkeypatch.chdir(tmp_path)
+    make_llama(num_key_value_heads=2, num_hidden_layers=LAYERS).save_pretrained("tiny")
+    make_tokenizer().save_pretrained("tiny")
+    ids = torch.randint(3, 259, (8, 32), generator=torch.Generator().manual_seed(0))
+    save_file({"calibration_ids": ids}, "ids.safetensors")
+    return tmp_path
+
+
+class Killed(BaseException):
+    """Stands for a signal that no code handles."""
+
+
+def prune(*arguments: str) -> int:
+    return run_command(model_pruning.build_parser(), model_pruning.run, [*FLAGS, *arguments])
+
+
+def refused(capsys, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        prune(*arguments)
+    assert ended.value.code == 2
+    return capsys.readouterr().err.split("error: ", 1)[1]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder but the record, which has the time in it."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "olica_run.json")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def interrupted_after(layers: int, monkeypatch, *arguments: str) -> None:
+    """A run that dies when it has kept so many layers."""
+    save = RunFolder._save_layer
+
+    def dying(self, index, weights, hidden):
+        if index == layers:
+            raise Killed
+        save(self, index, weights, hidden)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunFolder, "_save_layer", dying)
+        with pytest.raises(Killed):
+            prune(*arguments)
+
+
+@pytest.fixture
+def undisturbed(here) -> dict[str, bytes]:
+    """What the checkpoint of a run that nobody disturbs holds."""
+    prune()
+    expected = contents(FOLDER)
+    shutil.rmtree("out")
+    return expected
+
+
+def kill_until_done(kills: int, seed: int) -> tuple[int, int]:
+    """Run the real command line, killing it at random moments; how often it was killed, and how far it had come."""
+    draw, killed, went_on = random.Random(seed), 0, 0
+    command = [sys.executable, ROOT / "model_pruning.py", *FLAGS]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    while True:
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        if killed < kills:
+            # Python needs seconds to import; what matters begins when the folder of the unfinished run appears.
+            while process.poll() is None and not (WORK / "checkpoint").exists() and not FOLDER.exists():
+                time.sleep(0.001)
+            time.sleep(draw.uniform(0, 0.6) ** 2)
+            process.send_signal(signal.SIGKILL)
+        _, errors = process.communicate()
+        if process.returncode == -signal.SIGKILL:
+            killed += 1
+            journal = WORK / "progress.json"
+            went_on += journal.exists() and json.loads(journal.read_text())["pruned"] > 0
+            if killed < kills and FOLDER.exists() and not WORK.exists():
+                shutil.rmtree("out")  # killed after its end
+            continue
+        assert process.returncode == 0, errors[-2000:]
+        if killed >= kills:
+            return killed, went_on
+        shutil.rmtree("out")  # it was faster than the signal: once more from the start
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(24, marks=pytest.mark.slow)])
+def test_a_killed_command_goes_on_to_the_same_bits(undisturbed, kills):
+    killed, went_on = kill_until_done(kills, seed=kills)
+    assert killed == kills
+    assert contents(FOLDER) == undisturbed
+    assert [path.name for path in Path("out").iterdir()] == [FOLDER.name]
+    if kills > 10:
+        assert went_on > 3, "the kills did not meet a run that had finished a layer"
+
+
+@pytest.mark.parametrize("recipe", ["olica", "olica-paper"])
+@pytest.mark.parametrize("layers", [0, 1, LAYERS - 1])
+def test_a_run_goes_on_after_the_last_finished_layer(here, monkeypatch, recipe, layers):
+    suffix = "" if recipe == "olica" else f"_{recipe}"
+    folder, flag = Path(f"out/tiny_sparsity-0.2{suffix}"), f"--recipe={recipe}"
+    prune(flag)
+    expected = contents(folder)
+    shutil.rmtree("out")
+    interrupted_after(layers, monkeypatch, flag)
+    pruned, shrink_layer = [], pruning_module.shrink_layer
+    with monkeypatch.context() as patched:
+        patched.setattr(pruning_module, "shrink_layer", lambda *args: pruned.append(args) or shrink_layer(*args))
+        prune(flag)
+    assert len(pruned) == LAYERS - layers
+    assert contents(folder) == expected
+    assert json.loads((folder / "olica_run.json").read_text())["went_on_after"] == [layers]
+
+
+@pytest.mark.parametrize("recipe", ["olica", "olica-paper"])
+def test_a_survey_goes_on_too(here, monkeypatch, recipe):
+    suffix = "" if recipe == "olica" else f"_{recipe}"
+    prune(f"--recipe={recipe}")
+    expected = contents(Path(f"out/tiny_sparsity-0.2{suffix}"))
+    shutil.rmtree("out")
+    monkeypatch.setattr(survey_module, "SAVED_EVERY", -1.0)
+    surveyed, calibrate = [], survey_module.calibrate
+    with monkeypatch.context() as patched:
+
+        def dying(layer, *arguments, **settings):
+            if len(surveyed) == 4:
+                raise Killed
+            surveyed.append(layer)
+            calibrate(layer, *arguments, **settings)
+
+        patched.setattr(survey_module, "calibrate", dying)
+        with pytest.raises(Killed):
+            prune(f"--recipe={recipe}")
+    monkeypatch.setattr(survey_module, "calibrate", lambda *a, **s: surveyed.append(a[0]) or calibrate(*a, **s))
+    assert prune(f"--recipe={recipe}") == 0
+    assert len(surveyed) == LAYERS
+    assert contents(Path(f"out/tiny_sparsity-0.2{suffix}")) == expected
+
+
+def test_gguf_and_bin_sources_go_on_too(here, undisturbed, monkeypatch):
+    model = make_llama(num_key_value_heads=2, num_hidden_layers=LAYERS)
+    torch.save(model.state_dict(), "tiny/pytorch_model.bin")
+    Path("tiny/model.safetensors").unlink()
+    interrupted_after(3, monkeypatch)
+    assert prune() == 0
+    assert contents(FOLDER) == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--percdamp=0.4"], ["another --percdamp (0.5, now 0.4)"]),
+        (["--batch_size=3"], ["another --batch_size (16, now 3)"]),
+        (["--dtype=bfloat16"], ["another --dtype"]),
+        ("ids", ["another calibration set"]),
+        ("weights", ["of the model ("]),
+        ("code", ["another version of the code"]),
+        ("packages", ["another version of torch"]),
+        ("threads", ["another number of threads (2, now 1)"]),
+    ],
+)
+def test_another_run_is_refused_unless_it_is_to_start_afresh(here, capsys, monkeypatch, change, words):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        interrupted_after(2, monkeypatch)
+        before = contents(WORK)
+        arguments = change if isinstance(change, list) else []
+        match change:
+            case "ids":
+                save_file({"calibration_ids": torch.randint(3, 259, (8, 32))}, "ids.safetensors")
+            case "weights":
+                make_llama(1, num_key_value_heads=2, num_hidden_layers=LAYERS).save_pretrained("tiny")
+            case "code":
+                monkeypatch.setattr("olica.identity._code", lambda: "other")
+            case "packages":
+                monkeypatch.setattr("olica.records._version", lambda package: "0.1")
+            case "threads":
+                torch.set_num_threads(1)
+        message = refused(capsys, *arguments)
+        assert all(word in message for word in [*words, "--overwrite"]), message
+        assert contents(WORK) == before
+        assert prune("--overwrite", *arguments) == 0
+        assert json.loads((FOLDER / "olica_run.json").read_text())["went_on_after"] == []
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_where_hidden_states_live_and_files_lie_may_change(here, undisturbed, monkeypatch):
+    interrupted_after(2, monkeypatch)
+    Path("elsewhere").mkdir()
+    shutil.copy("ids.safetensors", "elsewhere")
+    assert prune("--cache_dev=cpu", "--datasets=elsewhere/ids.safetensors") == 0
+    assert contents(FOLDER) == undisturbed
+
+
+@pytest.mark.parametrize("harm", ["altered", "cut", "missing", "journal"])
+@pytest.mark.parametrize("file", ["checkpoint/model-00003-of-00008.safetensors", "survey-6.safetensors",
+                                  "hidden-pruned-3.safetensors"])  # fmt: skip
+def test_altered_files_are_told_by_their_checksums(here, undisturbed, capsys, monkeypatch, harm, file):
+    interrupted_after(3, monkeypatch)
+    path = WORK / ("progress.json" if harm == "journal" else file)
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.unlink() if harm == "missing" else path.write_bytes(data if harm == "altered" else data[:-3])
+    message = refused(capsys)
+    assert path.name in message and "--overwrite" in message
+    assert prune("--overwrite") == 0
+    assert contents(FOLDER) == undisturbed
+
+
+def test_what_a_killed_run_left_half_written_is_thrown_away(here, undisturbed, monkeypatch):
+    interrupted_after(3, monkeypatch)
+    (WORK / "checkpoint/model-00005-of-00008.safetensors").write_bytes(b"not named in progress.json")
+    (WORK / "checkpoint/model-00005-of-00008.unfinished").write_bytes(b"half")
+    (WORK / "hidden-pruned-4.safetensors").write_bytes(b"half")
+    assert prune() == 0
+    assert contents(FOLDER) == undisturbed
+
+
+def test_a_repeated_command_that_overwrites_goes_on_too(here, monkeypatch):
+    prune("--seed=1")
+    old = contents(FOLDER)
+    interrupted_after(2, monkeypatch, "--overwrite", "--percdamp=0.3")
+    assert contents(FOLDER) == old, "the old checkpoint stays until the new one is whole"
+    assert prune("--overwrite", "--percdamp=0.3") == 0
+    assert json.loads((FOLDER / "olica_run.json").read_text())["went_on_after"] == [2]
+    assert contents(FOLDER) != old
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize("moves", [0, 1, 2])
+def test_a_kill_while_the_checkpoint_is_put_in_its_place(here, undisturbed, monkeypatch, replaced, moves):
+    """Moving the old folder away and the new one to its place are two steps, tidying up is a third."""
+    flags = ["--overwrite"] if replaced else []
+    if replaced:
+        prune("--percdamp=0.3")
+    done = []
+
+    def counted(move):
+        def moving(*arguments):
+            if len(done) == moves:
+                raise Killed
+            done.append(arguments)
+            return move(*arguments)
+
+        return moving
+
+    with monkeypatch.context() as patched:
+        publish = RunFolder.publish
+
+        def dying(self):
+            patched.setattr("olica.progress._move_durably", counted(progress_module._move_durably))
+            patched.setattr(Path, "replace", counted(Path.replace))
+            patched.setattr(RunFolder, "_recover", lambda self: None)
+            patched.setattr(RunFolder, "tidy", lambda self: None)
+            publish(self)
+            raise Killed
+
+        patched.setattr(RunFolder, "publish", dying)
+        with pytest.raises(Killed):
+            prune(*flags)
+    assert prune(*flags) == 0
+    assert contents(FOLDER) == undisturbed
+    assert [path.name for path in Path("out").iterdir()] == [FOLDER.name]
+
+
+def hold(folder: Path, ready, release) -> None:
+    with RunFolder.locked(folder):
+        ready.set()
+        release.wait(60)
+
+
+def test_a_second_run_into_the_same_folder_is_refused(here, capsys):
+    context = multiprocessing.get_context("spawn")
+    ready, release = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(here / FOLDER, ready, release))
+    other.start()
+    try:
+        assert ready.wait(60)
+        assert "another run is at work" in refused(capsys)
+        assert "another run is at work" in refused(capsys, "--overwrite")
+    finally:
+        release.set()
+        other.join()
+    assert prune() == 0
+
+
+def test_the_batch_size_that_was_left_is_kept(here):
+    ids = torch.randint(3, 259, (8, 32), generator=torch.Generator().manual_seed(0))
+    sizes = []
+    for size in (8, 4):
+        with RunFolder.locked(here / "out/x") as progress:
+            batch_size = BatchSize(8)
+            progress.begin({"a": 1}, False, "model.layers.", 3, batch_size)
+            sizes.append(batch_size.size)
+            batch_size.size = size // 2
+            progress.save_survey({"layers": 1}, {"1": ids}, ids)
+    assert sizes == [8, 4]
