@@ -24,7 +24,7 @@ from olica.command_line import run_command
 from olica.dense_model import open_dense_model
 from olica.devices import pick_device
 from olica.errors import UsageError
-from olica.memory import expected_memory
+from olica.memory import Task, expected_peaks, fit_batch_size
 from olica.options import PruningOptions, check_mlp_num
 from olica.progress import RunFolder
 from olica.pruning import prune_layers
@@ -65,12 +65,17 @@ def build_parser() -> argparse.ArgumentParser:
     devices = ["auto", "cpu", "cuda"]
     add("--device", default="auto", choices=devices, help="where layers run; auto: a GPU if there is one")
     add("--cache_dev", default="auto", choices=devices, help="where hidden states live; auto: where layers run")
-    add("--batch_size", type=int, default=16, help="samples that go through a layer at a time")
+    add("--batch_size", type=batch_size, default=16, help="samples that go through a layer at a time; auto: what fits")
     add = parser.add_argument_group("output").add_argument
     add("--save_dir", default="./pruned_models", type=expanduser, help="folder that receives the checkpoint's folder")
     add("--overwrite", action="store_true", help="replace an existing checkpoint")
     add("--dry_run", action="store_true", help="print sizes, parameters and expected memory, then stop")
     return parser
+
+
+def batch_size(text: str) -> int | str:
+    """The type of --batch_size: a number, or auto."""
+    return text if text == "auto" else int(text)
 
 
 def check_numbers(args: argparse.Namespace) -> None:
@@ -83,7 +88,7 @@ def check_numbers(args: argparse.Namespace) -> None:
         raise UsageError(f"--percdamp {args.percdamp:g} must be a number above 0: without it the fit may be singular")
     if not 0 < args.ratio <= 1:
         raise UsageError(f"--ratio {args.ratio:g} is outside (0, 1]: it is a share of the hidden size")
-    if args.batch_size < 1:
+    if args.batch_size != "auto" and args.batch_size < 1:
         raise UsageError(f"--batch_size {args.batch_size} must be at least 1")
 
 
@@ -115,7 +120,7 @@ def make_options(
         percdamp=args.percdamp,
         mlp_num=mlp_num,
         calibration_rank=calibration_rank(config, args.ratio) if mlp_num else 0,
-        batch_size=BatchSize(args.batch_size),
+        batch_size=BatchSize(1 if args.batch_size == "auto" else args.batch_size),
         device=device,
         cache_device=device if args.cache_dev == "auto" else pick_device(args.cache_dev, "--cache_dev"),
     )
@@ -143,6 +148,9 @@ def prepare(args: argparse.Namespace) -> Job:
     # Which layers are calibrated is not known yet, but all corrections have one size.
     sized = with_calibration(plan, list(range(options.mlp_num)), options.calibration_rank)
     bytes_per_weight = model_source.bytes_per_weight(location, config, args.dtype)
+    task = Task(config, total, plan[0], ids_shape, bytes_per_weight, model_source.is_streamed(location))
+    if args.batch_size == "auto":
+        fit_batch_size(task, options)
     return Job(
         recipe=recipe,
         location=location,
@@ -152,7 +160,7 @@ def prepare(args: argparse.Namespace) -> Job:
         sparsities=sparsities,
         parameters={"before": total, "planned": checkpoint.pruned_skeleton(config, sized).num_parameters()},
         bytes_per_weight=bytes_per_weight,
-        memory=expected_memory(config, total, options, ids_shape, bytes_per_weight),
+        memory=expected_peaks(task, options),
         folder=checkpoint.checkpoint_folder(args.save_dir, location.label, args.sparsity, recipe.name),
     )
 
@@ -167,8 +175,9 @@ def print_plan(job: Job) -> None:
         print(f"and a correction of rank {rank} beside {number} MLPs, which the survey chooses")
     print(f"parameters   {before:,} -> {after:,}, sparsity {1 - after / before:.4f}")
     print(f"weights      {before * size:.3f} GB -> {after * size:.3f} GB")
-    device = f", device {job.memory['device_bytes'] / 1e9:.1f} GB" if job.memory["device_bytes"] else ""
-    print(f"peak memory  host {job.memory['host_bytes'] / 1e9:.1f} GB{device} (expected)")
+    device = f", device {job.memory['device_bytes'] / 1e9:.2f} GB" if job.memory["device_bytes"] else ""
+    print(f"peak memory  host {job.memory['host_bytes'] / 1e9:.2f} GB{device} (expected)")
+    print(f"batch size   {job.options.batch_size.size}")
 
 
 def draw_calibration_set(args: argparse.Namespace, tokenizer, config: PreTrainedConfig) -> CalibrationSet:

@@ -15,6 +15,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
+from .devices import hand_back_memory
 from .errors import UsageError
 from .modeling_olica import projections_of
 from .moments import TAPS, Moments
@@ -62,6 +63,7 @@ class BatchSize:
             clear_device_cache()
             self.size //= 2
             logger.warning("out of memory: going on with --batch_size %d", self.size)
+        hand_back_memory()
 
 
 @contextmanager

@@ -82,8 +82,9 @@ def complete(
         RuntimeError: the weights are not those of the plan.
         UsageError: the disk is full or fails.
     """
-    for number, weights in zip((1, len(plan) + 2), dense.other_weights(), strict=True):
-        progress.save_shard(number, weights)
+    embedding, others = dense.other_names()
+    progress.save_shard(1, dense.read(embedding))
+    progress.save_shard(len(plan) + 2, dense.read(others))
     stored = stored_weights(sorted(progress.checkpoint.glob("*.safetensors")))
     pruned = pruned_skeleton(dense.config, plan)
     planned = {name: tuple(parameter.shape) for name, parameter in pruned.named_parameters()}

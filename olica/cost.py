@@ -87,14 +87,15 @@ def peak_memory(device: torch.device | str) -> dict[str, int | None]:
 
 def _seconds_of_forward(model: nn.Module, ids: torch.Tensor) -> float:
     """Wall-clock seconds of one forward pass over `ids` (B, T), to the end of what it started on a GPU."""
-    _synchronize(ids.device)
+    synchronize(ids.device)
     start = time.perf_counter()
     model(ids, use_cache=False)
-    _synchronize(ids.device)
+    synchronize(ids.device)
     return time.perf_counter() - start
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for all that was started on a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

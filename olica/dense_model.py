@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from .devices import hand_back_memory
 from .model_source import DTYPES, IGNORED_WEIGHTS, Location, explained, file_of, read_model, refuse_weights
 from .modeling_olica import separate_projections
 
@@ -68,18 +69,15 @@ class DenseModel:
             yield index, layer.to(device)
             layer.to(home)
 
-    def other_weights(self) -> Iterator[dict[str, Tensor]]:
-        """What is neither in a decoder layer nor tied, by name: first the embedding, then all else."""
-        for names in self._other_names():
-            yield self._read(names)
-
-    def _other_names(self) -> list[list[str]]:
+    def other_names(self) -> tuple[list[str], list[str]]:
+        """Names of the weights that are in no decoder layer, tied ones once: the embedding's, and all else."""
         parameters = self.model.named_parameters()  # tied ones once, under their first name
         names = [name for name, _ in parameters if not name.startswith(self.layers_prefix)]
         embedding = [name for name in names if "embed_tokens" in name]
-        return [embedding, [name for name in names if name not in embedding]]
+        return embedding, [name for name in names if name not in embedding]
 
-    def _read(self, names: list[str]) -> dict[str, Tensor]:
+    def read(self, names: list[str]) -> dict[str, Tensor]:
+        """The weights of these names, in host memory."""
         state = self.model.state_dict()
         return {name: state[name] for name in names}
 
@@ -97,8 +95,8 @@ class StreamedModel(DenseModel):
     def embedding(self) -> Iterator[None]:
         """Have the weights of the embedding in host memory meanwhile."""
         module = self.decoder.embed_tokens
-        empty, (name,) = module.weight, self._other_names()[0]
-        module.weight = nn.Parameter(self._read([name])[name], requires_grad=False)
+        empty, (name,) = module.weight, self.other_names()[0]
+        module.weight = nn.Parameter(self.read([name])[name], requires_grad=False)
         try:
             yield
         finally:
@@ -120,14 +118,16 @@ class StreamedModel(DenseModel):
                 layer.to(device)
                 separate_projections(layer, self.config)
                 yield index, layer
-                del layer
+                layer.to_empty(device="meta")  # whoever worked on it may hold it still
+                hand_back_memory()
 
     def _read_layer(self, index: int) -> dict[str, Tensor]:
         prefix = f"{self.layers_prefix}{index}."
         names = [name for name in self.files if name.startswith(prefix)]
-        return {name.removeprefix(prefix): tensor for name, tensor in self._read(names).items()}
+        return {name.removeprefix(prefix): tensor for name, tensor in self.read(names).items()}
 
-    def _read(self, names: list[str]) -> dict[str, Tensor]:
+    def read(self, names: list[str]) -> dict[str, Tensor]:
+        """The weights of these names, from the disk."""
         weights = {}
         with explained(self.location, "its weights cannot be read"):
             for name in names:

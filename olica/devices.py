@@ -1,4 +1,7 @@
-"""Which device work runs on."""
+"""Which device work runs on, and the memory that it leaves."""
+
+import ctypes
+import sys
 
 import torch
 
@@ -16,3 +19,9 @@ def pick_device(name: str, flag: str = "--device") -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def hand_back_memory() -> None:
+    """Give host memory that was freed back to the system: glibc keeps what lies below a block that is in use."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)

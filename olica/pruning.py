@@ -10,12 +10,13 @@ from . import feed_forward, linear_calibration, value_output
 from .activations import calibrate, propagate, record_layer_calls
 from .configuration_olica import LayerShape
 from .dense_model import DenseModel
+from .devices import hand_back_memory
 from .modeling_olica import Projections, module_paths, projections_of, shrink_layer
 from .moments import Moments
 from .options import PruningOptions
 from .progress import Progress
 from .recipes import Recipe
-from .soundness import cast_weight, check_finite, decomposition, regression
+from .soundness import cast_weights, check_finite, decomposition, regression
 from .survey import LayerSurvey
 
 
@@ -52,15 +53,14 @@ def _compress_feed_forward(
     )
 
 
-def _replace_weights(layer: nn.Module, index: int, config, shape: LayerShape, weights: dict[str, Tensor]) -> None:
-    """Shrink `layer` to `shape` and fill it with `weights`, in the dtype and on the device that it had."""
-    like = next(layer.parameters())
+def _replace_weights(layer: nn.Module, config, shape: LayerShape, weights: dict[str, Tensor]) -> None:
+    """Shrink `layer` to `shape` and fill it with `weights`."""
     with torch.device("meta"):  # the new modules are filled, not initialised
         shrink_layer(layer, config, shape)
     paths, filling = module_paths(layer), {}
     for name, tensor in weights.items():
         module, _, rest = name.partition(".")
-        filling[f"{paths[module]}.{rest}"] = cast_weight(tensor, name, index, like)
+        filling[f"{paths[module]}.{rest}"] = tensor
     layer.load_state_dict(filling, strict=False, assign=True)
     unfilled = [name for name, parameter in layer.named_parameters() if parameter.is_meta]
     if unfilled:
@@ -87,19 +87,22 @@ def prune_layers(
     hidden = embedded if hidden is None else hidden.to(options.cache_device)
     for index, layer in dense.layers(options.device, "prune", first=finished):
         last = index + 1 == len(plan)
-        statistics = recipe.calibration_needs(calibrated=plan[index].calibration_rank > 0)
-        moments = Moments(statistics, dense.config.num_attention_heads)
         advance = recipe.dense_stream and not last
         if advance:
             progress.wait()
+        moments = Moments(recipe.calibration_needs(plan[index].calibration_rank > 0), dense.config.num_attention_heads)
         calibrate(layer, hidden, calls[index], moments, options.batch_size, advance)
         check_finite(moments, index)
         projections, shape = projections_of(layer), plan[index]
         with decomposition(index, "q_proj, k_proj, v_proj or o_proj"):
-            weights = _compress_attention(projections, moments, shape, survey[index].moments, recipe, dense.config)
+            found = _compress_attention(projections, moments, shape, survey[index].moments, recipe, dense.config)
+        weights = cast_weights(found, index, projections.v_proj.weight)
         with regression(options.percdamp, index):
-            weights |= _compress_feed_forward(projections, moments, shape, recipe, options, calibration_ids.shape)
-        _replace_weights(layer, index, dense.config, shape, weights)
+            found = _compress_feed_forward(projections, moments, shape, recipe, options, calibration_ids.shape)
+        weights |= cast_weights(found, index, projections.v_proj.weight)
+        _replace_weights(layer, dense.config, shape, weights)
+        del moments, projections, found, weights
+        hand_back_memory()
         if not recipe.dense_stream and not last:
             progress.wait()
             propagate(layer, hidden, calls[index], options.batch_size)

@@ -45,12 +45,17 @@ def decomposition(index: int, projections: str) -> Iterator[None]:
         ) from error
 
 
-def cast_weight(weight: Tensor, name: str, index: int, like: Tensor) -> Tensor:
-    """A computed `weight` in the dtype and on the device of `like`; raises UsageError if that cannot hold it."""
-    cast = weight.to(like).contiguous()
-    if not torch.isfinite(cast).all():
+def cast_weights(weights: dict[str, Tensor], index: int, like: Tensor) -> dict[str, Tensor]:
+    """Computed weights of layer `index` in the dtype and on the device of `like`.
+
+    Raises:
+        UsageError: the dtype cannot hold them.
+    """
+    cast = {name: weight.to(like).contiguous() for name, weight in weights.items()}
+    overflown = [name for name, weight in cast.items() if not torch.isfinite(weight).all()]
+    if overflown:
         raise UsageError(
-            f"--dtype: in layer {index} the new {name} does not fit {str(cast.dtype).removeprefix('torch.')}; "
-            "give float32 or bfloat16"
+            f"--dtype: in layer {index} the new {', '.join(overflown)} cannot be held in "
+            f"{str(like.dtype).removeprefix('torch.')}; give float32 or bfloat16"
         )
     return cast

@@ -1,0 +1,238 @@
+"""Time the stages of pruning against one dense pass of the calibration set through the decoder layers.
+
+    python benchmarks/pruning_speed.py --base_model pruned_models/plain --datasets ids.safetensors
+    python benchmarks/pruning_speed.py --shape 7b --dtype bfloat16 --cache_dev cpu      on a GPU
+    python benchmarks/pruning_speed.py --shape 7b --scale 8 --layers 8                  its stand-in on a CPU
+
+With --shape a LLaMA of that shape with random weights is written first, shard by shard, into --work_dir; nothing is
+downloaded. The dense pass is measured before and after pruning, in the same process.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import model_pruning  # noqa: E402
+from olica.activations import BatchSize, propagate, record_layer_calls  # noqa: E402
+from olica.calibration import is_token_file, read_token_file  # noqa: E402
+from olica.checkpoint import check_record_path, checkpoint_folder  # noqa: E402
+from olica.command_line import run_command  # noqa: E402
+from olica.cost import synchronize  # noqa: E402
+from olica.dense_model import open_dense_model  # noqa: E402
+from olica.devices import pick_device  # noqa: E402
+from olica.errors import UsageError  # noqa: E402
+from olica.model_source import DTYPES, locate, read_config  # noqa: E402
+from olica.records import read_pruning_record, write_record  # noqa: E402
+
+# Hidden size, channels, heads, layers.
+SHAPES = {
+    "7b": (4096, 11008, 32, 32),
+    "13b": (5120, 13824, 40, 40),
+    "30b": (6656, 17920, 52, 60),
+    "65b": (8192, 22016, 64, 80),
+}
+VOCABULARY, HEAD_DIM = 32000, 128
+# Flags that go to model_pruning.py as they are, and the batches of the dense pass, whatever those of pruning are.
+PRUNING_FLAGS = ("dtype", "device", "cache_dev", "batch_size", "sparsity", "recipe", "mlp_num")
+DENSE_BATCH_SIZE = 16
+# What is timed, and under which names: functions of the library, by the modules that call them.
+STAGES = {
+    "embed": ("olica.survey.record_layer_calls", "olica.pruning.record_layer_calls"),
+    "survey: dense layers, sums": ("olica.survey.calibrate",),
+    "survey: regressions": ("olica.survey.ridge_regression", "olica.survey.multiple_correlation"),
+    "prune: dense layers, sums": ("olica.pruning.calibrate",),
+    "prune: query, key, value, output": ("olica.pruning._compress_attention",),
+    "prune: MLP, correction": ("olica.pruning._compress_feed_forward",),
+    "prune: pruned layers": ("olica.pruning.propagate",),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of this benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--base_model", help="dense model: name, hub id, folder or .gguf file")
+    model.add_argument("--shape", choices=[*SHAPES], help="a LLaMA of this shape with random weights")
+    parser.add_argument("--scale", type=int, default=1, help="divides the widths of --shape")
+    parser.add_argument("--layers", type=int, help="layers of --shape (default: its own)")
+    parser.add_argument("--datasets", help="token file (default: random tokens)")
+    parser.add_argument("--num_samples", type=int, default=256, help="random samples (default: 256)")
+    parser.add_argument("--seqlen", type=int, default=128, help="tokens per random sample (default: 128)")
+    parser.add_argument("--dtype", default="float32", choices=[*DTYPES], help="default: float32")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="default: auto")
+    parser.add_argument("--cache_dev", default="auto", choices=["auto", "cpu", "cuda"], help="default: auto")
+    parser.add_argument("--batch_size", default="16", help="as of model_pruning.py (default: 16)")
+    parser.add_argument("--sparsity", type=float, default=0.2, help="default: 0.2")
+    parser.add_argument("--recipe", default="olica", help="default: olica")
+    parser.add_argument("--mlp_num", type=int, default=6, help="default: 6")
+    parser.add_argument("--work_dir", type=Path, default=Path("pruning_speed"), help="receives models and tokens")
+    parser.add_argument("--output_path", type=Path, help="file of the record")
+    return parser
+
+
+def write_random_model(folder: Path, config: LlamaConfig, dtype: torch.dtype) -> None:
+    """Write a LLaMA with random weights, one decoder layer in memory at a time."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}
+    groups: dict[str, list[str]] = {}
+    for name in shapes:
+        groups.setdefault(name.split(".")[2] if ".layers." in name else name.split(".")[-2], []).append(name)
+    generator, index = torch.Generator().manual_seed(0), {}
+    for number, names in enumerate(groups.values(), 1):
+        file = f"model-{number:05}-of-{len(groups):05}.safetensors"
+        weights = {name: _random_weight(name, shapes[name], generator).to(dtype) for name in names}
+        save_file(weights, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(names, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    config.dtype = dtype
+    config.save_pretrained(folder)
+
+
+def _random_weight(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    return torch.ones(shape) if len(shape) == 1 else torch.empty(shape).normal_(0, 0.02, generator=generator)
+
+
+def shape_config(args: argparse.Namespace) -> LlamaConfig:
+    """Configuration of the model that --shape, --scale and --layers describe."""
+    hidden, channels, heads, layers = SHAPES[args.shape]
+    if args.scale < 1 or heads % args.scale:
+        raise UsageError(f"--scale {args.scale} does not divide the {heads} heads of {args.shape}")
+    return LlamaConfig(
+        vocab_size=VOCABULARY // args.scale,
+        hidden_size=hidden // args.scale,
+        intermediate_size=channels // args.scale,
+        num_attention_heads=heads // args.scale,
+        num_key_value_heads=heads // args.scale,
+        head_dim=HEAD_DIM,
+        num_hidden_layers=args.layers or layers,
+        max_position_embeddings=2048,
+        architectures=["LlamaForCausalLM"],
+    )
+
+
+@torch.no_grad()
+def dense_pass(location, dtype: str, ids: torch.Tensor, batch_size: int, device, cache_device) -> float:
+    """Seconds that the calibration set (N, T) takes through the dense decoder layers; reading them is not counted."""
+    dense, seconds = open_dense_model(location, dtype), 0.0
+    with dense.embedding():
+        hidden, calls = record_layer_calls(dense.decoder, ids, cache_device)
+    for index, layer in dense.layers(device, "dense pass"):
+        synchronize(device)
+        start = time.perf_counter()
+        propagate(layer, hidden, calls[index], BatchSize(batch_size))
+        synchronize(device)
+        seconds += time.perf_counter() - start
+    return seconds
+
+
+@contextmanager
+def timed_stages(device: torch.device):
+    """Time what happens inside by the names of STAGES: yields their seconds."""
+    seconds = dict.fromkeys(STAGES, 0.0)
+
+    def timed(stage: str, function: Callable) -> Callable:
+        @wraps(function)
+        def call(*arguments, **settings):
+            synchronize(device)
+            start = time.perf_counter()
+            result = function(*arguments, **settings)
+            synchronize(device)
+            seconds[stage] += time.perf_counter() - start
+            return result
+
+        return call
+
+    with ExitStack() as patches:
+        for stage, targets in STAGES.items():
+            for target in targets:
+                module, _, name = target.rpartition(".")
+                patches.enter_context(patch(target, timed(stage, getattr(sys.modules[module], name))))
+        yield seconds
+
+
+def run(args: argparse.Namespace) -> None:
+    """Make the model if need be, time the dense pass and the pruning, print a table and write the record."""
+    if args.output_path:
+        check_record_path(args.output_path, "--output_path")
+    if args.datasets and not is_token_file(args.datasets):
+        raise UsageError(f"--datasets {args.datasets}: this benchmark takes a token file")
+    device = pick_device(args.device)
+    cache_device = device if args.cache_dev == "auto" else pick_device(args.cache_dev, "--cache_dev")
+    name = args.base_model or str(args.work_dir / f"{args.shape}-{args.scale}-{args.layers or 'all'}")
+    if args.shape:
+        write_random_model(Path(name), shape_config(args), DTYPES[args.dtype])
+    location = locate(name)
+    tokens = Path(args.datasets or args.work_dir / "ids.safetensors")
+    if not args.datasets:
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randint(read_config(location).vocab_size, (args.num_samples, args.seqlen), generator=generator)
+        tokens.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"calibration_ids": drawn}, tokens)
+    flags = {name: getattr(args, name) for name in PRUNING_FLAGS}
+    flags |= {"base_model": name, "datasets": tokens, "save_dir": args.work_dir / "pruned"}
+    arguments = [*(f"--{flag}={value}" for flag, value in flags.items()), "--overwrite"]
+    ids = read_token_file(tokens).ids
+
+    def dense() -> float:
+        return dense_pass(location, args.dtype, ids, DENSE_BATCH_SIZE, device, cache_device)
+
+    passes = [dense()]
+    with timed_stages(device) as seconds:
+        run_command(model_pruning.build_parser(), model_pruning.run, arguments)
+    passes.append(dense())
+    folder = checkpoint_folder(args.work_dir / "pruned", location.label, args.sparsity, args.recipe)
+    report(args, passes, seconds, read_pruning_record(folder))
+
+
+def report(args: argparse.Namespace, passes: list[float], seconds: dict[str, float], record: dict) -> None:
+    """Print the stages in seconds and in dense passes, and the memory; write the record."""
+    whole = sum(60 * record["stages"][name]["minutes"] for name in ("survey", "prune", "write"))
+    rows = seconds | {"all else: reading, writing, waiting": whole - sum(seconds.values()), "pruning": whole}
+    dense = statistics.mean(passes)
+    print(f"\ndense pass {passes[0]:.2f} s before, {passes[1]:.2f} s after")
+    print(f"{'stage':<40}{'seconds':>9}{'dense passes':>14}")
+    for name, value in rows.items():
+        print(f"{name:<40}{value:>9.2f}{value / dense:>14.3f}")
+    measured = {
+        kind: max(stage[kind] for stage in record["stages"].values()) if record["stages"]["prune"][kind] else None
+        for kind in ("host_bytes", "device_bytes")
+    }
+    for kind, value in measured.items():
+        if value:
+            expected = record["expected_peak_memory"][kind]
+            print(f"peak {kind.removesuffix('_bytes'):<7}{value / 1e9:.2f} GB, expected {expected / 1e9:.2f} GB")
+    if args.output_path:
+        write_record(
+            args.output_path,
+            {
+                "kind": "pruning speed",
+                "settings": {name: str(value) for name, value in vars(args).items()},
+                "dense_pass_seconds": passes,
+                "stages": {name: {"seconds": v, "dense_passes": v / dense} for name, v in rows.items()},
+                "peak_memory": measured,
+                "expected_peak_memory": record["expected_peak_memory"],
+                "parameters": record["parameters"],
+                "calibrated_layers": record["calibrated_layers"],
+                "environment": record["environment"],
+            },
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(build_parser(), run))
