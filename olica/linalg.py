@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .moments import about_zero
+
 
 def principal_components(gram: Tensor, rank: int | None = None) -> Tensor:
     """Eigenvectors (n, rank) of a symmetric positive semidefinite matrix (n, n), largest eigenvalue first."""
@@ -40,15 +42,17 @@ def low_rank_split(weight: Tensor, second_moment: Tensor, rank: int) -> tuple[Te
 
 @dataclass
 class RegressionSums:
-    """What a linear regression of Y (n, O) on X (n, D) needs, as sums over the n tokens.
+    """What a linear regression of Y (n, O) on X (n, D) needs, as sums over the n tokens about any centre of each.
 
     Attributes:
         count: n.
-        x: sum of the rows of X (D,).
-        y: sum of the rows of Y (O,).
-        xx: X^T X (D, D).
-        xy: X^T Y (D, O).
-        yy: diagonal of Y^T Y (O,).
+        x: sum of the rows of X - a (D,).
+        y: sum of the rows of Y - b (O,).
+        xx: (X - a)^T (X - a) (D, D).
+        xy: (X - a)^T (Y - b) (D, O).
+        yy: diagonal of (Y - b)^T (Y - b) (O,).
+        x_centre: a (D,).
+        y_centre: b (O,).
     """
 
     count: int
@@ -57,6 +61,8 @@ class RegressionSums:
     xx: Tensor
     xy: Tensor
     yy: Tensor
+    x_centre: Tensor
+    y_centre: Tensor
 
 
 def ridge_regression(sums: RegressionSums, ridge: float) -> Tensor:
@@ -65,9 +71,10 @@ def ridge_regression(sums: RegressionSums, ridge: float) -> Tensor:
     Raises:
         torch.linalg.LinAlgError: X^T X + ridge I is not positive definite (a ridge of 0 and too few tokens).
     """
-    regularised = sums.xx.double().clone()
+    x, y, a, b = (vector.double() for vector in (sums.x, sums.y, sums.x_centre, sums.y_centre))
+    regularised = about_zero(sums.xx, x, x, a, a, sums.count)
     regularised.diagonal().add_(ridge)
-    return torch.cholesky_solve(sums.xy.double(), torch.linalg.cholesky(regularised))
+    return torch.cholesky_solve(about_zero(sums.xy, x, y, a, b, sums.count), torch.linalg.cholesky(regularised))
 
 
 def multiple_correlation(sums: RegressionSums, solution: Tensor) -> Tensor:

@@ -38,11 +38,13 @@ def dense_output_sums(layer: Projections, moments: Moments) -> RegressionSums:
     """Regression of the dense MLP's output on its input: the released code's question, "how linear is it?" (D6)."""
     return RegressionSums(
         count=moments.count,
-        x=moments[total("mlp_input")],
-        y=moments[total("mlp_output")],
-        xx=moments[full("mlp_input")],
-        xy=moments[cross("mlp_input", "mlp_output")],
-        yy=moments[diagonal("mlp_output")],
+        x=moments.about_centre(total("mlp_input")),
+        y=moments.about_centre(total("mlp_output")),
+        xx=moments.about_centre(full("mlp_input")),
+        xy=moments.about_centre(cross("mlp_input", "mlp_output")),
+        yy=moments.about_centre(diagonal("mlp_output")),
+        x_centre=moments.centre("mlp_input"),
+        y_centre=moments.centre("mlp_output"),
     )
 
 
@@ -67,14 +69,16 @@ def residual_sums(layer: Projections, moments: Moments, kept: Tensor) -> Regress
     gone = torch.ones(layer.down_proj.in_features, dtype=torch.bool, device=kept.device)
     gone[kept] = False
     weight = layer.down_proj.weight[:, gone].double()  # (D, P)
-    removed_moment = moments[full("intermediate")][gone][:, gone].double()  # (P, P)
+    removed_moment = moments.about_centre(full("intermediate"))[gone][:, gone].double()  # (P, P)
     return RegressionSums(
         count=moments.count,
-        x=moments[total("mlp_input")],
-        y=weight @ moments[total("intermediate")][gone],
-        xx=moments[full("mlp_input")],
-        xy=moments[cross("mlp_input", "intermediate")][:, gone].double() @ weight.T,
+        x=moments.about_centre(total("mlp_input")),
+        y=weight @ moments.about_centre(total("intermediate"))[gone],
+        xx=moments.about_centre(full("mlp_input")),
+        xy=moments.about_centre(cross("mlp_input", "intermediate"))[:, gone].double() @ weight.T,
         yy=((weight @ removed_moment) * weight).sum(1),
+        x_centre=moments.centre("mlp_input"),
+        y_centre=weight @ moments.centre("intermediate")[gone],
     )
 
 

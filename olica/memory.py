@@ -86,8 +86,8 @@ def _per_token(task: Task, survey: bool) -> int:
     heads = task.config.num_attention_heads * head_dim(task.config)
     kept = 4 * hidden if survey else 2 * hidden + heads + channels
     forward = 2 * hidden + 3 * channels  # the MLP's are the most
-    # Summing takes single precision, and squares of the widest.
-    summing = SINGLE * max(hidden, channels) + (0 if itemsize == SINGLE else SINGLE * kept)
+    # Sums are taken of copies about their centres, in single precision, and of the squares of the widest.
+    summing = SINGLE * (kept + max(hidden, channels))
     return kept * itemsize + max(forward * itemsize, summing)
 
 

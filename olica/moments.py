@@ -77,7 +77,11 @@ def needs(*statistics: Statistic) -> Callable:
 
 
 class Moments:
-    """Sums over all tokens seen so far, looked up by statistic: `moments[full("mlp_input")]`."""
+    """Sums over all tokens seen so far, looked up by statistic: `moments[full("mlp_input")]`.
+
+    Sums, and products of all features with all, are taken about the mean c of the first batch: of a feature that is
+    large and nearly constant, single precision would keep the size and lose what varies.
+    """
 
     def __init__(self, statistics: Iterable[Statistic], num_heads: int):
         """Prepare the sums of `statistics`; `num_heads` is H, which `per_head` cuts its features into."""
@@ -85,11 +89,14 @@ class Moments:
         for statistic in wanted:
             if statistic.kind not in KINDS:
                 raise ValueError(f"unknown kind of statistic: {statistic.kind}")
+        # Products about a centre need the sums about it to be told about zero.
+        wanted |= {total(tap) for s in wanted if s.kind in ("full", "cross") for tap in (s.tap, s.other) if tap}
         # The diagonal of a matrix that is summed anyway is read off it.
         self.statistics = {s for s in wanted if s.kind != "diagonal" or full(s.tap) not in wanted}
         self.num_heads = num_heads
         self.count = 0
         self._sums: dict[Statistic, Tensor] = {}
+        self._centres: dict[str, Tensor] = {}
 
     @property
     def taps(self) -> set[str]:
@@ -102,13 +109,22 @@ class Moments:
         All that takes memory is done before the first sum is touched: a batch that does not fit is not half added.
         """
         flat = {tap: activations[tap].flatten(0, -2).float() for tap in self.taps}  # (n, f)
-        vectors = {s: _vector(s, flat[s.tap]) for s in self.statistics if s.kind in ("sum", "diagonal")}
+        centred_taps = {s.tap for s in self.statistics if s.kind == "sum"}
+        centres = {tap: self._centres[tap] if self.count else flat[tap].mean(0) for tap in centred_taps}
+        centred = {tap: flat[tap] - centre for tap, centre in centres.items()}
+        vectors = {total(tap): x.sum(0) for tap, x in centred.items()}
+        diagonals = (s for s in self.statistics if s.kind == "diagonal")
+        vectors |= {s: centred.get(s.tap, flat[s.tap]).square().sum(0) for s in diagonals}
         for statistic in self.statistics - self._sums.keys():
             self._sums[statistic] = self._empty_sum(statistic, flat[statistic.tap], flat.get(statistic.other))
+        self._centres = centres
         for statistic, vector in vectors.items():
             self._sums[statistic] += vector
         for statistic in self.statistics - vectors.keys():
-            self._add_products(statistic, flat[statistic.tap], flat.get(statistic.other))
+            if statistic.kind == "per_head":
+                self._add_products(statistic, flat[statistic.tap], None)
+            else:
+                self._add_products(statistic, centred[statistic.tap], centred.get(statistic.other))
         if flat:
             self.count += len(next(iter(flat.values())))
 
@@ -137,7 +153,12 @@ class Moments:
             case "cross":
                 summed.addmm_(x.T, y)
 
-    def __getitem__(self, statistic: Statistic) -> Tensor:
+    def centre(self, tap: str) -> Tensor:
+        """c (f,), in double precision."""
+        return self._centres[tap].double()
+
+    def about_centre(self, statistic: Statistic) -> Tensor:
+        """Sum of x - c, of its squares, of (x - c)(x - c)^T or of (x - c)(y - c')^T."""
         if statistic.kind == "diagonal" and statistic not in self._sums:
             return self._sums[full(statistic.tap)].diagonal().double()
         summed = self._sums[statistic]
@@ -147,25 +168,43 @@ class Moments:
                 summed[start:stop, stop:] = summed[stop:, start:stop].T
         return summed
 
+    def __getitem__(self, statistic: Statistic) -> Tensor:
+        tap, other = statistic.tap, statistic.other or statistic.tap
+        match statistic.kind:
+            case "sum":
+                return self._sums[statistic] + self.count * self.centre(tap)
+            case "full" | "cross":
+                sums = self._sums[total(tap)], self._sums[total(other)]
+                return about_zero(
+                    self.about_centre(statistic), *sums, self.centre(tap), self.centre(other), self.count
+                )
+            case "diagonal" if tap in self._centres:
+                squares, centre = self.about_centre(statistic), self.centre(tap)
+                return squares + 2 * centre * self._sums[total(tap)] + self.count * centre.square()
+            case _:
+                return self._sums[statistic]
+
     def kept(self, statistics: Iterable[Statistic]) -> "Moments":
         """Only `statistics` of these sums, on the host: what outlives the layer."""
         fewer = Moments(statistics, self.num_heads)
-        fewer.count = self.count
-        fewer._sums = {statistic: self[statistic].cpu() for statistic in fewer.statistics}
-        return fewer
+        return self.restored(
+            {_name(s): self[s].cpu() for s in fewer.statistics}, statistics, self.num_heads, self.count
+        )
 
     def state(self) -> dict[str, Tensor]:
-        """The sums under names, to be written to a file."""
+        """The sums of what was `kept` under names, to be written to a file."""
         return {_name(statistic): summed for statistic, summed in self._sums.items()}
 
     @classmethod
     def restored(
         cls, state: dict[str, Tensor], statistics: Iterable[Statistic], num_heads: int, count: int
     ) -> "Moments":
-        """The moments of `count` tokens whose `state` was written."""
+        """The moments of `count` tokens whose `state`, sums about zero, was written."""
         moments = cls(statistics, num_heads)
         moments.count = count
         moments._sums = {statistic: state[_name(statistic)] for statistic in moments.statistics}
+        sums = {s.tap: summed for s, summed in moments._sums.items() if s.kind == "sum"}
+        moments._centres = {tap: torch.zeros_like(summed) for tap, summed in sums.items()}
         return moments
 
     def not_finite(self) -> list[str]:
@@ -174,9 +213,10 @@ class Moments:
         return sorted({s.tap for s, summed in own.items() if not torch.isfinite(summed).all()})
 
 
-def _vector(statistic: Statistic, x: Tensor) -> Tensor:
-    """Sum over the tokens (n, f) of x or of x^2."""
-    return x.sum(0) if statistic.kind == "sum" else x.square().sum(0)
+def about_zero(xy: Tensor, x: Tensor, y: Tensor, x_centre: Tensor, y_centre: Tensor, count: int) -> Tensor:
+    """Sum of x y^T (f, g), in double precision, from sums about centres: `xy`, `x` (f,) and `y` (g,) over `count`."""
+    crossed = torch.outer(x_centre, y) + torch.outer(x + count * x_centre, y_centre)
+    return crossed.add_(xy)
 
 
 def _name(statistic: Statistic) -> str:

@@ -6,7 +6,7 @@ import torch
 
 from .activations import BatchSize
 from .errors import UsageError
-from .moments import Moments, full
+from .moments import Moments, diagonal
 from .recipes import Recipe
 
 
@@ -32,7 +32,7 @@ class PruningOptions:
 
     def ridge(self, recipe: Recipe, moments: Moments, ids_shape: tuple[int, int]) -> float:
         """Ridge penalty of a regression on the MLP's input, for a calibration set of `ids_shape` (N, T)."""
-        mean_diagonal = moments[full("mlp_input")].diagonal().mean().item()
+        mean_diagonal = moments[diagonal("mlp_input")].mean().item()
         return recipe.ridge(self.percdamp, mean_diagonal, *ids_shape)
 
 

@@ -3,9 +3,16 @@ import torch
 from conftest import make_llama
 
 from olica.activations import BatchSize, calibrate, propagate, record_layer_calls, recording
-from olica.moments import TAPS, Moments, full
+from olica.errors import UsageError
+from olica.moments import TAPS, Moments, cross, diagonal, full, total
 
 CPU = torch.device("cpu")
+STATISTICS = [
+    total("mlp_input"),
+    full("mlp_input"),
+    diagonal("attention_output"),
+    cross("mlp_input", "mlp_output"),
+]
 
 
 @pytest.fixture
@@ -81,3 +88,83 @@ def test_calibrate_advances_only_when_told(ids):
     propagate(layer, start, calls[0], BatchSize(2))
     assert torch.equal(hidden, start)
     assert moving.count == ids.numel()
+
+
+@torch.no_grad()
+def test_what_comes_behind_the_last_tap_is_not_computed(ids):
+    model, calls_of_down = make_llama(), []
+    hidden, calls = record_layer_calls(model.model, ids, CPU)
+    layer = model.model.layers[0]
+    layer.mlp.down_proj.register_forward_hook(lambda *_: calls_of_down.append(1))
+    calibrate(layer, hidden, calls[0], Moments([diagonal("intermediate")], 4), BatchSize(2), advance=False)
+    assert not calls_of_down
+    calibrate(layer, hidden, calls[0], Moments([diagonal("mlp_output")], 4), BatchSize(2), advance=False)
+    assert len(calls_of_down) == 3
+
+
+def no_memory_for_more_than(samples: int, error: str):
+    """A hook that fails as the allocators do when a batch has more than so many samples."""
+
+    def hook(module, args):
+        if len(args[0]) > samples:
+            if error == "cuda":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            torch.empty(2**60)
+
+    return hook
+
+
+@pytest.mark.parametrize("error", ["cuda", "cpu"])
+@pytest.mark.parametrize("advance", [False, True])
+@torch.no_grad()
+def test_out_of_memory_halves_the_batch_and_goes_on(ids, error, advance, caplog):
+    model = make_llama()
+    hidden, calls = record_layer_calls(model.model, ids, CPU)
+    layer, batch_size, expected_hidden = model.model.layers[0], BatchSize(5), hidden.clone()
+    expected, found = Moments(STATISTICS, 4), Moments(STATISTICS, 4)
+    calibrate(layer, expected_hidden, calls[0], expected, BatchSize(1), advance)
+    layer.mlp.down_proj.register_forward_pre_hook(no_memory_for_more_than(2, error))
+    calibrate(layer, hidden, calls[0], found, batch_size, advance)
+    assert batch_size.size == 2 and "--batch_size 2" in caplog.text
+    assert found.count == ids.numel()
+    for statistic in STATISTICS:
+        torch.testing.assert_close(found[statistic], expected[statistic], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(hidden, expected_hidden)
+
+
+@torch.no_grad()
+def test_a_batch_that_does_not_fit_into_the_sums_is_not_half_added(ids, monkeypatch):
+    model = make_llama()
+    hidden, calls = record_layer_calls(model.model, ids, CPU)
+    expected, found = Moments(STATISTICS, 4), Moments(STATISTICS, 4)
+    calibrate(model.model.layers[0], hidden, calls[0], expected, BatchSize(2), advance=False)
+    empty_sum, failures = Moments._empty_sum, []
+
+    def failing(self, *arguments):
+        if len(failures) < 2 and len(self._sums) == 2:
+            failures.append(1)
+            torch.empty(2**60)
+        return empty_sum(self, *arguments)
+
+    monkeypatch.setattr(Moments, "_empty_sum", failing)
+    calibrate(model.model.layers[0], hidden, calls[0], found, BatchSize(8), advance=False)
+    assert len(failures) == 2
+    for statistic in STATISTICS:
+        torch.testing.assert_close(found[statistic], expected[statistic], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_single_sample_that_does_not_fit_names_the_flags(ids):
+    model = make_llama()
+    hidden, calls = record_layer_calls(model.model, ids, CPU)
+    model.model.layers[0].mlp.down_proj.register_forward_pre_hook(no_memory_for_more_than(0, "cuda"))
+    with pytest.raises(UsageError, match="single sample.*--cache_dev cpu.*--dtype.*--seqlen"):
+        propagate(model.model.layers[0], hidden, calls[0], BatchSize(4))
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    def work(rows):
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        BatchSize(4).run(work, 8)

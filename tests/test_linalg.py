@@ -17,7 +17,10 @@ def generator():
 
 
 def sums_of(x: torch.Tensor, y: torch.Tensor) -> RegressionSums:
-    return RegressionSums(len(x), x.sum(0), y.sum(0), x.T @ x, x.T @ y, y.square().sum(0))
+    """Sums about centres that are no means."""
+    a, b = x[0] + 1, y[0] - 2
+    x, y = x - a, y - b
+    return RegressionSums(len(x), x.sum(0), y.sum(0), x.T @ x, x.T @ y, y.square().sum(0), a, b)
 
 
 def test_principal_components_are_the_leading_singular_vectors(generator):

@@ -47,6 +47,7 @@ def residual(mlp, inputs) -> np.ndarray:
 
 def check_sums(sums, x: np.ndarray, y: np.ndarray) -> None:
     assert sums.count == len(x)
+    x, y = x - sums.x_centre.numpy(), y - sums.y_centre.detach().numpy()
     for found, expected in (
         (sums.x, x.sum(0)),
         (sums.y, y.sum(0)),

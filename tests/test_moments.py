@@ -38,15 +38,43 @@ def test_sums_over_batches_are_those_of_the_whole(activations):
 
 def test_a_diagonal_is_not_summed_twice():
     moments = Moments([diagonal(X), full(X), diagonal(Y)], num_heads=1)
-    assert moments.statistics == {full(X), diagonal(Y)}
+    assert moments.statistics == {full(X), total(X), diagonal(Y)}
     assert moments.taps == {X, Y}
 
 
 def test_half_precision_is_summed_in_single(activations):
     moments = Moments([full(X)], num_heads=1)
     moments.update({X: torch.full((1, 4096, 2), 100.0, dtype=torch.float16)})  # 4e7 overflows float16
-    assert moments[full(X)].dtype == torch.float32
+    assert moments.about_centre(full(X)).dtype == torch.float32
     assert moments[full(X)][0, 1] == pytest.approx(4096 * 1e4)
+
+
+def test_a_large_constant_does_not_hide_what_varies():
+    x = torch.randn(5, 400, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[..., 1] = 3000 + 1e-2 * x[..., 1]
+    moments = Moments([full(X), cross(X, Y), diagonal(Y)], num_heads=1)
+    for batch in x.float():
+        moments.update({X: batch, Y: batch[:, :2]})
+    exact = x.float().double().flatten(0, 1).numpy()
+    found = {s: moments[s].numpy() / len(exact) for s in (full(X), cross(X, Y), total(X), diagonal(Y), diagonal(X))}
+    mean = found[total(X)]
+    covariance = np.cov(exact.T, bias=True)
+    np.testing.assert_allclose(found[full(X)] - np.outer(mean, mean), covariance, atol=2e-6)
+    np.testing.assert_allclose(found[cross(X, Y)] - np.outer(mean, mean[:2]), covariance[:, :2], atol=2e-6)
+    np.testing.assert_allclose(found[diagonal(Y)] - mean[:2] ** 2, covariance.diagonal()[:2], atol=2e-6)
+    np.testing.assert_allclose(found[diagonal(X)] - mean**2, covariance.diagonal(), atol=2e-6)
+
+
+def test_what_is_kept_is_about_zero(activations):
+    moments, statistics = Moments([full(X), per_head(X), total(Y), diagonal(Y)], num_heads=3), [diagonal(X), total(Y)]
+    for batch in activations:
+        moments.update(batch)
+    kept = moments.kept(statistics)
+    again = Moments.restored(kept.state(), statistics, 3, kept.count)
+    for statistic in statistics:
+        torch.testing.assert_close(kept[statistic], moments[statistic])
+        assert torch.equal(again[statistic], kept[statistic])
+    assert again.count == moments.count == 84
 
 
 def test_not_finite_names_the_tap():
