@@ -33,6 +33,7 @@ def run_command(
     the variable OLICA_DEBUG is set.
     """
     args = parser.parse_args(arguments)
+    torch.set_float32_matmul_precision("highest")  # TF32 keeps ten bits: too few for sums that are subtracted
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()

@@ -202,6 +202,7 @@ def _skeleton(location: Location, dtype: torch.dtype | None, stored: torch.dtype
     config = AutoConfig.from_pretrained(location.path)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or stored)
+    model.tie_weights()  # which the context undoes
     try:
         model.generation_config = GenerationConfig.from_pretrained(location.path)
     except OSError:  # there is none: what an old config.json says of generation

@@ -111,6 +111,23 @@ def test_a_sparsity_that_removes_nothing_leaves_the_model(here, sparsity):
     assert same.num_parameters() == dense.num_parameters()
 
 
+def test_products_are_taken_in_full_single_precision(here, monkeypatch):
+    torch.set_float32_matmul_precision("high")
+    try:
+        prune("--save_dir=out")
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("size", ["3", "auto"])
+def test_batch_size_is_a_number_or_what_fits(here, capsys, size):
+    assert prune("--save_dir=out", f"--batch_size={size}") == 0
+    chosen = json.loads(Path("out/tiny_sparsity-0.2/olica_run.json").read_text())["batch_size"]
+    assert chosen == (8 if size == "auto" else 3), "of 6 samples"
+    assert f"batch size   {chosen}" in capsys.readouterr().out
+
+
 def test_drawn_tokens_can_be_given_back(here):
     assert prune("--save_dir=first") == 0
     (drawn,) = Path("data/calibration").glob("*.safetensors")

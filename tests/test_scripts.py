@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import make_llama, make_tokenizer
 from safetensors.torch import save_file
+from transformers import LlamaForCausalLM
 
 from olica.command_line import run_command
 from olica.records import EVALUATION_RECORD, PRUNING_RECORD, write_record
@@ -118,3 +119,27 @@ def test_grouped_heads_measures_every_point(tmp_path, capsys):
             run_command(script.build_parser(), script.run, [*flags, "--points", "0.1:0.5,0", wrong])
         captured = capsys.readouterr()
         assert words in captured.err and not captured.out
+
+
+def test_pruning_speed_times_every_stage(tmp_path, capsys):
+    script = load("benchmarks/pruning_speed.py")
+    flags = ["--shape=7b", "--scale=16", "--layers=2", "--num_samples=4", "--seqlen=16", "--mlp_num=1"]
+    flags += [f"--work_dir={tmp_path}", f"--output_path={tmp_path / 'speed.json'}"]
+    assert run_command(script.build_parser(), script.run, flags) == 0
+    record = json.loads((tmp_path / "speed.json").read_text())
+    stages = {name: row["seconds"] for name, row in record["stages"].items()}
+    whole = stages.pop("pruning")
+    assert sum(stages.values()) == pytest.approx(whole)
+    assert all(stages[name] > 0 for name in script.STAGES)
+    passes = record["dense_pass_seconds"]
+    assert len(passes) == 2 and record["stages"]["pruning"]["dense_passes"] == pytest.approx(2 * whole / sum(passes))
+    assert record["calibrated_layers"] == [0]
+    assert record["peak_memory"]["host_bytes"] > 1e8
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "7b-16-2")
+    assert (model.config.hidden_size, model.config.num_hidden_layers, model.config.head_dim) == (256, 2, 128)
+    assert model.num_parameters() == record["parameters"]["before"]
+    assert "dense passes" in capsys.readouterr().out
+    for wrong, words in (["--shape=7b", "--scale=5"], "--scale 5"), (["--base_model=x", "--datasets=c4"], "token file"):
+        with pytest.raises(SystemExit) as ended:
+            run_command(script.build_parser(), script.run, [*wrong, f"--work_dir={tmp_path}"])
+        assert ended.value.code == 2 and words in capsys.readouterr().err
