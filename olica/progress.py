@@ -124,8 +124,11 @@ class RunFolder(Progress):
         return journal.get("publishing", False) and not self.checkpoint.exists() and self.folder.exists()
 
     def tidy(self) -> None:
-        """Remove all but the checkpoint in its place."""
+        """Remove all but the checkpoint in its place; until the end progress.json says that it is there."""
         shutil.rmtree(self._replaced, ignore_errors=True)
+        for path in self.work.iterdir():
+            if path.name != JOURNAL:
+                path.unlink()
         shutil.rmtree(self.work, ignore_errors=True)
 
     def begin(self, identity: dict, overwrite: bool, prefix: str, layers: int, batch_size: BatchSize) -> None:
