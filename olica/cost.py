@@ -1,13 +1,17 @@
-"""What a model costs: parameters, bytes, seconds per forward pass, and the peak memory of some work."""
+"""What a model costs: parameters, bytes, seconds per forward pass and per generated token, and peak memory.
+
+B sequences, T tokens of each
+"""
 
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 # Linux: RESET_PEAK written to the first makes the kernel start VmHWM, a line of the second, from the present
 # resident size again (proc(5)).
@@ -47,14 +51,38 @@ def forward_latency(
     of `models`. The models take turns within one process, so that a clock or a neighbour that changes speed
     meets all of them alike. One pass of each is left out of the count: the first allocates and picks kernels.
     """
-    inputs = {name: ids.to(model.device) for name, model in models.items()}
     seconds = {name: [] for name in models}
     for _ in range(1 + repeats):
         for name, model in models.items():
-            seconds[name].append(_seconds_of_forward(model, inputs[name]))
-    timed = {name: _spread(values[1:]) for name, values in seconds.items()}
-    first = next(iter(timed.values()))["median_s"]
-    return {name: spread | {"ratio": spread["median_s"] / first} for name, spread in timed.items()}
+            seconds[name].append(_timed(model.device, model, ids.to(model.device), use_cache=False)[0])
+    return _compared(seconds, uncounted=1)
+
+
+@torch.no_grad()
+def generation_latency(
+    models: dict[str, PreTrainedModel], prompts: torch.Tensor, new_tokens: int, repeats: int
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Time greedy generation through the cache; the models take turns at every step.
+
+    Args:
+        models: causal language models by name, the one to compare with first.
+        prompts: (B, T) token ids.
+        new_tokens: steps of one token for each of the B sequences, after the one that the prompts give.
+        repeats: rounds of one prefill and `new_tokens` steps, beside a first one that is not counted.
+
+    Returns:
+        By the names of `models` two rows as `forward_latency` gives them: `prefill`, the forward pass of the
+        prompts that fills the cache, with the logits of the last position only, and `decode`, one step.
+    """
+    prefill, decode = ({name: [] for name in models} for _ in range(2))
+    for _ in range(1 + repeats):
+        states = dict.fromkeys(models, (prompts, None))
+        for step in range(1 + new_tokens):
+            for name, model in models.items():
+                taken, states[name] = _timed(model.device, _greedy_step, model, *states[name])
+                (decode if step else prefill)[name].append(taken)
+    prefill, decode = _compared(prefill, uncounted=1), _compared(decode, uncounted=new_tokens)
+    return {name: {"prefill": prefill[name], "decode": decode[name]} for name in models}
 
 
 def reset_peak_memory(device: torch.device | str) -> bool:
@@ -85,13 +113,19 @@ def peak_memory(device: torch.device | str) -> dict[str, int | None]:
     }
 
 
-def _seconds_of_forward(model: nn.Module, ids: torch.Tensor) -> float:
-    """Wall-clock seconds of one forward pass over `ids` (B, T), to the end of what it started on a GPU."""
-    synchronize(ids.device)
+def _greedy_step(model: PreTrainedModel, ids: torch.Tensor, cache: Cache | None) -> tuple[torch.Tensor, Cache]:
+    """The likeliest next token (B, 1) after `ids` (B, T) and what `cache` holds, and the cache with `ids` in it."""
+    output = model(ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return output.logits[:, -1:].argmax(-1), output.past_key_values
+
+
+def _timed(device: torch.device, work: Callable, *args, **kwargs) -> tuple[float, object]:
+    """Wall-clock seconds of `work`, to the end of what it started on a GPU, and what it returned."""
+    synchronize(device)
     start = time.perf_counter()
-    model(ids, use_cache=False)
-    synchronize(ids.device)
-    return time.perf_counter() - start
+    result = work(*args, **kwargs)
+    synchronize(device)
+    return time.perf_counter() - start, result
 
 
 def synchronize(device: torch.device) -> None:
@@ -100,8 +134,14 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"median_s": statistics.median(values), "min_s": min(values), "max_s": max(values)}
+def _compared(seconds: dict[str, list[float]], uncounted: int) -> dict[str, dict[str, float]]:
+    """Median, extremes and ratio to the first model's median, by model, without the first `uncounted` values."""
+    timed = {}
+    for name, values in seconds.items():
+        counted = values[uncounted:]
+        timed[name] = {"median_s": statistics.median(counted), "min_s": min(counted), "max_s": max(counted)}
+    first = next(iter(timed.values()))["median_s"]
+    return {name: row | {"ratio": row["median_s"] / first} for name, row in timed.items()}
 
 
 def _host_peak() -> int:

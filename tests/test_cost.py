@@ -84,6 +84,28 @@ def test_latency_of_real_models(grouped_llama):
     assert result["shallow"]["min_s"] > 0
 
 
+def test_generation_takes_turns_and_is_the_librarys(monkeypatch, grouped_llama):
+    clock, calls = SimpleNamespace(now=0.0), []
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: clock.now)
+    prompts, models = torch.arange(12).view(2, 6), {"dense": grouped_llama, "deep": make_llama(num_hidden_layers=5)}
+    for name, model in models.items():
+
+        def hook(module, args, kwargs, output, name=name):
+            clock.now += len(module.layers)
+            calls.append((name, args[0] if args else kwargs["input_ids"]))
+
+        model.model.register_forward_hook(hook, with_kwargs=True)
+    result = cost.generation_latency(models, prompts, new_tokens=4, repeats=2)
+    assert [name for name, _ in calls] == ["dense", "deep"] * 5 * 3  # the prompt and four tokens, three times
+    for name, model in models.items():
+        given = torch.cat([ids for called, ids in calls[:10] if called == name], dim=1)
+        expected = model.generate(prompts, max_new_tokens=4, do_sample=False, eos_token_id=None)
+        assert torch.equal(given, expected), name
+    assert result["dense"]["prefill"] == {"median_s": 3, "min_s": 3, "max_s": 3, "ratio": 1}
+    assert result["deep"]["prefill"]["ratio"] == result["deep"]["decode"]["ratio"] == pytest.approx(5 / 3)
+    assert result["deep"]["decode"]["median_s"] == 5
+
+
 def test_host_peak_sees_memory_that_is_gone_again():
     size = 200 * 2**20
     reset = cost.reset_peak_memory("cpu")
