@@ -97,6 +97,50 @@ def test_forward_speed_records_every_model(tmp_path, capsys):
     assert ended.value.code == 2 and "named twice" in capsys.readouterr().err
 
 
+def test_generation_speed_records_every_model(tmp_path, capsys):
+    for name, layers in (("big", 3), ("small", 1)):
+        make_llama(num_hidden_layers=layers).save_pretrained(tmp_path / name)
+    big, small = str(tmp_path / "big"), str(tmp_path / "small")
+    script = load("benchmarks/generation_speed.py")
+    flags = ["--dense", big, "--checkpoints", small, "--repeats=2", "--batch_size=2", "--prompt_tokens=10"]
+    flags += ["--new_tokens=3", f"--output_path={tmp_path / 'speed.json'}"]
+    assert run_command(script.build_parser(), script.run, flags) == 0
+    record = json.loads((tmp_path / "speed.json").read_text())
+    assert record["kind"] == "generation speed" and record["settings"]["new_tokens"] == "3"
+    assert list(record["models"]) == [big, small]
+    head, layers = 320 * 64, [record["models"][name]["parameters"]["decoder_layers"] for name in (big, small)]
+    for stage, tokens in (("prefill", 10), ("decode", 1)):
+        dense, pruned = (record["models"][name][stage] for name in (big, small))
+        assert dense["ratio"] == dense["promised_ratio"] == 1
+        assert pruned["promised_ratio"] == pytest.approx((tokens * layers[1] + head) / (tokens * layers[0] + head))
+        assert pruned["tokens_per_s"] == pytest.approx(2 * tokens / pruned["median_s"])
+        assert pruned["ratio"] == pytest.approx(pruned["median_s"] / dense["median_s"])
+    printed = capsys.readouterr().out
+    assert printed.count("prefill") == printed.count("decode ") == 2 and "small" in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--new_tokens=0"], "--new_tokens 0 must be at least 1"),
+        (["--repeats=-1"], "--repeats -1 must be at least 1"),
+        (["--prompt_tokens=250", "--new_tokens=7"], "257 together do not fit 256 positions"),
+        (["--checkpoints", "nowhere", "nowhere"], "--checkpoints: a model is named twice"),
+        (["--checkpoints", "./nowhere"], "--checkpoints ./nowhere: there is no such folder"),
+        (["--output_path=."], "--output_path . is a folder"),
+    ],
+)
+def test_wrong_input_to_generation_speed(tmp_path, capsys, flags, words):
+    for name in ("big", "small"):
+        make_llama(num_hidden_layers=1).save_pretrained(tmp_path / name)
+    script = load("benchmarks/generation_speed.py")
+    with pytest.raises(SystemExit) as ended:
+        models = ["--dense", str(tmp_path / "big"), "--checkpoints", str(tmp_path / "small")]
+        run_command(script.build_parser(), script.run, [*models, *flags])
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err
+
+
 def test_grouped_heads_measures_every_point(tmp_path, capsys):
     make_llama(num_key_value_heads=2).save_pretrained(tmp_path / "tiny")
     make_tokenizer().save_pretrained(tmp_path / "tiny")

@@ -1,0 +1,88 @@
+"""Time prefill and greedy decoding of a dense model and of checkpoints pruned from it, in turns within one process.
+
+    python benchmarks/generation_speed.py --dense smollm2 --checkpoints pruned_models/smollm2_sparsity-{0.2,0.33,0.5}
+
+About two minutes on 2 cores for SmolLM2-135M and three checkpoints. Compare the ratios: absolute times are the
+machine's. Beside each ratio stands the one that the weights promise: the multiplications of a token with them, which
+pruning leaves in the head and does not count in attention itself. Decoding one sequence reads every weight once for
+each token, so the same ratio is promised to a machine that is bound by its memory.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from transformers import PreTrainedModel  # noqa: E402
+
+from benchmarks.comparison import check_flags, draw_ids, parser_of_models, read_models, write_comparison  # noqa: E402
+from olica.command_line import run_command  # noqa: E402
+from olica.cost import count_parameters, generation_latency  # noqa: E402
+from olica.devices import pick_device  # noqa: E402
+from olica.errors import UsageError  # noqa: E402
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of this benchmark."""
+    parser = parser_of_models(__doc__.splitlines()[0], batch_size=1)
+    parser.add_argument("--prompt_tokens", type=int, default=128, help="tokens of each prompt")
+    parser.add_argument("--new_tokens", type=int, default=32, help="tokens that each sequence is continued by")
+    return parser
+
+
+def check_positions(args: argparse.Namespace, models: dict[str, PreTrainedModel]) -> None:
+    """Raise UsageError unless prompts and new tokens fit all the models."""
+    needed = args.prompt_tokens + args.new_tokens
+    positions = min(model.config.max_position_embeddings for model in models.values())
+    if needed > positions:
+        raise UsageError(f"--prompt_tokens and --new_tokens: {needed} together do not fit {positions} positions")
+
+
+def multiplications(model: PreTrainedModel, tokens: int) -> int:
+    """Products of weights with features when `tokens` go through the layers and the last one through the head."""
+    head = model.get_output_embeddings().weight.numel()
+    return tokens * count_parameters(model)["decoder_layers"] + head
+
+
+def with_rates(args: argparse.Namespace, row: dict, model: PreTrainedModel, dense: PreTrainedModel) -> dict:
+    """A model's `row` of the record with tokens per second, and the ratio of times that its weights promise."""
+    for stage, tokens in (("prefill", args.prompt_tokens), ("decode", 1)):
+        row[stage] |= {
+            "tokens_per_s": args.batch_size * tokens / row[stage]["median_s"],
+            "promised_ratio": multiplications(model, tokens) / multiplications(dense, tokens),
+        }
+    return row
+
+
+def print_table(args: argparse.Namespace, rows: dict[str, dict]) -> None:
+    """Print two lines for each model."""
+    batch, prompt, new = args.batch_size, args.prompt_tokens, args.new_tokens
+    print(f"{batch} x {prompt} tokens, continued by {new}, medians of {args.repeats} rounds; milliseconds")
+    print(f"{'model':<44}{'parameters':>13}{'decoder layers':>16}")
+    print(f"{'':<4}{'':<9}{'tokens/s':>10}{'median':>9}{'min':>9}{'max':>9}{'ratio':>8}{'promised':>10}")
+    for name, row in rows.items():
+        print(f"{name:<44}{row['parameters']['total']:>13,}{row['parameters']['decoder_layers']:>16,}")
+        for stage in ("prefill", "decode"):
+            timed = row[stage]
+            milliseconds = "".join(f"{1e3 * timed[key]:>9.1f}" for key in ("median_s", "min_s", "max_s"))
+            ratios = f"{timed['ratio']:>8.3f}{timed['promised_ratio']:>10.3f}"
+            print(f"{'':<4}{stage:<9}{timed['tokens_per_s']:>10.1f}{milliseconds}{ratios}")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Read the models, time them, print a table and write the record."""
+    device = pick_device(args.device)
+    check_flags(args, "prompt_tokens", "new_tokens")
+    models, sizes = read_models(args, device)
+    check_positions(args, models)
+    prompts = draw_ids(models, args.batch_size, args.prompt_tokens)
+    timed = generation_latency(models, prompts, args.new_tokens, args.repeats)
+    dense = models[args.dense]
+    rows = {name: with_rates(args, sizes[name] | timed[name], model, dense) for name, model in models.items()}
+    print_table(args, rows)
+    write_comparison(args, "generation speed", rows, device)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(build_parser(), run))
