@@ -143,7 +143,61 @@ def uniform_shape(config, sparsities: Sparsities, kept: Callable[[int, float], i
     return shape
 
 
-def allocate(recipe, config, total: int, sparsity: float, k: float) -> tuple[list[LayerShape], Sparsities]:
+def _nearest_multiple(size: float, multiple: int) -> int:
+    """The multiple nearest to `size`, the larger of two, and at least one."""
+    return multiple * max(1, floor(size / multiple + 0.5))
+
+
+def _rounded(size: float, multiple: int, dense: int) -> int:
+    """The nearest multiple of `multiple` if that is smaller than the dense size; the dense size stays."""
+    return dense if size >= dense else min(_nearest_multiple(size, multiple), dense)
+
+
+def _rounded_rank(rank: int, multiple: int, out_features: int, in_features: int) -> int:
+    """The nearest multiple for a pair of factors; 0, "leave it dense", as `factor_rank` does."""
+    rounded = rank and _nearest_multiple(rank, multiple)
+    return rounded if rounded * (out_features + in_features) < out_features * in_features else 0
+
+
+def attention_parameters(config, shape: LayerShape) -> int:
+    """Weights of the four attention projections of a layer of sizes `shape`, biases left out."""
+    hidden, width = config.hidden_size, head_dim(config)
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    factorised = ((shape.q_rank, heads * width), (shape.k_rank, groups * width))
+    query_key = sum(rank * (out + hidden) if rank else out * hidden for rank, out in factorised)
+    return query_key + (groups + heads) * shape.v_head_dim * hidden
+
+
+def round_shape(shape: LayerShape, config, multiple: int) -> LayerShape:
+    """Sizes that are multiples of `multiple` N (or dense), for the same number of parameters as nearly as may be.
+
+    Ranks and the width of value heads go to the nearest multiple. The intermediate channels F take up what the
+    attention projections' parameters A change to, A', since a channel has 3 D parameters:
+
+        F' = N round((F + (A - A') / 3 D) / N)
+
+    so that a layer ends within N/2 channels of the size it had, unless F' would be below N or above the dense size.
+
+    Raises:
+        ValueError: the attention projections leave the MLP no channel.
+    """
+    hidden, width = config.hidden_size, head_dim(config)
+    rounded = replace(
+        shape,
+        q_rank=_rounded_rank(shape.q_rank, multiple, config.num_attention_heads * width, hidden),
+        k_rank=_rounded_rank(shape.k_rank, multiple, config.num_key_value_heads * width, hidden),
+        v_head_dim=_rounded(shape.v_head_dim, multiple, width),
+    )
+    moved = attention_parameters(config, shape) - attention_parameters(config, rounded)
+    channels = shape.intermediate_size + moved / (3 * hidden)
+    if channels < 1:
+        raise ValueError("an MLP would keep no channel")
+    return replace(rounded, intermediate_size=_rounded(channels, multiple, config.intermediate_size))
+
+
+def allocate(
+    recipe, config, total: int, sparsity: float, k: float, round_to: int = 1
+) -> tuple[list[LayerShape], Sparsities]:
     """Sizes of every decoder layer for a target sparsity of the whole model.
 
     Args:
@@ -152,26 +206,30 @@ def allocate(recipe, config, total: int, sparsity: float, k: float) -> tuple[lis
         total: its parameters, tied ones once.
         sparsity: share of `total` to remove, in [0, 1).
         k: how many times the share of value/output query/key lose.
+        round_to: sizes become multiples of it; 1 leaves them as they come.
 
     Returns:
-        One shape per layer, calibration left out, and the shares they come from.
+        One shape per layer, calibration left out, and the shares they come from, before they are rounded.
 
     Raises:
         UsageError: impossible for this model; names the largest sparsity that is possible.
     """
-    sizes = Sizes.of(config, total)
+    sizes, width = Sizes.of(config, total), head_dim(config)
+    if not 1 <= round_to <= width:
+        raise UsageError(f"--round_to {round_to} is outside 1 to {width}, the width of this model's heads")
 
     def attempt(target: float) -> tuple[LayerShape, Sparsities]:
         sparsities = recipe.sparsities(sizes, target, k)
-        return uniform_shape(config, sparsities, recipe.kept), sparsities
+        return round_shape(uniform_shape(config, sparsities, recipe.kept), config, round_to), sparsities
 
     try:
         shape, sparsities = attempt(sparsity)
     except ValueError as error:
         largest = _largest_possible(attempt, sparsity)
+        rounding = f" --round_to {round_to}" if round_to > 1 else ""
         raise UsageError(
-            f"--sparsity {sparsity:g} is impossible for this model with --recipe {recipe.name} --k {k:g}: {error}; "
-            f"the largest possible is {largest:.3f}"
+            f"--sparsity {sparsity:g} is impossible for this model with --recipe {recipe.name} --k {k:g}{rounding}: "
+            f"{error}; the largest possible is {largest:.3f}"
         ) from error
     return [shape] * config.num_hidden_layers, sparsities
 
@@ -187,8 +245,10 @@ def _largest_possible(attempt: Callable, below: float) -> float:
     return 0.0
 
 
-def calibration_rank(config, ratio: float) -> int:
+def calibration_rank(config, ratio: float, round_to: int = 1) -> int:
     """Rank of a linear correction, a share `ratio` in (0, 1] of the hidden size, rounded down (paper, section 4.1).
+
+    With `round_to` above 1 it is then the nearest multiple of it.
 
     Raises:
         UsageError: the ratio leaves no rank.
@@ -199,7 +259,7 @@ def calibration_rank(config, ratio: float) -> int:
             f"--ratio {ratio:g} of the hidden size {config.hidden_size} leaves no rank: "
             f"give at least {1 / config.hidden_size:.4f}, or --mlp_num 0"
         )
-    return rank
+    return _rounded(rank, round_to, config.hidden_size)
 
 
 def with_calibration(plan: list[LayerShape], calibrated: list[int], rank: int) -> list[LayerShape]:

@@ -6,12 +6,15 @@ from olica.allocation import (
     RELEASED_SPLIT,
     Sizes,
     allocate,
+    attention_parameters,
     calibration_rank,
     describe_plan,
     factor_rank,
     grouped_sparsities,
     paper_sparsities,
     released_sparsities,
+    round_shape,
+    uniform_shape,
     with_calibration,
 )
 from olica.checkpoint import pruned_skeleton
@@ -113,6 +116,77 @@ def test_sparsity_zero_leaves_every_size():
     assert plan == [LayerShape(0, 0, 16, 176)] * 3
 
 
+LLAMA3_8B = LlamaConfig(
+    vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8
+)
+
+
+def layer_parameters(config, shape: LayerShape) -> int:
+    """Weights of the matrices of a layer, from the modules that it gets."""
+    shallow = LlamaConfig(**config.to_dict() | {"num_hidden_layers": 1})
+    (layer,) = pruned_skeleton(shallow, [shape]).model.layers
+    return sum(parameter.numel() for parameter in layer.parameters() if parameter.dim() == 2)
+
+
+@pytest.mark.parametrize("round_to", [8, 16, 32, 64])
+@pytest.mark.parametrize("sparsity", [0.1, 0.2, 0.33, 0.5])
+@pytest.mark.parametrize("config", [LLAMA_7B, SMOLLM2, LLAMA3_8B], ids=["llama-7b", "smollm2", "llama3-8b"])
+def test_rounded_sizes_are_multiples_and_keep_the_target(config, sparsity, round_to):
+    total = dense_parameters(config)
+    (exact, *_), shares = allocate(OLICA, config, total, sparsity, 3.0)
+    (shape, *rest), same_shares = allocate(OLICA, config, total, sparsity, 3.0, round_to)
+    assert rest == [shape] * (config.num_hidden_layers - 1) and same_shares == shares
+    assert all(size % round_to == 0 for size in shape.to_dict().values())
+    for name in ("q_rank", "k_rank", "v_head_dim"):
+        size = getattr(exact, name)
+        assert abs(getattr(shape, name) - size) <= max(round_to / 2, round_to - size), name
+    assert (shape.q_rank > 0) == (exact.q_rank > 0) and shape.intermediate_size < config.intermediate_size
+    off = layer_parameters(config, shape) - layer_parameters(config, exact)
+    assert abs(off) <= 3 * config.hidden_size * round_to / 2
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.07, 0.2, 0.5])
+def test_rounding_to_1_changes_nothing(sparsity):
+    for config in (LLAMA_7B, SMOLLM2, make_llama(num_key_value_heads=2).config):
+        sizes = Sizes.of(config, dense_parameters(config))
+        exact = uniform_shape(config, OLICA.sparsities(sizes, sparsity, 3.0), OLICA.kept)
+        assert round_shape(exact, config, 1) == exact
+        assert allocate(OLICA, config, sizes.total, sparsity, 3.0, 1)[0][0] == exact
+
+
+def test_rounding_leaves_dense_what_is_dense_or_would_not_shrink():
+    config = make_llama(intermediate_size=177).config  # heads 4 of 16, hidden size 64: 32 is the break-even of a rank
+    assert round_shape(LayerShape(0, 0, 16, 177), config, 8) == LayerShape(0, 0, 16, 177)
+    shape = round_shape(LayerShape(30, 27, 15, 100), config, 8)
+    assert (shape.q_rank, shape.k_rank, shape.v_head_dim) == (0, 24, 16)
+    grown = 64 * (64 - 30 * 2) + 64 * (24 - 27) * 2 + 2 * 64 * 4  # parameters of q, of k, of v and o
+    assert shape.intermediate_size == 8 * round((100 - grown / (3 * 64)) / 8)
+    assert round_shape(LayerShape(3, 3, 2, 100), config, 16) == LayerShape(16, 16, 16, 48)
+
+
+def test_attention_parameters_are_those_of_the_modules():
+    config = make_llama(num_key_value_heads=2).config
+    for shape in (LayerShape(0, 0, 16, 100), LayerShape(20, 0, 9, 100), LayerShape(20, 10, 9, 100)):
+        assert attention_parameters(config, shape) == layer_parameters(config, shape) - 3 * 64 * 100
+
+
+@pytest.mark.parametrize("round_to", [-8, 0, 17])
+def test_rounding_that_no_head_allows_is_refused(round_to):
+    config = make_llama().config
+    with pytest.raises(UsageError, match=rf"--round_to {round_to} is outside 1 to 16, the width"):
+        allocate(OLICA, config, dense_parameters(config), 0.2, 3.0, round_to)
+
+
+def test_a_sparsity_that_rounding_makes_impossible_names_it():
+    config = make_llama().config
+    total = dense_parameters(config)
+    allocate(OLICA, config, total, 0.65, 3.0)
+    words = r"--sparsity 0\.65 .* --round_to 16: an MLP would keep no channel; the largest possible is 0\.\d+$"
+    with pytest.raises(UsageError, match=words) as caught:
+        allocate(OLICA, config, total, 0.65, 3.0, 16)
+    allocate(OLICA, config, total, float(str(caught.value).rsplit(" ", 1)[1]), 3.0, 16)
+
+
 def test_an_impossible_sparsity_names_the_largest_possible():
     config = make_llama().config
     total = dense_parameters(config)
@@ -133,6 +207,13 @@ def test_a_ratio_that_leaves_no_rank_is_refused():
 def test_calibration_rank_rounds_down():
     assert calibration_rank(LLAMA_7B, 0.03) == 122
     assert calibration_rank(make_llama().config, 1.0) == 64
+
+
+def test_calibration_rank_can_be_a_multiple():
+    assert calibration_rank(LLAMA_7B, 0.03, 1) == 122
+    assert calibration_rank(LLAMA_7B, 0.03, 8) == 120 and calibration_rank(LLAMA_7B, 0.03, 32) == 128
+    assert calibration_rank(SMOLLM2, 0.03, 64) == 64
+    assert calibration_rank(make_llama(hidden_size=72).config, 1.0, 16) == 72
 
 
 def test_describe_plan_folds_equal_layers():
