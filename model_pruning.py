@@ -60,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--k", type=float, default=3.0, help="how many times the share of value/output query/key lose")
     add("--mlp_num", type=int, default=6, help="number of MLPs that get a linear calibration")
     add("--ratio", type=float, default=0.03, help="rank of a calibration, a share of the hidden size in (0, 1]")
+    add("--round_to", type=int, default=1, help="make sizes multiples of this, which some kernels run faster; 1: off")
     add("--percdamp", type=float, default=0.5, help="ridge penalty in mean diagonals of X^T X, above 0")
     add = parser.add_argument_group("machine").add_argument
     devices = ["auto", "cpu", "cuda"]
@@ -119,7 +120,7 @@ def make_options(
     return PruningOptions(
         percdamp=args.percdamp,
         mlp_num=mlp_num,
-        calibration_rank=calibration_rank(config, args.ratio) if mlp_num else 0,
+        calibration_rank=calibration_rank(config, args.ratio, args.round_to) if mlp_num else 0,
         batch_size=BatchSize(1 if args.batch_size == "auto" else args.batch_size),
         device=device,
         cache_device=device if args.cache_dev == "auto" else pick_device(args.cache_dev, "--cache_dev"),
@@ -143,7 +144,7 @@ def prepare(args: argparse.Namespace) -> Job:
     ids_shape = calibration_shape(args.datasets, args.num_samples, args.seqlen)
     check_seqlen(ids_shape[1], "--datasets" if is_token_file(args.datasets) else "--seqlen", config)
     total = model_source.count_dense_parameters(location, config)
-    plan, sparsities = allocate(recipe, config, total, args.sparsity, args.k)
+    plan, sparsities = allocate(recipe, config, total, args.sparsity, args.k, args.round_to)
     options = make_options(args, config, recipe, plan)
     # Which layers are calibrated is not known yet, but all corrections have one size.
     sized = with_calibration(plan, list(range(options.mlp_num)), options.calibration_rank)

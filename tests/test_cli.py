@@ -158,6 +158,16 @@ def test_dry_run_plans_what_pruning_reaches(here, capsys):
     assert f"{record['parameters']['after']:,}" in planned
 
 
+def test_sizes_can_be_rounded(here):
+    assert prune("--save_dir=out", "--sparsity=0.3", "--ratio=0.2", "--round_to=8") == 0
+    record = json.loads(Path("out/tiny_sparsity-0.3/olica_run.json").read_text())
+    assert all(size % 8 == 0 for shape in record["plan"] for size in shape.values())
+    assert sum(shape["calibration_rank"] for shape in record["plan"]) == 16  # 12 without rounding
+    model = AutoModelForCausalLM.from_pretrained("out/tiny_sparsity-0.3")
+    assert model.config.layer_shapes == record["plan"]
+    assert model(torch.arange(40).view(2, 20)).logits.isfinite().all()
+
+
 def test_the_papers_recipe_is_saved_under_its_name(here):
     assert prune("--save_dir=out", "--recipe=olica-paper") == 0
     record = json.loads(Path("out/tiny_sparsity-0.2_olica-paper/olica_run.json").read_text())
@@ -264,6 +274,8 @@ def write_tasks(folder: Path) -> None:
         (["--percdamp=nan"], ["--percdamp nan"]),
         (["--percdamp=inf"], ["--percdamp inf"]),
         (["--ratio=0.001"], ["--ratio 0.001", "--mlp_num 0"]),
+        (["--round_to=0"], ["--round_to 0", "1 to 16"]),
+        (["--round_to=17"], ["--round_to 17", "1 to 16"]),
         (["--base_model=" + "x" * 300], ["too long"]),
         (["--save_dir=" + "x" * 300], ["too long"]),
         (["--datasets=" + "x" * 300], ["too long"]),
