@@ -210,6 +210,8 @@ def prune_and_save(args: argparse.Namespace, job: Job, progress: RunFolder, stag
         len(job.plan),
         job.options.batch_size,
     )
+    if progress.is_complete:
+        return records.read_pruning_record(job.folder)
     work = (job.recipe, job.options, progress)
     with stages.stage("survey"):
         survey = survey_layers(dense, calibration.ids, job.plan, *work)
@@ -239,7 +241,8 @@ def prune_and_save(args: argparse.Namespace, job: Job, progress: RunFolder, stag
         "stages": stages.rows,
         "weight_bytes_on_disk": cost.folder_weight_bytes(progress.checkpoint),
     }
-    records.write_record(progress.checkpoint / records.PRUNING_RECORD, record)
+    with progress.explained():
+        records.write_record(progress.checkpoint / records.PRUNING_RECORD, record)
     progress.publish()
     return record
 
@@ -265,12 +268,8 @@ def run(args: argparse.Namespace) -> None:
         return
     checkpoint.check_folder(job.folder)
     with RunFolder.locked(job.folder) as progress:
-        if progress.is_published:
-            progress.tidy()
-            print(f"saved        {job.folder}")
-            return
         needed = job.parameters["planned"] * job.bytes_per_weight - cost.folder_weight_bytes(progress.checkpoint)
-        checkpoint.check_room(job.folder, needed, args.overwrite)
+        checkpoint.check_room(job.folder, needed, args.overwrite or progress.is_published)
         print_result(job, prune_and_save(args, job, progress, records.Stages(job.options.device)))
 
 

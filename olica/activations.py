@@ -189,9 +189,10 @@ def calibrate(
             finally:
                 activations = dict(seen)
                 seen.clear()  # kept any longer, they would stand beside those of the next batch
+            moved = output.to(hidden.device) if advance else None  # before the sums: it may find no memory
             moments.update(activations)
             if advance:
-                hidden[rows] = output.to(hidden.device)
+                hidden[rows] = moved
 
         batch_size.run(work, len(hidden))
 

@@ -21,6 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from .devices import hand_back_memory
+from .linalg import all_finite
 from .model_source import DTYPES, IGNORED_WEIGHTS, Location, explained, file_of, read_model, refuse_weights
 from .modeling_olica import separate_projections
 
@@ -134,7 +135,7 @@ class StreamedModel(DenseModel):
                 # A file is mapped as a whole: opened anew, it does not pile up in memory what was read before.
                 with safe_open(self.files[name], framework="pt") as file:
                     weights[name] = file.get_tensor(name).to(self.model.dtype, copy=True)
-        bad = (name for name, weight in weights.items() if not torch.isfinite(weight).all())
+        bad = (name for name, weight in weights.items() if not all_finite(weight))
         refuse_weights(self.location, "holds NaN or infinite values in", bad)
         return weights
 
@@ -183,7 +184,7 @@ def open_dense_model(location: Location, dtype: str = "auto") -> DenseModel:
             expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
             if expected == {name: weight.shape for name, weight in stored.items()}:
                 return StreamedModel(model, location, {name: weight.path for name, weight in stored.items()})
-    logger.info("reading the whole model into host memory")
+    logger.warning("%s: no safetensors under the model's own names, so read into memory as a whole", location.name)
     return DenseModel(read_model(location, dtype))
 
 

@@ -42,6 +42,7 @@ def _source(location: Location, config) -> dict:
 
 def _code() -> str:
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    library = Path(__file__).parent
+    for path in [*sorted(library.glob("*.py")), library.parent / "model_pruning.py"]:
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -10,13 +10,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .moments import about_zero
+# Relative to the squares that they come from, variances below this are what rounding leaves of zero.
+ROUNDING = 1e-13
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether nothing in `tensor` is NaN or infinite; takes no memory of its size."""
+    return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
 
 
 def principal_components(gram: Tensor, rank: int | None = None) -> Tensor:
     """Eigenvectors (n, rank) of a symmetric positive semidefinite matrix (n, n), largest eigenvalue first."""
     vectors = torch.linalg.eigh(gram.double()).eigenvectors.flip(-1)
-    return vectors[..., :rank]
+    return vectors[..., :rank].contiguous()  # not a view that holds the others
 
 
 def low_rank_split(weight: Tensor, second_moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -65,6 +71,12 @@ class RegressionSums:
     y_centre: Tensor
 
 
+def about_zero(xy: Tensor, x: Tensor, y: Tensor, x_centre: Tensor, y_centre: Tensor, count: int) -> Tensor:
+    """Sum of x y^T (f, g), in double precision, from sums about centres: `xy`, `x` (f,) and `y` (g,) over `count`."""
+    crossed = torch.outer(x_centre, y) + torch.outer(x + count * x_centre, y_centre)
+    return crossed.add_(xy)
+
+
 def ridge_regression(sums: RegressionSums, ridge: float) -> Tensor:
     """Solution B (D, O) of min ||Y - X B||^2 + ridge ||B||^2 (paper, eq. 7); no intercept.
 
@@ -80,7 +92,7 @@ def ridge_regression(sums: RegressionSums, ridge: float) -> Tensor:
 def multiple_correlation(sums: RegressionSums, solution: Tensor) -> Tensor:
     """Pearson correlation (O,) between each column of Y and its prediction X B (paper, eq. 10).
 
-    A column that does not vary, or whose prediction does not, has correlation 0.
+    A column that does not vary by more than rounding, or whose prediction does not, has correlation 0.
     """
     n, solution = sums.count, solution.double()
     x_mean, y_mean = sums.x.double() / n, sums.y.double() / n
@@ -90,4 +102,4 @@ def multiple_correlation(sums: RegressionSums, solution: Tensor) -> Tensor:
     variance = sums.yy.double() / n - y_mean.square()
     covariance = (solution * xy_covariance).sum(0)
     scale = (predicted_variance.clamp(min=0) * variance.clamp(min=0)).sqrt()
-    return torch.where(scale > 0, covariance / scale, 0.0)
+    return torch.where(scale > ROUNDING * sums.yy / n, covariance / scale, 0.0).clamp(-1, 1)

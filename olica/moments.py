@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .linalg import about_zero, all_finite
+
 # Where statistics can be taken: (projection of the decoder layer, its "input" or its "output").
 TAPS = {
     "attention_input": ("q_proj", "input"),  # also the input of k_proj and v_proj
@@ -210,13 +212,7 @@ class Moments:
     def not_finite(self) -> list[str]:
         """Names of the taps whose sums hold a NaN or an infinity; a product of two taps does not tell which it was."""
         own = {s: summed for s, summed in self._sums.items() if s.kind != "cross"}
-        return sorted({s.tap for s, summed in own.items() if not torch.isfinite(summed).all()})
-
-
-def about_zero(xy: Tensor, x: Tensor, y: Tensor, x_centre: Tensor, y_centre: Tensor, count: int) -> Tensor:
-    """Sum of x y^T (f, g), in double precision, from sums about centres: `xy`, `x` (f,) and `y` (g,) over `count`."""
-    crossed = torch.outer(x_centre, y) + torch.outer(x + count * x_centre, y_centre)
-    return crossed.add_(xy)
+        return sorted({s.tap for s, summed in own.items() if not all_finite(summed)})
 
 
 def _name(statistic: Statistic) -> str:

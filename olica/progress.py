@@ -5,7 +5,8 @@ Until the checkpoint's folder NAME is complete, `.NAME.partial` lies beside it:
     checkpoint/        the checkpoint so far, one shard for every finished layer
     *.safetensors      the survey, and the hidden states that enter the next layer
     progress.json      what is being done, and the checksum of every finished file
-    lock               held by the process at work
+
+and, while a process is at work, the lock `.NAME.lock`.
 
 A file is written under another name, forced to the disk and moved to its place; then progress.json, in the same way,
 names it. So whenever the power goes, what progress.json names is there as a whole, and all else is thrown away.
@@ -65,6 +66,7 @@ class RunFolder(Progress):
     Attributes:
         folder: the checkpoint's.
         checkpoint: the folder that becomes it.
+        is_complete: whether `begin` found that the same run had put the checkpoint in its place already.
     """
 
     def __init__(self, folder: Path):
@@ -75,6 +77,7 @@ class RunFolder(Progress):
         self._journal: dict = {}
         self._batch_size = BatchSize(1)
         self._shards = self._prefix = None
+        self.is_complete = False
         self._writer = ThreadPoolExecutor(1, "write")
         self._writing: Future | None = None
 
@@ -87,9 +90,9 @@ class RunFolder(Progress):
             UsageError: another process is at work on it.
         """
         run = cls(folder)
-        made = [path for path in (run.work, *run.work.absolute().parents) if not path.exists()]
-        run.work.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(run.work / "lock")
+        made = [path for path in folder.absolute().parents if not path.exists()]
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_name(f".{folder.name}.lock"))
         try:
             lock.acquire(blocking=False)
         except Timeout as error:
@@ -98,15 +101,17 @@ class RunFolder(Progress):
             ) from error
         try:
             run._recover()
+            run.work.mkdir(exist_ok=True)
             yield run
         finally:
             run._writer.shutdown()
             if not (run.work / JOURNAL).exists():
                 shutil.rmtree(run.work, ignore_errors=True)
-                with suppress(OSError):  # not empty: another run is there
-                    for path in made[1:]:
-                        path.rmdir()
+            Path(lock.lock_file).unlink(missing_ok=True)  # who waits for it notices; nothing is touched after this
             lock.release()
+            with suppress(OSError):  # not empty
+                for path in made:
+                    path.rmdir()
 
     def _recover(self) -> None:
         """Bring to an end what `publish` was killed in."""
@@ -146,6 +151,15 @@ class RunFolder(Progress):
         """
         self._prefix, self._shards, self._batch_size = prefix, layers + 2, batch_size
         identity = json.loads(json.dumps(identity))
+        if self.is_published:
+            journal = self._read_journal()
+            self.is_complete = (journal["identity"], journal["overwrite"]) == (identity, overwrite)
+            self.tidy()
+            if self.is_complete:
+                return
+            if not overwrite:
+                raise UsageError(f"--save_dir: another run finished {self.folder}; give --overwrite to replace it")
+            self.work.mkdir()
         try:
             self._journal = self._read_journal()
             if overwrite and not self._journal.get("overwrite"):
@@ -169,6 +183,7 @@ class RunFolder(Progress):
             }
             (self.work / JOURNAL).unlink(missing_ok=True)
         self.checkpoint.mkdir(exist_ok=True)
+        _force_to_disk(self.work.parent)
         self._remove_unnamed()
 
     @property
@@ -205,7 +220,7 @@ class RunFolder(Progress):
                 )
 
     def _remove_unnamed(self) -> None:
-        kept = {"lock", JOURNAL, CHECKPOINT, *self._journal["files"]}
+        kept = {JOURNAL, CHECKPOINT, *self._journal["files"]}
         for path in [*self.work.iterdir(), *self.checkpoint.iterdir()]:
             if str(path.relative_to(self.work)) not in kept:
                 path.unlink() if path.is_file() else shutil.rmtree(path)
@@ -221,7 +236,8 @@ class RunFolder(Progress):
         """See `Progress`; returns when it is written."""
         survey = f"survey-{facts['layers']}.safetensors"
         self._write(survey, tensors)
-        self._commit(survey=survey, facts=facts, hidden=self._write_hidden(f"surveyed-{facts['layers']}", hidden))
+        hidden_file = self._write_hidden(f"surveyed-{facts['layers']}", hidden)
+        self._commit(survey=survey, facts=facts, hidden=hidden_file, batch_size=self._batch_size.size)
 
     def pruned(self) -> tuple[int, Tensor | None]:
         """See `Progress`."""
@@ -231,7 +247,10 @@ class RunFolder(Progress):
     def save_layer(self, index: int, layer: nn.Module, hidden: Tensor | None) -> None:
         """See `Progress`; writes in the background."""
         self.wait()
-        self._writing = self._writer.submit(self._save_layer, index, dict(layer.state_dict()), hidden)
+        # The batch size as it is now: the next layer may make it smaller before this one is written.
+        self._writing = self._writer.submit(
+            self._save_layer, index, dict(layer.state_dict()), hidden, self._batch_size.size
+        )
 
     def wait(self) -> None:
         """See `Progress`.
@@ -243,9 +262,10 @@ class RunFolder(Progress):
             writing, self._writing = self._writing, None
             writing.result()
 
-    def _save_layer(self, index: int, weights: dict[str, Tensor], hidden: Tensor | None) -> None:
+    def _save_layer(self, index: int, weights: dict[str, Tensor], hidden: Tensor | None, batch_size: int) -> None:
         self.save_shard(index + 2, {f"{self._prefix}{index}.{name}": weight for name, weight in weights.items()})
-        self._commit(pruned=index + 1, hidden=self._write_hidden(f"pruned-{index + 1}", hidden))
+        hidden_file = self._write_hidden(f"pruned-{index + 1}", hidden)
+        self._commit(pruned=index + 1, hidden=hidden_file, batch_size=batch_size)
 
     def save_shard(self, number: int, weights: dict[str, Tensor]) -> None:
         """Write shard `number` of the checkpoint: the decoder layers' begin with 2.
@@ -257,7 +277,8 @@ class RunFolder(Progress):
 
     def _hidden(self) -> Tensor | None:
         name = self._journal["hidden"]
-        return load_file(self.work / name)["hidden"] if name else None
+        # Not mapped from the file, which is going to be removed: in memory of its own, aligned as it was.
+        return load_file(self.work / name)["hidden"].clone() if name else None
 
     def _write_hidden(self, step: str, hidden: Tensor | None) -> str | None:
         if hidden is None:
@@ -277,7 +298,7 @@ class RunFolder(Progress):
     def _commit(self, **changes) -> None:
         """Have progress.json say so, and remove the files that it no longer names."""
         before = {self._journal.get("survey"), self._journal["hidden"]}
-        self._journal |= changes | {"batch_size": self._batch_size.size}
+        self._journal |= changes
         gone = before - {self._journal.get("survey"), self._journal["hidden"], None}
         for name in gone:
             del self._journal["files"][name]
@@ -305,13 +326,14 @@ class RunFolder(Progress):
         What was there is put aside until then, so that there is always a checkpoint that is whole.
         """
         self._commit(publishing=True)
-        if self.folder.exists():
-            self.folder.replace(self._replaced)
-        try:
-            _move_durably(self.checkpoint, self.folder)
-        except BaseException:
-            self._recover()
-            raise
+        with self.explained():
+            if self.folder.exists():
+                self.folder.replace(self._replaced)
+            try:
+                _move_durably(self.checkpoint, self.folder)
+            except BaseException:
+                self._recover()
+                raise
         self.tidy()
 
 
@@ -322,7 +344,7 @@ def _checksum(path: Path) -> str:
 
 def _move_durably(source: Path, target: Path) -> None:
     """Move a file or a folder such that after a power cut the target is there as a whole, or not at all."""
-    for path in [source] if source.is_file() else [*source.iterdir(), source]:
+    for path in [*source.rglob("*"), source]:
         _force_to_disk(path)
     os.replace(source, target)
     _force_to_disk(target.parent)

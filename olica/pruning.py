@@ -92,11 +92,11 @@ def prune_layers(
             progress.wait()
         moments = Moments(recipe.calibration_needs(plan[index].calibration_rank > 0), dense.config.num_attention_heads)
         calibrate(layer, hidden, calls[index], moments, options.batch_size, advance)
-        check_finite(moments, index)
+        check_finite(moments, index, hidden.dtype)
         projections, shape = projections_of(layer), plan[index]
         with decomposition(index, "q_proj, k_proj, v_proj or o_proj"):
             found = _compress_attention(projections, moments, shape, survey[index].moments, recipe, dense.config)
-        weights = cast_weights(found, index, projections.v_proj.weight)
+        weights, found = cast_weights(found, index, projections.v_proj.weight), None
         with regression(options.percdamp, index):
             found = _compress_feed_forward(projections, moments, shape, recipe, options, calibration_ids.shape)
         weights |= cast_weights(found, index, projections.v_proj.weight)

@@ -7,17 +7,24 @@ import torch
 from torch import Tensor
 
 from .errors import UsageError
+from .linalg import all_finite
 from .moments import TAPS, Moments
 
 
-def check_finite(moments: Moments, index: int) -> None:
-    """Raise UsageError if activations that were summed in layer `index` are NaN or infinite."""
+def _wider(dtype: torch.dtype) -> str:
+    """What a user can do whose numbers leave the range of `dtype`."""
+    if dtype == torch.float16:
+        return "--dtype bfloat16 or float32 has a wider range"
+    return f"no --dtype has a wider range than {str(dtype).removeprefix('torch.')}: look at the weights of --base_model"
+
+
+def check_finite(moments: Moments, index: int, dtype: torch.dtype) -> None:
+    """Raise UsageError if activations that were summed in layer `index`, computed in `dtype`, are NaN or infinite."""
     overflown = moments.not_finite()
     if overflown:
         places = ", ".join("{1} of {0}".format(*TAPS[tap]) for tap in overflown)
         raise UsageError(
-            f"--dtype: in layer {index} the activations at the {places} are NaN or infinite; "
-            "a dtype of a wider range, float32 or bfloat16, may hold them"
+            f"in layer {index} the activations at the {places} are NaN or infinite; {_wider(dtype)}"
         )
 
 
@@ -52,10 +59,9 @@ def cast_weights(weights: dict[str, Tensor], index: int, like: Tensor) -> dict[s
         UsageError: the dtype cannot hold them.
     """
     cast = {name: weight.to(like).contiguous() for name, weight in weights.items()}
-    overflown = [name for name, weight in cast.items() if not torch.isfinite(weight).all()]
+    overflown = [name for name, weight in cast.items() if not all_finite(weight)]
     if overflown:
         raise UsageError(
-            f"--dtype: in layer {index} the new {', '.join(overflown)} cannot be held in "
-            f"{str(like.dtype).removeprefix('torch.')}; give float32 or bfloat16"
+            f"in layer {index} the new {', '.join(overflown)} cannot be held; {_wider(like.dtype)}"
         )
     return cast

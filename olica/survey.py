@@ -69,7 +69,7 @@ def survey_layers(
     for index, layer in dense.layers(options.device, "survey", first=len(survey)):
         moments = Moments(wanted[index], heads)
         calibrate(layer, hidden, calls[index], moments, options.batch_size, advance=index + 1 < layers)
-        check_finite(moments, index)
+        check_finite(moments, index, hidden.dtype)
         correlation = None
         if index < eligible:
             sums = recipe.survey_regression(recipe, projections_of(layer), moments, shapes[index])

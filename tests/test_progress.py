@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -66,10 +67,10 @@ def interrupted_after(layers: int, monkeypatch, *arguments: str) -> None:
     """A run that dies when it has kept so many layers."""
     save = RunFolder._save_layer
 
-    def dying(self, index, weights, hidden):
+    def dying(self, index, *arguments):
         if index == layers:
             raise Killed
-        save(self, index, weights, hidden)
+        save(self, index, *arguments)
 
     with monkeypatch.context() as patched:
         patched.setattr(RunFolder, "_save_layer", dying)
@@ -269,7 +270,7 @@ def test_a_repeated_command_that_overwrites_goes_on_too(here, monkeypatch):
 
 @pytest.mark.parametrize("replaced", [False, True])
 @pytest.mark.parametrize("moves", [0, 1, 2])
-def test_a_kill_while_the_checkpoint_is_put_in_its_place(here, undisturbed, monkeypatch, replaced, moves):
+def test_a_kill_while_the_checkpoint_is_put_in_its_place(here, undisturbed, capsys, monkeypatch, replaced, moves):
     """Moving the old folder away and the new one to its place are two steps, tidying up is a third."""
     flags = ["--overwrite"] if replaced else []
     if replaced:
@@ -299,9 +300,40 @@ def test_a_kill_while_the_checkpoint_is_put_in_its_place(here, undisturbed, monk
         patched.setattr(RunFolder, "publish", dying)
         with pytest.raises(Killed):
             prune(*flags)
+    other = ["--percdamp=0.2", *flags]
+    if moves == 2 and not replaced:
+        assert "--overwrite" in refused(capsys, *other)
+        assert contents(FOLDER) == undisturbed
+        return
     assert prune(*flags) == 0
     assert contents(FOLDER) == undisturbed
     assert [path.name for path in Path("out").iterdir()] == [FOLDER.name]
+
+
+def test_an_end_that_was_not_tidied_answers_for_no_other_run(here, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(RunFolder, "tidy", lambda self: None)
+        prune("--overwrite")
+    assert (WORK / "progress.json").exists()
+    before = contents(FOLDER)
+    assert prune("--overwrite", "--percdamp=0.2") == 0
+    assert contents(FOLDER) != before
+    assert json.loads((FOLDER / "olica_run.json").read_text())["settings"]["percdamp"] == 0.2
+
+
+def test_the_next_layer_may_halve_the_batch_before_this_one_is_written(here, monkeypatch):
+    with RunFolder.locked(here / "out/x") as progress:
+        batch_size = BatchSize(8)
+        progress.begin({"a": 1}, False, "model.layers.", 3, batch_size)
+        write, waiting = RunFolder._write, threading.Event()
+        monkeypatch.setattr(RunFolder, "_write", lambda *arguments: waiting.wait(20) and write(*arguments))
+        progress.save_layer(0, torch.nn.Linear(2, 2), torch.ones(2))
+        batch_size.size = 4
+        waiting.set()
+        progress.wait()
+    with RunFolder.locked(here / "out/x") as progress:
+        progress.begin({"a": 1}, False, "model.layers.", 3, batch_size)
+        assert batch_size.size == 8
 
 
 def hold(folder: Path, ready, release) -> None:
