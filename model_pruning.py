@@ -11,7 +11,6 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 
 from olica import LayerShape, checkpoint, cost, identity, model_source, records
-from olica.activations import BatchSize
 from olica.allocation import (
     Sparsities,
     allocate,
@@ -19,16 +18,17 @@ from olica.allocation import (
     describe_plan,
     with_calibration,
 )
+from olica.batch_size import BatchSize
 from olica.calibration import CalibrationSet, build_calibration_set, calibration_shape, is_token_file
 from olica.command_line import run_command
-from olica.dense_model import open_dense_model
-from olica.devices import pick_device
+from olica.dense_model import is_streamed, open_dense_model
+from olica.devices import memory_explained, pick_device
 from olica.errors import UsageError
 from olica.memory import Task, expected_peaks, fit_batch_size
 from olica.options import PruningOptions, check_mlp_num
-from olica.progress import RunFolder
 from olica.pruning import prune_layers
 from olica.recipes import RECIPES, Recipe
+from olica.run_folder import RunFolder
 from olica.survey import choose_calibrated, survey_layers
 
 
@@ -74,6 +74,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def memory_advice(args: argparse.Namespace) -> str:
+    """What to do when memory runs out with a single sample at a time, or outside of batches."""
+    ways = ["a --dtype of half the width", "a smaller calibration set"]
+    if pick_device(args.device).type == "cuda":
+        ways = [*(["--cache_dev cpu"] if args.cache_dev != "cpu" else []), *ways, "--device cpu"]
+    return f"give {', '.join(ways[:-1])} or {ways[-1]}"
+
+
 def batch_size(text: str) -> int | str:
     """The type of --batch_size: a number, or auto."""
     return text if text == "auto" else int(text)
@@ -105,6 +113,7 @@ class Job:
     sparsities: Sparsities
     parameters: dict[str, int]
     bytes_per_weight: int
+    disk_bytes: int
     memory: dict[str, int | None]
     folder: Path
 
@@ -149,9 +158,10 @@ def prepare(args: argparse.Namespace) -> Job:
     # Which layers are calibrated is not known yet, but all corrections have one size.
     sized = with_calibration(plan, list(range(options.mlp_num)), options.calibration_rank)
     bytes_per_weight = model_source.bytes_per_weight(location, config, args.dtype)
-    task = Task(config, total, plan[0], ids_shape, bytes_per_weight, model_source.is_streamed(location))
+    task = Task(config, total, plan[0], ids_shape, bytes_per_weight, recipe, is_streamed(location))
     if args.batch_size == "auto":
         fit_batch_size(task, options)
+    planned = checkpoint.pruned_skeleton(config, sized).num_parameters()
     return Job(
         recipe=recipe,
         location=location,
@@ -159,8 +169,9 @@ def prepare(args: argparse.Namespace) -> Job:
         options=options,
         plan=plan,
         sparsities=sparsities,
-        parameters={"before": total, "planned": checkpoint.pruned_skeleton(config, sized).num_parameters()},
+        parameters={"before": total, "planned": planned},
         bytes_per_weight=bytes_per_weight,
+        disk_bytes=planned * bytes_per_weight + 2 * task.states,  # two, while one takes the place of the other
         memory=expected_peaks(task, options),
         folder=checkpoint.checkpoint_folder(args.save_dir, location.label, args.sparsity, recipe.name),
     )
@@ -195,8 +206,9 @@ def draw_calibration_set(args: argparse.Namespace, tokenizer, config: PreTrained
     )
 
 
-def prune_and_save(args: argparse.Namespace, job: Job, progress: RunFolder, stages: records.Stages) -> dict:
+def prune_and_save(args: argparse.Namespace, job: Job, progress: RunFolder) -> dict:
     """Draw the calibration set, survey, prune and save; returns the record, which lies beside the checkpoint."""
+    options, stages = job.options, records.Stages(job.options.device)
     with stages.stage("calibration set"):
         tokenizer = model_source.read_tokenizer(job.location)
         calibration = draw_calibration_set(args, tokenizer, job.config)
@@ -204,40 +216,26 @@ def prune_and_save(args: argparse.Namespace, job: Job, progress: RunFolder, stag
         dense = open_dense_model(job.location, args.dtype)
         before = cost.count_parameters(dense.model)
     progress.begin(
-        identity.of_run(args, job.location, job.config, calibration.token_hash, job.options.device),
+        identity.of_run(vars(args), job.location, job.config, calibration.token_hash, options.device),
         args.overwrite,
         dense.layers_prefix,
         len(job.plan),
-        job.options.batch_size,
+        options.batch_size,
+        in_background=options.device.type == "cuda",  # on the CPU it competes for the cores
     )
     if progress.is_complete:
         return records.read_pruning_record(job.folder)
-    work = (job.recipe, job.options, progress)
+    work = (job.recipe, options, progress)
     with stages.stage("survey"):
         survey = survey_layers(dense, calibration.ids, job.plan, *work)
-        plan = choose_calibrated(job.plan, survey, job.recipe, job.options)
+        plan = choose_calibrated(job.plan, survey, job.recipe, options)
     with stages.stage("prune"):
         prune_layers(dense, calibration.ids, plan, survey, *work)
     with stages.stage("write"):
         after = checkpoint.complete(progress, dense, plan, tokenizer)
-    record = {
-        "kind": "pruning",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "settings": vars(args),
-        "model": model_source.describe_source(job.location, job.config),
-        "calibration": {**vars(calibration), "ids": list(calibration.ids.shape)},
-        "shares_removed": asdict(job.sparsities),
-        "plan": [shape.to_dict() for shape in plan],
+    record = make_record(args, job, calibration, plan, {"before": before, "after": after}) | {
         "multiple_correlation": [layer.correlation for layer in survey],
-        "calibrated_layers": [index for index, shape in enumerate(plan) if shape.calibration_rank],
-        "parameters": job.parameters
-        | {"after": after["total"]}
-        | {"decoder_layers_before": before["decoder_layers"], "decoder_layers_after": after["decoder_layers"]},
-        "measured_sparsity": 1 - after["total"] / before["total"],
-        "batch_size": job.options.batch_size.size,
         "went_on_after": progress.interruptions,
-        "expected_peak_memory": job.memory,
-        "environment": records.environment(job.options.device),
         "stages": stages.rows,
         "weight_bytes_on_disk": cost.folder_weight_bytes(progress.checkpoint),
     }
@@ -245,6 +243,34 @@ def prune_and_save(args: argparse.Namespace, job: Job, progress: RunFolder, stag
         records.write_record(progress.checkpoint / records.PRUNING_RECORD, record)
     progress.publish()
     return record
+
+
+def make_record(
+    args: argparse.Namespace,
+    job: Job,
+    calibration: CalibrationSet,
+    plan: list[LayerShape],
+    counted: dict[str, dict[str, int]],
+) -> dict:
+    """What a run was asked, expected to do and did; `counted` are the parameters of the models before and after."""
+    before, after = counted["before"], counted["after"]
+    return {
+        "kind": "pruning",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "settings": vars(args),
+        "model": model_source.describe_source(job.location, job.config),
+        "calibration": {**vars(calibration), "ids": list(calibration.ids.shape)},
+        "shares_removed": asdict(job.sparsities),
+        "plan": [shape.to_dict() for shape in plan],
+        "calibrated_layers": [index for index, shape in enumerate(plan) if shape.calibration_rank],
+        "parameters": job.parameters
+        | {"after": after["total"]}
+        | {"decoder_layers_before": before["decoder_layers"], "decoder_layers_after": after["decoder_layers"]},
+        "measured_sparsity": 1 - after["total"] / before["total"],
+        "batch_size": job.options.batch_size.size,
+        "expected_peak_memory": job.memory,
+        "environment": records.environment(job.options.device),
+    }
 
 
 def print_result(job: Job, record: dict) -> None:
@@ -268,9 +294,11 @@ def run(args: argparse.Namespace) -> None:
         return
     checkpoint.check_folder(job.folder)
     with RunFolder.locked(job.folder) as progress:
-        needed = job.parameters["planned"] * job.bytes_per_weight - cost.folder_weight_bytes(progress.checkpoint)
+        needed = 0 if progress.is_published else job.disk_bytes - progress.written_bytes
         checkpoint.check_room(job.folder, needed, args.overwrite or progress.is_published)
-        print_result(job, prune_and_save(args, job, progress, records.Stages(job.options.device)))
+        with memory_explained(memory_advice(args)):
+            record = prune_and_save(args, job, progress)
+    print_result(job, record)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from olica.activations import BatchSize  # noqa: E402
 from olica.allocation import Sizes, Sparsities, allocate, calibration_rank, released_sparsities, spend_rest  # noqa: E402
+from olica.batch_size import BatchSize  # noqa: E402
 from olica.calibration import build_calibration_set  # noqa: E402
 from olica.checkpoint import check_record_path  # noqa: E402
 from olica.command_line import run_command  # noqa: E402

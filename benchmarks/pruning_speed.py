@@ -27,7 +27,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import model_pruning  # noqa: E402
-from olica.activations import BatchSize, propagate, record_layer_calls  # noqa: E402
+from olica.activations import propagate, record_layer_calls  # noqa: E402
+from olica.batch_size import BatchSize  # noqa: E402
 from olica.calibration import is_token_file, read_token_file  # noqa: E402
 from olica.checkpoint import check_record_path, checkpoint_folder  # noqa: E402
 from olica.command_line import run_command  # noqa: E402
@@ -51,7 +52,7 @@ PRUNING_FLAGS = ("dtype", "device", "cache_dev", "batch_size", "sparsity", "reci
 DENSE_BATCH_SIZE = 16
 # What is timed, and under which names: functions of the library, by the modules that call them.
 STAGES = {
-    "embed": ("olica.survey.record_layer_calls", "olica.pruning.record_layer_calls"),
+    "embed": ("olica.survey.enter_layers", "olica.pruning.enter_layers"),
     "survey: dense layers, sums": ("olica.survey.calibrate",),
     "survey: regressions": ("olica.survey.ridge_regression", "olica.survey.multiple_correlation"),
     "prune: dense layers, sums": ("olica.pruning.calibrate",),

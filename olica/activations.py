@@ -6,64 +6,21 @@ passes) are kept and replayed unread: naming them is what broke older pruners on
     N samples, T tokens, D hidden size
 """
 
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
-from .devices import hand_back_memory
-from .errors import UsageError
+from .batch_size import BatchSize
+from .dense_model import DenseModel
 from .modeling_olica import projections_of
 from .moments import TAPS, Moments
-
-logger = logging.getLogger(__name__)
 
 
 class _SeenEnough(Exception):
     """Ends a forward pass of which nothing more is wanted."""
-
-
-class BatchSize:
-    """How many samples go through a layer at a time: halved, for good, when memory runs out.
-
-    Attributes:
-        size: samples.
-    """
-
-    def __init__(self, size: int):
-        self.size = size
-
-    def run(self, work: Callable[[slice], None], samples: int) -> None:
-        """Call `work` with the rows of one batch after the other; a batch that does not fit is done again in halves.
-
-        Raises:
-            UsageError: not even a single sample fits.
-        """
-        start = 0
-        while start < samples:
-            rows = slice(start, min(start + self.size, samples))
-            try:
-                work(rows)
-            except RuntimeError as error:
-                if not should_reduce_batch_size(error):
-                    raise
-                if self.size == 1:
-                    raise UsageError(
-                        "out of memory with a single sample at a time; "
-                        "give --cache_dev cpu, a --dtype of half the width or a smaller --seqlen"
-                    ) from error
-            else:
-                start = rows.stop
-                continue
-            # Here the error is forgotten, and with it the frames that held what had been allocated.
-            clear_device_cache()
-            self.size //= 2
-            logger.warning("out of memory: going on with --batch_size %d", self.size)
-        hand_back_memory()
 
 
 @contextmanager
@@ -128,6 +85,16 @@ def record_layer_calls(
             except _SeenEnough:
                 row.copy_(inputs.pop()[0])
     return hidden, calls
+
+
+def enter_layers(
+    dense: DenseModel, calibration_ids: Tensor, hidden: Tensor | None, cache_device: torch.device
+) -> tuple[Tensor, list[dict]]:
+    """As `record_layer_calls`, but with the hidden states (N, T, D) that an earlier run kept, if there are any."""
+    with dense.embedding():
+        ids = calibration_ids if hidden is None else calibration_ids[:1]
+        embedded, calls = record_layer_calls(dense.decoder, ids, cache_device)
+    return embedded if hidden is None else hidden.to(cache_device), calls
 
 
 @contextmanager

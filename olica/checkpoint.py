@@ -15,7 +15,7 @@ from .configuration_olica import LayerShape
 from .dense_model import DenseModel, StoredWeight, stored_weights
 from .errors import UsageError
 from .modeling_olica import FAMILIES
-from .progress import RunFolder
+from .run_folder import RunFolder
 
 DEFAULT_RECIPE = "olica"
 
@@ -55,8 +55,8 @@ def check_room(folder: Path, needed_bytes: int, overwrite: bool) -> None:
     free = shutil.disk_usage(check_writable(folder, "--save_dir")).free
     if free < needed_bytes:
         raise UsageError(
-            f"--save_dir: the pruned model takes {needed_bytes / 1e9:.2f} GB more and {folder.parent} has "
-            f"{free / 1e9:.2f} GB free; make room or give another --save_dir"
+            f"--save_dir: the pruned model, with what the run keeps meanwhile, takes {needed_bytes / 1e9:.2f} GB more "
+            f"and {folder.parent} has {free / 1e9:.2f} GB free; make room or give another --save_dir"
         )
 
 

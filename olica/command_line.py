@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from transformers.utils import logging as transformers_logging
 
+from .devices import memory_explained
 from .errors import UsageError
 
 # What a path that a user gave can be at fault for.
@@ -29,8 +30,8 @@ def run_command(
 ) -> int:
     """Parse `arguments` (those of the process by default) and run; returns the exit status.
 
-    Wrong input ends in one sentence on standard error and exit status 2, or in a traceback to what is behind it where
-    the variable OLICA_DEBUG is set.
+    Wrong input, and memory that runs out, end in one sentence on standard error and exit status 2, or in a traceback
+    to what is behind it where the variable OLICA_DEBUG is set.
     """
     args = parser.parse_args(arguments)
     torch.set_float32_matmul_precision("highest")  # TF32 keeps ten bits: too few for sums that are subtracted
@@ -39,7 +40,8 @@ def run_command(
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        run(args)
+        with memory_explained("lower --batch_size, or give --device cpu or a --dtype of half the width"):
+            run(args)
     except UsageError as error:
         if os.environ.get("OLICA_DEBUG"):
             raise
@@ -48,6 +50,4 @@ def run_command(
         if error.filename is None or error.errno not in PATH_ERRORS:
             raise
         parser.exit(2, f"{parser.prog}: error: {error.filename}: {error.strerror}; give another file or folder\n")
-    except torch.OutOfMemoryError:
-        parser.exit(2, f"{parser.prog}: error: out of GPU memory; lower --batch_size (pruning: or --cache_dev cpu)\n")
     return 0

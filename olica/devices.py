@@ -2,8 +2,11 @@
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 
 from .errors import UsageError
 
@@ -19,6 +22,28 @@ def pick_device(name: str, flag: str = "--device") -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that host or device has no memory left."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    # cuBLAS and cuSOLVER take memory of their own, past torch's allocator.
+    return should_reduce_batch_size(error) or "_STATUS_ALLOC_FAILED" in str(error)
+
+
+@contextmanager
+def memory_explained(advice: str) -> Iterator[None]:
+    """Turn memory that runs out into a UsageError that ends in `advice`."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = (str(error).strip() or "the host has none left").splitlines()[0]
+        raise UsageError(f"out of memory ({reason}); {advice}") from error
 
 
 def hand_back_memory() -> None:

@@ -6,6 +6,7 @@ D hidden size, F intermediate channels
 import torch
 from torch import Tensor
 
+from .linalg import by_rows
 from .modeling_olica import Projections
 from .moments import Moments, diagonal, needs
 
@@ -17,17 +18,21 @@ RELEASED_PROTECTED_FRACTION = 0.01
 def released_importance(layer: Projections, moments: Moments) -> Tensor:
     """Importance (F,) of the released code (D1): L2 norms of the Wanda-scaled gate row, up row and down column."""
     squared_input = moments[diagonal("mlp_input")].double()
-    from_rows = sum((p.weight.double().square() @ squared_input).sqrt() for p in (layer.gate_proj, layer.up_proj))
-    squared_columns = layer.down_proj.weight.double().square().sum(0)
-    return from_rows + (squared_columns * moments[diagonal("intermediate")].double()).sqrt()
+    from_gate, from_up = (
+        by_rows(lambda rows: rows.square() @ squared_input, projection.weight).sqrt()
+        for projection in (layer.gate_proj, layer.up_proj)
+    )
+    squared_columns = by_rows(lambda columns: columns.square().sum(1), layer.down_proj.weight.T)
+    return from_gate + from_up + (squared_columns * moments[diagonal("intermediate")].double()).sqrt()
 
 
 @needs(diagonal("mlp_input"), diagonal("intermediate"))
 def paper_importance(layer: Projections, moments: Moments) -> Tensor:
     """Importance (F,) of the paper's eq. 5: sum of the Wanda scores of the up row and the down column."""
-    from_up = layer.up_proj.weight.double().abs() @ moments[diagonal("mlp_input")].double().sqrt()
-    from_down = layer.down_proj.weight.double().abs().sum(0) * moments[diagonal("intermediate")].double().sqrt()
-    return from_up + from_down
+    input_norms = moments[diagonal("mlp_input")].double().sqrt()
+    from_up = by_rows(lambda rows: rows.abs() @ input_norms, layer.up_proj.weight)
+    columns = by_rows(lambda columns: columns.abs().sum(1), layer.down_proj.weight.T)
+    return from_up + columns * moments[diagonal("intermediate")].double().sqrt()
 
 
 def kept_channels(importance: Tensor, kept: int, protected_fraction: float) -> Tensor:

@@ -1,6 +1,5 @@
 """What decides the result of a pruning: a run that goes on must not differ in any of it from the run that began."""
 
-import argparse
 import hashlib
 from pathlib import Path
 
@@ -15,13 +14,20 @@ NOT_COMPARED += ("save_dir", "overwrite", "dry_run")
 SOURCE_FILES = ("*.json", "*.safetensors", "*.bin", "*.model")
 
 
-def of_run(args: argparse.Namespace, location: Location, config, token_hash: str, device: torch.device) -> dict:
-    """The settings, the dense model, the calibration set, the code and the machine of a run, by names for messages."""
-    settings = {f"--{name}": value for name, value in vars(args).items() if name not in NOT_COMPARED}
+def of_run(settings: dict, location: Location, config, token_hash: str, device: torch.device) -> dict:
+    """The settings, the dense model, the calibration set, the code and the machine of a run, by names for messages.
+
+    Args:
+        settings: values of the flags by their names.
+        location: of the dense model.
+        config: its configuration.
+        token_hash: of the calibration set.
+        device: where layers run.
+    """
     machine = environment(device)
     return {
         "calibration set": token_hash,
-        **settings,
+        **{f"--{name}": value for name, value in settings.items() if name not in NOT_COMPARED},
         **_source(location, config),
         "version of the code": _code(),
         "version of Python": machine["python"],

@@ -5,6 +5,7 @@ Everything is a function of weights and of sums over tokens, so no activation is
     n tokens, D input features, O output features, r rank
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 # Relative to the squares that they come from, variances below this are what rounding leaves of zero.
 ROUNDING = 1e-13
+# Rows, or products, of a wide matrix that are in double precision at a time.
+DOUBLE_BLOCK = 1024
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -19,10 +22,16 @@ def all_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
 
 
+def by_rows(function: Callable[[Tensor], Tensor], matrix: Tensor) -> Tensor:
+    """What `function` makes of every row of a matrix, in double precision; one block of rows at a time is that wide."""
+    return torch.cat([function(rows.double()) for rows in matrix.split(DOUBLE_BLOCK)])
+
+
 def principal_components(gram: Tensor, rank: int | None = None) -> Tensor:
     """Eigenvectors (n, rank) of a symmetric positive semidefinite matrix (n, n), largest eigenvalue first."""
-    vectors = torch.linalg.eigh(gram.double()).eigenvectors.flip(-1)
-    return vectors[..., :rank].contiguous()  # not a view that holds the others
+    vectors = torch.linalg.eigh(gram.double()).eigenvectors
+    smallest = 0 if rank is None else vectors.shape[-1] - rank
+    return vectors[..., smallest:].flip(-1)  # a copy, which does not hold the others
 
 
 def low_rank_split(weight: Tensor, second_moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -73,8 +82,7 @@ class RegressionSums:
 
 def about_zero(xy: Tensor, x: Tensor, y: Tensor, x_centre: Tensor, y_centre: Tensor, count: int) -> Tensor:
     """Sum of x y^T (f, g), in double precision, from sums about centres: `xy`, `x` (f,) and `y` (g,) over `count`."""
-    crossed = torch.outer(x_centre, y) + torch.outer(x + count * x_centre, y_centre)
-    return crossed.add_(xy)
+    return torch.outer(x_centre, y).addr_(x + count * x_centre, y_centre).add_(xy)
 
 
 def ridge_regression(sums: RegressionSums, ridge: float) -> Tensor:
@@ -86,7 +94,9 @@ def ridge_regression(sums: RegressionSums, ridge: float) -> Tensor:
     x, y, a, b = (vector.double() for vector in (sums.x, sums.y, sums.x_centre, sums.y_centre))
     regularised = about_zero(sums.xx, x, x, a, a, sums.count)
     regularised.diagonal().add_(ridge)
-    return torch.cholesky_solve(about_zero(sums.xy, x, y, a, b, sums.count), torch.linalg.cholesky(regularised))
+    factor = torch.linalg.cholesky(regularised)
+    del regularised  # as large as what follows
+    return torch.cholesky_solve(about_zero(sums.xy, x, y, a, b, sums.count), factor)
 
 
 def multiple_correlation(sums: RegressionSums, solution: Tensor) -> Tensor:
@@ -96,10 +106,10 @@ def multiple_correlation(sums: RegressionSums, solution: Tensor) -> Tensor:
     """
     n, solution = sums.count, solution.double()
     x_mean, y_mean = sums.x.double() / n, sums.y.double() / n
-    x_covariance = sums.xx.double() / n - torch.outer(x_mean, x_mean)  # (D, D)
-    xy_covariance = sums.xy.double() / n - torch.outer(x_mean, y_mean)  # (D, O)
-    predicted_variance = (solution * (x_covariance @ solution)).sum(0)
+    predicted_mean = x_mean @ solution
+    # The means are those about the centres, so what is subtracted is small.
+    predicted_variance = (solution * (sums.xx.double() @ solution)).sum(0) / n - predicted_mean.square()
     variance = sums.yy.double() / n - y_mean.square()
-    covariance = (solution * xy_covariance).sum(0)
+    covariance = (solution * sums.xy).sum(0) / n - predicted_mean * y_mean
     scale = (predicted_variance.clamp(min=0) * variance.clamp(min=0)).sqrt()
     return torch.where(scale > ROUNDING * sums.yy / n, covariance / scale, 0.0).clamp(-1, 1)

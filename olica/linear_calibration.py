@@ -6,7 +6,7 @@ n tokens, D hidden size, F intermediate channels, P pruned channels, r rank
 import torch
 from torch import Tensor
 
-from .linalg import RegressionSums, multiple_correlation, principal_components, ridge_regression
+from .linalg import DOUBLE_BLOCK, RegressionSums, multiple_correlation, principal_components, ridge_regression
 from .modeling_olica import Projections
 from .moments import Moments, cross, diagonal, full, needs, total
 
@@ -66,17 +66,25 @@ def residual_sums(layer: Projections, moments: Moments, kept: Tensor) -> Regress
         moments: of the statistics above.
         kept: indices of the channels that stay.
     """
-    gone = torch.ones(layer.down_proj.in_features, dtype=torch.bool, device=kept.device)
-    gone[kept] = False
+    staying = torch.zeros(layer.down_proj.in_features, dtype=torch.bool, device=kept.device)
+    staying[kept] = True
+    gone = (~staying).nonzero().flatten()
     weight = layer.down_proj.weight[:, gone].double()  # (D, P)
-    removed_moment = moments.about_centre(full("intermediate"))[gone][:, gone].double()  # (P, P)
+    crossed = moments.about_centre(cross("mlp_input", "intermediate"))
+    squared = moments.about_centre(full("intermediate"))
+    xy = weight.new_zeros(len(crossed), len(weight))
+    yy = weight.new_zeros(len(weight))
+    # In double precision a block of channels at a time: of a large model, all of them would take gigabytes.
+    for channels, columns in zip(gone.split(DOUBLE_BLOCK), weight.split(DOUBLE_BLOCK, dim=1), strict=True):
+        xy.addmm_(crossed[:, channels].double(), columns.T)
+        yy += ((weight @ squared[:, channels][gone].double()) * columns).sum(1)
     return RegressionSums(
         count=moments.count,
         x=moments.about_centre(total("mlp_input")),
         y=weight @ moments.about_centre(total("intermediate"))[gone],
         xx=moments.about_centre(full("mlp_input")),
-        xy=moments.about_centre(cross("mlp_input", "intermediate"))[:, gone].double() @ weight.T,
-        yy=((weight @ removed_moment) * weight).sum(1),
+        xy=xy,
+        yy=yy,
         x_centre=moments.centre("mlp_input"),
         y_centre=weight @ moments.centre("intermediate")[gone],
     )
@@ -116,7 +124,7 @@ def low_rank_correction(sums: RegressionSums, ridge: float, rank: int, output_we
     """
     solution = ridge_regression(sums, ridge)  # (D_in, D_out)
     weights = output_weights(sums, solution)
-    weighted = solution * weights
+    weighted = solution.mul_(weights)  # in place: large models have no room for both
     directions = principal_components(weighted.T @ weighted, rank)  # (D_out, r)
     return {
         "correction.reduce.weight": (weighted @ directions).T,

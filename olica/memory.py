@@ -5,6 +5,7 @@
 
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 
 import psutil
 import torch
@@ -12,7 +13,10 @@ from transformers import PreTrainedConfig
 
 from .allocation import Sizes
 from .configuration_olica import LayerShape, head_dim
+from .linalg import DOUBLE_BLOCK
+from .moments import TAPS, Statistic, full
 from .options import PruningOptions
+from .recipes import Recipe
 
 # A batch of more tokens than this is no faster on any machine seen.
 MOST_TOKENS = 8192
@@ -20,7 +24,12 @@ MOST_TOKENS = 8192
 USABLE = 0.8
 SINGLE, DOUBLE = 4, 8  # bytes
 # What the libraries take once they work: threads, buffers and code that is loaded when it is first run.
-RUNTIME_BYTES = 150_000_000
+RUNTIME_BYTES = 100_000_000
+# Linux's control groups: which the process is in, where they are, and for each of the two versions the folder and the
+# names of the limit, of what is used of it, and of that part of it that is cached files.
+PROCESS, MOUNTED = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+VERSION_1 = ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+VERSION_2 = ("", "memory.max", "memory.current", "inactive_file")
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,7 @@ class Task:
         shape: of a pruned layer.
         ids_shape: (N, T) of the calibration set.
         itemsize: bytes of a weight.
+        recipe: what is computed.
         is_streamed: whether the weights are read layer by layer, not as a whole.
     """
 
@@ -59,48 +69,80 @@ class Task:
     shape: LayerShape
     ids_shape: tuple[int, int]
     itemsize: int
+    recipe: Recipe
     is_streamed: bool
+
+    @property
+    def states(self) -> int:
+        """Bytes of the hidden states of the calibration set."""
+        return prod(self.ids_shape) * self.config.hidden_size * self.itemsize
 
 
 def estimate(task: Task, options: PruningOptions) -> Demand:
     """The demand of a task."""
-    samples, seqlen = task.ids_shape
-    hidden, channels = task.config.hidden_size, task.config.intermediate_size
-    tokens = min(options.batch_size.size, samples) * seqlen
+    hidden = task.config.hidden_size
+    tokens = min(options.batch_size.size, task.ids_shape[0]) * task.ids_shape[1]
     calibrated = options.mlp_num > 0
-    survey_sums = 2 * SINGLE * hidden**2 if calibrated else 0
-    prune_sums = SINGLE * (hidden**2 + channels**2 + hidden * channels) if calibrated else 0
-    survey_solve = 7 * DOUBLE * hidden**2 if calibrated else 0
+    surveyed, summed = task.recipe.survey_needs(calibrated), task.recipe.calibration_needs(calibrated)
+    fit = DOUBLE * 6 * hidden**2 if calibrated else 0  # Cholesky's factor, both sides, the solution, its eigenvectors
     return Demand(
         embedding=task.config.vocab_size * hidden * task.itemsize,
         layer=Sizes.of(task.config, task.total).layer * task.itemsize,
-        states=prod(task.ids_shape) * hidden * task.itemsize,
-        survey=survey_sums + max(survey_solve, tokens * _per_token(task, survey=True)),
-        prune=prune_sums + max(_solve(task, calibrated), tokens * _per_token(task, survey=False)),
+        states=task.states,
+        survey=_sums(task, surveyed) + max(tokens * _per_token(task, surveyed), _residual(task, surveyed) + fit),
+        prune=max(
+            _sums(task, summed) + max(tokens * _per_token(task, summed), _residual(task, summed)),
+            SINGLE * hidden**2 + fit,  # the other sums are dropped by then
+            _attention(task),
+        ),
     )
 
 
-def _per_token(task: Task, survey: bool) -> int:
+def _widths(task: Task) -> dict[str, int]:
+    config = task.config
+    heads = config.num_attention_heads * head_dim(config)
+    return dict.fromkeys(TAPS, config.hidden_size) | {"heads": heads, "intermediate": config.intermediate_size}
+
+
+def _sums(task: Task, statistics: set[Statistic]) -> int:
+    """Bytes of the sums of a layer."""
+    widths, sizes = _widths(task), 0
+    for statistic in statistics:
+        width = widths[statistic.tap]
+        match statistic.kind:
+            case "full" | "cross":
+                sizes += SINGLE * width * widths[statistic.other or statistic.tap]
+            case "per_head":
+                sizes += SINGLE * width * head_dim(task.config)
+            case _:
+                sizes += DOUBLE * width
+    return sizes
+
+
+def _per_token(task: Task, statistics: set[Statistic]) -> int:
     """Bytes of activations for each token of a batch: those that are kept for the sums, and those of the forward."""
-    hidden, channels, itemsize = task.config.hidden_size, task.config.intermediate_size, task.itemsize
-    heads = task.config.num_attention_heads * head_dim(task.config)
-    kept = 4 * hidden if survey else 2 * hidden + heads + channels
-    forward = 2 * hidden + 3 * channels  # the MLP's are the most
+    widths, itemsize = _widths(task), task.itemsize
+    kept = [widths[tap] for tap in {tap for s in statistics for tap in (s.tap, s.other) if tap}]
+    forward = 2 * widths["mlp_input"] + 3 * widths["intermediate"]  # the MLP's are the most
     # Sums are taken of copies about their centres, in single precision, and of the squares of the widest.
-    summing = SINGLE * (kept + max(hidden, channels))
-    return kept * itemsize + max(forward * itemsize, summing)
+    summing = SINGLE * (sum(kept) + max(kept, default=0))
+    return sum(kept) * itemsize + max(forward * itemsize, summing)
 
 
-def _solve(task: Task, calibrated: bool) -> int:
-    """Bytes of the float64 work on one pruned layer."""
+def _residual(task: Task, statistics: set[Statistic]) -> int:
+    """Bytes of the float64 work on the residual of a pruned MLP, where `statistics` are those of its regression."""
+    if full("intermediate") not in statistics:
+        return 0
     hidden, channels = task.config.hidden_size, task.config.intermediate_size
-    heads = task.config.num_attention_heads * head_dim(task.config)
     removed = channels - task.shape.intermediate_size
-    # W, W D, W D W^T, its eigenvectors and LAPACK's work for them; the factors of both projections.
-    attention = DOUBLE * (2 * hidden * heads + 4 * heads**2)
-    importance = DOUBLE * 3 * hidden * channels
-    correction = DOUBLE * (2 * removed**2 + 2 * removed * hidden + 6 * hidden**2) + SINGLE * removed * channels
-    return max(attention, importance, correction if calibrated else 0)
+    blocks = min(DOUBLE_BLOCK, removed) * (DOUBLE * (hidden + 2 * removed) + SINGLE * channels)
+    return DOUBLE * (hidden**2 + 2 * hidden * removed) + blocks
+
+
+def _attention(task: Task) -> int:
+    """Bytes of the float64 work on the attention: W, W D, W D W^T, its eigenvectors and LAPACK's work for them."""
+    heads = task.config.num_attention_heads * head_dim(task.config)
+    return DOUBLE * (2 * task.config.hidden_size * heads + 4 * heads**2)
 
 
 def expected_peaks(task: Task, options: PruningOptions) -> dict[str, int | None]:
@@ -108,9 +150,9 @@ def expected_peaks(task: Task, options: PruningOptions) -> dict[str, int | None]
     demand = estimate(task, options)
     working = max(demand.survey, demand.prune)
     on_gpu, on_host = options.device.type == "cuda", options.cache_device.type == "cpu"
-    # The layer at work, the next one, which is read meanwhile, and its pruned form, or that of the last one, which is
-    # written meanwhile.
-    layers = (2 if on_gpu else 3) * demand.layer
+    # The layer at work and its pruned form; beside a GPU the next layer, which is read meanwhile, and the last one,
+    # which is written.
+    layers = 2 * demand.layer
     whole = 0 if task.is_streamed else task.total * task.itemsize
     passes = layers + whole + demand.states + (0 if on_gpu else working)  # states of a GPU come by to be written
     edges = whole + 2 * demand.embedding + (demand.states if on_host else 0)
@@ -135,7 +177,33 @@ def fit_batch_size(task: Task, options: PruningOptions) -> None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on `device`; for the CPU those that the system can give without swapping."""
+    """Bytes that are free on `device`; for the CPU those that the system, and a limit on this process, leave."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    return min([psutil.virtual_memory().available, *left_by_control_groups()])
+
+
+def left_by_control_groups(process: Path = PROCESS, mounted: Path = MOUNTED) -> list[int]:
+    """What the memory limits of Linux leave (containers and batch systems set them); empty where there are none."""
+    left = []
+    groups = process.read_text().splitlines() if process.exists() else []
+    for controllers, group in (line.split(":", 2)[1:] for line in groups):
+        if not controllers:
+            folder, *files = VERSION_2
+        elif "memory" in controllers.split(","):
+            folder, *files = VERSION_1
+        else:
+            continue
+        # Inside a container the group may have another name than outside: its limit is then that of the root.
+        own = mounted / folder / group.strip("/")
+        above = [path for path in own.parents if path.is_relative_to(mounted / folder)]
+        left += [_left(path, *files) for path in (own, *above) if (path / files[0]).exists()]
+    return [number for number in left if number is not None]
+
+
+def _left(group: Path, limit: str, used: str, cached: str) -> int | None:
+    most = (group / limit).read_text().strip()
+    if most == "max":
+        return None
+    counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    return int(most) - int((group / used).read_text()) + int(counts[cached])  # cached files give way

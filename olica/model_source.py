@@ -231,11 +231,6 @@ def describe_source(location: Location, config) -> dict:
     }
 
 
-def is_streamed(location: Location) -> bool:
-    """Whether the weights can be read layer by layer; of a model of the hub it is expected."""
-    return not location.gguf_file and (not location.is_local or any(Path(location.path).glob("*.safetensors")))
-
-
 def refuse_unprunable(config, location: Location) -> None:
     """Raise UsageError if the model is pruned already, or if its matrices are stored quantised."""
     if config.model_type not in FAMILIES:

@@ -186,6 +186,11 @@ class Moments:
             case _:
                 return self._sums[statistic]
 
+    def drop(self, statistics: Iterable[Statistic]) -> None:
+        """Forget these sums, of which nothing is asked any more."""
+        for statistic in statistics:
+            self._sums.pop(statistic, None)
+
     def kept(self, statistics: Iterable[Statistic]) -> "Moments":
         """Only `statistics` of these sums, on the host: what outlives the layer."""
         fewer = Moments(statistics, self.num_heads)

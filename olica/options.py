@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .activations import BatchSize
+from .batch_size import BatchSize
 from .errors import UsageError
 from .moments import Moments, diagonal
 from .recipes import Recipe

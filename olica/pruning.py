@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import feed_forward, linear_calibration, value_output
-from .activations import calibrate, propagate, record_layer_calls
+from .activations import calibrate, enter_layers, propagate
 from .configuration_olica import LayerShape
 from .dense_model import DenseModel
 from .devices import hand_back_memory
@@ -45,12 +45,10 @@ def _compress_feed_forward(
     pruned = feed_forward.prune_feed_forward(layer, kept)
     if not shape.calibration_rank:
         return pruned
-    return pruned | linear_calibration.low_rank_correction(
-        linear_calibration.residual_sums(layer, moments, kept),
-        options.ridge(recipe, moments, ids_shape),
-        shape.calibration_rank,
-        recipe.output_weights,
-    )
+    ridge = options.ridge(recipe, moments, ids_shape)
+    sums = linear_calibration.residual_sums(layer, moments, kept)
+    moments.drop(linear_calibration.residual_sums.needs)  # the fit needs their room
+    return pruned | linear_calibration.low_rank_correction(sums, ridge, shape.calibration_rank, recipe.output_weights)
 
 
 def _replace_weights(layer: nn.Module, config, shape: LayerShape, weights: dict[str, Tensor]) -> None:
@@ -81,10 +79,7 @@ def prune_layers(
     finished, hidden = progress.pruned()
     if finished == len(plan):
         return
-    with dense.embedding():
-        ids = calibration_ids if hidden is None else calibration_ids[:1]
-        embedded, calls = record_layer_calls(dense.decoder, ids, options.cache_device)
-    hidden = embedded if hidden is None else hidden.to(options.cache_device)
+    hidden, calls = enter_layers(dense, calibration_ids, hidden, options.cache_device)
     for index, layer in dense.layers(options.device, "prune", first=finished):
         last = index + 1 == len(plan)
         advance = recipe.dense_stream and not last
@@ -94,11 +89,12 @@ def prune_layers(
         calibrate(layer, hidden, calls[index], moments, options.batch_size, advance)
         check_finite(moments, index, hidden.dtype)
         projections, shape = projections_of(layer), plan[index]
-        with decomposition(index, "q_proj, k_proj, v_proj or o_proj"):
-            found = _compress_attention(projections, moments, shape, survey[index].moments, recipe, dense.config)
-        weights, found = cast_weights(found, index, projections.v_proj.weight), None
+        # First the MLP, whose sums are the largest and are dropped on the way.
         with regression(options.percdamp, index):
             found = _compress_feed_forward(projections, moments, shape, recipe, options, calibration_ids.shape)
+        weights, found = cast_weights(found, index, projections.v_proj.weight), None
+        with decomposition(index, "q_proj, k_proj, v_proj or o_proj"):
+            found = _compress_attention(projections, moments, shape, survey[index].moments, recipe, dense.config)
         weights |= cast_weights(found, index, projections.v_proj.weight)
         _replace_weights(layer, dense.config, shape, weights)
         del moments, projections, found, weights

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import linear_calibration
-from .activations import calibrate, record_layer_calls
+from .activations import calibrate, enter_layers
 from .allocation import with_calibration
 from .configuration_olica import LayerShape
 from .dense_model import DenseModel
@@ -61,10 +61,7 @@ def survey_layers(
         return [LayerSurvey(None, Moments((), heads)) for _ in shapes]
     if len(survey) == layers:
         return survey
-    with dense.embedding():
-        ids = calibration_ids if hidden is None else calibration_ids[:1]
-        embedded, calls = record_layer_calls(dense.decoder, ids, options.cache_device)
-    hidden = embedded if hidden is None else hidden.to(options.cache_device)
+    hidden, calls = enter_layers(dense, calibration_ids, hidden, options.cache_device)
     saved = monotonic()
     for index, layer in dense.layers(options.device, "survey", first=len(survey)):
         moments = Moments(wanted[index], heads)

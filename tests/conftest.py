@@ -14,16 +14,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from olica.activations import BatchSize
 from olica.allocation import allocate
+from olica.batch_size import BatchSize
 from olica.checkpoint import complete
 from olica.configuration_olica import LayerShape
 from olica.dense_model import DenseModel
 from olica.modeling_olica import Projections, projections_of
 from olica.options import PruningOptions
-from olica.progress import Progress, RunFolder
+from olica.progress import Progress
 from olica.pruning import prune_layers
 from olica.recipes import RECIPES
+from olica.run_folder import RunFolder
 from olica.survey import LayerSurvey, choose_calibrated, survey_layers
 
 CPU = torch.device("cpu")

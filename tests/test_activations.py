@@ -2,8 +2,8 @@ import pytest
 import torch
 from conftest import make_llama
 
-from olica.activations import BatchSize, calibrate, propagate, record_layer_calls, recording
-from olica.errors import UsageError
+from olica.activations import calibrate, propagate, record_layer_calls, recording
+from olica.batch_size import BatchSize
 from olica.moments import TAPS, Moments, cross, diagonal, full, total
 
 CPU = torch.device("cpu")
@@ -107,14 +107,18 @@ def no_memory_for_more_than(samples: int, error: str):
 
     def hook(module, args):
         if len(args[0]) > samples:
-            if error == "cuda":
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-            torch.empty(2**60)
+            match error:
+                case "cuda":
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+                case "cublas":
+                    raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+                case "cpu":
+                    torch.empty(2**60)
 
     return hook
 
 
-@pytest.mark.parametrize("error", ["cuda", "cpu"])
+@pytest.mark.parametrize("error", ["cuda", "cublas", "cpu"])
 @pytest.mark.parametrize("advance", [False, True])
 @torch.no_grad()
 def test_out_of_memory_halves_the_batch_and_goes_on(ids, error, advance, caplog):
@@ -154,12 +158,13 @@ def test_a_batch_that_does_not_fit_into_the_sums_is_not_half_added(ids, monkeypa
 
 
 @torch.no_grad()
-def test_a_single_sample_that_does_not_fit_names_the_flags(ids):
-    model = make_llama()
+def test_a_single_sample_that_does_not_fit_ends_the_run(ids):
+    model, batch_size = make_llama(), BatchSize(4)
     hidden, calls = record_layer_calls(model.model, ids, CPU)
     model.model.layers[0].mlp.down_proj.register_forward_pre_hook(no_memory_for_more_than(0, "cuda"))
-    with pytest.raises(UsageError, match="single sample.*--cache_dev cpu.*--dtype.*--seqlen"):
-        propagate(model.model.layers[0], hidden, calls[0], BatchSize(4))
+    with pytest.raises(torch.OutOfMemoryError):
+        propagate(model.model.layers[0], hidden, calls[0], batch_size)
+    assert batch_size.size == 1
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory():

@@ -372,7 +372,7 @@ def test_a_checkpoint_of_another_model_is_not_taken_for_this_one(here, capsys):
 
 
 @pytest.mark.parametrize("error", [SafetensorError, OSError])
-@pytest.mark.parametrize("writer", ["olica.progress.save_file", "olica.checkpoint.custom_object_save"])
+@pytest.mark.parametrize("writer", ["olica.journal.save_file", "olica.checkpoint.custom_object_save"])
 def test_a_full_disk_stops_the_run_and_the_same_command_goes_on(here, capsys, monkeypatch, error, writer):
     def full(*arguments, **settings):
         raise error("disk full")
@@ -387,6 +387,46 @@ def test_a_full_disk_stops_the_run_and_the_same_command_goes_on(here, capsys, mo
     first, second = (load_weights(f"{name}/tiny_sparsity-0.2") for name in ("undisturbed", "out"))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert files_in(here / "out") == {name.replace("undisturbed", "out") for name in files_in(here / "undisturbed")}
+
+
+def test_the_disk_has_to_hold_hidden_states_too(here, capsys, monkeypatch):
+    states = 6 * 32 * 64 * 4
+    prune("--save_dir=out")
+    planned = 4 * json.loads(Path("out/tiny_sparsity-0.2/olica_run.json").read_text())["parameters"]["planned"]
+
+    def free(size: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12 - size, size))
+
+    free(planned + 2 * states - 1)
+    assert "make room or give another --save_dir" in refused(capsys, prune, "--save_dir=other")
+    free(planned + 2 * states)
+    assert prune("--save_dir=other") == 0
+
+
+@pytest.mark.parametrize("place", ["olica.pruning._compress_attention", "olica.pruning.propagate"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: 9 bytes."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        MemoryError(),
+    ],
+)
+def test_memory_that_runs_out_names_the_flags(here, capsys, monkeypatch, place, error):
+    def failing(*arguments, **settings):
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(place, failing)
+        message = refused(capsys, prune, "--save_dir=out")
+        assert message.startswith("out of memory (") and "a --dtype of half the width or" in message
+        assert "--cache_dev" not in message, "hidden states are on the CPU already"
+        patched.setattr(torch.cuda, "is_available", lambda: True)
+        gpu = model_pruning.build_parser().parse_args(["--cache_dev=auto"])
+        assert "--cache_dev cpu" in model_pruning.memory_advice(gpu)
+        assert "--device cpu" in model_pruning.memory_advice(gpu)
+    assert prune("--save_dir=out") == 0
 
 
 def test_an_existing_checkpoint_is_replaced_only_when_told(here, capsys):

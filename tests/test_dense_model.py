@@ -1,5 +1,6 @@
 import gc
 import json
+import time
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny_families import make_family
 from transformers import AutoModelForCausalLM
 
-from olica.dense_model import DenseModel, StreamedModel, open_dense_model
+from olica.dense_model import DenseModel, StreamedModel, is_streamed, open_dense_model
 from olica.errors import UsageError
 from olica.model_source import locate
 from olica.modeling_olica import FAMILIES, SideBySide
@@ -93,6 +94,30 @@ def test_what_only_transformers_understands_is_read_as_a_whole(saved_llama):
     file.unlink()
     torch.save(weights, saved_llama / "pytorch_model.bin")
     check()
+
+
+def test_what_is_going_to_be_streamed_is_known_from_names(saved_llama):
+    assert is_streamed(locate(str(saved_llama)))
+    assert is_streamed(locate("7b")), "expected of the hub's models"
+    file = saved_llama / "model.safetensors"
+    save_file({name.removeprefix("model."): t for name, t in load_file(file).items()}, file, metadata={"format": "pt"})
+    assert not is_streamed(locate(str(saved_llama)))
+
+
+@pytest.mark.parametrize(("device", "ahead"), [("cpu", 0), ("cuda", 1)])
+def test_weights_are_read_ahead_for_a_gpu_and_in_turn_for_the_cpu(saved_llama, monkeypatch, device, ahead):
+    """The order in which layers are read and yielded; no GPU is needed to see it."""
+    streamed, reading, read = opened(saved_llama), [], StreamedModel._read_layer
+    monkeypatch.setattr(StreamedModel, "_read_layer", lambda self, i: reading.append(i) or read(self, i))
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: self)
+    for index, layer in streamed.layers(torch.device(device), "test"):
+        expected = list(range(min(index + ahead, 2) + 1))
+        deadline = time.monotonic() + 10
+        while reading != expected and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert reading == expected
+        assert not any(parameter.is_meta for parameter in layer.parameters())
+    assert index == 2
 
 
 def test_old_buffers_in_a_checkpoint_do_no_harm(saved_llama):

@@ -8,12 +8,13 @@ import pytest
 import torch
 from conftest import make_llama, pruning_options
 from safetensors.torch import save_file
+from transformers import LlamaConfig
 
 from olica import memory
-from olica.activations import BatchSize
 from olica.allocation import allocate
-from olica.memory import MOST_TOKENS, Task, expected_peaks, fit_batch_size
-from olica.recipes import OLICA
+from olica.batch_size import BatchSize
+from olica.memory import MOST_TOKENS, Task, expected_peaks, fit_batch_size, left_by_control_groups
+from olica.recipes import OLICA, RECIPES
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,7 +24,7 @@ def task() -> Task:
     config = make_llama(hidden_size=1024, intermediate_size=2048, num_attention_heads=16, num_hidden_layers=1).config
     total = 10**9
     plan, _ = allocate(OLICA, config, 13 * 10**6, 0.2, 3.0)
-    return Task(config, total, plan[0], (256, 128), 4, is_streamed=True)
+    return Task(config, total, plan[0], (256, 128), 4, OLICA, is_streamed=True)
 
 
 def test_expected_peaks_grow_with_what_they_should(task):
@@ -64,6 +65,63 @@ def test_auto_takes_what_fits(task, monkeypatch, free):
     assert 2 * size * 128 > MOST_TOKENS or taken(2 * size) > 0.7 * free
 
 
+def test_the_recipe_decides_what_is_summed(task):
+    """The paper's survey sums products of all channels with all, the code's does not."""
+    released, paper = (memory.estimate(replace(task, recipe=RECIPES[name]), pruning_options()) for name in (
+        "olica", "olica-paper"
+    ))
+    channels = task.config.intermediate_size
+    assert paper.survey - released.survey > 4 * channels**2
+    without = memory.estimate(task, pruning_options(mlp_num=0))
+    assert released.prune > without.prune and released.survey - without.survey > 4 * task.config.hidden_size**2
+
+
+def test_thirty_billion_parameters_fit_a_small_gpu():
+    """The sizes of LLaMA-30B and 7B in half precision, with hidden states on the host."""
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    for sizes, total, most in (((6656, 17920, 52, 60), 32.5e9, 6e9), ((4096, 11008, 32, 32), 6.74e9, 3e9)):
+        hidden, channels, heads, layers = sizes
+        config = LlamaConfig(
+            hidden_size=hidden, intermediate_size=channels, num_attention_heads=heads, num_hidden_layers=layers
+        )
+        plan, _ = allocate(OLICA, config, int(total), 0.2, 3.0)
+        task = Task(config, int(total), plan[0], (256, 128), 2, OLICA, is_streamed=True)
+        options = pruning_options(mlp_num=6, batch_size=BatchSize(16), device=gpu, cache_device=cpu)
+        assert expected_peaks(task, options)["device_bytes"] < most
+
+
+def test_limits_of_control_groups(tmp_path):
+    process, mounted = tmp_path / "cgroup", tmp_path / "fs"
+
+    def group(folder: str, **files: str) -> None:
+        (mounted / folder).mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (mounted / folder / name.replace("__", ".")).write_text(text + "\n")
+
+    assert left_by_control_groups(process, mounted) == []
+    process.write_text("0::/job/step\n")
+    assert left_by_control_groups(process, mounted) == []
+    cached = {"memory__stat": "anon 5\ninactive_file 30"}
+    group("job/step", memory__max="max", memory__current="7", **cached)
+    group("job", memory__max="1000", memory__current="400", **cached)
+    assert left_by_control_groups(process, mounted) == [1000 - 400 + 30]
+    process.write_text("9:cpu:/x\n4:memory,pids:/job\n")
+    stat = {"memory__stat": "total_inactive_file 3"}
+    group("memory", memory__limit_in_bytes="900", memory__usage_in_bytes="100", **stat)
+    group("memory/job", memory__limit_in_bytes="500", memory__usage_in_bytes="50", **stat)
+    assert left_by_control_groups(process, mounted) == [453, 803]
+    process.write_text("0::/elsewhere/inside/a/container\n")
+    group(".", memory__max="2000", memory__current="500", **cached)
+    assert left_by_control_groups(process, mounted) == [1530]
+
+
+def test_free_memory_is_the_least_of_what_system_and_limits_leave(monkeypatch):
+    system = memory.psutil.virtual_memory().available
+    assert memory.free_memory(torch.device("cpu")) <= 1.1 * system
+    monkeypatch.setattr(memory, "left_by_control_groups", lambda: [10**6])
+    assert memory.free_memory(torch.device("cpu")) == 10**6
+
+
 def peaks(folder: Path, layers: int) -> tuple[int, int]:
     """Expected and measured peak of host memory of the command line on a model of so many layers of 50 MB."""
     sizes = dict(hidden_size=1024, intermediate_size=2752, num_attention_heads=8, num_key_value_heads=8)
@@ -84,4 +142,4 @@ def test_memory_is_as_expected_and_does_not_grow_with_the_layers(tmp_path):
         (tmp_path / str(layers)).mkdir()
         expected, measured[layers] = peaks(tmp_path / str(layers), layers)
         assert expected == pytest.approx(measured[layers], rel=0.2)
-    assert measured[9] - measured[3] < 60e6, "six more layers hold 300 MB"
+    assert measured[9] - measured[3] < 25e6, "six more layers hold 300 MB"

@@ -14,16 +14,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_llama, make_tokenizer
+from conftest import make_llama, make_tokenizer, pruning_options
 from safetensors.torch import save_file
 
 import model_pruning
-from olica import progress as progress_module
 from olica import pruning as pruning_module
+from olica import run_folder as run_folder_module
 from olica import survey as survey_module
-from olica.activations import BatchSize
+from olica.allocation import allocate
+from olica.batch_size import BatchSize
 from olica.command_line import run_command
-from olica.progress import RunFolder
+from olica.dense_model import open_dense_model
+from olica.journal import Journal
+from olica.model_source import locate
+from olica.pruning import prune_layers
+from olica.recipes import RECIPES
+from olica.run_folder import RunFolder
+from olica.survey import survey_layers
 
 ROOT = Path(__file__).parents[1]
 LAYERS = 6
@@ -87,51 +94,98 @@ def undisturbed(here) -> dict[str, bytes]:
     return expected
 
 
-def wait_for_work(process: subprocess.Popen) -> None:
-    """Return when the process shows the progress of a pass over the layers, or has ended: imports take seconds."""
-    shown = b""
-    while b"survey:" not in shown and b"prune:" not in shown:
-        more = os.read(process.stderr.fileno(), 4096)
-        if not more:
+def finished_layers() -> int | None:
+    """What the journal of the unfinished run says; None where there is none."""
+    try:
+        return json.loads((WORK / "progress.json").read_text())["facts"]["pruned"]
+    except FileNotFoundError:
+        return None
+
+
+def wait_for(process: subprocess.Popen, layers: int | None) -> None:
+    """Return when so many layers are finished (None: when the process opens its work folder), or it has ended."""
+    while process.poll() is None:
+        if WORK.exists() if layers is None else (finished_layers() or 0) >= layers:
             return
-        shown += more
+        time.sleep(0.001)
 
 
-def kill_until_done(kills: int, seed: int) -> int:
-    """Run the real command line, killing it so often at random moments; returns how often a layer was finished."""
-    draw, killed, with_layers = random.Random(seed), 0, 0
-    command = [sys.executable, ROOT / "model_pruning.py", *FLAGS]
+def kill_until_done(kills: int, seed: int, *flags: str) -> list[int | None]:
+    """Run the real command line, killing it so often at random moments; returns how many layers were finished then."""
+    draw, met = random.Random(seed), []
+    command = [sys.executable, ROOT / "model_pruning.py", *FLAGS, *flags]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     while True:
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        if killed < kills:
-            wait_for_work(process)
-            time.sleep(draw.uniform(0, 0.25))
-            process.send_signal(signal.SIGKILL)
-        errors = process.communicate()[1]
+        with open("errors", "w+") as errors:
+            process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
+            if len(met) < kills:
+                wait_for(process, draw.choice([None, *range(LAYERS)]))
+                time.sleep(draw.uniform(0, 0.05))
+                process.send_signal(signal.SIGKILL)
+            process.wait()
+            errors.seek(0)
+            said = errors.read()[-2000:]
         if process.returncode == -signal.SIGKILL:
-            killed += 1
-            journal = WORK / "progress.json"
-            with_layers += journal.exists() and json.loads(journal.read_text())["pruned"] > 0
-            if FOLDER.exists() and not journal.exists():
-                shutil.rmtree("out")  # all was done but for the end of the process: once more from the start
+            met.append(finished_layers())
         else:
-            assert process.returncode == 0, errors[-2000:]
-            if killed >= kills:
-                return with_layers
-            shutil.rmtree("out")  # it was faster than the signal
+            assert process.returncode == 0, said
+            if len(met) >= kills:
+                return met
+            shutil.rmtree("out")  # it was faster than the signal: once more from the start
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(24, marks=pytest.mark.slow)])
-def test_a_killed_command_goes_on_to_the_same_bits(here, kills):
-    kill_until_done(0, seed=0)
+@pytest.mark.parametrize(
+    ("kills", "flags"),
+    [
+        (3, []),
+        pytest.param(24, [], marks=pytest.mark.slow),
+        pytest.param(12, ["--overwrite"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_killed_command_goes_on_to_the_same_bits(here, kills, flags):
+    kill_until_done(0, 0, *flags)
     undisturbed = contents(FOLDER)
     shutil.rmtree("out")
-    with_layers = kill_until_done(kills, seed=kills)
+    if flags:
+        prune("--percdamp=0.3")  # what is replaced
+    met = kill_until_done(kills, kills, *flags)
     assert contents(FOLDER) == undisturbed
     assert [path.name for path in Path("out").iterdir()] == [FOLDER.name]
+    assert len(met) == kills and any(met), f"no kill met a run that had finished a layer: {met}"
+    went_on_after = json.loads((FOLDER / "olica_run.json").read_text())["went_on_after"]
+    assert set(went_on_after) <= set(met)
     if kills > 10:
-        assert with_layers > 3, "the kills met too few runs that had finished a layer"
+        assert len(set(met)) > 4, f"the kills met too few moments: {met}"
+
+
+@pytest.mark.parametrize("recipe", ["olica", "olica-paper"])
+def test_hidden_states_are_written_before_the_next_layer_changes_them(here, monkeypatch, recipe):
+    """In the background, as beside a GPU, and by a disk that is slow."""
+    ids = torch.randint(3, 259, (4, 16), generator=torch.Generator().manual_seed(0))
+    write = Journal.write
+
+    def written(in_background: bool, seconds: float) -> dict[str, torch.Tensor]:
+        kept = {}
+
+        def writing(self, name, tensors):
+            time.sleep(seconds)
+            kept.update({f"{name}: {key}": tensor.clone() for key, tensor in tensors.items()})
+            write(self, name, tensors)
+
+        monkeypatch.setattr(Journal, "write", writing)
+        dense, options = open_dense_model(locate("tiny")), pruning_options(mlp_num=0)
+        plan, _ = allocate(RECIPES[recipe], dense.config, dense.model.num_parameters(), 0.2, 3.0)
+        with RunFolder.locked(here / f"out/{in_background}") as progress:
+            work = (RECIPES[recipe], options, progress)
+            progress.begin({}, False, dense.layers_prefix, LAYERS, options.batch_size, in_background)
+            prune_layers(dense, ids, plan, survey_layers(dense, ids, plan, *work), *work)
+        return kept
+
+    at_once, later = written(False, 0.0), written(True, 0.1)
+    assert sum("hidden-pruned" in name for name in at_once) == LAYERS - 1
+    assert at_once.keys() == later.keys()
+    for name, tensor in at_once.items():
+        assert torch.equal(later[name], tensor), name
 
 
 @pytest.mark.parametrize("recipe", ["olica", "olica-paper"])
@@ -290,7 +344,7 @@ def test_a_kill_while_the_checkpoint_is_put_in_its_place(here, undisturbed, caps
         publish = RunFolder.publish
 
         def dying(self):
-            patched.setattr("olica.progress._move_durably", counted(progress_module._move_durably))
+            patched.setattr("olica.run_folder.move_durably", counted(run_folder_module.move_durably))
             patched.setattr(Path, "replace", counted(Path.replace))
             patched.setattr(RunFolder, "_recover", lambda self: None)
             patched.setattr(RunFolder, "tidy", lambda self: None)
@@ -324,9 +378,9 @@ def test_an_end_that_was_not_tidied_answers_for_no_other_run(here, monkeypatch):
 def test_the_next_layer_may_halve_the_batch_before_this_one_is_written(here, monkeypatch):
     with RunFolder.locked(here / "out/x") as progress:
         batch_size = BatchSize(8)
-        progress.begin({"a": 1}, False, "model.layers.", 3, batch_size)
-        write, waiting = RunFolder._write, threading.Event()
-        monkeypatch.setattr(RunFolder, "_write", lambda *arguments: waiting.wait(20) and write(*arguments))
+        progress.begin({"a": 1}, False, "model.layers.", 3, batch_size, in_background=True)
+        write, waiting = Journal.write, threading.Event()
+        monkeypatch.setattr(Journal, "write", lambda *arguments: waiting.wait(20) and write(*arguments))
         progress.save_layer(0, torch.nn.Linear(2, 2), torch.ones(2))
         batch_size.size = 4
         waiting.set()

@@ -5,8 +5,8 @@ import pytest
 import torch
 from conftest import make_llama, prune, pruning_options
 
-from olica.activations import BatchSize
 from olica.allocation import allocate
+from olica.batch_size import BatchSize
 from olica.dense_model import DenseModel
 from olica.errors import UsageError
 from olica.moments import diagonal, full, needs

@@ -8,8 +8,8 @@ from conftest import TEST_DATA
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from olica.activations import BatchSize
 from olica.allocation import allocate, calibration_rank
+from olica.batch_size import BatchSize
 from olica.dense_model import DenseModel
 from olica.options import PruningOptions
 from olica.progress import Progress

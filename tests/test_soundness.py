@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import make_llama, prune
 
-from olica.activations import BatchSize
+from olica.batch_size import BatchSize
 from olica.errors import UsageError
 from olica.recipes import RECIPES
 from olica.soundness import cast_weights

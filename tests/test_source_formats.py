@@ -15,7 +15,7 @@ from tiny_families import make_family
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import model_pruning
-from olica.activations import BatchSize
+from olica.batch_size import BatchSize
 from olica.command_line import run_command
 from olica.configuration_olica import LayerShape
 from olica.errors import UsageError
