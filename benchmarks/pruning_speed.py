@@ -198,7 +198,10 @@ def run(args: argparse.Namespace) -> None:
         run_command(model_pruning.build_parser(), model_pruning.run, arguments)
     passes.append(dense())
     folder = checkpoint_folder(args.work_dir / "pruned", location.label, args.sparsity, args.recipe)
-    report(args, passes, seconds, read_pruning_record(folder))
+    record = read_pruning_record(folder)
+    if record["went_on_after"]:
+        raise UsageError("--work_dir: this finished a run that had been killed, which is no measurement; run it again")
+    report(args, passes, seconds, record)
 
 
 def report(args: argparse.Namespace, passes: list[float], seconds: dict[str, float], record: dict) -> None:

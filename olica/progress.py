@@ -11,20 +11,28 @@ class Progress:
         return {}, {}, None
 
     def save_survey(self, facts: dict, tensors: dict[str, Tensor], hidden: Tensor | None) -> None:
-        """Keep what the survey has found so far, and the hidden states (N, T, D) that enter the next layer.
+        """Keep, now and then, what the survey has found and the hidden states (N, T, D) that enter the next layer.
 
         Args:
             facts: plain values; `layers` is the number of surveyed layers.
             tensors: the rest of it.
-            hidden: None when all layers are surveyed.
+            hidden: None when all layers are surveyed; that is always kept.
         """
 
-    def pruned(self) -> tuple[int, Tensor | None]:
-        """How many layers are finished, and the hidden states (N, T, D) that enter the next one; None: none or all."""
-        return 0, None
+    def pruned(self) -> tuple[int, int, Tensor | None]:
+        """How many layers are finished; hidden states (N, T, D) that were kept last, and the index of the layer that
+        they enter, which may be one of those (None and 0: none were kept)."""
+        return 0, 0, None
+
+    def weights(self, index: int) -> dict[str, Tensor]:
+        """The weights of a finished layer."""
+        raise KeyError(index)
 
     def save_layer(self, index: int, layer: nn.Module, hidden: Tensor | None) -> None:
-        """Keep a finished layer, and the hidden states that enter the next one; neither may change until `wait`."""
+        """Keep a finished layer and, now and then, the hidden states that enter the next one (None: there is none).
+
+        Neither may change until `wait`.
+        """
 
     def wait(self) -> None:
         """Return when what was to be kept is kept."""

@@ -51,10 +51,14 @@ def _compress_feed_forward(
     return pruned | linear_calibration.low_rank_correction(sums, ridge, shape.calibration_rank, recipe.output_weights)
 
 
-def _replace_weights(layer: nn.Module, config, shape: LayerShape, weights: dict[str, Tensor]) -> None:
-    """Shrink `layer` to `shape` and fill it with `weights`."""
+def _shrink(layer: nn.Module, config, shape: LayerShape) -> None:
     with torch.device("meta"):  # the new modules are filled, not initialised
         shrink_layer(layer, config, shape)
+
+
+def _replace_weights(layer: nn.Module, config, shape: LayerShape, weights: dict[str, Tensor]) -> None:
+    """Shrink `layer` to `shape` and fill it with `weights`."""
+    _shrink(layer, config, shape)
     paths, filling = module_paths(layer), {}
     for name, tensor in weights.items():
         module, _, rest = name.partition(".")
@@ -63,6 +67,36 @@ def _replace_weights(layer: nn.Module, config, shape: LayerShape, weights: dict[
     unfilled = [name for name, parameter in layer.named_parameters() if parameter.is_meta]
     if unfilled:
         raise RuntimeError(f"no weights were computed for {', '.join(unfilled)}")
+
+
+def _restore(layer: nn.Module, config, shape: LayerShape, weights: dict[str, Tensor]) -> None:
+    """Make of a dense `layer` what it had been pruned to."""
+    device = next(layer.parameters()).device
+    _shrink(layer, config, shape)
+    layer.load_state_dict({name: weight.to(device) for name, weight in weights.items()}, assign=True)
+
+
+def _prune_layer(
+    index: int,
+    layer: nn.Module,
+    moments: Moments,
+    config,
+    shape: LayerShape,
+    surveyed: Moments,
+    recipe: Recipe,
+    options: PruningOptions,
+    ids_shape: tuple[int, int],
+) -> None:
+    """Prune `layer` to `shape` by the sums of its calibration."""
+    projections = projections_of(layer)
+    like = projections.v_proj.weight
+    # First the MLP, whose sums are the largest and are dropped on the way.
+    with regression(options.percdamp, index):
+        found = _compress_feed_forward(projections, moments, shape, recipe, options, ids_shape)
+    weights, found = cast_weights(found, index, like), None
+    with decomposition(index, "q_proj, k_proj, v_proj or o_proj"):
+        found = _compress_attention(projections, moments, shape, surveyed, recipe, config)
+    _replace_weights(layer, config, shape, weights | cast_weights(found, index, like))
 
 
 @torch.no_grad()
@@ -76,11 +110,16 @@ def prune_layers(
     progress: Progress,
 ) -> None:
     """Prune every decoder layer of `dense` to `plan`, on the stream that the recipe names."""
-    finished, hidden = progress.pruned()
+    finished, entered, hidden = progress.pruned()
     if finished == len(plan):
         return
     hidden, calls = enter_layers(dense, calibration_ids, hidden, options.cache_device)
-    for index, layer in dense.layers(options.device, "prune", first=finished):
+    for index, layer in dense.layers(options.device, "prune", first=entered):
+        if index < finished:
+            if not recipe.dense_stream:
+                _restore(layer, dense.config, plan[index], progress.weights(index))
+            propagate(layer, hidden, calls[index], options.batch_size)
+            continue
         last = index + 1 == len(plan)
         advance = recipe.dense_stream and not last
         if advance:
@@ -88,16 +127,9 @@ def prune_layers(
         moments = Moments(recipe.calibration_needs(plan[index].calibration_rank > 0), dense.config.num_attention_heads)
         calibrate(layer, hidden, calls[index], moments, options.batch_size, advance)
         check_finite(moments, index, hidden.dtype)
-        projections, shape = projections_of(layer), plan[index]
-        # First the MLP, whose sums are the largest and are dropped on the way.
-        with regression(options.percdamp, index):
-            found = _compress_feed_forward(projections, moments, shape, recipe, options, calibration_ids.shape)
-        weights, found = cast_weights(found, index, projections.v_proj.weight), None
-        with decomposition(index, "q_proj, k_proj, v_proj or o_proj"):
-            found = _compress_attention(projections, moments, shape, survey[index].moments, recipe, dense.config)
-        weights |= cast_weights(found, index, projections.v_proj.weight)
-        _replace_weights(layer, dense.config, shape, weights)
-        del moments, projections, found, weights
+        work = (recipe, options, calibration_ids.shape)
+        _prune_layer(index, layer, moments, dense.config, plan[index], survey[index].moments, *work)
+        del moments
         hand_back_memory()
         if not recipe.dense_stream and not last:
             progress.wait()

@@ -3,10 +3,13 @@
 Until the checkpoint's folder NAME is complete, `.NAME.partial` lies beside it:
 
     checkpoint/        the checkpoint so far, one shard for every finished layer
-    *.safetensors      the survey, and the hidden states that enter the next layer
+    *.safetensors      the survey, and hidden states that enter one of the next layers
     progress.json      the journal: what is being done, how far it is, and the checksum of every finished file
 
 and, while a process is at work, the lock `.NAME.lock`.
+
+Hidden states are the bulk of what is written, and the finished layers tell them: they are kept every SAVED_EVERY
+seconds only, and a run that goes on sends them through the layers that were finished since.
 """
 
 import json
@@ -15,6 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from time import monotonic
 
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file
@@ -26,6 +30,7 @@ from .journal import Journal, explained_writing, force_to_disk, move_durably
 from .progress import Progress
 
 CHECKPOINT = "checkpoint"
+SAVED_EVERY = 20.0
 
 
 class RunFolder(Progress):
@@ -47,6 +52,7 @@ class RunFolder(Progress):
         self._batch_size = BatchSize(1)
         self._shards = self._prefix = None
         self._in_background = False
+        self._saved_at = 0.0
         self._writer = ThreadPoolExecutor(1, "write")
         self._writing: Future | None = None
 
@@ -126,13 +132,22 @@ class RunFolder(Progress):
         """
         self._prefix, self._shards, self._batch_size = prefix, layers + 2, batch_size
         self._in_background = in_background
+        self._saved_at = monotonic()
         identity = json.loads(json.dumps(identity))
         if self.is_published and self._ends_here(identity, overwrite):
             return
         if not self._goes_on(identity, overwrite):
             self._journal.path.unlink(missing_ok=True)
             self._journal.forget()
-            self._journal.facts = {"identity": identity, "overwrite": overwrite, "went_on_after": [], "pruned": 0}
+            self._journal.facts = {
+                "identity": identity,
+                "overwrite": overwrite,
+                "went_on_after": [],
+                "batch_size": batch_size.size,
+                "pruned": 0,
+                "hidden": None,
+                "entered": 0,
+            }
         self.checkpoint.mkdir(exist_ok=True)
         force_to_disk(self.work.parent)
         self._journal.remove_others([self.checkpoint])
@@ -188,25 +203,40 @@ class RunFolder(Progress):
 
     def save_survey(self, facts: dict, tensors: dict[str, Tensor], hidden: Tensor | None) -> None:
         """See `Progress`; returns when it is written."""
+        if hidden is not None and not self._is_time():
+            return
         survey = f"survey-{facts['layers']}.safetensors"
         self._journal.write(survey, tensors)
-        hidden_file = self._write_hidden(f"surveyed-{facts['layers']}", hidden)
-        self._commit(survey=survey, surveyed=facts, hidden=hidden_file, batch_size=self._batch_size.size)
+        states = self._kept("surveyed", facts["layers"], hidden)
+        self._commit(survey=survey, surveyed=facts, batch_size=self._batch_size.size, **states)
 
-    def pruned(self) -> tuple[int, Tensor | None]:
+    def pruned(self) -> tuple[int, int, Tensor | None]:
         """See `Progress`."""
-        count = self._journal.facts["pruned"]
-        return count, self._hidden() if count else None
+        facts = self._journal.facts
+        return facts["pruned"], facts["entered"], self._hidden()
+
+    def weights(self, index: int) -> dict[str, Tensor]:
+        """See `Progress`."""
+        prefix = f"{self._prefix}{index}."
+        return {name.removeprefix(prefix): weight for name, weight in _read(self.work / self._shard(index + 2)).items()}
 
     def save_layer(self, index: int, layer: nn.Module, hidden: Tensor | None) -> None:
         """See `Progress`."""
         self.wait()
-        # The batch size as it is now: the next layer may make it smaller before this one is written.
-        self._writing = self._writer.submit(
-            self._save_layer, index, dict(layer.state_dict()), hidden, self._batch_size.size
-        )
+        weights = {f"{self._prefix}{index}.{name}": weight for name, weight in layer.state_dict().items()}
+        # A batch that became smaller on the way to them changes the rounding: then they cannot be told any more.
+        size = self._batch_size.size
+        keeps_hidden = hidden is None or size != self._journal.facts["batch_size"] or self._is_time()
+        self._writing = self._writer.submit(self._save_layer, index, weights, size, hidden, keeps_hidden)
         if not self._in_background:
             self.wait()
+
+    def _is_time(self) -> bool:
+        """Whether hidden states are to be kept again, as is then done."""
+        is_time = monotonic() - self._saved_at > SAVED_EVERY
+        if is_time:
+            self._saved_at = monotonic()
+        return is_time
 
     def wait(self) -> None:
         """See `Progress`.
@@ -218,10 +248,12 @@ class RunFolder(Progress):
             writing, self._writing = self._writing, None
             writing.result()
 
-    def _save_layer(self, index: int, weights: dict[str, Tensor], hidden: Tensor | None, batch_size: int) -> None:
-        self.save_shard(index + 2, {f"{self._prefix}{index}.{name}": weight for name, weight in weights.items()})
-        hidden_file = self._write_hidden(f"pruned-{index + 1}", hidden)
-        self._commit(pruned=index + 1, hidden=hidden_file, batch_size=batch_size)
+    def _save_layer(
+        self, index: int, weights: dict[str, Tensor], batch_size: int, hidden: Tensor | None, keeps_hidden: bool
+    ) -> None:
+        self.save_shard(index + 2, weights)
+        states = self._kept("pruned", index + 1, hidden) if keeps_hidden else {}
+        self._commit(pruned=index + 1, batch_size=batch_size, **states)
 
     def save_shard(self, number: int, weights: dict[str, Tensor]) -> None:
         """Write shard `number` of the checkpoint: the decoder layers' begin with 2.
@@ -229,19 +261,22 @@ class RunFolder(Progress):
         Raises:
             UsageError: it cannot be written.
         """
-        self._journal.write(f"{CHECKPOINT}/model-{number:05}-of-{self._shards:05}.safetensors", weights)
+        self._journal.write(self._shard(number), weights)
+
+    def _shard(self, number: int) -> str:
+        return f"{CHECKPOINT}/model-{number:05}-of-{self._shards:05}.safetensors"
 
     def _hidden(self) -> Tensor | None:
         name = self._journal.facts["hidden"]
-        # Not mapped from the file, which is going to be removed: in memory of its own, aligned as it was.
-        return load_file(self.work / name)["hidden"].clone() if name else None
+        return _read(self.work / name)["hidden"] if name else None
 
-    def _write_hidden(self, step: str, hidden: Tensor | None) -> str | None:
+    def _kept(self, done: str, layers: int, hidden: Tensor | None) -> dict:
+        """Write the hidden states that enter the layer behind so many; returns what the journal is to say of them."""
         if hidden is None:
-            return None
-        name = f"hidden-{step}.safetensors"
+            return {"hidden": None, "entered": 0}
+        name = f"hidden-{done}-{layers}.safetensors"
         self._journal.write(name, {"hidden": hidden})
-        return name
+        return {"hidden": name, "entered": layers}
 
     def _commit(self, **facts) -> None:
         """Keep `facts`, and of the surveys and hidden states only the last ones."""
@@ -276,3 +311,8 @@ class RunFolder(Progress):
             if path != self._journal.path:
                 path.unlink()
         shutil.rmtree(self.work, ignore_errors=True)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """Tensors of a file: not mapped from it, since it may be removed, but in memory of their own, aligned as before."""
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}

@@ -5,7 +5,6 @@ N samples, T tokens, D hidden size
 
 import logging
 from dataclasses import dataclass
-from time import monotonic
 
 import torch
 from torch import Tensor
@@ -22,9 +21,6 @@ from .options import PruningOptions
 from .progress import Progress
 from .recipes import Recipe
 from .soundness import check_finite, regression
-
-# Seconds of work on the survey that a killed run may lose: its hidden states are not written after every layer.
-SAVED_EVERY = 20.0
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +58,6 @@ def survey_layers(
     if len(survey) == layers:
         return survey
     hidden, calls = enter_layers(dense, calibration_ids, hidden, options.cache_device)
-    saved = monotonic()
     for index, layer in dense.layers(options.device, "survey", first=len(survey)):
         moments = Moments(wanted[index], heads)
         calibrate(layer, hidden, calls[index], moments, options.batch_size, advance=index + 1 < layers)
@@ -74,10 +69,7 @@ def survey_layers(
                 ridge = options.ridge(recipe, moments, calibration_ids.shape)
                 correlation = multiple_correlation(sums, ridge_regression(sums, ridge)).mean().item()
         survey.append(LayerSurvey(correlation, moments.kept(recipe.value_basis.needs)))
-        done = index + 1 == layers
-        if done or monotonic() - saved > SAVED_EVERY:
-            progress.save_survey(*_packed(survey), None if done else hidden)
-            saved = monotonic()
+        progress.save_survey(*_packed(survey), hidden if index + 1 < layers else None)
     return survey
 
 

@@ -97,9 +97,15 @@ def undisturbed(here) -> dict[str, bytes]:
 def finished_layers() -> int | None:
     """What the journal of the unfinished run says; None where there is none."""
     try:
-        return json.loads((WORK / "progress.json").read_text())["facts"]["pruned"]
-    except FileNotFoundError:
+        return journal()["pruned"]
+    except ValueError:  # there is none
         return None
+
+
+def journal() -> dict:
+    """The facts in the journal of the unfinished run, whatever its recipe."""
+    (path,) = Path("out").glob(".*.partial/progress.json")
+    return json.loads(path.read_text())["facts"]
 
 
 def wait_for(process: subprocess.Popen, layers: int | None) -> None:
@@ -181,6 +187,7 @@ def test_hidden_states_are_written_before_the_next_layer_changes_them(here, monk
             prune_layers(dense, ids, plan, survey_layers(dense, ids, plan, *work), *work)
         return kept
 
+    monkeypatch.setattr(run_folder_module, "SAVED_EVERY", -1.0)
     at_once, later = written(False, 0.0), written(True, 0.1)
     assert sum("hidden-pruned" in name for name in at_once) == LAYERS - 1
     assert at_once.keys() == later.keys()
@@ -188,18 +195,22 @@ def test_hidden_states_are_written_before_the_next_layer_changes_them(here, monk
         assert torch.equal(later[name], tensor), name
 
 
+@pytest.mark.parametrize("seconds", [run_folder_module.SAVED_EVERY, -1.0])
 @pytest.mark.parametrize("recipe", ["olica", "olica-paper"])
 @pytest.mark.parametrize("layers", [0, 1, LAYERS - 1])
-def test_a_run_goes_on_after_the_last_finished_layer(here, monkeypatch, recipe, layers):
+def test_a_run_goes_on_after_the_last_finished_layer(here, monkeypatch, recipe, layers, seconds):
+    """Whether hidden states are kept after every layer or have to be told from the finished ones."""
+    monkeypatch.setattr(run_folder_module, "SAVED_EVERY", seconds)
     suffix = "" if recipe == "olica" else f"_{recipe}"
     folder, flag = Path(f"out/tiny_sparsity-0.2{suffix}"), f"--recipe={recipe}"
     prune(flag)
     expected = contents(folder)
     shutil.rmtree("out")
     interrupted_after(layers, monkeypatch, flag)
-    pruned, shrink_layer = [], pruning_module.shrink_layer
+    assert journal()["entered"] == (layers if seconds < 0 else 0)
+    pruned, compress = [], pruning_module._compress_attention
     with monkeypatch.context() as patched:
-        patched.setattr(pruning_module, "shrink_layer", lambda *args: pruned.append(args) or shrink_layer(*args))
+        patched.setattr(pruning_module, "_compress_attention", lambda *args: pruned.append(args) or compress(*args))
         prune(flag)
     assert len(pruned) == LAYERS - layers
     assert contents(folder) == expected
@@ -212,7 +223,7 @@ def test_a_survey_goes_on_too(here, monkeypatch, recipe):
     prune(f"--recipe={recipe}")
     expected = contents(Path(f"out/tiny_sparsity-0.2{suffix}"))
     shutil.rmtree("out")
-    monkeypatch.setattr(survey_module, "SAVED_EVERY", -1.0)
+    monkeypatch.setattr(run_folder_module, "SAVED_EVERY", -1.0)
     surveyed, calibrate = [], survey_module.calibrate
     with monkeypatch.context() as patched:
 
@@ -292,6 +303,7 @@ def test_where_hidden_states_live_and_files_lie_may_change(here, undisturbed, mo
 @pytest.mark.parametrize("file", ["checkpoint/model-00003-of-00008.safetensors", "survey-6.safetensors",
                                   "hidden-pruned-3.safetensors"])  # fmt: skip
 def test_altered_files_are_told_by_their_checksums(here, undisturbed, capsys, monkeypatch, harm, file):
+    monkeypatch.setattr(run_folder_module, "SAVED_EVERY", -1.0)
     interrupted_after(3, monkeypatch)
     path = WORK / ("progress.json" if harm == "journal" else file)
     data = bytearray(path.read_bytes())
@@ -301,6 +313,33 @@ def test_altered_files_are_told_by_their_checksums(here, undisturbed, capsys, mo
     assert path.name in message and "--overwrite" in message
     assert prune("--overwrite") == 0
     assert contents(FOLDER) == undisturbed
+
+
+def test_a_batch_that_became_smaller_is_followed(here, monkeypatch):
+    """Hidden states that came from batches of two sizes cannot be told from the layers, so they are kept at once."""
+    propagate = pruning_module.propagate
+
+    def halving(layer, hidden, call, batch_size, calls):
+        propagate(layer, hidden, call, batch_size)
+        calls.append(batch_size.size)
+        if len(calls) == 2 and batch_size.size == 16:
+            batch_size.size = 3
+
+    def with_halving(patched) -> None:
+        calls = []
+        patched.setattr(pruning_module, "propagate", lambda *arguments: halving(*arguments, calls))
+
+    with monkeypatch.context() as patched:
+        with_halving(patched)
+        prune()
+    expected = contents(FOLDER)
+    shutil.rmtree("out")
+    with monkeypatch.context() as patched:
+        with_halving(patched)
+        interrupted_after(4, monkeypatch)
+    assert (journal()["pruned"], journal()["entered"], journal()["batch_size"]) == (4, 2, 3)
+    prune()
+    assert contents(FOLDER) == expected
 
 
 def test_what_a_killed_run_left_half_written_is_thrown_away(here, undisturbed, monkeypatch):
@@ -420,5 +459,5 @@ def test_the_batch_size_that_was_left_is_kept(here):
             progress.begin({"a": 1}, False, "model.layers.", 3, batch_size)
             sizes.append(batch_size.size)
             batch_size.size = size // 2
-            progress.save_survey({"layers": 1}, {"1": ids}, ids)
+            progress.save_survey({"layers": 1}, {"1": ids}, None)
     assert sizes == [8, 4]
