@@ -138,5 +138,5 @@ def test_output_is_checked_before_work(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="not a folder"):
         check_folder(tmp_path / "file/new")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 5, 5))
-    with pytest.raises(UsageError, match="--save_dir: the pruned model takes 0.00 GB .* free"):
+    with pytest.raises(UsageError, match="--save_dir: the pruned model, .* takes 0.00 GB .* free"):
         check_room(tmp_path / "new", 1000, overwrite=False)
