@@ -76,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def memory_advice(args: argparse.Namespace) -> str:
     """What to do when memory runs out with a single sample at a time, or outside of batches."""
-    ways = ["a --dtype of half the width", "a smaller calibration set"]
+    ways = ["a --dtype of half the width", "a smaller calibration set (--num_samples, --seqlen)"]
     if pick_device(args.device).type == "cuda":
         ways = [*(["--cache_dev cpu"] if args.cache_dev != "cpu" else []), *ways, "--device cpu"]
     return f"give {', '.join(ways[:-1])} or {ways[-1]}"

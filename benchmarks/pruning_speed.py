@@ -56,7 +56,8 @@ STAGES = {
     "survey: dense layers, sums": ("olica.survey.calibrate",),
     "survey: regressions": ("olica.survey.ridge_regression", "olica.survey.multiple_correlation"),
     "prune: dense layers, sums": ("olica.pruning.calibrate",),
-    "prune: query, key, value, output": ("olica.pruning._compress_attention",),
+    "prune: query, key": ("olica.pruning._compress_query_key",),
+    "prune: value, output": ("olica.pruning._compress_value_output",),
     "prune: MLP, correction": ("olica.pruning._compress_feed_forward",),
     "prune: pruned layers": ("olica.pruning.propagate",),
 }
@@ -190,13 +191,14 @@ def run(args: argparse.Namespace) -> None:
     arguments = [*(f"--{flag}={value}" for flag, value in flags.items()), "--overwrite"]
     ids = read_token_file(tokens).ids
 
-    def dense() -> float:
+    def dense(ids: torch.Tensor) -> float:
         return dense_pass(location, args.dtype, ids, DENSE_BATCH_SIZE, device, cache_device)
 
-    passes = [dense()]
+    dense(ids[:DENSE_BATCH_SIZE])  # what is done once only
+    passes = [dense(ids)]
     with timed_stages(device) as seconds:
         run_command(model_pruning.build_parser(), model_pruning.run, arguments)
-    passes.append(dense())
+    passes.append(dense(ids))
     folder = checkpoint_folder(args.work_dir / "pruned", location.label, args.sparsity, args.recipe)
     record = read_pruning_record(folder)
     if record["went_on_after"]:

@@ -125,12 +125,12 @@ class StreamedModel(DenseModel):
         return map(self._read_layer, range(first, len(self.decoder.layers)))
 
     def _read_ahead(self, first: int, reader: ThreadPoolExecutor) -> Iterator[dict[str, Tensor]]:
+        count = len(self.decoder.layers)
         coming = reader.submit(self._read_layer, first)
-        for following in range(first + 1, len(self.decoder.layers)):
-            weights, coming = coming.result(), reader.submit(self._read_layer, following)
-            yield weights
-            del weights
-        yield coming.result()
+        for following in range(first + 1, count + 1):
+            read = [coming.result()]
+            coming = reader.submit(self._read_layer, following) if following < count else None
+            yield read.pop()  # not to be held here while the layer is worked on
 
     def _read_layer(self, index: int) -> dict[str, Tensor]:
         prefix = f"{self.layers_prefix}{index}."

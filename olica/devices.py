@@ -30,8 +30,10 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if not isinstance(error, RuntimeError):
         return False
-    # cuBLAS and cuSOLVER take memory of their own, past torch's allocator.
-    return should_reduce_batch_size(error) or "_STATUS_ALLOC_FAILED" in str(error)
+    # CUDA itself, cuBLAS and cuSOLVER take memory of their own, past torch's allocator.
+    return should_reduce_batch_size(error) or any(
+        words in str(error) for words in ("CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
+    )
 
 
 @contextmanager

@@ -24,7 +24,7 @@ class Journal:
 
     Attributes:
         path: its file.
-        facts: plain values, as they are on the disk; change them by `commit`.
+        facts: plain values, as they are on the disk or the next `commit` is going to write them.
         files: SHA-256 of every file written, by its path within the folder; those since the last `commit` too.
     """
 

@@ -17,6 +17,10 @@ ROUNDING = 1e-13
 DOUBLE_BLOCK = 1024
 
 
+class SingularError(ArithmeticError):
+    """A regression whose matrix is singular."""
+
+
 def all_finite(tensor: Tensor) -> bool:
     """Whether nothing in `tensor` is NaN or infinite; takes no memory of its size."""
     return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
@@ -51,7 +55,9 @@ def low_rank_split(weight: Tensor, second_moment: Tensor, rank: int) -> tuple[Te
     """
     weight, second_moment = weight.double(), second_moment.double()
     weighted = weight * second_moment if second_moment.ndim == 1 else weight @ second_moment
-    expand = principal_components(weighted @ weight.T, rank)
+    output_moment = weighted @ weight.T
+    del weighted  # large beside the eigenproblem
+    expand = principal_components(output_moment, rank)
     return expand.T @ weight, expand
 
 
@@ -89,12 +95,14 @@ def ridge_regression(sums: RegressionSums, ridge: float) -> Tensor:
     """Solution B (D, O) of min ||Y - X B||^2 + ridge ||B||^2 (paper, eq. 7); no intercept.
 
     Raises:
-        torch.linalg.LinAlgError: X^T X + ridge I is not positive definite (a ridge of 0 and too few tokens).
+        SingularError: X^T X + ridge I is not positive definite (a ridge of 0 and too few tokens).
     """
     x, y, a, b = (vector.double() for vector in (sums.x, sums.y, sums.x_centre, sums.y_centre))
     regularised = about_zero(sums.xx, x, x, a, a, sums.count)
     regularised.diagonal().add_(ridge)
-    factor = torch.linalg.cholesky(regularised)
+    factor, fault = torch.linalg.cholesky_ex(regularised)
+    if fault:
+        raise SingularError("X^T X + ridge I is not positive definite")
     del regularised  # as large as what follows
     return torch.cholesky_solve(about_zero(sums.xy, x, y, a, b, sums.count), factor)
 

@@ -140,7 +140,8 @@ def _residual(task: Task, statistics: set[Statistic]) -> int:
 
 
 def _attention(task: Task) -> int:
-    """Bytes of the float64 work on the attention: W, W D, W D W^T, its eigenvectors and LAPACK's work for them."""
+    """Bytes of the float64 work on the attention: the factors of q, then k's W, W C W^T, its eigenvectors and what
+    finding them takes. The rotation of v and o takes less."""
     heads = task.config.num_attention_heads * head_dim(task.config)
     return DOUBLE * (2 * task.config.hidden_size * heads + 4 * heads**2)
 
@@ -150,6 +151,8 @@ def expected_peaks(task: Task, options: PruningOptions) -> dict[str, int | None]
     demand = estimate(task, options)
     working = max(demand.survey, demand.prune)
     on_gpu, on_host = options.device.type == "cuda", options.cache_device.type == "cpu"
+    if on_gpu:
+        free_memory(options.device)  # starts CUDA, whose own memory on the host is then counted
     # The layer at work and its pruned form; beside a GPU the next layer, which is read meanwhile, and the last one,
     # which is written.
     layers = 2 * demand.layer

@@ -25,6 +25,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from .configuration_olica import head_dim
 from .cost import folder_weight_bytes
+from .devices import is_out_of_memory
 from .errors import UsageError
 from .modeling_olica import FAMILIES
 
@@ -114,6 +115,8 @@ def explained(location: Location, what: str) -> Iterator[None]:
     except (UsageError, NameError, AssertionError, MemoryError):  # the latter ones are no fault of the files
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         cause = error.__cause__ if isinstance(error.__cause__, ValueError | TypeError) else error
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise UsageError(f"{location.flag} {location.name}: {what} ({reason})") from error

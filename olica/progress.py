@@ -29,10 +29,7 @@ class Progress:
         raise KeyError(index)
 
     def save_layer(self, index: int, layer: nn.Module, hidden: Tensor | None) -> None:
-        """Keep a finished layer and, now and then, the hidden states that enter the next one (None: there is none).
-
-        Neither may change until `wait`.
-        """
+        """Keep a finished layer and, now and then, the hidden states that enter the next one (None: there is none)."""
 
     def wait(self) -> None:
-        """Return when what was to be kept is kept."""
+        """Return when the layers that were to be kept are kept."""

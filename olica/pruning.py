@@ -20,15 +20,16 @@ from .soundness import cast_weights, check_finite, decomposition, regression
 from .survey import LayerSurvey
 
 
-def _compress_attention(
+def _compress_query_key(layer: Projections, moments: Moments, shape: LayerShape, recipe: Recipe) -> dict[str, Tensor]:
+    return recipe.query_key(layer, moments, shape)
+
+
+def _compress_value_output(
     layer: Projections, moments: Moments, shape: LayerShape, surveyed: Moments, recipe: Recipe, config
 ) -> dict[str, Tensor]:
     heads = (config.num_attention_heads, config.num_key_value_heads)
     basis = recipe.value_basis(layer, surveyed, *heads)
-    value_output_weights = value_output.prune_value_output(
-        layer, moments, shape, basis, recipe.value_importance, *heads
-    )
-    return recipe.query_key(layer, moments, shape) | value_output_weights
+    return value_output.prune_value_output(layer, moments, shape, basis, recipe.value_importance, *heads)
 
 
 def _compress_feed_forward(
@@ -89,14 +90,20 @@ def _prune_layer(
 ) -> None:
     """Prune `layer` to `shape` by the sums of its calibration."""
     projections = projections_of(layer)
-    like = projections.v_proj.weight
-    # First the MLP, whose sums are the largest and are dropped on the way.
-    with regression(options.percdamp, index):
-        found = _compress_feed_forward(projections, moments, shape, recipe, options, ids_shape)
-    weights, found = cast_weights(found, index, like), None
-    with decomposition(index, "q_proj, k_proj, v_proj or o_proj"):
-        found = _compress_attention(projections, moments, shape, surveyed, recipe, config)
-    _replace_weights(layer, config, shape, weights | cast_weights(found, index, like))
+    weights: dict[str, Tensor] = {}
+
+    def add(computed: dict[str, Tensor]) -> None:
+        weights.update(cast_weights(computed, index, projections.v_proj.weight))
+
+    # First the MLP, whose sums are the largest and are dropped on the way. What is computed in double precision is cast
+    # before the next is.
+    with regression(options.percdamp, index), decomposition(index, "the correction beside down_proj"):
+        add(_compress_feed_forward(projections, moments, shape, recipe, options, ids_shape))
+    with decomposition(index, "q_proj or k_proj"):
+        add(_compress_query_key(projections, moments, shape, recipe))
+    with decomposition(index, "v_proj and o_proj"):
+        add(_compress_value_output(projections, moments, shape, surveyed, recipe, config))
+    _replace_weights(layer, config, shape, weights)
 
 
 @torch.no_grad()
@@ -121,18 +128,14 @@ def prune_layers(
             propagate(layer, hidden, calls[index], options.batch_size)
             continue
         last = index + 1 == len(plan)
-        advance = recipe.dense_stream and not last
-        if advance:
-            progress.wait()
         moments = Moments(recipe.calibration_needs(plan[index].calibration_rank > 0), dense.config.num_attention_heads)
-        calibrate(layer, hidden, calls[index], moments, options.batch_size, advance)
+        calibrate(layer, hidden, calls[index], moments, options.batch_size, advance=recipe.dense_stream and not last)
         check_finite(moments, index, hidden.dtype)
         work = (recipe, options, calibration_ids.shape)
         _prune_layer(index, layer, moments, dense.config, plan[index], survey[index].moments, *work)
         del moments
         hand_back_memory()
         if not recipe.dense_stream and not last:
-            progress.wait()
             propagate(layer, hidden, calls[index], options.batch_size)
         progress.save_layer(index, layer, None if last else hidden)
     progress.wait()

@@ -190,7 +190,7 @@ class RunFolder(Progress):
 
     @property
     def interruptions(self) -> list[int]:
-        """For every time that the run was interrupted, how many layers were finished."""
+        """How many layers were finished when the run went on, for every time that it then finished something."""
         return self._journal.facts["went_on_after"]
 
     def survey(self) -> tuple[dict, dict[str, Tensor], Tensor | None]:
@@ -202,7 +202,7 @@ class RunFolder(Progress):
         return facts["surveyed"], load_file(self.work / facts["survey"]), hidden
 
     def save_survey(self, facts: dict, tensors: dict[str, Tensor], hidden: Tensor | None) -> None:
-        """See `Progress`; returns when it is written."""
+        """See `Progress`."""
         if hidden is not None and not self._is_time():
             return
         survey = f"survey-{facts['layers']}.safetensors"
@@ -221,22 +221,21 @@ class RunFolder(Progress):
         return {name.removeprefix(prefix): weight for name, weight in _read(self.work / self._shard(index + 2)).items()}
 
     def save_layer(self, index: int, layer: nn.Module, hidden: Tensor | None) -> None:
-        """See `Progress`."""
+        """See `Progress`; hidden states are written when it returns, the layer may be written later."""
         self.wait()
-        weights = {f"{self._prefix}{index}.{name}": weight for name, weight in layer.state_dict().items()}
+        # Copies of what is on a device, whose memory the next layer needs.
+        weights = {f"{self._prefix}{index}.{name}": weight.cpu() for name, weight in layer.state_dict().items()}
+        size, states = self._batch_size.size, {}
         # A batch that became smaller on the way to them changes the rounding: then they cannot be told any more.
-        size = self._batch_size.size
-        keeps_hidden = hidden is None or size != self._journal.facts["batch_size"] or self._is_time()
-        self._writing = self._writer.submit(self._save_layer, index, weights, size, hidden, keeps_hidden)
-        if not self._in_background:
+        if hidden is None or size != self._journal.facts["batch_size"] or self._is_time():
+            states = self._kept("pruned", index + 1, hidden)
+        self._writing = self._writer.submit(self._save_layer, index, weights, {"batch_size": size} | states)
+        if states or not self._in_background:
             self.wait()
 
-    def _is_time(self) -> bool:
-        """Whether hidden states are to be kept again, as is then done."""
-        is_time = monotonic() - self._saved_at > SAVED_EVERY
-        if is_time:
-            self._saved_at = monotonic()
-        return is_time
+    def _save_layer(self, index: int, weights: dict[str, Tensor], facts: dict) -> None:
+        self.save_shard(index + 2, weights)
+        self._commit(pruned=index + 1, **facts)
 
     def wait(self) -> None:
         """See `Progress`.
@@ -248,12 +247,9 @@ class RunFolder(Progress):
             writing, self._writing = self._writing, None
             writing.result()
 
-    def _save_layer(
-        self, index: int, weights: dict[str, Tensor], batch_size: int, hidden: Tensor | None, keeps_hidden: bool
-    ) -> None:
-        self.save_shard(index + 2, weights)
-        states = self._kept("pruned", index + 1, hidden) if keeps_hidden else {}
-        self._commit(pruned=index + 1, batch_size=batch_size, **states)
+    def _is_time(self) -> bool:
+        """Whether hidden states were kept so long ago that they should be again."""
+        return monotonic() - self._saved_at > SAVED_EVERY
 
     def save_shard(self, number: int, weights: dict[str, Tensor]) -> None:
         """Write shard `number` of the checkpoint: the decoder layers' begin with 2.
@@ -276,6 +272,7 @@ class RunFolder(Progress):
             return {"hidden": None, "entered": 0}
         name = f"hidden-{done}-{layers}.safetensors"
         self._journal.write(name, {"hidden": hidden})
+        self._saved_at = monotonic()
         return {"hidden": name, "entered": layers}
 
     def _commit(self, **facts) -> None:

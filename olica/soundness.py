@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .errors import UsageError
-from .linalg import all_finite
+from .linalg import SingularError, all_finite
 from .moments import TAPS, Moments
 
 
@@ -33,10 +33,10 @@ def regression(percdamp: float, index: int) -> Iterator[None]:
     """Tell the user of a fit that the ridge is too weak for."""
     try:
         yield
-    except torch.linalg.LinAlgError as error:
+    except SingularError as error:
         raise UsageError(
             f"--percdamp {percdamp:g} is too small for the calibration set: in layer {index} the regression on the "
-            "MLP's input (that of gate_proj) is singular; raise it, or --num_samples"
+            "MLP's input (that of gate_proj) is singular; raise it, or --num_samples, unless that input is always zero"
         ) from error
 
 

@@ -403,7 +403,7 @@ def test_the_disk_has_to_hold_hidden_states_too(here, capsys, monkeypatch):
     assert prune("--save_dir=other") == 0
 
 
-@pytest.mark.parametrize("place", ["olica.pruning._compress_attention", "olica.pruning.propagate"])
+@pytest.mark.parametrize("place", ["olica.pruning._compress_query_key", "olica.pruning.propagate"])
 @pytest.mark.parametrize(
     "error",
     [

@@ -94,72 +94,70 @@ def undisturbed(here) -> dict[str, bytes]:
     return expected
 
 
-def finished_layers() -> int | None:
-    """What the journal of the unfinished run says; None where there is none."""
-    try:
-        return journal()["pruned"]
-    except ValueError:  # there is none
-        return None
-
-
 def journal() -> dict:
     """The facts in the journal of the unfinished run, whatever its recipe."""
     (path,) = Path("out").glob(".*.partial/progress.json")
     return json.loads(path.read_text())["facts"]
 
 
-def wait_for(process: subprocess.Popen, layers: int | None) -> None:
-    """Return when so many layers are finished (None: when the process opens its work folder), or it has ended."""
-    while process.poll() is None:
-        if WORK.exists() if layers is None else (finished_layers() or 0) >= layers:
-            return
-        time.sleep(0.001)
+def steps() -> int:
+    """How many layers the journal has as surveyed and as pruned, and one more when all is to be moved to its place."""
+    try:
+        facts = journal()
+    except (ValueError, FileNotFoundError):  # there is none, or it has just been removed
+        return 0
+    return facts.get("surveyed", {}).get("layers", 0) + facts["pruned"] + facts.get("publishing", False)
 
 
-def kill_until_done(kills: int, seed: int, *flags: str) -> list[int | None]:
-    """Run the real command line, killing it so often at random moments; returns how many layers were finished then."""
-    draw, met = random.Random(seed), []
-    command = [sys.executable, ROOT / "model_pruning.py", *FLAGS, *flags]
+# The command line, as it is, and keeping surveys and hidden states after every layer.
+COMMAND = [sys.executable, str(ROOT / "model_pruning.py")]
+SAVING = "import runpy, sys, olica.run_folder as r; r.SAVED_EVERY = -1.0; sys.argv.pop(0); "
+SAVING_COMMAND = [sys.executable, "-c", SAVING + "runpy.run_path(sys.argv[0], run_name='__main__')", COMMAND[1]]
+
+
+def kill_until_done(kills: int, command: list[str]) -> list[int]:
+    """Run the command, killing it so often at random moments of its work; returns how many steps were done then."""
+    draw, met = random.Random(kills), []
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     while True:
+        done, more = steps(), draw.randint(0, 3)
         with open("errors", "w+") as errors:
             process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
-            if len(met) < kills:
-                wait_for(process, draw.choice([None, *range(LAYERS)]))
-                time.sleep(draw.uniform(0, 0.05))
-                process.send_signal(signal.SIGKILL)
+            while len(met) < kills and process.poll() is None:
+                # At work, that many steps further, and then at any moment.
+                if "/s]" in Path("errors").read_text(errors="replace") and steps() >= done + more:
+                    time.sleep(draw.uniform(0, 0.05))
+                    process.send_signal(signal.SIGKILL)
+                    break
+                time.sleep(0.001)
             process.wait()
-            errors.seek(0)
-            said = errors.read()[-2000:]
         if process.returncode == -signal.SIGKILL:
-            met.append(finished_layers())
+            met.append(steps())
         else:
-            assert process.returncode == 0, said
+            assert process.returncode == 0, Path("errors").read_text(errors="replace")[-2000:]
             if len(met) >= kills:
                 return met
             shutil.rmtree("out")  # it was faster than the signal: once more from the start
 
 
 @pytest.mark.parametrize(
-    ("kills", "flags"),
+    ("kills", "command", "flags"),
     [
-        (3, []),
-        pytest.param(24, [], marks=pytest.mark.slow),
-        pytest.param(12, ["--overwrite"], marks=pytest.mark.slow),
+        (3, COMMAND, []),
+        pytest.param(24, COMMAND, [], marks=pytest.mark.slow),
+        pytest.param(12, SAVING_COMMAND, ["--overwrite"], marks=pytest.mark.slow),
     ],
 )
-def test_a_killed_command_goes_on_to_the_same_bits(here, kills, flags):
-    kill_until_done(0, 0, *flags)
+def test_a_killed_command_goes_on_to_the_same_bits(here, kills, command, flags):
+    kill_until_done(0, [*COMMAND, *FLAGS, *flags])
     undisturbed = contents(FOLDER)
     shutil.rmtree("out")
     if flags:
         prune("--percdamp=0.3")  # what is replaced
-    met = kill_until_done(kills, kills, *flags)
+    met = kill_until_done(kills, [*command, *FLAGS, *flags])
     assert contents(FOLDER) == undisturbed
     assert [path.name for path in Path("out").iterdir()] == [FOLDER.name]
-    assert len(met) == kills and any(met), f"no kill met a run that had finished a layer: {met}"
-    went_on_after = json.loads((FOLDER / "olica_run.json").read_text())["went_on_after"]
-    assert set(went_on_after) <= set(met)
+    assert len(met) == kills and any(step > LAYERS for step in met), f"no kill met a finished layer: {met}"
     if kills > 10:
         assert len(set(met)) > 4, f"the kills met too few moments: {met}"
 
@@ -208,9 +206,9 @@ def test_a_run_goes_on_after_the_last_finished_layer(here, monkeypatch, recipe, 
     shutil.rmtree("out")
     interrupted_after(layers, monkeypatch, flag)
     assert journal()["entered"] == (layers if seconds < 0 else 0)
-    pruned, compress = [], pruning_module._compress_attention
+    pruned, compress = [], pruning_module._compress_value_output
     with monkeypatch.context() as patched:
-        patched.setattr(pruning_module, "_compress_attention", lambda *args: pruned.append(args) or compress(*args))
+        patched.setattr(pruning_module, "_compress_value_output", lambda *args: pruned.append(args) or compress(*args))
         prune(flag)
     assert len(pruned) == LAYERS - layers
     assert contents(folder) == expected
@@ -242,7 +240,7 @@ def test_a_survey_goes_on_too(here, monkeypatch, recipe):
     assert contents(Path(f"out/tiny_sparsity-0.2{suffix}")) == expected
 
 
-def test_gguf_and_bin_sources_go_on_too(here, undisturbed, monkeypatch):
+def test_a_model_that_is_in_memory_as_a_whole_goes_on_too(here, undisturbed, monkeypatch):
     model = make_llama(num_key_value_heads=2, num_hidden_layers=LAYERS)
     torch.save(model.state_dict(), "tiny/pytorch_model.bin")
     Path("tiny/model.safetensors").unlink()
@@ -299,13 +297,34 @@ def test_where_hidden_states_live_and_files_lie_may_change(here, undisturbed, mo
     assert contents(FOLDER) == undisturbed
 
 
-@pytest.mark.parametrize("harm", ["altered", "cut", "missing", "journal"])
+@pytest.mark.parametrize("harm", ["cut", "a fact", "a checksum"])
+def test_an_altered_journal_is_told_by_its_checksum(here, undisturbed, capsys, monkeypatch, harm):
+    interrupted_after(3, monkeypatch)
+    path = WORK / "progress.json"
+    text = path.read_text()
+    stored = json.loads(text)
+    match harm:
+        case "cut":
+            path.write_text(text[:-3])
+        case "a fact":
+            stored["facts"]["pruned"] = 2
+            path.write_text(json.dumps(stored))
+        case "a checksum":
+            stored["files"].pop("checkpoint/model-00003-of-00008.safetensors")
+            path.write_text(json.dumps(stored))
+    message = refused(capsys)
+    assert "progress.json is damaged" in message and "--overwrite" in message
+    assert prune("--overwrite") == 0
+    assert contents(FOLDER) == undisturbed
+
+
+@pytest.mark.parametrize("harm", ["altered", "cut", "missing"])
 @pytest.mark.parametrize("file", ["checkpoint/model-00003-of-00008.safetensors", "survey-6.safetensors",
                                   "hidden-pruned-3.safetensors"])  # fmt: skip
 def test_altered_files_are_told_by_their_checksums(here, undisturbed, capsys, monkeypatch, harm, file):
     monkeypatch.setattr(run_folder_module, "SAVED_EVERY", -1.0)
     interrupted_after(3, monkeypatch)
-    path = WORK / ("progress.json" if harm == "journal" else file)
+    path = WORK / file
     data = bytearray(path.read_bytes())
     data[-2] ^= 1
     path.unlink() if harm == "missing" else path.write_bytes(data if harm == "altered" else data[:-3])
@@ -315,31 +334,38 @@ def test_altered_files_are_told_by_their_checksums(here, undisturbed, capsys, mo
     assert contents(FOLDER) == undisturbed
 
 
-def test_a_batch_that_became_smaller_is_followed(here, monkeypatch):
+@pytest.mark.parametrize(
+    ("recipe", "place"), [("olica", "propagate"), ("olica", "calibrate"), ("olica-paper", "calibrate")]
+)
+def test_a_batch_that_became_smaller_is_followed(here, monkeypatch, recipe, place):
     """Hidden states that came from batches of two sizes cannot be told from the layers, so they are kept at once."""
-    propagate = pruning_module.propagate
-
-    def halving(layer, hidden, call, batch_size, calls):
-        propagate(layer, hidden, call, batch_size)
-        calls.append(batch_size.size)
-        if len(calls) == 2 and batch_size.size == 16:
-            batch_size.size = 3
+    suffix = "" if recipe == "olica" else f"_{recipe}"
+    folder, flag = Path(f"out/tiny_sparsity-0.2{suffix}"), f"--recipe={recipe}"
+    original = getattr(pruning_module, place)
 
     def with_halving(patched) -> None:
-        calls = []
-        patched.setattr(pruning_module, "propagate", lambda *arguments: halving(*arguments, calls))
+        layers = []
+
+        def halving(layer, hidden, call, *arguments, **settings):
+            (batch_size,) = (value for value in arguments if isinstance(value, BatchSize))
+            original(layer, hidden, call, *arguments, **settings)
+            layers.append(layer)
+            if len(layers) == 2 and batch_size.size == 16:
+                batch_size.size = 3
+
+        patched.setattr(pruning_module, place, halving)
 
     with monkeypatch.context() as patched:
         with_halving(patched)
-        prune()
-    expected = contents(FOLDER)
+        prune(flag)
+    expected = contents(folder)
     shutil.rmtree("out")
     with monkeypatch.context() as patched:
         with_halving(patched)
-        interrupted_after(4, monkeypatch)
+        interrupted_after(4, monkeypatch, flag)
     assert (journal()["pruned"], journal()["entered"], journal()["batch_size"]) == (4, 2, 3)
-    prune()
-    assert contents(FOLDER) == expected
+    prune(flag)
+    assert contents(folder) == expected
 
 
 def test_what_a_killed_run_left_half_written_is_thrown_away(here, undisturbed, monkeypatch):

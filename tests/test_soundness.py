@@ -104,12 +104,20 @@ def test_activations_that_overflow_name_the_layer_and_the_projection(projection,
         prune(model, IDS, "olica", 0.2)
 
 
-def test_a_decomposition_that_fails_names_the_layer_and_the_projections(monkeypatch):
+@pytest.mark.parametrize(
+    ("place", "projections"),
+    [
+        ("olica.linalg", "in layer 0 the decomposition of q_proj or k_proj"),
+        ("olica.value_output", "in layer 0 the decomposition of v_proj and o_proj"),
+        ("olica.linear_calibration", "in layer [01] the decomposition of the correction beside down_proj"),
+    ],
+)
+def test_a_decomposition_that_fails_names_the_layer_and_the_projections(monkeypatch, place, projections):
     def failing(gram, rank=None):
         raise torch.linalg.LinAlgError("did not converge")
 
-    monkeypatch.setattr("olica.linalg.principal_components", failing)
-    with pytest.raises(UsageError, match="in layer 0 the decomposition of q_proj, k_proj, v_proj or o_proj"):
+    monkeypatch.setattr(f"{place}.principal_components", failing)
+    with pytest.raises(UsageError, match=projections):
         prune(make_llama(), IDS, "olica", 0.2)
 
 
