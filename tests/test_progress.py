@@ -118,7 +118,7 @@ SAVING_COMMAND = [sys.executable, "-c", SAVING + "runpy.run_path(sys.argv[0], ru
 def kill_until_done(kills: int, command: list[str]) -> list[int]:
     """Run the command, killing it so often at random moments of its work; returns how many steps were done then."""
     draw, met = random.Random(kills), []
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     while True:
         done, more = steps(), draw.randint(0, 3)
         with open("errors", "w+") as errors:
