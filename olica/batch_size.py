@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from accelerate.utils.memory import clear_device_cache
 
-from .devices import hand_back_memory, is_out_of_memory
+from .devices import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -41,4 +41,3 @@ class BatchSize:
             clear_device_cache()
             self.size //= 2
             logger.warning("out of memory: going on with --batch_size %d", self.size)
-        hand_back_memory()

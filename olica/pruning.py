@@ -10,7 +10,6 @@ from . import feed_forward, linear_calibration, value_output
 from .activations import calibrate, enter_layers, propagate
 from .configuration_olica import LayerShape
 from .dense_model import DenseModel
-from .devices import hand_back_memory
 from .modeling_olica import Projections, module_paths, projections_of, shrink_layer
 from .moments import Moments
 from .options import PruningOptions
@@ -134,7 +133,6 @@ def prune_layers(
         work = (recipe, options, calibration_ids.shape)
         _prune_layer(index, layer, moments, dense.config, plan[index], survey[index].moments, *work)
         del moments
-        hand_back_memory()
         if not recipe.dense_stream and not last:
             propagate(layer, hidden, calls[index], options.batch_size)
         progress.save_layer(index, layer, None if last else hidden)
