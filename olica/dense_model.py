@@ -141,10 +141,11 @@ class StreamedModel(DenseModel):
         """The weights of these names, from the disk."""
         weights = {}
         with explained(self.location, "its weights cannot be read"):
-            for name in names:
+            for path in dict.fromkeys(self.files[name] for name in names):
                 # A file is mapped as a whole: opened anew, it does not pile up in memory what was read before.
-                with safe_open(self.files[name], framework="pt") as file:
-                    weights[name] = file.get_tensor(name).to(self.model.dtype, copy=True)
+                with safe_open(path, framework="pt") as file:
+                    for name in (name for name in names if self.files[name] == path):
+                        weights[name] = file.get_tensor(name).to(self.model.dtype, copy=True)
         bad = (name for name, weight in weights.items() if not all_finite(weight))
         refuse_weights(self.location, "holds NaN or infinite values in", bad)
         return weights
