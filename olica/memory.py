@@ -24,7 +24,7 @@ MOST_TOKENS = {"cpu": 1024, "cuda": 8192}
 USABLE = 0.8
 SINGLE, DOUBLE = 4, 8  # bytes
 # What the libraries take once they work: threads, buffers and code that is loaded when it is first run.
-RUNTIME_BYTES = 100_000_000
+RUNTIME_BYTES = 60_000_000
 # Linux's control groups: which the process is in, where they are, and for each of the two versions the folder and the
 # names of the limit, of what is used of it, and of that part of it that is cached files.
 PROCESS, MOUNTED = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
