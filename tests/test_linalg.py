@@ -2,9 +2,11 @@ import numpy as np
 import pytest
 import torch
 
+from olica import linalg
 from olica.linalg import (
     RegressionSums,
     SingularError,
+    by_rows,
     low_rank_split,
     multiple_correlation,
     principal_components,
@@ -123,3 +125,11 @@ def test_multiple_correlation_of_a_constant_column_is_zero(generator):
     correlation = multiple_correlation(sums, torch.zeros(3, 2, dtype=torch.float64))
     assert correlation.tolist() == [0.0, 0.0]
     assert multiple_correlation(sums, ridge_regression(sums, 1e-6))[0] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("block", [linalg.DOUBLE_BLOCK, 4])
+def test_rows_are_worked_on_in_double_precision_in_blocks(monkeypatch, block):
+    monkeypatch.setattr(linalg, "DOUBLE_BLOCK", block)
+    matrix = torch.randn(10, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = by_rows(lambda rows: rows.square().sum(1), matrix)
+    np.testing.assert_allclose(found.numpy(), (matrix.double().numpy() ** 2).sum(1), rtol=1e-14)

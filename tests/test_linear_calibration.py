@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from olica import linear_calibration
 from olica.linalg import ridge_regression
 from olica.linear_calibration import (
     RELEASED_RIDGE_SAMPLES,
@@ -58,7 +59,10 @@ def check_sums(sums, x: np.ndarray, y: np.ndarray) -> None:
         np.testing.assert_allclose(found.detach().numpy(), expected, rtol=2e-4, atol=2e-3)
 
 
-def test_residual_sums_are_those_of_the_residual(mlp, layer, inputs, moments):
+@pytest.mark.parametrize("block", [linear_calibration.DOUBLE_BLOCK, 30])
+def test_residual_sums_are_those_of_the_residual(mlp, layer, inputs, moments, monkeypatch, block):
+    """In one block of channels, and in several of which the last is smaller."""
+    monkeypatch.setattr(linear_calibration, "DOUBLE_BLOCK", block)
     x = inputs.flatten(0, 1).double().numpy()
     check_sums(residual_sums(layer, moments, KEPT), x, residual(mlp, inputs))
 
