@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from tiny_run import LAYERS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -38,9 +39,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 def make_llama(seed: int = 0, **overrides) -> LlamaForCausalLM:
@@ -147,3 +146,14 @@ def shared_data() -> Path:
     if not folder:
         pytest.skip("wants the folder of real text and evaluation sets: set OLICA_DATA to it")
     return Path(folder)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty current folder with a tiny model of several layers and a calibration set."""
+    monkeypatch.chdir(tmp_path)
+    make_llama(num_key_value_heads=2, num_hidden_layers=LAYERS).save_pretrained("tiny")
+    make_tokenizer().save_pretrained("tiny")
+    ids = torch.randint(3, 259, (8, 32), generator=torch.Generator().manual_seed(0))
+    save_file({"calibration_ids": ids}, "ids.safetensors")
+    return tmp_path

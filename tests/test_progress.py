@@ -1,29 +1,23 @@
-"""Runs that are killed, go on, and are told apart."""
+"""Runs that die, go on, and are told apart (test_kills.py kills them from outside)."""
 
 import json
 import multiprocessing
-import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_llama, make_tokenizer, pruning_options
+from conftest import make_llama, pruning_options
 from safetensors.torch import save_file
+from tiny_run import FOLDER, LAYERS, WORK, contents, journal, prune
 
-import model_pruning
 from olica import pruning as pruning_module
 from olica import run_folder as run_folder_module
 from olica import survey as survey_module
 from olica.allocation import allocate
 from olica.batch_size import BatchSize
-from olica.command_line import run_command
 from olica.dense_model import open_dense_model
 from olica.journal import Journal
 from olica.model_source import locate
@@ -32,29 +26,9 @@ from olica.recipes import RECIPES
 from olica.run_folder import RunFolder
 from olica.survey import survey_layers
 
-ROOT = Path(__file__).parents[1]
-LAYERS = 6
-FLAGS = ["--base_model=tiny", "--datasets=ids.safetensors", "--mlp_num=2", "--ratio=0.1", "--save_dir=out"]
-FOLDER, WORK = Path("out/tiny_sparsity-0.2"), Path("out/.tiny_sparsity-0.2.partial")
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """An empty current folder with a tiny model of several layers and a calibration set."""
-    monkeypatch.chdir(tmp_path)
-    make_llama(num_key_value_heads=2, num_hidden_layers=LAYERS).save_pretrained("tiny")
-    make_tokenizer().save_pretrained("tiny")
-    ids = torch.randint(3, 259, (8, 32), generator=torch.Generator().manual_seed(0))
-    save_file({"calibration_ids": ids}, "ids.safetensors")
-    return tmp_path
-
 
 class Killed(BaseException):
     """Stands for a signal that no code handles."""
-
-
-def prune(*arguments: str) -> int:
-    return run_command(model_pruning.build_parser(), model_pruning.run, [*FLAGS, *arguments])
 
 
 def refused(capsys, *arguments: str) -> str:
@@ -62,12 +36,6 @@ def refused(capsys, *arguments: str) -> str:
         prune(*arguments)
     assert ended.value.code == 2
     return capsys.readouterr().err.split("error: ", 1)[1]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder but the record, which has the time in it."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "olica_run.json")
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def interrupted_after(layers: int, monkeypatch, *arguments: str) -> None:
@@ -92,74 +60,6 @@ def undisturbed(here) -> dict[str, bytes]:
     expected = contents(FOLDER)
     shutil.rmtree("out")
     return expected
-
-
-def journal() -> dict:
-    """The facts in the journal of the unfinished run, whatever its recipe."""
-    (path,) = Path("out").glob(".*.partial/progress.json")
-    return json.loads(path.read_text())["facts"]
-
-
-def steps() -> int:
-    """How many layers the journal has as surveyed and as pruned, and one more when all is to be moved to its place."""
-    try:
-        facts = journal()
-    except (ValueError, FileNotFoundError):  # there is none, or it has just been removed
-        return 0
-    return facts.get("surveyed", {}).get("layers", 0) + facts["pruned"] + facts.get("publishing", False)
-
-
-# The command line, as it is, and keeping surveys and hidden states after every layer.
-COMMAND = [sys.executable, str(ROOT / "model_pruning.py")]
-SAVING = "import runpy, sys, olica.run_folder as r; r.SAVED_EVERY = -1.0; sys.argv.pop(0); "
-SAVING_COMMAND = [sys.executable, "-c", SAVING + "runpy.run_path(sys.argv[0], run_name='__main__')", COMMAND[1]]
-
-
-def kill_until_done(kills: int, command: list[str]) -> list[int]:
-    """Run the command, killing it so often at random moments of its work; returns how many steps were done then."""
-    draw, met = random.Random(kills), []
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    while True:
-        done, more = steps(), draw.randint(0, 3)
-        with open("errors", "w+") as errors:
-            process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
-            while len(met) < kills and process.poll() is None:
-                # At work, that many steps further, and then at any moment.
-                if "/s]" in Path("errors").read_text(errors="replace") and steps() >= done + more:
-                    time.sleep(draw.uniform(0, 0.05))
-                    process.send_signal(signal.SIGKILL)
-                    break
-                time.sleep(0.001)
-            process.wait()
-        if process.returncode == -signal.SIGKILL:
-            met.append(steps())
-        else:
-            assert process.returncode == 0, Path("errors").read_text(errors="replace")[-2000:]
-            if len(met) >= kills:
-                return met
-            shutil.rmtree("out")  # it was faster than the signal: once more from the start
-
-
-@pytest.mark.parametrize(
-    ("kills", "command", "flags"),
-    [
-        (3, COMMAND, []),
-        pytest.param(24, COMMAND, [], marks=pytest.mark.slow),
-        pytest.param(12, SAVING_COMMAND, ["--overwrite"], marks=pytest.mark.slow),
-    ],
-)
-def test_a_killed_command_goes_on_to_the_same_bits(here, kills, command, flags):
-    kill_until_done(0, [*COMMAND, *FLAGS, *flags])
-    undisturbed = contents(FOLDER)
-    shutil.rmtree("out")
-    if flags:
-        prune("--percdamp=0.3")  # what is replaced
-    met = kill_until_done(kills, [*command, *FLAGS, *flags])
-    assert contents(FOLDER) == undisturbed
-    assert [path.name for path in Path("out").iterdir()] == [FOLDER.name]
-    assert len(met) == kills and any(step > LAYERS for step in met), f"no kill met a finished layer: {met}"
-    if kills > 10:
-        assert len(set(met)) > 4, f"the kills met too few moments: {met}"
 
 
 @pytest.mark.parametrize("recipe", ["olica", "olica-paper"])

@@ -1,0 +1,77 @@
+"""The real command line, killed at random moments."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_run import FLAGS, FOLDER, LAYERS, contents, journal, prune
+
+ROOT = Path(__file__).parents[1]
+
+
+def steps() -> int:
+    """How many layers the journal has as surveyed and as pruned, and one more when all is to be moved to its place."""
+    try:
+        facts = journal()
+    except (ValueError, FileNotFoundError):  # there is none, or it has just been removed
+        return 0
+    return facts.get("surveyed", {}).get("layers", 0) + facts["pruned"] + facts.get("publishing", False)
+
+
+# The command line, as it is, and keeping surveys and hidden states after every layer.
+COMMAND = [sys.executable, str(ROOT / "model_pruning.py")]
+SAVING = "import runpy, sys, olica.run_folder as r; r.SAVED_EVERY = -1.0; sys.argv.pop(0); "
+SAVING_COMMAND = [sys.executable, "-c", SAVING + "runpy.run_path(sys.argv[0], run_name='__main__')", COMMAND[1]]
+
+
+def kill_until_done(kills: int, command: list[str]) -> list[int]:
+    """Run the command, killing it so often at random moments of its work; returns how many steps were done then."""
+    draw, met = random.Random(kills), []
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    while True:
+        done, more = steps(), draw.randint(0, 3)
+        with open("errors", "w+") as errors:
+            process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
+            while len(met) < kills and process.poll() is None:
+                # At work, that many steps further, and then at any moment.
+                if "/s]" in Path("errors").read_text(errors="replace") and steps() >= done + more:
+                    time.sleep(draw.uniform(0, 0.05))
+                    process.send_signal(signal.SIGKILL)
+                    break
+                time.sleep(0.001)
+            process.wait()
+        if process.returncode == -signal.SIGKILL:
+            met.append(steps())
+        else:
+            assert process.returncode == 0, Path("errors").read_text(errors="replace")[-2000:]
+            if len(met) >= kills:
+                return met
+            shutil.rmtree("out")  # it was faster than the signal: once more from the start
+
+
+@pytest.mark.parametrize(
+    ("kills", "command", "flags"),
+    [
+        (3, COMMAND, []),
+        pytest.param(24, COMMAND, [], marks=pytest.mark.slow),
+        pytest.param(12, SAVING_COMMAND, ["--overwrite"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_killed_command_goes_on_to_the_same_bits(here, kills, command, flags):
+    kill_until_done(0, [*COMMAND, *FLAGS, *flags])
+    undisturbed = contents(FOLDER)
+    shutil.rmtree("out")
+    if flags:
+        prune("--percdamp=0.3")  # what is replaced
+    met = kill_until_done(kills, [*command, *FLAGS, *flags])
+    assert contents(FOLDER) == undisturbed
+    assert [path.name for path in Path("out").iterdir()] == [FOLDER.name]
+    assert len(met) == kills and any(step > LAYERS for step in met), f"no kill met a finished layer: {met}"
+    if kills > 10:
+        assert len(set(met)) > 4, f"the kills met too few moments: {met}"

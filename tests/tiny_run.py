@@ -1,0 +1,27 @@
+"""A command line that prunes the tiny model in the current folder (fixture `here`), for the tests that disturb it."""
+
+import json
+from pathlib import Path
+
+import model_pruning
+from olica.command_line import run_command
+
+LAYERS = 6
+FLAGS = ["--base_model=tiny", "--datasets=ids.safetensors", "--mlp_num=2", "--ratio=0.1", "--save_dir=out"]
+FOLDER, WORK = Path("out/tiny_sparsity-0.2"), Path("out/.tiny_sparsity-0.2.partial")
+
+
+def prune(*arguments: str) -> int:
+    return run_command(model_pruning.build_parser(), model_pruning.run, [*FLAGS, *arguments])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder but the record, which has the time in it."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "olica_run.json")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def journal() -> dict:
+    """The facts in the journal of the unfinished run, whatever its recipe."""
+    (path,) = Path("out").glob(".*.partial/progress.json")
+    return json.loads(path.read_text())["facts"]
