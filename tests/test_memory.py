@@ -144,4 +144,5 @@ def test_memory_is_as_expected_and_does_not_grow_with_the_layers(tmp_path):
         (tmp_path / str(layers)).mkdir()
         expected, measured[layers] = peaks(tmp_path / str(layers), layers)
         assert expected == pytest.approx(measured[layers], rel=0.2)
-    assert measured[12] - measured[3] < 60e6, "nine more layers hold 450 MB"
+    # Repeats of one of them differ by up to 45 MB.
+    assert measured[12] - measured[3] < 100e6, "nine more layers hold 450 MB"
