@@ -3,23 +3,21 @@
 import argparse
 import math
 import sys
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from os.path import expanduser
 from pathlib import Path
 
-from torch import Tensor
-from transformers import BatchEncoding, PreTrainedConfig, PreTrainedTokenizerBase
-
-from olica import checkpoint, cost, model_source, records
+from olica import checkpoint, identity, model_source, records
 from olica.command_line import run_command
 from olica.devices import pick_device
 from olica.errors import UsageError
-from olica.evaluation import check_tasks, perplexity, token_windows, zero_shot
+from olica.evaluation import CONTINUATION_TOKENS, LATENCY, Measures, Protocol, TestText, measure, prepare
+from olica.processes import join_processes
+from olica.rows import compare
 from olica.text_sources import evaluation_text
+from olica.zero_shot import TaskProtocol, check_tasks
 
 DEFAULT_BASE_MODEL = "7b"
-PROMPT_TOKENS = 30
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,13 +35,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--with_dense", action="store_true", help="measure the dense --base_model in the same call")
     add("--dtype", default="auto", choices=["auto", *model_source.DTYPES], help="to run in; auto: as stored")
     add = parser.add_argument_group("measures").add_argument
-    add("--ppl", type=expanduser, default="wikitext2", help="text of the perplexity: a name, a path, or none")
+    add("--ppl", default="wikitext2", help="texts of the perplexity, names or paths joined by commas, or none")
     add("--ppl_seqlen", type=int, default=128, help="tokens per window")
     add("--ppl_windows", type=int, help="only the first so many windows, else all")
     add("--tasks", default="", help="zero-shot tasks of lm-eval, joined by commas; empty: none")
     add("--num_fewshot", type=int, default=0, help="examples in a task's prompt")
     add("--limit", type=int, help="only the first so many rows of every task, else all")
-    add("--prompt", help=f"text that every model is to continue, greedily, by {PROMPT_TOKENS} tokens")
+    add("--add_bos_token", action="store_true", help="begin every window and prompt with the start token (Gemma)")
+    add("--cost", action="store_true", help="measure the times of prefill and decoding, and peak memory")
+    add("--prompt", help=f"text that every model is to continue, greedily, by {CONTINUATION_TOKENS} tokens")
     add(
         "--data_dir",
         type=expanduser,
@@ -53,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="seed of the draw of few-shot examples")
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run; auto: a GPU if there is one")
+    add("--device_map", choices=["auto"], help="auto: spread a model larger than one GPU over all of them and the host")
     add("--batch_size", type=int, default=16, help="windows or prompts that go through the model at a time")
     add = parser.add_argument_group("output").add_argument
     add(
@@ -114,115 +115,70 @@ def record_path(args: argparse.Namespace, measured: model_source.Location, now: 
     return path
 
 
-def windows_of(args: argparse.Namespace, text: str, tokenizer, config, location: model_source.Location):
-    """The perplexity's windows (W, T), checked against the model's positions and vocabulary."""
-    if args.ppl_seqlen > config.max_position_embeddings:
-        raise UsageError(
-            f"--ppl_seqlen {args.ppl_seqlen} does not fit the {config.max_position_embeddings} positions of "
-            f"{location.name}"
-        )
-    windows = token_windows(tokenizer, text, args.ppl_seqlen, args.ppl_windows)
-    check_vocabulary(windows, config, location)
-    return windows
-
-
-def check_vocabulary(ids, config, location: model_source.Location) -> None:
-    """Raise UsageError if the tokenizer gives ids that the model does not know."""
-    if ids.max() >= config.vocab_size:
-        raise UsageError(
-            f"{location.flag} {location.name}: its tokenizer gives the token {ids.max()}, but the model's vocabulary "
-            f"ends at {config.vocab_size - 1}; put the model's own tokenizer beside it"
-        )
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model to measure, with all that can be made ready before its weights are read."""
-
-    name: str  # in the record: "dense", "pruned" or "model"
-    location: model_source.Location
-    config: PreTrainedConfig
-    tokenizer: PreTrainedTokenizerBase
-    windows: Tensor | None
-    prompt: BatchEncoding | None
-
-
-def prepare(args: argparse.Namespace, name: str, location: model_source.Location, text: str | None) -> Subject:
-    """Cut the windows and tokenise the prompt, so that no model is measured in vain for another's faults."""
-    config = model_source.read_config(location)
-    tokenizer = model_source.read_tokenizer(location)
-    if tokenizer is None:
-        raise UsageError(f"{location.flag} {location.name}: the folder has no tokenizer, which evaluation needs")
-    windows = None if text is None else windows_of(args, text, tokenizer, config, location)
-    prompt = tokenizer(args.prompt, return_tensors="pt") if args.prompt else None
-    if prompt is not None:
-        check_vocabulary(prompt.input_ids, config, location)
-    return Subject(name, location, config, tokenizer, windows, prompt)
-
-
-def measure(args: argparse.Namespace, subject: Subject, stages: records.Stages) -> dict:
-    """Read a model and measure it; returns what the record says of it."""
-    name, location, windows = subject.name, subject.location, subject.windows
-    with stages.stage(f"{name}: read"):
-        model = model_source.read_model(location, args.dtype).to(stages.device)
-    result = {
-        "model": model_source.describe_source(location, subject.config),
-        "parameters": cost.count_parameters(model),
-        "weight_bytes": cost.weight_bytes(model),
-        "file_bytes": location.file_bytes,
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
-    if windows is not None:
-        with stages.stage(f"{name}: perplexity"):
-            result["perplexity"] = asdict(perplexity(model, windows, args.batch_size))
-        result["perplexity"]["bos"] = bool(windows[0, 0] == subject.tokenizer.bos_token_id)
-    if args.tasks:
-        with stages.stage(f"{name}: tasks"):
-            result["zero_shot"] = zero_shot(
-                model,
-                subject.tokenizer,
-                args.tasks.split(","),
-                num_fewshot=args.num_fewshot,
-                batch_size=args.batch_size,
-                limit=args.limit,
-                data_dir=args.data_dir,
-                seed=args.seed,
-            )
-    if subject.prompt is not None:
-        output = model.generate(**subject.prompt.to(model.device), max_new_tokens=PROMPT_TOKENS, do_sample=False)
-        result["continuation"] = subject.tokenizer.decode(output[0], skip_special_tokens=True)
-    return result
-
-
-def with_error(value: float, error: float | None, digits: int) -> str:
+def with_error(value: float, error: float | None, digits: int, sign: str = "") -> str:
     """A figure and, where it has one, its standard error."""
-    return f"{value:.{digits}f}" if error is None else f"{value:.{digits}f} +- {error:.{digits}f}"
+    return f"{value:{sign}.{digits}f}" if error is None else f"{value:{sign}.{digits}f} +- {error:.{digits}f}"
 
 
-def print_table(results: dict[str, dict], protocol: str) -> None:
-    """Print one row per measured quantity and one column per model."""
+def table_rows(result: dict) -> dict[str, str]:
+    """What the table says of a model: cell by name of the row."""
+    bos = {"none": "", "first window": ", start token in front", "every window": ", start token in each"}
     rows = {
-        "parameters": lambda r: f"{r['parameters']['total']:,}",
-        "parameters of the decoder layers": lambda r: f"{r['parameters']['decoder_layers']:,}",
-        "weights": lambda r: f"{r['weight_bytes'] / 1e6:,.1f} MB {r['dtype']}",
+        "parameters": f"{result['parameters']['total']:,}",
+        "parameters of the decoder layers": f"{result['parameters']['decoder_layers']:,}",
+        "weights": f"{result['weight_bytes'] / 1e6:,.1f} MB {result['dtype']}",
+        f"multiply-accumulates of {result['macs']['tokens']} tokens": f"{result['macs']['total'] / 1e9:,.2f} G",
+        "cache of a token": f"{result['cache_bytes_per_token'] / 1e3:,.1f} kB",
     }
-    first = next(iter(results.values()))
-    if "perplexity" in first:
-        rows[f"perplexity, {protocol}"] = lambda r: with_error(
-            r["perplexity"]["value"], r["perplexity"]["standard_error"], 3
-        )
-    for task, scores in first.get("zero_shot", {}).get("tasks", {}).items():
+    for text, measured in result.get("perplexity", {}).items():
+        name = f"perplexity, {text}, {measured['windows']} windows of {measured['seqlen']}{bos[measured['bos']]}"
+        rows[name] = with_error(measured["value"], measured["standard_error"], 3)
+    zero_shot = result.get("zero_shot", {"tasks": {}, "averages": {"tasks": []}})
+    for task, scores in zero_shot["tasks"].items():
         for metric in ("acc", "acc_norm"):
             if metric in scores:
-                rows[f"{task} {metric}"] = lambda r, task=task, metric=metric: with_error(
-                    r["zero_shot"]["tasks"][task][metric], r["zero_shot"]["tasks"][task].get(f"{metric}_stderr"), 4
-                )
-    if first.get("zero_shot", {}).get("averages", {}).get("tasks"):
-        rows["mean by the paper's rule, %"] = lambda r: f"{r['zero_shot']['averages']['paper_rule']:.2f}"
+                rows[f"{task} {metric}"] = with_error(scores[metric], scores.get(f"{metric}_stderr"), 4)
+    if zero_shot["averages"]["tasks"]:
+        averages = zero_shot["averages"]
+        rows["mean by the paper's rule, %"] = with_error(averages["paper_rule"], averages["standard_error"], 2)
+        rows["mean by the released script's rule, %"] = f"{averages['max_rule']:.2f}"
+    if "cost" in result:
+        taken = result["cost"]
+        peak = taken["peak_memory"]
+        rows[f"seconds for a prompt of {LATENCY['prompt_tokens']}"] = f"{taken['prefill']['median_s']:.4f}"
+        rows["seconds for a new token"] = f"{taken['decode']['median_s']:.4f}"
+        rows["peak memory of both"] = f"{(peak['device_bytes'] or peak['host_bytes']) / 1e9:.2f} GB"
+    return rows
+
+
+def difference_rows(compared: dict) -> dict[str, str]:
+    """How the pruned model differs from the dense one on the same rows: cell by name of the row."""
+    rows = {
+        f"difference of the log-likelihood, {text}, nats": with_error(row["difference"], row["standard_error"], 4, "+")
+        for text, row in compared["perplexity"].items()
+    }
+    for task, metrics in compared["zero_shot"].items():
+        for metric, row in metrics.items():
+            rows[f"difference of {task} {metric}, %"] = with_error(row["difference"], row["standard_error"], 2, "+")
+    if "paper_rule" in compared:
+        row = compared["paper_rule"]
+        rows["difference of the mean, %"] = with_error(row["difference"], row["standard_error"], 2, "+")
+    return rows
+
+
+def print_table(results: dict[str, dict]) -> None:
+    """Print one row per measured quantity and one column per model."""
+    cells = {name: table_rows(result) for name, result in results.items()}
+    if "to_dense" in (last := list(results.values())[-1]):
+        cells[list(results)[-1]] |= difference_rows(last["to_dense"])
+    rows = list(dict.fromkeys(row for column in cells.values() for row in column))
     width = max(map(len, rows))
     print(" " * width + "".join(f"{name:>28}" for name in results))
-    for name, cell in rows.items():
-        print(f"{name:<{width}}" + "".join(f"{cell(result):>28}" for result in results.values()))
+    for row in rows:
+        print(f"{row:<{width}}" + "".join(f"{column.get(row, ''):>28}" for column in cells.values()))
+    for name, result in results.items():
+        if "continuation" in result:
+            print(f"{name}: {result['continuation']}")
 
 
 def check_numbers(args: argparse.Namespace) -> None:
@@ -234,37 +190,79 @@ def check_numbers(args: argparse.Namespace) -> None:
         raise UsageError(f"--num_fewshot {args.num_fewshot} must be at least 0")
     if not math.isfinite(args.sparsity):
         raise UsageError(f"--sparsity {args.sparsity:g} is no number that a checkpoint was pruned by")
-    if args.ppl == "none" and not args.tasks:
-        raise UsageError("--ppl none leaves nothing to measure; give a text, or --tasks")
+    if args.ppl == "none" and not args.tasks and not args.cost:
+        raise UsageError("--ppl none leaves nothing to measure; give a text, --tasks or --cost")
+
+
+def listed(names: str, flag: str) -> list[str]:
+    """The names that commas join, none of them twice."""
+    found = [name.strip() for name in names.split(",") if name.strip()]
+    if len(set(found)) < len(found):
+        raise UsageError(f"{flag} {names}: a name is there twice")
+    return found
+
+
+def make_protocol(args: argparse.Namespace) -> Protocol:
+    """What is to be measured, its texts and tasks read."""
+    data_dir = Path(args.data_dir)
+    names = [] if args.ppl == "none" else listed(args.ppl, "--ppl")
+    texts = [TestText(name, *evaluation_text(expanduser(name), data_dir, flag="--ppl")) for name in names]
+    tasks = listed(args.tasks, "--tasks")
+    of_tasks = TaskProtocol(args.num_fewshot, args.limit, args.add_bos_token, args.seed, args.data_dir)
+    if tasks:
+        check_tasks(tasks, of_tasks)
+    return Protocol(
+        texts=texts,
+        seqlen=args.ppl_seqlen,
+        windows=args.ppl_windows,
+        tasks=tasks,
+        of_tasks=of_tasks,
+        prompt=args.prompt,
+        cost=args.cost,
+        dtype=args.dtype,
+        device_map=args.device_map,
+        batch_size=args.batch_size,
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Find the models, the text and the tasks, measure, print a table and write the record."""
+    """Find the models, the texts and the tasks, measure, print a table and write the record."""
     check_numbers(args)
-    stages = records.Stages(pick_device(args.device))
+    processes, device = join_processes(pick_device(args.device))
+    if args.device_map and processes.count > 1:
+        raise UsageError("--device_map gives one process all GPUs; leave it out, or start a single process")
     locations = find_models(args)
     now = datetime.now(UTC)
     path = record_path(args, locations.get("pruned") or locations["model"], now)
-    text, origin = (None, None) if args.ppl == "none" else evaluation_text(args.ppl, Path(args.data_dir), flag="--ppl")
-    if args.tasks:
-        check_tasks(args.tasks.split(","), num_fewshot=args.num_fewshot, data_dir=args.data_dir)
-    subjects = [prepare(args, name, location, text) for name, location in locations.items()]
-    results = {subject.name: measure(args, subject, stages) for subject in subjects}
+    protocol = make_protocol(args)
+    subjects = [prepare(name, location, protocol) for name, location in locations.items()]
+    stages = records.Stages(device)
+    configs = {subject.name: subject.config for subject in subjects}
+    measures = Measures(
+        path.with_name(f".{path.name if args.output_path else 'olica_eval'}.partial"),
+        identity.of_evaluation(vars(args), locations, configs, device),
+        stages,
+        processes,
+    )
+    if measures.found and processes.is_main:
+        print(f"going on after {measures.found} measures of a stopped evaluation")
+    results = {subject.name: measure(subject, protocol, measures, stages, processes) for subject in subjects}
+    if not processes.is_main:
+        return
+    if args.with_dense:
+        results["pruned"]["to_dense"] = compare(results["pruned"], results["dense"])
     record = {
         "kind": "evaluation",
         "date": now.isoformat(timespec="seconds"),
         "settings": vars(args),
-        "perplexity_text": {"name": args.ppl, "origin": origin, "joined_by": "\n\n", "overlap": 0},
+        "processes": processes.count,
         "results": results,
         "stages": stages.rows,
-        "environment": records.environment(stages.device),
+        "environment": records.environment(device),
     }
     records.write_record(path, record)
-    windows = next(iter(results.values())).get("perplexity", {}).get("windows")
-    print_table(results, f"{args.ppl}, {windows} windows of {args.ppl_seqlen} tokens")
-    for name, result in results.items():
-        if "continuation" in result:
-            print(f"{name}: {result['continuation']}")
+    measures.forget()
+    print_table(results)
     print(f"record {path}")
 
 

@@ -26,7 +26,6 @@ from olica.configuration_olica import LayerShape  # noqa: E402
 from olica.dense_model import DenseModel  # noqa: E402
 from olica.devices import pick_device  # noqa: E402
 from olica.errors import UsageError  # noqa: E402
-from olica.evaluation import perplexity, token_windows  # noqa: E402
 from olica.model_source import (  # noqa: E402
     count_dense_parameters,
     locate,
@@ -36,6 +35,7 @@ from olica.model_source import (  # noqa: E402
     refuse_unprunable,
 )
 from olica.options import PruningOptions, check_mlp_num  # noqa: E402
+from olica.perplexity import perplexity, token_windows  # noqa: E402
 from olica.progress import Progress  # noqa: E402
 from olica.pruning import prune_layers  # noqa: E402
 from olica.recipes import OLICA  # noqa: E402

@@ -122,8 +122,12 @@ def factor_rank(out_features: int, in_features: int, sparsity: float) -> int:
     return rank if rank * (out_features + in_features) < size else 0
 
 
-def uniform_shape(config, sparsities: Sparsities, kept: Callable[[int, float], int]) -> LayerShape:
+def uniform_shape(
+    config, sparsities: Sparsities, kept: Callable[[int, float], int], is_factorised: bool = False
+) -> LayerShape:
     """The sizes that every layer gets, before it is known which are calibrated.
+
+    With `is_factorised` the value and output projections become pairs of factors, instead of losing width.
 
     Raises:
         ValueError: a projection would vanish or have to grow.
@@ -132,11 +136,14 @@ def uniform_shape(config, sparsities: Sparsities, kept: Callable[[int, float], i
     for name, share in vars(sparsities).items():
         if not 0 <= share < 1:
             raise ValueError(f"the {PARTS[name]} would have to lose {share:.1%} of their parameters")
+    query, key, hidden = config.num_attention_heads * width, config.num_key_value_heads * width, config.hidden_size
     shape = LayerShape(
-        q_rank=factor_rank(config.num_attention_heads * width, config.hidden_size, sparsities.query),
-        k_rank=factor_rank(config.num_key_value_heads * width, config.hidden_size, sparsities.key),
-        v_head_dim=kept(width, sparsities.value_output),
+        q_rank=factor_rank(query, hidden, sparsities.query),
+        k_rank=factor_rank(key, hidden, sparsities.key),
+        v_head_dim=width if is_factorised else kept(width, sparsities.value_output),
         intermediate_size=kept(config.intermediate_size, sparsities.feed_forward),
+        v_rank=factor_rank(key, hidden, sparsities.value_output) if is_factorised else 0,
+        o_rank=factor_rank(hidden, query, sparsities.value_output) if is_factorised else 0,
     )
     if shape.v_head_dim < 1 or shape.intermediate_size < 1:
         raise ValueError("a value head or an MLP would keep no channel")
@@ -163,9 +170,13 @@ def attention_parameters(config, shape: LayerShape) -> int:
     """Weights of the four attention projections of a layer of sizes `shape`, biases left out."""
     hidden, width = config.hidden_size, head_dim(config)
     heads, groups = config.num_attention_heads, config.num_key_value_heads
-    factorised = ((shape.q_rank, heads * width), (shape.k_rank, groups * width))
-    query_key = sum(rank * (out + hidden) if rank else out * hidden for rank, out in factorised)
-    return query_key + (groups + heads) * shape.v_head_dim * hidden
+    sizes = (  # rank, width beside the hidden size, that width where there are no factors
+        (shape.q_rank, heads * width, heads * width),
+        (shape.k_rank, groups * width, groups * width),
+        (shape.v_rank, groups * width, groups * shape.v_head_dim),
+        (shape.o_rank, heads * width, heads * shape.v_head_dim),
+    )
+    return sum(rank * (whole + hidden) if rank else narrowed * hidden for rank, whole, narrowed in sizes)
 
 
 def round_shape(shape: LayerShape, config, multiple: int) -> LayerShape:
@@ -187,6 +198,8 @@ def round_shape(shape: LayerShape, config, multiple: int) -> LayerShape:
         q_rank=_rounded_rank(shape.q_rank, multiple, config.num_attention_heads * width, hidden),
         k_rank=_rounded_rank(shape.k_rank, multiple, config.num_key_value_heads * width, hidden),
         v_head_dim=_rounded(shape.v_head_dim, multiple, width),
+        v_rank=_rounded_rank(shape.v_rank, multiple, config.num_key_value_heads * width, hidden),
+        o_rank=_rounded_rank(shape.o_rank, multiple, hidden, config.num_attention_heads * width),
     )
     moved = attention_parameters(config, shape) - attention_parameters(config, rounded)
     channels = shape.intermediate_size + moved / (3 * hidden)
@@ -201,7 +214,7 @@ def allocate(
     """Sizes of every decoder layer for a target sparsity of the whole model.
 
     Args:
-        recipe: names the functions `sparsities` and `kept` (`olica.recipes.Recipe`).
+        recipe: names the functions `sparsities`, `kept` and `value_output` (`olica.recipes.Recipe`).
         config: of the dense model.
         total: its parameters, tied ones once.
         sparsity: share of `total` to remove, in [0, 1).
@@ -220,7 +233,8 @@ def allocate(
 
     def attempt(target: float) -> tuple[LayerShape, Sparsities]:
         sparsities = recipe.sparsities(sizes, target, k)
-        return round_shape(uniform_shape(config, sparsities, recipe.kept), config, round_to), sparsities
+        shape = uniform_shape(config, sparsities, recipe.kept, recipe.value_output.is_factorised)
+        return round_shape(shape, config, round_to), sparsities
 
     try:
         shape, sparsities = attempt(sparsity)
@@ -269,13 +283,13 @@ def with_calibration(plan: list[LayerShape], calibrated: list[int], rank: int) -
 
 
 def describe_plan(plan: list[LayerShape]) -> str:
-    """A table of the sizes, one line for each run of equal layers."""
-    names = list(plan[0].to_dict())
+    """A table of the sizes that any layer has, one line for each run of equal layers."""
+    names = [name for name in plan[0].to_dict() if any(shape.to_dict()[name] for shape in plan)]
     lines = [f"{'layers':>9}  " + "  ".join(f"{name:>17}" for name in names)]
     start = 0
     for shape, run in groupby(plan):
         stop = start + len(list(run))
         label = f"{start}-{stop - 1}" if stop - start > 1 else f"{start}"
-        lines.append(f"{label:>9}  " + "  ".join(f"{size or '-':>17}" for size in shape.to_dict().values()))
+        lines.append(f"{label:>9}  " + "  ".join(f"{shape.to_dict()[name] or '-':>17}" for name in names))
         start = stop
     return "\n".join(lines)

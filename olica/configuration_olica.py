@@ -5,7 +5,7 @@ other. The scalars of the dense configuration (`intermediate_size`, `head_dim`, 
 Face constructor builds the dense modules and `shrink_layer` narrows them to `layer_shapes`.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 
 from huggingface_hub.dataclasses import strict
 from transformers import (
@@ -32,6 +32,8 @@ class LayerShape:
         v_head_dim: width that each value head keeps, at most `head_dim`.
         intermediate_size: channels that the MLP keeps.
         calibration_rank: inner width of the linear correction beside the MLP, 0 where there is none.
+        v_rank: inner width of the factors of `v_proj`, 0 where its heads are narrowed, or it stays dense.
+        o_rank: the same for `o_proj`.
     """
 
     q_rank: int
@@ -39,6 +41,8 @@ class LayerShape:
     v_head_dim: int
     intermediate_size: int
     calibration_rank: int = 0
+    v_rank: int = 0
+    o_rank: int = 0
 
     def to_dict(self) -> dict[str, int]:
         """The sizes as a plain dictionary, the form in which `config.json` holds them."""
@@ -61,9 +65,10 @@ def check_layer_shapes(config) -> None:
     if len(shapes) != config.num_hidden_layers:
         raise ValueError(f"layer_shapes has {len(shapes)} rows for {config.num_hidden_layers} layers")
     names = {field.name for field in fields(LayerShape)}
+    required = {field.name for field in fields(LayerShape) if field.default is MISSING}
     largest = {"v_head_dim": head_dim(config), "intermediate_size": config.intermediate_size}
     for index, shape in enumerate(shapes):
-        if set(shape) != names:
+        if not required <= set(shape) <= names:
             raise ValueError(f"layer_shapes[{index}] has the keys {sorted(shape)}, not {sorted(names)}")
         for name, size in shape.items():
             if not (1 if name in largest else 0) <= size <= largest.get(name, size):

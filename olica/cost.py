@@ -1,4 +1,4 @@
-"""What a model costs: parameters, bytes, seconds per forward pass and per generated token, and peak memory.
+"""What a model costs: parameters, products, bytes, seconds per forward pass and per generated token, and peak memory.
 
 B sequences, T tokens of each
 """
@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
+
+from .configuration_olica import head_dim
 
 # Linux: RESET_PEAK written to the first makes the kernel start VmHWM, a line of the second, from the present
 # resident size again (proc(5)).
@@ -34,6 +36,31 @@ def count_parameters(model: PreTrainedModel) -> dict[str, int]:
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of the distinct parameters of `model` in their dtypes, tied ones counted once."""
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def count_macs(model: PreTrainedModel, tokens: int) -> int:
+    """Multiply-accumulates of one forward pass of a sequence of T = `tokens` tokens; no weight is read.
+
+    Every linear map of (in, out) features takes T in out, and the attention of H heads of width d in each of L layers
+    2 L H T^2 d: scores and mixed values of all pairs of tokens, the masked ones too. Norms, activations and rotary
+    embeddings are left out, as is usual.
+    """
+    linear = sum(
+        module.in_features * module.out_features for module in model.modules() if isinstance(module, nn.Linear)
+    )
+    config = model.config
+    heads = config.num_attention_heads * head_dim(config)
+    return tokens * linear + 2 * config.num_hidden_layers * heads * tokens**2
+
+
+def cache_bytes_per_token(model: PreTrainedModel) -> int:
+    """Bytes that the key/value cache takes for every token: keys and values of all layers, in the model's dtype.
+
+    Values of narrowed heads are cached zero-padded. A layer with a sliding window caches no more than its window.
+    """
+    config = model.config
+    width = config.num_key_value_heads * head_dim(config)
+    return 2 * config.num_hidden_layers * width * model.dtype.itemsize
 
 
 def folder_weight_bytes(folder: str | Path) -> int:

@@ -1,326 +1,255 @@
-"""How good a model is: perplexity on windows of text, and zero-shot accuracy through lm-evaluation-harness.
+"""One evaluation: what is measured of a model and how, each finished measure kept on disk until all are there.
 
-W windows, T tokens in each, V entries in the vocabulary.
+W windows, T tokens in each
 """
 
-import difflib
-import importlib.util
+import hashlib
 import json
-import math
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
-from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import BatchEncoding, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from . import cost, model_source
 from .errors import UsageError
+from .perplexity import perplexity, start_token, token_windows
+from .processes import Processes
+from .records import Stages, write_record
+from .zero_shot import SOFTMAX_DTYPE, TaskProtocol, averages, harness_version, zero_shot
 
-# The metric that the paper's tables print, by task. Its text does not say so: its dense means (66.09 for
-# LLaMA-7B) only work out this way.
-PAPER_METRIC = {
-    "openbookqa": "acc_norm",
-    "arc_easy": "acc_norm",
-    "arc_challenge": "acc_norm",
-    "winogrande": "acc",
-    "hellaswag": "acc_norm",
-    "piqa": "acc_norm",
-    "boolq": "acc",
-}
+logger = logging.getLogger(__name__)
 
-# How lm-eval is to run a model, where its own defaults would not do; recorded with every result.
-HARNESS_SETTINGS = {
-    # The paper's harness (of 2023) never put a token in front of a causal model's prompt. Today's default is
-    # what the tokenizer does, which for LLaMA is one <s>.
-    "add_bos_token": False,
-    # The default is the model's dtype: in bfloat16 a log-likelihood near -40 comes in steps of 0.25, and
-    # answers tie.
-    "softmax_dtype": "float32",
-}
+# New tokens of a continuation, and the sequences by which a model's cost is measured: LLM-Pruner's 64 tokens for the
+# products (the paper's 424 G of LLaMA-7B are those), one prompt and its continuation for the times.
+CONTINUATION_TOKENS = 30
+MACS_TOKENS = 64
+LATENCY = {"sequences": 1, "prompt_tokens": 128, "new_tokens": 32, "repeats": 5}
 
 
 @dataclass(frozen=True)
-class LocalRows:
-    """Where the rows of a task may lie in a data folder, and which lm-eval task file they are put through."""
+class TestText:
+    """A text whose perplexity is measured."""
 
-    stock: str  # task file, relative to lm-eval's own folder of tasks
-    stem: str  # file name without .jsonl or .jsonl.gz
-    split: str  # the split that is scored, the only one in the file
+    name: str
+    text: str
+    origin: str
 
-
-LOCAL_ROWS = {
-    "openbookqa": LocalRows("openbookqa/openbookqa.yaml", "openbookqa_main_test", "test"),
-    "arc_easy": LocalRows("arc/arc_easy.yaml", "arc_easy_test", "test"),
-    "arc_challenge": LocalRows("arc/arc_challenge.yaml", "arc_challenge_test", "test"),
-    "winogrande": LocalRows("winogrande/default.yaml", "winogrande_xl_validation", "validation"),
-    "hellaswag": LocalRows("hellaswag/hellaswag.yaml", "hellaswag_validation", "validation"),
-    "piqa": LocalRows("piqa/piqa.yaml", "piqa_validation", "validation"),
-    "boolq": LocalRows("super_glue/boolq/default.yaml", "boolq_validation", "validation"),
-}
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the text."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
-class Perplexity:
-    """A perplexity with its protocol; `standard_error` is None where one window is all there is."""
+class Protocol:
+    """What is measured of every model, and how.
 
-    value: float
-    standard_error: float | None
-    mean_nll: float  # nats per predicted token
-    windows: int
-    seqlen: int  # tokens in each window
-    predictions: int  # tokens predicted in all windows together
-
-
-def token_windows(
-    tokenizer: PreTrainedTokenizerBase, text: str, seqlen: int, limit: int | None = None
-) -> torch.Tensor:
-    """Cut `text` into non-overlapping windows of `seqlen` tokens, ids (W, T); a shorter tail is dropped.
-
-    The text is tokenised once, as a whole, with the tokenizer's defaults: one that puts a token in front, as
-    LLaMA's puts <s>, does so in the first window only, as in the paper. `limit` keeps that many windows.
-    Raises UsageError if a window is too short to predict anything or the text does not fill one.
+    Attributes:
+        texts: of the perplexity.
+        seqlen: tokens of a window.
+        windows: how many windows count, from the first on; None: all.
+        tasks: of lm-eval.
+        of_tasks: how they are scored; its `add_bos_token` goes for the windows too.
+        prompt: a text to continue, or None.
+        cost: whether times and peak memory are measured.
+        dtype: to run in, a key of `model_source.DTYPES` or "auto".
+        device_map: "auto" spreads a model over all GPUs and the host; None: the device of the stages.
+        batch_size: windows or prompts that go through the model at a time.
     """
-    if seqlen < 2:
-        raise UsageError(f"--ppl_seqlen {seqlen}: a window needs at least 2 tokens, one of them predicted")
-    # verbose=False: that the text is longer than the model's context is what the windows are for.
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
-    windows = len(ids) // seqlen
-    if windows == 0:
+
+    texts: list[TestText]
+    seqlen: int
+    windows: int | None
+    tasks: list[str]
+    of_tasks: TaskProtocol
+    prompt: str | None
+    cost: bool
+    dtype: str
+    device_map: str | None
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to measure, with all that can be made ready before its weights are read."""
+
+    name: str  # in the record: "dense", "pruned" or "model"
+    location: model_source.Location
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    windows: dict[str, Tensor]  # (W, T) by the name of the text
+    prompt: BatchEncoding | None
+
+
+def prepare(name: str, location: model_source.Location, protocol: Protocol) -> Subject:
+    """Cut the windows and tokenise the prompt, so that no model is measured in vain for another's faults."""
+    config = model_source.read_config(location)
+    tokenizer = model_source.read_tokenizer(location)
+    if tokenizer is None:
+        raise UsageError(f"{location.flag} {location.name}: the folder has no tokenizer, which evaluation needs")
+    if protocol.of_tasks.add_bos_token:
+        start_token(tokenizer)
+    needed = {f"--ppl_seqlen {protocol.seqlen}": protocol.seqlen} if protocol.texts else {}
+    if protocol.cost:
+        needed["--cost"] = LATENCY["prompt_tokens"] + LATENCY["new_tokens"]
+    for flag, tokens in needed.items():
+        if tokens > config.max_position_embeddings:
+            positions = config.max_position_embeddings
+            raise UsageError(f"{flag}: {tokens} tokens do not fit in the {positions} positions of {location.name}")
+    cut = (protocol.seqlen, protocol.windows, protocol.of_tasks.add_bos_token)
+    windows = {text.name: token_windows(tokenizer, text.text, *cut) for text in protocol.texts}
+    prompt = tokenizer(protocol.prompt, return_tensors="pt") if protocol.prompt else None
+    for ids in [*windows.values(), *([] if prompt is None else [prompt.input_ids])]:
+        check_vocabulary(ids, config, location)
+    return Subject(name, location, config, tokenizer, windows, prompt)
+
+
+def check_vocabulary(ids: Tensor, config: PreTrainedConfig, location: model_source.Location) -> None:
+    """Raise UsageError if the tokenizer gives ids that the model does not know."""
+    if ids.max() >= config.vocab_size:
         raise UsageError(
-            f"--ppl_seqlen {seqlen}: the text has only {len(ids)} tokens; give a smaller one or more text"
+            f"{location.flag} {location.name}: its tokenizer gives the token {ids.max()}, but the model's vocabulary "
+            f"ends at {config.vocab_size - 1}; put the model's own tokenizer beside it"
         )
-    return ids[: windows * seqlen].view(windows, seqlen)[:limit]
 
 
-@torch.no_grad()
-def perplexity(model: PreTrainedModel, windows: torch.Tensor, batch_size: int) -> Perplexity:
-    """Perplexity of a causal model on `windows` (W, T): exp of the mean negative log-likelihood.
+class Measures:
+    """Finished measures of an evaluation, on disk as soon as each is there, so that a stopped one can go on.
 
-    The paper's protocol: every window is its own sequence, its first token is given and the other T-1 are
-    predicted. Log-probabilities are taken in float32 whatever the dtype of the model. The standard error
-    treats the windows as independent: value * std(window means) / sqrt(W), by the delta method.
-    Raises UsageError if the result is not a finite number.
+    Attributes:
+        found: how many measures of an earlier, stopped evaluation were taken up.
     """
-    # Filled in place: small tensors kept from between the large ones would pin the allocator's freed memory.
-    nll = torch.empty(len(windows), dtype=torch.float64, device=model.device)  # nats per window
-    start = 0
-    for batch in tqdm(windows.split(batch_size), desc="perplexity", unit="batch"):
-        ids = batch.to(model.device)
-        logits = model(ids, use_cache=False).logits  # (B, T, V)
-        # One window at a time: the float32 copy of a whole batch's logits would be the largest tensor of all.
-        for index, (row, targets) in enumerate(zip(logits, ids, strict=True), start):
-            nll[index] = cross_entropy(row[:-1].float(), targets[1:])
-        start += len(batch)
-    nll = nll.cpu()
-    value = nll.mean().exp().item()
-    if not math.isfinite(value):
-        raise UsageError(
-            f"the perplexity is not finite (mean negative log-likelihood {nll.mean():.4g}): "
-            "the checkpoint yields NaN or infinite logits, or its dtype overflows"
-        )
-    count, seqlen = windows.shape
-    error = value * nll.std(correction=1).item() / math.sqrt(count) if count > 1 else None
-    return Perplexity(value, error, nll.mean().item(), count, seqlen, count * (seqlen - 1))
+
+    def __init__(self, path: Path, identity: dict, stages: Stages, processes: Processes):
+        """Take up what `path` holds if it is an evaluation of the same `identity`."""
+        self._path, self._identity, self._stages, self._processes = path, identity, stages, processes
+        self._rows: dict[str, dict] = processes.from_main(self._read() if processes.is_main else {})
+        self.found = len(self._rows)
+
+    def _read(self) -> dict[str, dict]:
+        try:
+            stored = json.loads(self._path.read_text())
+            same = stored["identity"] == json.loads(json.dumps(self._identity))
+            return stored["measures"] if same else {}
+        except FileNotFoundError:
+            return {}
+        except (ValueError, KeyError, TypeError):
+            logger.warning("%s is damaged: measuring all anew", self._path)
+            return {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._rows
+
+    def take(self, name: str, work: Callable[[], Any]) -> Any:
+        """What was measured under this name, now or before the evaluation was stopped."""
+        if name not in self._rows:
+            with self._stages.stage(name):
+                value = work()
+            self._rows[name] = {"value": value, "stage": self._stages.rows[name]}
+            if self._processes.is_main:
+                write_record(self._path, {"identity": self._identity, "measures": self._rows})
+        self._stages.rows[name] = self._rows[name]["stage"]
+        return self._rows[name]["value"]
+
+    def forget(self) -> None:
+        """Remove the file, now that the record holds all."""
+        self._path.unlink(missing_ok=True)
 
 
-def zero_shot(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: list[str],
-    *,
-    num_fewshot: int | None,
-    batch_size: int | str,
-    limit: int | float | None,
-    data_dir: str | Path | None,
-    seed: int = 1234,
-) -> dict:
-    """Score `model` on lm-eval `tasks` (names of tasks, groups or tags); returns what a JSON record can hold.
+def measure(subject: Subject, protocol: Protocol, measures: Measures, stages: Stages, processes: Processes) -> dict:
+    """Read a model and measure what is missing; returns what the record says of it, whole in the main process."""
+    name, location, tokenizer = subject.name, subject.location, subject.tokenizer
 
-    Rows that lie under `data_dir` (see `local_tasks`) are read from there, all others come from the hub.
-    `num_fewshot` None is each task's own number, drawn by `seed`; `limit` scores the first rows or that share.
-    Returns `tasks` (by name: metrics as shares of 1, their standard errors, the protocol; a group appears as
-    its tasks), `averages` (see there) and the settings. Resets the generators of random, numpy and torch.
-    Raises UsageError if lm-eval is missing, a task is unknown, its rows cannot be had, or shots are asked of a
-    local file.
-    """
-    harness = _import_harness()
-    with tempfile.TemporaryDirectory() as folder, _explained(tasks, data_dir):
-        local = local_tasks(data_dir, folder) if data_dir else []
-        manager = _task_manager(tasks, local, folder, num_fewshot)
-        results = harness.simple_evaluate(
-            model=_harness_model(model, tokenizer, batch_size),
-            tasks=tasks,
-            num_fewshot=num_fewshot,
-            limit=limit,
-            fewshot_random_seed=seed,
-            task_manager=manager,
-            log_samples=False,
-        )
-    scores = {name: _task_record(results, name, local) for name in results["n-samples"]}
-    return {
-        "tasks": scores,
-        "averages": averages(scores),
-        "harness": f"lm-eval {results['lm_eval_version']}",
-        "limit": limit,
-        **HARNESS_SETTINGS,
+    @cache
+    def model() -> PreTrainedModel:
+        with stages.stage(f"{name}: read"):
+            model = model_source.read_model(location, protocol.dtype, protocol.device_map)
+            return model if protocol.device_map else model.to(stages.device)
+
+    def take(what: str, work: Callable[[PreTrainedModel], Any]) -> Any:
+        if (key := f"{name}: {what}") not in measures:
+            model()  # here, lest reading it is counted as measuring
+        return measures.take(key, lambda: work(model()))
+
+    result = {
+        "model": model_source.describe_source(location, subject.config),
+        "file_bytes": location.file_bytes,
+        **take("sizes", sizes),
     }
-
-
-def check_tasks(tasks: list[str], *, num_fewshot: int | None, data_dir: str | Path | None) -> None:
-    """Read the rows of `tasks`, so that what is wrong with them is told before any model is read.
-
-    Raises UsageError as `zero_shot` does.
-    """
-    _import_harness()
-    with tempfile.TemporaryDirectory() as folder, _explained(tasks, data_dir):
-        local = local_tasks(data_dir, folder) if data_dir else []
-        _task_manager(tasks, local, folder, num_fewshot).load(tasks)
-
-
-@contextmanager
-def _explained(tasks: list[str], data_dir: str | Path | None) -> Iterator[None]:
-    """Turn the failures of reading and filling in rows into a UsageError, but not those of running the model."""
-    try:
-        yield
-    except (UsageError, RuntimeError, NameError, AttributeError, AssertionError, MemoryError):
-        raise
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(
-            f"--tasks {','.join(tasks)}: lm-eval cannot score them ({reason}); without a hub their rows must lie in "
-            f"--data_dir {data_dir}, whole and in the hub's fields"
-        ) from error
-
-
-def local_tasks(data_dir: str | Path, folder: str | Path) -> list[str]:
-    """Write into `folder` a task file for each of the paper's tasks whose rows lie under `data_dir`.
-
-    Looked for in `data_dir` and `data_dir`/eval: the stems of `LOCAL_ROWS` as .jsonl or .jsonl.gz. With
-    `folder` as lm-eval's include path the files take the place of the stock tasks of the same names: they
-    include the stock file, its prompts and metrics, and change only where the rows come from.
-    Returns the names of the tasks.
-    """
-    found = {name: _find_rows(Path(data_dir), local.stem) for name, local in LOCAL_ROWS.items()}
-    names = [name for name, rows in found.items() if rows is not None]
-    for name in names:
-        task = _local_task(name, found[name], Path(folder) / "rows")
-        # JSON is YAML.
-        (Path(folder) / f"{name}.yaml").write_text(json.dumps(task, indent=2), encoding="utf-8")
-    return names
-
-
-def averages(results: dict[str, dict]) -> dict:
-    """Mean accuracies in percent over those of the paper's tasks that `results` (task -> metrics) holds.
-
-    `paper_rule` takes each task's `PAPER_METRIC`, as the paper's tables do; `max_rule` takes the larger of
-    acc and acc_norm, which is the mean the released script prints. `tasks` lists what was averaged; without
-    any, both means are None.
-    """
-    present = [task for task, metric in PAPER_METRIC.items() if metric in results.get(task, {})]
-    paper = [results[task][PAPER_METRIC[task]] for task in present]
-    larger = [max(results[task].get(metric, 0.0) for metric in ("acc", "acc_norm")) for task in present]
-    return {"paper_rule": _mean_percent(paper), "max_rule": _mean_percent(larger), "tasks": present}
-
-
-def _mean_percent(shares: list[float]) -> float | None:
-    return 100 * sum(shares) / len(shares) if shares else None
-
-
-def _find_rows(data_dir: Path, stem: str) -> Path | None:
-    """The first file of this stem in `data_dir` or its folder eval, plain before gzipped; None without."""
-    candidates = (
-        folder / f"{stem}{suffix}"
-        for folder in (data_dir, data_dir / "eval")
-        for suffix in (".jsonl", ".jsonl.gz")
-    )
-    return next((path for path in candidates if path.is_file()), None)
-
-
-def _local_task(name: str, rows: Path, cache: Path) -> dict:
-    """The task file that puts the local `rows` through lm-eval's stock task `name`."""
-    from lm_eval import tasks
-
-    local = LOCAL_ROWS[name]
-    return {
-        "include": str(Path(tasks.__file__).parent / local.stock),
-        "task": name,
-        # A tag named here would stand for the local tasks alone, and hide the stock tag's other tasks.
-        "tag": None,
-        "dataset_path": "json",
-        "dataset_name": None,
-        # The cache goes with the temporary folder, and no edited file is answered from an old one.
-        "dataset_kwargs": {"data_files": {local.split: str(rows.resolve())}, "cache_dir": str(cache)},
-        "training_split": None,
-        "validation_split": None,
-        "test_split": None,
-        f"{local.split}_split": local.split,
-    }
-
-
-def _harness_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int | str):
-    """The loaded model as lm-eval wants it; `batch_size` may be "auto"."""
-    from lm_eval.models.huggingface import HFLM
-
-    return HFLM(
-        pretrained=model,
-        tokenizer=tokenizer,
-        backend="causal",
-        batch_size=batch_size,
-        **HARNESS_SETTINGS,
-    )
-
-
-def _import_harness():
-    """The package lm_eval, imported where it is used: it takes seconds, and perplexity does without it."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UsageError("--tasks needs the package lm-eval: pip install lm-eval")
-    import lm_eval
-
-    return lm_eval
-
-
-def _task_manager(tasks: list[str], local: list[str], folder: str, num_fewshot: int | None):
-    """lm-eval's index of tasks, those `local` in `folder` first; checks that `tasks` and shots can be had."""
-    from lm_eval.tasks import TaskManager
-
-    # Indexing the thousands of stock tasks takes seconds, and the local ones need none of them.
-    manager = TaskManager(include_path=folder, include_defaults=not set(tasks) <= set(local))
-    for name in tasks:
-        if name not in manager.task_index:
-            nearest = difflib.get_close_matches(name, manager.all_tasks) or ["none is near"]
-            raise UsageError(f"--tasks {name}: lm-eval has no such task; nearest: {', '.join(nearest)}")
-    if num_fewshot and local:
-        # lm-eval would quietly draw the shots from the rows it scores. Loading resolves groups and tags.
-        for name in sorted(manager.load(tasks)["tasks"].keys() & set(local)):
-            raise UsageError(
-                f"--num_fewshot {num_fewshot}: the local file of {name} has no training rows to draw shots "
-                "from; use --num_fewshot 0, or a --data_dir without that file, so that the hub is asked"
+    if subject.windows:
+        result["perplexity"] = {
+            text.name: take(
+                f"perplexity of {text.name}",
+                lambda model, text=text: text_measure(model, subject, text, protocol, processes),
             )
-    return manager
+            for text in protocol.texts
+        }
+    if protocol.tasks:
+        missing = [task for task in protocol.tasks if f"{name}: {task}" not in measures]
+        work = (protocol.of_tasks, protocol.batch_size, processes)
+        scores: dict[str, dict] = {}
+        with closing(zero_shot(model(), tokenizer, missing, *work) if missing else iter(())) as scored:
+            for task in protocol.tasks:
+                scores |= take(task, lambda _: next(scored)[1])
+        result["zero_shot"] = {
+            "tasks": scores,
+            "averages": averages(scores),
+            "harness": harness_version(),
+            "limit": protocol.of_tasks.limit,
+            "add_bos_token": protocol.of_tasks.add_bos_token,
+            "softmax_dtype": SOFTMAX_DTYPE,
+        }
+    if protocol.cost:
+        result["cost"] = take("cost", lambda model: latencies(model, stages.device))
+    if subject.prompt is not None:
+        result["continuation"] = take("continuation", lambda model: continuation(model, subject))
+    return result
 
 
-def _task_record(results: dict, name: str, local: list[str]) -> dict:
-    """One task's metrics and protocol out of lm-eval's results."""
-    # lm-eval's keys are "metric,filter", and every task of the paper has the filter "none"; a standard error
-    # that it cannot give is the string "N/A".
-    metrics = {
-        key.removesuffix(",none"): value
-        for key, value in results["results"][name].items()
-        if "," in key and isinstance(value, int | float) and math.isfinite(value)
+def sizes(model: PreTrainedModel) -> dict:
+    """What a model's sizes alone tell."""
+    return {
+        "parameters": cost.count_parameters(model),
+        "weight_bytes": cost.weight_bytes(model),
+        "macs": {"tokens": MACS_TOKENS, "total": cost.count_macs(model, MACS_TOKENS)},
+        "cache_bytes_per_token": cost.cache_bytes_per_token(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
     }
-    config, samples = results["configs"][name], results["n-samples"][name]
-    origin = f"hub {config.get('dataset_path')}"
-    if name in local:
-        rows = Path(config["dataset_kwargs"]["data_files"][LOCAL_ROWS[name].split])
-        origin = f"local {rows.name}"
-    return metrics | {
-        "samples": samples["effective"],
-        "split_size": samples["original"],
-        "num_fewshot": results["n-shot"][name],
-        "version": results["versions"][name],
-        "origin": origin,
+
+
+def text_measure(
+    model: PreTrainedModel, subject: Subject, text: TestText, protocol: Protocol, processes: Processes
+) -> dict:
+    """The perplexity of one text, with its protocol."""
+    windows = subject.windows[text.name]
+    first = windows[0, 0] == subject.tokenizer.bos_token_id
+    every = protocol.of_tasks.add_bos_token
+    return asdict(perplexity(model, windows, protocol.batch_size, processes)) | {
+        "bos": "every window" if every else "first window" if first else "none",
+        "origin": text.origin,
+        "fingerprint": text.fingerprint,
     }
+
+
+def latencies(model: PreTrainedModel, device: torch.device) -> dict:
+    """Seconds of reading a prompt and of generating a token, and the peak memory of both."""
+    shape = (LATENCY["sequences"], LATENCY["prompt_tokens"])
+    prompts = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    cost.reset_peak_memory(device)
+    timed = cost.generation_latency({"model": model}, prompts, LATENCY["new_tokens"], LATENCY["repeats"])["model"]
+    for row in timed.values():
+        row.pop("ratio")  # to itself
+    return {"protocol": LATENCY, **timed, "peak_memory": cost.peak_memory(device)}
+
+
+def continuation(model: PreTrainedModel, subject: Subject) -> str:
+    """The prompt and what the model continues it by, greedily."""
+    output = model.generate(**subject.prompt.to(model.device), max_new_tokens=CONTINUATION_TOKENS, do_sample=False)
+    return subject.tokenizer.decode(output[0], skip_special_tokens=True)

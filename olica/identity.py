@@ -1,4 +1,4 @@
-"""What decides the result of a pruning: a run that goes on must not differ in any of it from the run that began."""
+"""What decides a result: a run that goes on must not differ in any of it from the run that began."""
 
 import hashlib
 from pathlib import Path
@@ -37,6 +37,23 @@ def of_run(settings: dict, location: Location, config, token_hash: str, device: 
     }
 
 
+def of_evaluation(settings: dict, locations: dict[str, Location], configs: dict, device: torch.device) -> dict:
+    """The settings, the models, the code and the machine of an evaluation: figures of another are not taken up.
+
+    Args:
+        settings: values of the flags by their names.
+        locations: of the models, by their names in the record.
+        configs: their configurations.
+        device: where the models run.
+    """
+    return {
+        "settings": {name: value for name, value in settings.items() if name != "output_path"},
+        "models": {name: _source(location, configs[name]) for name, location in locations.items()},
+        "code": _code(),
+        "environment": environment(device),
+    }
+
+
 def _source(location: Location, config) -> dict:
     """Size and time of the last change of every file of a local model; the commit of one of the hub."""
     if not location.is_local:
@@ -49,6 +66,6 @@ def _source(location: Location, config) -> dict:
 def _code() -> str:
     digest = hashlib.sha256()
     library = Path(__file__).parent
-    for path in [*sorted(library.glob("*.py")), library.parent / "model_pruning.py"]:
+    for path in [*sorted(library.glob("*.py")), *sorted(library.parent.glob("model_*.py"))]:
         digest.update(path.read_bytes())
     return digest.hexdigest()

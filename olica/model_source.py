@@ -299,12 +299,13 @@ def _read_sentencepiece(location: Location) -> PreTrainedTokenizerBase:
     raise ValueError("transformers reads its SentencePiece file otherwise than SentencePiece does")
 
 
-def read_model(location: Location, dtype: str = "auto") -> PreTrainedModel:
+def read_model(location: Location, dtype: str = "auto", device_map: str | None = None) -> PreTrainedModel:
     """Read a dense or pruned model into host memory, every weight checked.
 
     Args:
         location: from `locate`.
         dtype: a key of DTYPES, or "auto" for that of the checkpoint (float32 for GGUF).
+        device_map: "auto" spreads the layers over all GPUs, the host and at last the disk.
 
     Raises:
         UsageError: unreadable files; weights that are missing, of another size, not of this model, NaN or infinite.
@@ -319,6 +320,7 @@ def read_model(location: Location, dtype: str = "auto") -> PreTrainedModel:
             dtype=DTYPES.get(dtype, dtype),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are reported below, by name
+            device_map=device_map,
             **arguments,
         )
     if location.gguf_file:
@@ -331,7 +333,9 @@ def read_model(location: Location, dtype: str = "auto") -> PreTrainedModel:
     refuse_weights(location, "lacks", info["missing_keys"])
     refuse_weights(location, "holds in another size", (key[0] for key in info["mismatched_keys"]))
     refuse_weights(location, "holds, but its configuration has no place for,", info["unexpected_keys"])
-    bad = (name for name, parameter in model.named_parameters() if not torch.isfinite(parameter).all())
+    # Layers that a device map left on the disk are read when they are run.
+    read = ((name, parameter) for name, parameter in model.named_parameters() if not parameter.is_meta)
+    bad = (name for name, parameter in read if not torch.isfinite(parameter).all())
     refuse_weights(location, "holds NaN or infinite values in", bad)
     return model.eval()
 

@@ -185,7 +185,8 @@ def shrink_layer(layer: nn.Module, config, shape: LayerShape) -> None:
     """
     separate_projections(layer, config)
     dense, new = projections_of(layer), {}
-    for name, rank in (("q_proj", shape.q_rank), ("k_proj", shape.k_rank)):
+    ranks = {"q_proj": shape.q_rank, "k_proj": shape.k_rank, "v_proj": shape.v_rank, "o_proj": shape.o_rank}
+    for name, rank in ranks.items():
         if rank:
             linear = getattr(dense, name)
             new[name] = LowRankLinear(linear.in_features, linear.out_features, rank, linear.bias is not None)

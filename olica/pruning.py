@@ -6,7 +6,7 @@ N samples, T tokens, D hidden size
 import torch
 from torch import Tensor, nn
 
-from . import feed_forward, linear_calibration, value_output
+from . import feed_forward, linear_calibration
 from .activations import calibrate, enter_layers, propagate
 from .configuration_olica import LayerShape
 from .dense_model import DenseModel
@@ -27,8 +27,7 @@ def _compress_value_output(
     layer: Projections, moments: Moments, shape: LayerShape, surveyed: Moments, recipe: Recipe, config
 ) -> dict[str, Tensor]:
     heads = (config.num_attention_heads, config.num_key_value_heads)
-    basis = recipe.value_basis(layer, surveyed, *heads)
-    return value_output.prune_value_output(layer, moments, shape, basis, recipe.value_importance, *heads)
+    return recipe.value_output(layer, moments, surveyed, shape, *heads)
 
 
 def _compress_feed_forward(

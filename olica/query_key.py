@@ -3,7 +3,7 @@
 Rotary embeddings stand between W_q and W_k, so each is factorised on its own (paper, Appendix A).
 """
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .configuration_olica import LayerShape
 from .linalg import low_rank_split
@@ -20,12 +20,16 @@ def low_rank_query_key(layer: Projections, moments: Moments, shape: LayerShape) 
     """
     factors = {}
     for name, rank in (("q_proj", shape.q_rank), ("k_proj", shape.k_rank)):
-        if not rank:
-            continue
-        projection = getattr(layer, name)
-        reduce, expand = low_rank_split(projection.weight, moments[diagonal("attention_input")], rank)
-        factors[f"{name}.reduce.weight"] = reduce
-        factors[f"{name}.expand.weight"] = expand
-        if projection.bias is not None:
-            factors[f"{name}.expand.bias"] = projection.bias
+        if rank:
+            factors |= low_rank_factors(name, getattr(layer, name), moments[diagonal("attention_input")], rank)
     return factors
+
+
+def low_rank_factors(name: str, projection: nn.Linear, second_moment: Tensor, rank: int) -> dict[str, Tensor]:
+    """Weights of the rank-r pair that takes the place of a projection called `name`, and its bias.
+
+    `second_moment` (in,) is the diagonal of the second moment of its input, up to a factor.
+    """
+    reduce, expand = low_rank_split(projection.weight, second_moment, rank)
+    factors = {f"{name}.reduce.weight": reduce, f"{name}.expand.weight": expand}
+    return factors if projection.bias is None else factors | {f"{name}.expand.bias": projection.bias}

@@ -10,6 +10,7 @@ from .configuration_olica import LayerShape
 from .linalg import RegressionSums
 from .modeling_olica import Projections
 from .moments import Moments, Statistic, needs
+from .value_output import FactorisedProjections, NarrowedHeads
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,7 @@ class Recipe:
         kept: (size, share lost) -> size that stays.
         dense_stream: whether a layer is calibrated on what the dense layers before it produce, or the pruned ones.
         query_key: (layer, moments, shape) -> factors.
-        value_basis: (layer, survey moments, H, K) -> basis of every value head.
-        value_importance: importance of the directions of the rotated value heads.
+        value_output: (layer, moments, survey moments, shape, H, K) -> what v_proj and o_proj become.
         channel_importance: (layer, moments) -> importance of the intermediate channels.
         protected_fraction: share of the channels, the least important, that stay nevertheless.
         survey_regression: (recipe, layer, moments, shape) -> the regression whose correlation ranks the layers.
@@ -37,8 +37,7 @@ class Recipe:
     kept: Callable[[int, float], int]
     dense_stream: bool
     query_key: Callable
-    value_basis: Callable
-    value_importance: Callable
+    value_output: NarrowedHeads | FactorisedProjections
     channel_importance: Callable
     protected_fraction: float
     survey_regression: Callable
@@ -52,11 +51,11 @@ class Recipe:
 
     def survey_needs(self, ranking: bool) -> set[Statistic]:
         """Statistics of the survey of a layer; without `ranking` it is not going to be calibrated."""
-        return {*self.value_basis.needs, *(self.survey_regression.needs if ranking else ())}
+        return {*self.value_output.survey_needs, *(self.survey_regression.needs if ranking else ())}
 
     def calibration_needs(self, calibrated: bool) -> set[Statistic]:
         """Statistics that pruning one layer takes, with or without a linear correction."""
-        stages = [self.query_key, self.value_importance, self.channel_importance]
+        stages = [self.query_key, self.value_output, self.channel_importance]
         if calibrated:
             stages.append(linear_calibration.residual_sums)
         return {statistic for stage in stages for statistic in stage.needs}
@@ -86,8 +85,7 @@ OLICA = Recipe(
     kept=allocation.kept_by_code,
     dense_stream=False,
     query_key=query_key.low_rank_query_key,
-    value_basis=value_output.output_basis,
-    value_importance=value_output.released_importance,
+    value_output=NarrowedHeads(value_output.output_directions, value_output.released_importance),
     channel_importance=feed_forward.released_importance,
     protected_fraction=feed_forward.RELEASED_PROTECTED_FRACTION,
     survey_regression=regress_dense_output,
@@ -108,14 +106,27 @@ RECIPES = {
             kept=allocation.kept_by_paper,
             dense_stream=True,
             query_key=query_key.low_rank_query_key,
-            value_basis=value_output.value_basis,
-            value_importance=value_output.paper_importance,
+            value_output=NarrowedHeads(value_output.value_directions, value_output.paper_importance),
             channel_importance=feed_forward.paper_importance,
             protected_fraction=0.0,
             survey_regression=regress_residual,
             last_is_eligible=True,
             ridge=linear_calibration.paper_ridge,
             output_weights=linear_calibration.equal_output_weights,
+        ),
+        # What the paper compares Fast-OND with, everything else being equal: full OND (Table 6); SVD, SVD weighted by
+        # the inputs' norms, and importance without any decomposition (Table 5).
+        replace(
+            OLICA,
+            name="olica-ond",
+            value_output=NarrowedHeads(value_output.product_directions, value_output.released_importance),
+        ),
+        replace(OLICA, name="olica-svd", value_output=FactorisedProjections(by_input=False)),
+        replace(OLICA, name="olica-awsvd", value_output=FactorisedProjections(by_input=True)),
+        replace(
+            OLICA,
+            name="olica-wanda",
+            value_output=NarrowedHeads(value_output.given_directions, value_output.released_importance),
         ),
     )
 }

@@ -68,7 +68,7 @@ def survey_layers(
             with regression(options.percdamp, index):
                 ridge = options.ridge(recipe, moments, calibration_ids.shape)
                 correlation = multiple_correlation(sums, ridge_regression(sums, ridge)).mean().item()
-        survey.append(LayerSurvey(correlation, moments.kept(recipe.value_basis.needs)))
+        survey.append(LayerSurvey(correlation, moments.kept(recipe.value_output.survey_needs)))
         progress.save_survey(*_packed(survey), hidden if index + 1 < layers else None)
     return survey
 
@@ -90,7 +90,7 @@ def _unpacked(facts: dict, tensors: dict[str, Tensor], recipe: Recipe, heads: in
     for index, correlation in enumerate(facts.get("correlations", [])):
         prefix = f"{index}."
         state = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-        moments = Moments.restored(state, recipe.value_basis.needs, heads, facts["tokens"])
+        moments = Moments.restored(state, recipe.value_output.survey_needs, heads, facts["tokens"])
         survey.append(LayerSurvey(correlation, moments))
     return survey
 

@@ -19,8 +19,7 @@ def rows(pruning: dict, evaluation: dict) -> list[tuple[str, str, str]]:
     """The lines of the table: name, dense, pruned."""
     dense, pruned = evaluation["results"]["dense"], evaluation["results"]["pruned"]
 
-    def perplexity(result: dict) -> str:
-        measured = result["perplexity"]
+    def perplexity(measured: dict) -> str:
         error = measured["standard_error"]
         return f"{measured['value']:.2f}" + ("" if error is None else f" +- {error:.2f}")
 
@@ -28,21 +27,27 @@ def rows(pruning: dict, evaluation: dict) -> list[tuple[str, str, str]]:
         return "hub" if size is None else f"{size / 1e6:.1f} MB"
 
     def seconds(name: str) -> str:
-        return f"{evaluation['stages'][name]['minutes'] * 60:.0f} s"
+        taken = sum(evaluation["stages"][f"{name}: perplexity of {text}"]["minutes"] for text in dense["perplexity"])
+        return f"{taken * 60:.0f} s"
 
     def both(cell: Callable[[dict], str]) -> tuple[str, str]:
         return cell(dense), cell(pruned)
 
-    measured = dense["perplexity"]
-    protocol = f"{evaluation['settings']['ppl']}, {measured['windows']} windows of {measured['seqlen']}"
     stages = pruning["stages"].values()
+    perplexities = [
+        (
+            f"perplexity ({text}, {measured['windows']} windows of {measured['seqlen']})",
+            *both(lambda r, text=text: perplexity(r["perplexity"][text])),
+        )
+        for text, measured in dense["perplexity"].items()
+    ]
     return [
-        (f"perplexity ({protocol})", *both(perplexity)),
+        *perplexities,
         ("parameters", *both(lambda r: f"{r['parameters']['total']:,}")),
         ("parameters of the decoder layers", *both(lambda r: f"{r['parameters']['decoder_layers']:,}")),
         (f"weights as {pruned['dtype']}", *both(lambda r: megabytes(r["weight_bytes"]))),
         ("weight files on disk", *both(lambda r: megabytes(r["file_bytes"]))),
-        ("time of the perplexity", seconds("dense: perplexity"), seconds("pruned: perplexity")),
+        ("time of the perplexity", seconds("dense"), seconds("pruned")),
         ("time of pruning", "", f"{sum(row['minutes'] for row in stages) * 60:.0f} s"),
         ("peak memory of pruning", "", f"{max(row['host_bytes'] for row in stages) / 1e9:.2f} GB"),
     ]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_run import LAYERS
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -157,3 +157,13 @@ def here(tmp_path, monkeypatch):
     ids = torch.randint(3, 259, (8, 32), generator=torch.Generator().manual_seed(0))
     save_file({"calibration_ids": ids}, "ids.safetensors")
     return tmp_path
+
+
+@pytest.fixture
+def bos_tokenizer():
+    """The byte tokenizer, made to put <s> in front of every text, as LLaMA's does."""
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    return tokenizer

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import load_weights, make_llama, make_tokenizer
@@ -97,9 +98,14 @@ def test_prune_and_evaluate(here, capsys):
     assert results["dense"]["parameters"]["total"] == record["parameters"]["before"]
     assert results["pruned"]["parameters"]["decoder_layers"] == record["parameters"]["decoder_layers_after"]
     for result in results.values():
-        assert result["perplexity"]["seqlen"] == 64 and result["perplexity"]["windows"] > 5
-        assert 1 < result["perplexity"]["value"] < 1e6
-    assert f"{results['pruned']['perplexity']['value']:.3f}" in capsys.readouterr().out
+        measured = result["perplexity"]["held.txt"]
+        assert measured["seqlen"] == 64 and measured["windows"] > 5
+        assert 1 < measured["value"] < 1e6
+    row = results["pruned"]["to_dense"]["perplexity"]["held.txt"]
+    assert row["ratio"] == pytest.approx(np.exp(row["difference"])) and row["standard_error"] > 0
+    printed = capsys.readouterr().out
+    assert f"{results['pruned']['perplexity']['held.txt']['value']:.3f}" in printed
+    assert f"{row['difference']:+.4f} +- {row['standard_error']:.4f}" in printed
 
 
 @pytest.mark.parametrize("sparsity", ["0", "1e-06"])

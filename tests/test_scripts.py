@@ -44,7 +44,7 @@ def test_agreement_with_the_reference_is_strict():
 def test_summary_prints_what_the_records_say(tmp_path, capsys):
     def result(value: float, parameters: int, file_bytes: int | None) -> dict:
         return {
-            "perplexity": {"value": value, "standard_error": 0.25, "windows": 40, "seqlen": 128},
+            "perplexity": {"pydoc": {"value": value, "standard_error": 0.25, "windows": 40, "seqlen": 128}},
             "parameters": {"total": parameters, "decoder_layers": parameters - 5000},
             "weight_bytes": 4 * parameters,
             "file_bytes": file_bytes,
@@ -60,8 +60,10 @@ def test_summary_prints_what_the_records_say(tmp_path, capsys):
     write_record(tmp_path / PRUNING_RECORD, pruning)
     evaluation = {
         "results": {"dense": result(20.0, 1_000_000, None), "pruned": result(33.5, 800_000, 3_300_000)},
-        "settings": {"ppl": "pydoc"},
-        "stages": {"dense: perplexity": {"minutes": 0.2}, "pruned: perplexity": {"minutes": 0.1}},
+        "stages": {
+            "dense: perplexity of pydoc": {"minutes": 0.2},
+            "pruned: perplexity of pydoc": {"minutes": 0.1},
+        },
     }
     summary = load("scripts/summary.py")
     with pytest.raises(SystemExit) as ended:

@@ -6,7 +6,16 @@ from conftest import make_llama
 from olica.configuration_olica import LayerShape
 from olica.modeling_olica import projections_of
 from olica.moments import Moments, diagonal, per_head
-from olica.value_output import output_basis, paper_importance, prune_value_output, released_importance, value_basis
+from olica.value_output import (
+    FactorisedProjections,
+    NarrowedHeads,
+    given_directions,
+    output_directions,
+    paper_importance,
+    product_directions,
+    released_importance,
+    value_directions,
+)
 
 H, D, WIDTH = 4, 64, 16
 
@@ -45,13 +54,22 @@ def head_products(value: np.ndarray, output: np.ndarray, num_kv_heads: int, kept
     return np.stack([outputs[:, h] @ values[h // (H // num_kv_heads)] for h in range(H)])
 
 
-@pytest.mark.parametrize("make_basis", [output_basis, value_basis])
-def test_rotating_keeps_every_heads_product(layer, moments, num_kv_heads, make_basis):
-    basis = make_basis(layer, moments, H, num_kv_heads)
+def narrowed(layer, moments, num_kv_heads, kept, directions, importance=released_importance):
+    """What the heads become when they keep so many of these directions."""
+    shape = LayerShape(0, 0, kept, 176)
+    return NarrowedHeads(directions, importance)(layer, moments, moments, shape, H, num_kv_heads)
+
+
+@pytest.mark.parametrize("directions", [output_directions, value_directions])
+def test_bases_of_fast_ond_are_orthogonal(layer, moments, num_kv_heads, directions):
+    basis = directions(layer, moments, H, num_kv_heads).features
     identity = torch.eye(WIDTH, dtype=torch.float64).expand(num_kv_heads, -1, -1)
     torch.testing.assert_close(basis.mT @ basis, identity)
-    shape = LayerShape(0, 0, WIDTH, 176)
-    rotated = prune_value_output(layer, moments, shape, basis, released_importance, H, num_kv_heads)
+
+
+@pytest.mark.parametrize("directions", [output_directions, value_directions, product_directions])
+def test_another_basis_keeps_every_heads_product(layer, moments, num_kv_heads, directions):
+    rotated = narrowed(layer, moments, num_kv_heads, WIDTH, directions)
     before = head_products(
         layer.v_proj.weight.detach().double().numpy(), layer.o_proj.weight.detach().double().numpy(),
         num_kv_heads, WIDTH,
@@ -65,7 +83,7 @@ def test_rotating_keeps_every_heads_product(layer, moments, num_kv_heads, make_b
 
 
 def test_output_basis_diagonalises_the_groups_weighted_outputs(layer, activations, moments, num_kv_heads):
-    basis = output_basis(layer, moments, H, num_kv_heads).detach().numpy()
+    basis = output_directions(layer, moments, H, num_kv_heads).features.detach().numpy()
     weight = layer.o_proj.weight.detach().double().numpy().reshape(D, H, WIDTH)
     norms = (activations["attention_output"].double() ** 2).sum((0, 1)).numpy()
     group = H // num_kv_heads
@@ -80,7 +98,7 @@ def test_output_basis_diagonalises_the_groups_weighted_outputs(layer, activation
 
 
 def test_value_basis_holds_the_singular_vectors(layer, num_kv_heads):
-    basis = value_basis(layer, None, H, num_kv_heads).detach().numpy()
+    basis = value_directions(layer, None, H, num_kv_heads).features.detach().numpy()
     weight = layer.v_proj.weight.detach().double().numpy().reshape(num_kv_heads, WIDTH, D)
     for kv in range(num_kv_heads):
         _, _, expected = np.linalg.svd(weight[kv].T)  # W_v in the paper's orientation (D, d)
@@ -110,9 +128,9 @@ def scores_by_hand(layer, activations, basis, num_kv_heads, norm) -> np.ndarray:
 
 @pytest.mark.parametrize(("importance", "norm"), [(released_importance, 2), (paper_importance, 1)])
 def test_pruning_keeps_the_most_important_directions(layer, activations, moments, num_kv_heads, importance, norm):
-    basis = output_basis(layer, moments, H, num_kv_heads).detach()
+    basis = output_directions(layer, moments, H, num_kv_heads).features.detach()
     kept = 11
-    pruned = prune_value_output(layer, moments, LayerShape(0, 0, kept, 176), basis, importance, H, num_kv_heads)
+    pruned = narrowed(layer, moments, num_kv_heads, kept, output_directions, importance)
     scores = scores_by_hand(layer, activations, basis.numpy(), num_kv_heads, norm)
     order = np.sort(np.argsort(scores, axis=1)[:, WIDTH - kept :], axis=1)
     value = layer.v_proj.weight.detach().double().numpy().reshape(num_kv_heads, WIDTH, D)
@@ -126,11 +144,69 @@ def test_biases_follow_their_projections(num_kv_heads, moments):
     layer = make_llama(num_key_value_heads=num_kv_heads, attention_bias=True).model.layers[0]
     layer = projections_of(layer)
     torch.nn.init.normal_(layer.v_proj.bias)
-    basis = output_basis(layer, moments, H, num_kv_heads).detach()
-    rotated = prune_value_output(
-        layer, moments, LayerShape(0, 0, WIDTH, 176), basis, released_importance, H, num_kv_heads
-    )
+    basis = output_directions(layer, moments, H, num_kv_heads).features.detach()
+    rotated = narrowed(layer, moments, num_kv_heads, WIDTH, output_directions)
     bias = layer.v_proj.bias.detach().double().numpy().reshape(num_kv_heads, WIDTH)
     expected = np.concatenate([basis[kv].numpy().T @ bias[kv] for kv in range(num_kv_heads)])
     np.testing.assert_allclose(rotated["v_proj.bias"].detach().numpy(), expected, atol=1e-12)
     assert rotated["o_proj.bias"] is layer.o_proj.bias
+
+
+def test_full_ond_finds_the_singular_vectors_of_the_product(layer, num_kv_heads):
+    """numpy forms the product (G D, D) of a group, which ours never does."""
+    value, output, _ = product_directions(layer, None, H, num_kv_heads)
+    value, output = value.detach().numpy(), output.detach().numpy().reshape(num_kv_heads, -1, WIDTH)
+    weight_v = layer.v_proj.weight.detach().double().numpy().reshape(num_kv_heads, WIDTH, D)
+    weight_o = layer.o_proj.weight.detach().double().numpy().reshape(D, num_kv_heads, -1, WIDTH)
+    for kv in range(num_kv_heads):
+        product = weight_o[:, kv].transpose(1, 0, 2).reshape(-1, WIDTH) @ weight_v[kv]
+        left, singular, right = np.linalg.svd(product, full_matrices=False)
+        np.testing.assert_allclose(np.abs(left[:, :WIDTH].T @ output[kv]), np.eye(WIDTH), atol=1e-8)
+        np.testing.assert_allclose(np.abs(value[kv] @ right[:WIDTH].T), np.diag(singular[:WIDTH]), atol=1e-8)
+
+
+def test_the_features_of_full_ond_are_those_of_its_value_projection(moments, num_kv_heads):
+    """Also where a value head is rank-deficient, and with a bias."""
+    layer = projections_of(make_llama(num_key_value_heads=num_kv_heads, attention_bias=True).model.layers[0])
+    with torch.no_grad():
+        layer.v_proj.weight[1] = layer.v_proj.weight[0]
+        layer.o_proj.weight[:, 2] = 0
+        layer.v_proj.bias.normal_()
+    turned = narrowed(layer, moments, num_kv_heads, WIDTH, product_directions)
+    hidden = torch.randn(5, D, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    values = (hidden @ turned["v_proj.weight"].T + turned["v_proj.bias"]).view(5, num_kv_heads, WIDTH)
+    heads = values.repeat_interleave(H // num_kv_heads, dim=1).flatten(1)
+    dense = torch.nn.functional.linear(hidden, layer.v_proj.weight.double(), layer.v_proj.bias.double())
+    dense_heads = dense.view(5, num_kv_heads, WIDTH).repeat_interleave(H // num_kv_heads, dim=1).flatten(1)
+    torch.testing.assert_close(heads @ turned["o_proj.weight"].T, dense_heads @ layer.o_proj.weight.double().T)
+
+
+def test_wanda_drops_directions_as_they_are(layer, activations, moments, num_kv_heads):
+    kept = 11
+    pruned = narrowed(layer, moments, num_kv_heads, kept, given_directions)
+    identity = np.broadcast_to(np.eye(WIDTH), (num_kv_heads, WIDTH, WIDTH))
+    scores = scores_by_hand(layer, activations, identity, num_kv_heads, 2)
+    order = np.sort(np.argsort(scores, axis=1)[:, WIDTH - kept :], axis=1)
+    value = layer.v_proj.weight.detach().double().numpy().reshape(num_kv_heads, WIDTH, D)
+    expected = np.concatenate([value[kv][order[kv]] for kv in range(num_kv_heads)])
+    np.testing.assert_array_equal(pruned["v_proj.linear.weight"].detach().numpy(), expected)
+
+
+@pytest.mark.parametrize("by_input", [False, True])
+def test_factors_are_those_of_numpys_svd(layer, activations, num_kv_heads, by_input):
+    statistics = [diagonal("attention_input"), diagonal("heads")]
+    summed = Moments(statistics, H)
+    summed.update(activations)
+    shape = LayerShape(0, 0, WIDTH, 176, v_rank=7, o_rank=20)
+    method = FactorisedProjections(by_input)
+    assert set(method.needs) == (set(statistics) if by_input else set())
+    factors = method(layer, summed, None, shape, H, num_kv_heads)
+    for name, tap, rank in (("v_proj", "attention_input", 7), ("o_proj", "heads", 20)):
+        weight = getattr(layer, name).weight.detach().double().numpy()
+        norms = np.linalg.norm(activations[tap].double().flatten(0, 1).numpy(), axis=0)
+        scale = norms if by_input else np.ones(D)
+        left, singular, right = np.linalg.svd(weight * scale, full_matrices=False)
+        expected = (left[:, :rank] * singular[:rank]) @ right[:rank] / scale
+        found = factors[f"{name}.expand.weight"] @ factors[f"{name}.reduce.weight"]
+        np.testing.assert_allclose(found.detach().numpy(), expected, atol=1e-6)
+    assert method(layer, summed, None, LayerShape(0, 0, WIDTH, 176), H, num_kv_heads) == {}

@@ -1,20 +1,18 @@
-"""Run with: pytest tests/test_evaluation.py."""
+"""Run with: pytest tests/test_zero_shot.py."""
 
 import gzip
 import json
-import math
 import os
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_llama, make_tokenizer
-from tokenizers import processors
+from conftest import make_llama
 
-from olica import evaluation
-from olica.cost import peak_memory, reset_peak_memory
+from olica import zero_shot
 from olica.errors import UsageError
-from olica.evaluation import perplexity
+from olica.rows import PAPER_METRIC
+from olica.zero_shot import TaskProtocol
 
 TASKS = ["openbookqa", "arc_easy", "arc_challenge", "winogrande", "hellaswag", "piqa", "boolq"]
 
@@ -61,22 +59,6 @@ PROMPTS = [
 
 
 @pytest.fixture
-def bos_tokenizer():
-    """The byte tokenizer, made to put <s> in front of every text, as LLaMA's does."""
-    tokenizer = make_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
-    )
-    return tokenizer
-
-
-@pytest.fixture
-def windows():
-    """24 windows of 32 random tokens."""
-    return torch.randint(3, 259, (24, 32), generator=torch.Generator().manual_seed(5))
-
-
-@pytest.fixture
 def seen_ids():
     """Collects every sequence of token ids a model is given; attach it with `register_forward_pre_hook`."""
 
@@ -92,99 +74,13 @@ def write_rows(folder, stem, rows):
     (folder / f"{stem}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
 
 
-def window_nll(model, window):
-    """Mean negative log-likelihood of one window (T,), from the logits in float64."""
-    with torch.no_grad():
-        logits = model(window[None]).logits[0, :-1].double().numpy()
-    log_sum = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
-    return (log_sum - logits[np.arange(len(logits)), window[1:].numpy()]).mean()
-
-
-def score(model, tokenizer, tasks, data_dir, **settings):
-    settings = {"num_fewshot": 0, "batch_size": 3, "limit": None} | settings
-    return evaluation.zero_shot(model, tokenizer, tasks, data_dir=data_dir, **settings)
-
-
-# ---------------------------------------------------------------------------------------------- perplexity
-
-
-def test_windows_are_slices_of_the_whole_text(tokenizer):
-    text = "one two three four five six"
-    ids = [tokenizer.convert_tokens_to_ids("Ġ" if letter == " " else letter) for letter in text]
-    windows = evaluation.token_windows(tokenizer, text, 10)
-    assert windows.dtype == torch.long
-    assert windows.tolist() == [ids[:10], ids[10:20]]  # 27 bytes: a tail of 7 is dropped
-    assert evaluation.token_windows(tokenizer, text, 10, limit=1).tolist() == [ids[:10]]
-    assert evaluation.token_windows(tokenizer, text, 9).shape == (3, 9)  # no tail to drop
-
-
-def test_windows_hold_the_one_token_that_the_tokenizer_adds(bos_tokenizer):
-    windows = evaluation.token_windows(bos_tokenizer, "abcdefghijk", 4)
-    assert windows[0, 0] == bos_tokenizer.bos_token_id
-    assert bos_tokenizer.decode(windows.flatten()[1:]) == "abcdefghijk"
-
-
-def test_text_longer_than_the_context_is_no_warning(tokenizer, caplog):
-    tokenizer.model_max_length = 8
-    evaluation.token_windows(tokenizer, "a" * 100, 8)
-    assert not caplog.records
-
-
-def test_text_too_short_for_a_window(tokenizer):
-    with pytest.raises(UsageError, match="--ppl_seqlen 128: the text has only 5 tokens"):
-        evaluation.token_windows(tokenizer, "abcde", 128)
-
-
-def test_window_too_short_to_predict(tokenizer):
-    with pytest.raises(UsageError, match="--ppl_seqlen 1"):
-        evaluation.token_windows(tokenizer, "abcde", 1)
-
-
-def test_perplexity_is_that_of_the_model_loss(grouped_llama, windows):
-    with torch.no_grad():
-        losses = [grouped_llama(window[None], labels=window[None]).loss.item() for window in windows]
-    result = evaluation.perplexity(grouped_llama, windows, batch_size=5)
-    assert result.value == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
-    assert result.mean_nll == pytest.approx(np.mean(losses), rel=1e-6)
-    assert (result.windows, result.seqlen, result.predictions) == (24, 32, 24 * 31)
-
-
-def test_log_softmax_is_float32_in_a_bfloat16_model(grouped_llama, windows):
-    model = grouped_llama.bfloat16()
-    expected = np.mean([window_nll(model, window) for window in windows])
-    # In bfloat16 the mean would be off by more than 1e-3.
-    assert evaluation.perplexity(model, windows, batch_size=1).mean_nll == pytest.approx(expected, rel=1e-6)
-
-
-def test_standard_error_is_the_delta_method(grouped_llama, windows):
-    means = np.array([window_nll(grouped_llama, window) for window in windows])
-    result = evaluation.perplexity(grouped_llama, windows, batch_size=4)
-    expected = np.exp(means.mean()) * means.std(ddof=1) / np.sqrt(24)
-    assert result.standard_error == pytest.approx(expected, rel=1e-4)
-    # A jackknife, which knows nothing of the delta method, comes out near it.
-    left_out = np.array([np.exp(np.delete(means, i).mean()) for i in range(24)])
-    jackknife = np.sqrt(23 / 24 * ((left_out - left_out.mean()) ** 2).sum())
-    assert result.standard_error == pytest.approx(jackknife, rel=0.05)
-
-
-def test_one_window_has_no_standard_error(grouped_llama, windows):
-    assert evaluation.perplexity(grouped_llama, windows[:1], batch_size=4).standard_error is None
-
-
-def test_uniform_model_has_the_size_of_the_vocabulary(windows):
-    model = make_llama()
-    torch.nn.init.zeros_(model.lm_head.weight)
-    result = evaluation.perplexity(model, windows, batch_size=8)
-    assert result.value == pytest.approx(320, rel=1e-5)
-    assert result.standard_error == pytest.approx(0, abs=1e-3)
-
-
-@pytest.mark.parametrize("broken", [float("nan"), 1e30])
-def test_perplexity_that_is_not_finite(windows, broken):
-    model = make_llama()
-    torch.nn.init.constant_(model.lm_head.weight[0], broken)
-    with pytest.raises(UsageError, match="the checkpoint yields NaN"):
-        evaluation.perplexity(model, windows, batch_size=8)
+def score(model, tokenizer, tasks, data_dir, batch_size=3, **settings):
+    """The scores of all tasks together, and their averages."""
+    protocol = TaskProtocol(data_dir=data_dir, **settings)
+    scores = {}
+    for _, of_task in zero_shot.zero_shot(model, tokenizer, tasks, protocol, batch_size):
+        scores |= of_task
+    return {"tasks": scores, "averages": zero_shot.averages(scores)}
 
 
 # ------------------------------------------------------------------------------------------- local tasks
@@ -210,7 +106,7 @@ def test_local_tasks_are_the_stock_tasks_on_other_rows(seven, tmp_path):
 
     folder = tmp_path / "tasks"
     folder.mkdir()
-    assert evaluation.local_tasks(seven, folder) == TASKS
+    assert zero_shot.local_tasks(seven, folder) == TASKS
     stock = TaskManager().task_index
     local = TaskManager(include_path=folder, include_defaults=False).task_index
     for task in TASKS:
@@ -226,7 +122,7 @@ def test_local_tasks_are_the_stock_tasks_on_other_rows(seven, tmp_path):
 
 
 def test_folder_without_rows_gives_no_task(tmp_path):
-    assert evaluation.local_tasks(tmp_path, tmp_path) == []
+    assert zero_shot.local_tasks(tmp_path, tmp_path) == []
 
 
 def test_seven_tasks_run_with_the_stock_prompts(seven, tokenizer, grouped_llama, seen_ids):
@@ -278,18 +174,25 @@ def log_likelihoods(model, tokenizer, row):
     return scores
 
 
-def accuracies(model, tokenizer, rows):
-    """acc and acc_norm of HellaSwag rows."""
+def right_answers(model, tokenizer, rows):
+    """Which HellaSwag rows are right by acc and by acc_norm."""
     scores = [log_likelihoods(model, tokenizer, row) for row in rows]
     lengths = [[len(ending) for ending in row["endings"]] for row in rows]
     labels = [int(row["label"]) for row in rows]
     normed = np.divide(scores, lengths)
-    return (np.argmax(scores, 1) == labels).mean(), (np.argmax(normed, 1) == labels).mean()
+    return np.argmax(scores, 1) == labels, np.argmax(normed, 1) == labels
+
+
+def accuracies(model, tokenizer, rows):
+    """acc and acc_norm of HellaSwag rows."""
+    return tuple(right.mean() for right in right_answers(model, tokenizer, rows))
 
 
 def test_accuracy_is_that_of_the_log_likelihoods(hellaswag, grouped_llama, bos_tokenizer, seen_ids):
     folder, rows = hellaswag
-    acc, acc_norm = accuracies(grouped_llama, bos_tokenizer, rows)
+    right = right_answers(grouped_llama, bos_tokenizer, rows)
+    acc, acc_norm = (row.mean() for row in right)
+    hits, normed_hits = ("".join(str(int(hit)) for hit in row) for row in right)
     assert len({0.0, acc, acc_norm, 1.0}) == 4  # rows that did not tell the metrics apart would show nothing
     grouped_llama.register_forward_pre_hook(seen_ids, with_kwargs=True)
     record = score(grouped_llama, bos_tokenizer, ["hellaswag"], folder)["tasks"]["hellaswag"]
@@ -303,6 +206,8 @@ def test_accuracy_is_that_of_the_log_likelihoods(hellaswag, grouped_llama, bos_t
         "num_fewshot": 0,
         "version": 1.0,
         "origin": "local hellaswag_validation.jsonl",
+        "hits": {"acc": hits, "acc_norm": normed_hits},
+        "hash": record["hash"],
     }
     # The tokenizer would put <s> in front, the paper's harness did not.
     assert len(seen_ids) == 32
@@ -327,7 +232,8 @@ def test_limit_scores_the_first_rows(hellaswag, grouped_llama, tokenizer):
     folder, rows = hellaswag
     result = score(grouped_llama, tokenizer, ["hellaswag"], folder, limit=3)
     record = result["tasks"]["hellaswag"]
-    assert (record["samples"], record["split_size"], result["limit"]) == (3, 8, 3)
+    assert (record["samples"], record["split_size"]) == (3, 8)
+    assert len(record["hits"]["acc"]) == 3
     expected = accuracies(grouped_llama, tokenizer, rows[:3])
     assert (record["acc"], record["acc_norm"]) == pytest.approx(expected)
 
@@ -344,14 +250,17 @@ def test_only_finite_numbers_are_recorded():
         "n-samples": {"arc_easy": {"effective": 1, "original": 2376}},
         "n-shot": {"arc_easy": 0},
         "versions": {"arc_easy": 1.0},
+        "samples": {"arc_easy": []},
     }
-    assert evaluation._task_record(results, "arc_easy", local=[]) == {
+    assert zero_shot._task_record(results, "arc_easy", local=[]) == {
         "acc": 0.5,
         "samples": 1,
         "split_size": 2376,
         "num_fewshot": 0,
         "version": 1.0,
         "origin": "hub allenai/ai2_arc",
+        "hits": {},
+        "hash": None,
     }
 
 
@@ -388,7 +297,7 @@ def test_unknown_task_names_its_neighbours(grouped_llama, tokenizer):
 
 
 def test_missing_harness(monkeypatch, grouped_llama, tokenizer):
-    monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(zero_shot.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="pip install lm-eval"):
         score(grouped_llama, tokenizer, ["piqa"], None)
 
@@ -407,7 +316,7 @@ def test_seven_tasks_run_on_the_real_rows(shared_data, tokenizer):
         "piqa": 1838,
         "boolq": 3270,
     }
-    assert all(0 <= record[evaluation.PAPER_METRIC[task]] <= 1 for task, record in result["tasks"].items())
+    assert all(0 <= record[PAPER_METRIC[task]] <= 1 for task, record in result["tasks"].items())
 
 
 # ---------------------------------------------------------------------------------------------- averages
@@ -415,7 +324,7 @@ def test_seven_tasks_run_on_the_real_rows(shared_data, tokenizer):
 
 def test_paper_metrics():
     norm = dict.fromkeys(["openbookqa", "arc_easy", "arc_challenge", "hellaswag", "piqa"], "acc_norm")
-    assert evaluation.PAPER_METRIC == norm | {"boolq": "acc", "winogrande": "acc"}
+    assert PAPER_METRIC == norm | {"boolq": "acc", "winogrande": "acc"}
 
 
 def test_averages_by_hand():
@@ -426,7 +335,7 @@ def test_averages_by_hand():
         "hellaswag": {"acc": 0.3, "acc_norm": 0.5},
         "mmlu": {"acc": 0.1},
     }
-    result = evaluation.averages(results)
+    result = zero_shot.averages(results)
     assert sorted(result["tasks"]) == ["arc_easy", "boolq", "hellaswag", "piqa"]
     assert result["paper_rule"] == pytest.approx(60.0)  # (75 + 70 + 45 + 50) / 4
     assert result["max_rule"] == pytest.approx(63.75)  # (75 + 80 + 50 + 50) / 4
@@ -437,21 +346,42 @@ def test_averages_of_dense_llama_7b():
     columns = ["boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
     row = [75.08, 79.16, 76.20, 70.00, 72.89, 44.88, 44.40]
     results = {
-        task: {evaluation.PAPER_METRIC[task]: value / 100} for task, value in zip(columns, row, strict=True)
+        task: {PAPER_METRIC[task]: value / 100} for task, value in zip(columns, row, strict=True)
     }
-    assert evaluation.averages(results)["paper_rule"] == pytest.approx(66.09, abs=0.006)
+    assert zero_shot.averages(results)["paper_rule"] == pytest.approx(66.09, abs=0.006)
 
 
 def test_averages_without_a_task_of_the_paper():
-    assert evaluation.averages({"mmlu": {"acc": 0.1}}) == {"paper_rule": None, "max_rule": None, "tasks": []}
+    empty = {"paper_rule": None, "standard_error": None, "max_rule": None, "tasks": []}
+    assert zero_shot.averages({"mmlu": {"acc": 0.1}}) == empty
 
 
-def test_memory_does_not_grow_with_the_windows():
-    """Every window's log-probabilities take 25 MB here; kept or pinned, 60 windows would take 1.5 GB."""
-    model = make_llama(vocab_size=49152, hidden_size=16, num_hidden_layers=1, intermediate_size=16)
-    windows = torch.randint(49152, (60, 128), generator=torch.Generator().manual_seed(0))
-    perplexity(model, windows[:4], batch_size=4)
-    reset_peak_memory("cpu")
-    before = peak_memory("cpu")["host_bytes"]
-    perplexity(model, windows, batch_size=4)
-    assert peak_memory("cpu")["host_bytes"] - before < 600e6
+def test_error_of_the_average():
+    """Of independent tasks, each by the metric that counts."""
+    results = {"boolq": {"acc": 0.7, "acc_stderr": 0.03}, "piqa": {"acc": 0.1, "acc_stderr": 9, "acc_norm": 0.4}}
+    assert zero_shot.averages(results)["standard_error"] is None
+    results["piqa"]["acc_norm_stderr"] = 0.04
+    assert zero_shot.averages(results)["standard_error"] == pytest.approx(2.5)  # 100 * 0.05 / 2
+
+
+def test_start_token_in_front_of_every_prompt(hellaswag, grouped_llama, tokenizer, seen_ids):
+    grouped_llama.register_forward_pre_hook(seen_ids, with_kwargs=True)
+    score(grouped_llama, tokenizer, ["hellaswag"], hellaswag[0], add_bos_token=True)
+    assert len(seen_ids) == 32 and all(ids[0] == tokenizer.bos_token_id for ids in seen_ids)
+
+
+def test_rows_are_told_apart_by_their_hash(hellaswag, grouped_llama, tokenizer):
+    folder, rows = hellaswag
+    whole = score(grouped_llama, tokenizer, ["hellaswag"], folder)["tasks"]["hellaswag"]["hash"]
+    again = score(make_llama(3), tokenizer, ["hellaswag"], folder)["tasks"]["hellaswag"]["hash"]
+    part = score(grouped_llama, tokenizer, ["hellaswag"], folder, limit=7)["tasks"]["hellaswag"]["hash"]
+    write_rows(folder, "hellaswag_validation", [*rows[:7], rows[7] | {"label": "2"}])
+    edited = score(grouped_llama, tokenizer, ["hellaswag"], folder)["tasks"]["hellaswag"]["hash"]
+    assert whole == again and len({whole, part, edited}) == 3
+
+
+def test_rows_that_are_not_there_are_named(grouped_llama, tokenizer, tmp_path):
+    with pytest.raises(UsageError, match=f"--data_dir {tmp_path}.* as hellaswag_validation.jsonl"):
+        score(grouped_llama, tokenizer, ["hellaswag"], tmp_path)
+
+

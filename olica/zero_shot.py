@@ -1,0 +1,297 @@
+"""Zero-shot accuracy through lm-evaluation-harness, on rows of the hub or of local files."""
+
+import copy
+import difflib
+import hashlib
+import importlib.util
+import json
+import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from accelerate import Accelerator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .errors import UsageError
+from .processes import ALONE, Processes
+from .rows import PAPER_METRIC, mean_error, pack_hits
+
+# lm-eval's default is the model's dtype: in bfloat16 a log-likelihood near -40 comes in steps of 0.25, and answers tie.
+SOFTMAX_DTYPE = "float32"
+# Metrics that are right or wrong row by row.
+ROW_METRICS = ("acc", "acc_norm")
+
+
+@dataclass(frozen=True)
+class LocalRows:
+    """Where the rows of a task may lie in a data folder, and which lm-eval task file they are put through."""
+
+    stock: str  # task file, relative to lm-eval's own folder of tasks
+    stem: str  # file name without .jsonl or .jsonl.gz
+    split: str  # the split that is scored, the only one in the file
+
+
+LOCAL_ROWS = {
+    "openbookqa": LocalRows("openbookqa/openbookqa.yaml", "openbookqa_main_test", "test"),
+    "arc_easy": LocalRows("arc/arc_easy.yaml", "arc_easy_test", "test"),
+    "arc_challenge": LocalRows("arc/arc_challenge.yaml", "arc_challenge_test", "test"),
+    "winogrande": LocalRows("winogrande/default.yaml", "winogrande_xl_validation", "validation"),
+    "hellaswag": LocalRows("hellaswag/hellaswag.yaml", "hellaswag_validation", "validation"),
+    "piqa": LocalRows("piqa/piqa.yaml", "piqa_validation", "validation"),
+    "boolq": LocalRows("super_glue/boolq/default.yaml", "boolq_validation", "validation"),
+}
+
+
+@dataclass(frozen=True)
+class TaskProtocol:
+    """How tasks are scored.
+
+    Attributes:
+        num_fewshot: examples in a prompt; None is each task's own number.
+        limit: how many rows of every task count, from the first on; None: all.
+        add_bos_token: whether every prompt begins with the tokenizer's start token. The paper's harness (of 2023) never
+            put one there; today's default is what the tokenizer does, which for LLaMA is one <s>.
+        seed: of the draw of examples.
+        data_dir: folder whose local rows take the place of the hub's, see `local_tasks`; None: the hub alone.
+    """
+
+    num_fewshot: int | None = 0
+    limit: int | None = None
+    add_bos_token: bool = False
+    seed: int = 0
+    data_dir: str | Path | None = None
+
+
+def zero_shot(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: list[str],
+    protocol: TaskProtocol,
+    batch_size: int,
+    processes: Processes = ALONE,
+) -> Iterator[tuple[str, dict[str, dict]]]:
+    """Score `model` on lm-eval `tasks` (names of tasks, groups or tags), one after the other.
+
+    Yields each name with the scores of its tasks, by name: metrics as shares of 1, their standard errors, the protocol,
+    and `hits`, by metric, of the single rows; what a JSON record can hold. Processes other than the main one get empty
+    scores. Resets the generators of random, numpy and torch.
+    Raises UsageError if lm-eval is missing, a task is unknown, its rows cannot be had, or shots are asked of a
+    local file.
+    """
+    harness = _import_harness()
+    with tempfile.TemporaryDirectory() as folder, _explained(tasks, protocol.data_dir):
+        local = local_tasks(protocol.data_dir, folder) if protocol.data_dir else []
+        manager = _task_manager(tasks, local, folder, protocol.num_fewshot)
+        for task in tasks:
+            results = harness.simple_evaluate(
+                model=_harness_model(model, tokenizer, batch_size, protocol.add_bos_token, processes),
+                tasks=[task],
+                num_fewshot=protocol.num_fewshot,
+                limit=protocol.limit,
+                fewshot_random_seed=protocol.seed,
+                task_manager=manager,
+                log_samples=True,
+            )
+            names = results["n-samples"] if processes.is_main else ()
+            yield task, {name: _task_record(results, name, local) for name in names}
+
+
+def check_tasks(tasks: list[str], protocol: TaskProtocol) -> None:
+    """Read the rows of `tasks`, so that what is wrong with them is told before any model is read.
+
+    Raises UsageError as `zero_shot` does.
+    """
+    _import_harness()
+    with tempfile.TemporaryDirectory() as folder, _explained(tasks, protocol.data_dir):
+        local = local_tasks(protocol.data_dir, folder) if protocol.data_dir else []
+        _task_manager(tasks, local, folder, protocol.num_fewshot).load(tasks)
+
+
+def harness_version() -> str:
+    """The harness and its version, for records."""
+    return f"lm-eval {metadata.version('lm_eval')}"
+
+
+@contextmanager
+def _explained(tasks: list[str], data_dir: str | Path | None) -> Iterator[None]:
+    """Turn the failures of reading and filling in rows into a UsageError, but not those of running the model."""
+    try:
+        yield
+    except (UsageError, RuntimeError, NameError, AttributeError, AssertionError, MemoryError):
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        stems = [LOCAL_ROWS[name].stem for name in tasks if name in LOCAL_ROWS]
+        missing = [f"{stem}.jsonl" for stem in stems if _find_rows(Path(data_dir or ""), stem) is None]
+        names = f" as {', '.join(missing)}" if missing else ""
+        raise UsageError(
+            f"--tasks {','.join(tasks)}: lm-eval cannot score them ({reason}); without a hub their rows must lie in "
+            f"--data_dir {data_dir}{names}, whole and in the hub's fields"
+        ) from error
+
+
+def local_tasks(data_dir: str | Path, folder: str | Path) -> list[str]:
+    """Write into `folder` a task file for each of the paper's tasks whose rows lie under `data_dir`.
+
+    Looked for in `data_dir` and `data_dir`/eval: the stems of `LOCAL_ROWS` as .jsonl or .jsonl.gz. With
+    `folder` as lm-eval's include path the files take the place of the stock tasks of the same names: they
+    include the stock file, its prompts and metrics, and change only where the rows come from.
+    Returns the names of the tasks.
+    """
+    found = {name: _find_rows(Path(data_dir), local.stem) for name, local in LOCAL_ROWS.items()}
+    names = [name for name, rows in found.items() if rows is not None]
+    for name in names:
+        task = _local_task(name, found[name], Path(folder) / "rows")
+        # JSON is YAML.
+        (Path(folder) / f"{name}.yaml").write_text(json.dumps(task, indent=2), encoding="utf-8")
+    return names
+
+
+def averages(results: dict[str, dict]) -> dict:
+    """Mean accuracies in percent over those of the paper's tasks that `results` (task -> metrics) holds.
+
+    `paper_rule` takes each task's `PAPER_METRIC`, as the paper's tables do; `max_rule` takes the larger of
+    acc and acc_norm, which is the mean the released script prints. `standard_error` is that of `paper_rule`. `tasks`
+    lists what was averaged; without any, all three are None.
+    """
+    present = [task for task, metric in PAPER_METRIC.items() if metric in results.get(task, {})]
+    paper = [results[task][PAPER_METRIC[task]] for task in present]
+    larger = [max(results[task].get(metric, 0.0) for metric in ("acc", "acc_norm")) for task in present]
+    errors = [{"standard_error": results[task].get(f"{PAPER_METRIC[task]}_stderr")} for task in present]
+    error = mean_error(errors)
+    return {
+        "paper_rule": _mean_percent(paper),
+        "standard_error": None if error is None else 100 * error,
+        "max_rule": _mean_percent(larger),
+        "tasks": present,
+    }
+
+
+def _mean_percent(shares: list[float]) -> float | None:
+    return 100 * sum(shares) / len(shares) if shares else None
+
+
+def _find_rows(data_dir: Path, stem: str) -> Path | None:
+    """The first file of this stem in `data_dir` or its folder eval, plain before gzipped; None without."""
+    candidates = (
+        folder / f"{stem}{suffix}"
+        for folder in (data_dir, data_dir / "eval")
+        for suffix in (".jsonl", ".jsonl.gz")
+    )
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _local_task(name: str, rows: Path, cache: Path) -> dict:
+    """The task file that puts the local `rows` through lm-eval's stock task `name`."""
+    from lm_eval import tasks
+
+    local = LOCAL_ROWS[name]
+    return {
+        "include": str(Path(tasks.__file__).parent / local.stock),
+        "task": name,
+        # A tag named here would stand for the local tasks alone, and hide the stock tag's other tasks.
+        "tag": None,
+        "dataset_path": "json",
+        "dataset_name": None,
+        # The cache goes with the temporary folder, and no edited file is answered from an old one.
+        "dataset_kwargs": {"data_files": {local.split: str(rows.resolve())}, "cache_dir": str(cache)},
+        "training_split": None,
+        "validation_split": None,
+        "test_split": None,
+        f"{local.split}_split": local.split,
+    }
+
+
+def _harness_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    add_bos_token: bool,
+    processes: Processes,
+):
+    """The loaded model as lm-eval wants it."""
+    from lm_eval.models.huggingface import HFLM
+
+    if add_bos_token:
+        # lm-eval leaves the token to the tokenizer, and many tokenizers that have one do not put it there.
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.add_bos_token = True
+    wrapped = HFLM(
+        pretrained=model,
+        tokenizer=tokenizer,
+        backend="causal",
+        batch_size=batch_size,
+        add_bos_token=add_bos_token,
+        softmax_dtype=SOFTMAX_DTYPE,
+    )
+    if processes.state is not None:
+        # lm-eval joins the processes of a launch only where it reads the model itself.
+        wrapped.accelerator = Accelerator()
+        wrapped._rank, wrapped._world_size = processes.index, processes.count
+    return wrapped
+
+
+def _import_harness():
+    """The package lm_eval, imported where it is used: it takes seconds, and perplexity does without it."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UsageError("--tasks needs the package lm-eval: pip install lm-eval")
+    import lm_eval
+
+    return lm_eval
+
+
+def _task_manager(tasks: list[str], local: list[str], folder: str, num_fewshot: int | None):
+    """lm-eval's index of tasks, those `local` in `folder` first; checks that `tasks` and shots can be had."""
+    from lm_eval.tasks import TaskManager
+
+    # Indexing the thousands of stock tasks takes seconds, and the local ones need none of them.
+    manager = TaskManager(include_path=folder, include_defaults=not set(tasks) <= set(local))
+    for name in tasks:
+        if name not in manager.task_index:
+            nearest = difflib.get_close_matches(name, manager.all_tasks) or ["none is near"]
+            raise UsageError(f"--tasks {name}: lm-eval has no such task; nearest: {', '.join(nearest)}")
+    if num_fewshot and local:
+        # lm-eval would quietly draw the shots from the rows it scores. Loading resolves groups and tags.
+        for name in sorted(manager.load(tasks)["tasks"].keys() & set(local)):
+            raise UsageError(
+                f"--num_fewshot {num_fewshot}: the local file of {name} has no training rows to draw shots "
+                "from; use --num_fewshot 0, or a --data_dir without that file, so that the hub is asked"
+            )
+    return manager
+
+
+def _task_record(results: dict, name: str, local: list[str]) -> dict:
+    """One task's metrics and protocol out of lm-eval's results."""
+    # lm-eval's keys are "metric,filter", and every task of the paper has the filter "none"; a standard error
+    # that it cannot give is the string "N/A".
+    metrics = {
+        key.removesuffix(",none"): value
+        for key, value in results["results"][name].items()
+        if "," in key and isinstance(value, int | float) and math.isfinite(value)
+    }
+    config, samples = results["configs"][name], results["n-samples"][name]
+    origin = f"hub {config.get('dataset_path')}"
+    if name in local:
+        rows = Path(config["dataset_kwargs"]["data_files"][LOCAL_ROWS[name].split])
+        origin = f"local {rows.name}"
+    rows = sorted((row for row in results["samples"][name] if row["filter"] == "none"), key=lambda row: row["doc_id"])
+    hits = {metric: pack_hits([row[metric] for row in rows]) for metric in ROW_METRICS if rows and metric in rows[0]}
+    return metrics | {
+        "hits": hits,
+        "hash": _hash_rows(rows) if hits else None,
+        "samples": samples["effective"],
+        "split_size": samples["original"],
+        "num_fewshot": results["n-shot"][name],
+        "version": results["versions"][name],
+        "origin": origin,
+    }
+
+
+def _hash_rows(rows: list[dict]) -> str:
+    """Digest of the rows, their prompts and their answers: equal for two runs that were asked the same."""
+    parts = (row[key] for row in rows for key in ("doc_hash", "prompt_hash", "target_hash"))
+    return hashlib.sha256("".join(parts).encode()).hexdigest()

@@ -1,0 +1,116 @@
+"""Run with: pytest tests/test_perplexity.py."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_llama
+
+from olica.cost import peak_memory, reset_peak_memory
+from olica.errors import UsageError
+from olica.perplexity import perplexity, token_windows
+
+
+@pytest.fixture
+def windows():
+    """24 windows of 32 random tokens."""
+    return torch.randint(3, 259, (24, 32), generator=torch.Generator().manual_seed(5))
+
+
+def window_nll(model, window):
+    """Mean negative log-likelihood of one window (T,), from the logits in float64."""
+    with torch.no_grad():
+        logits = model(window[None]).logits[0, :-1].double().numpy()
+    log_sum = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
+    return (log_sum - logits[np.arange(len(logits)), window[1:].numpy()]).mean()
+
+
+def test_windows_are_slices_of_the_whole_text(tokenizer):
+    text = "one two three four five six"
+    ids = [tokenizer.convert_tokens_to_ids("Ġ" if letter == " " else letter) for letter in text]
+    windows = token_windows(tokenizer, text, 10)
+    assert windows.dtype == torch.long
+    assert windows.tolist() == [ids[:10], ids[10:20]]  # 27 bytes: a tail of 7 is dropped
+    assert token_windows(tokenizer, text, 10, limit=1).tolist() == [ids[:10]]
+    assert token_windows(tokenizer, text, 9).shape == (3, 9)  # no tail to drop
+
+
+def test_windows_hold_the_one_token_that_the_tokenizer_adds(bos_tokenizer):
+    windows = token_windows(bos_tokenizer, "abcdefghijk", 4)
+    assert windows[0, 0] == bos_tokenizer.bos_token_id
+    assert bos_tokenizer.decode(windows.flatten()[1:]) == "abcdefghijk"
+
+
+def test_text_longer_than_the_context_is_no_warning(tokenizer, caplog):
+    tokenizer.model_max_length = 8
+    token_windows(tokenizer, "a" * 100, 8)
+    assert not caplog.records
+
+
+def test_text_too_short_for_a_window(tokenizer):
+    with pytest.raises(UsageError, match="--ppl_seqlen 128: the text has only 5 tokens"):
+        token_windows(tokenizer, "abcde", 128)
+
+
+def test_window_too_short_to_predict(tokenizer):
+    with pytest.raises(UsageError, match="--ppl_seqlen 1"):
+        token_windows(tokenizer, "abcde", 1)
+
+
+def test_perplexity_is_that_of_the_model_loss(grouped_llama, windows):
+    with torch.no_grad():
+        losses = [grouped_llama(window[None], labels=window[None]).loss.item() for window in windows]
+    result = perplexity(grouped_llama, windows, batch_size=5)
+    assert result.value == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
+    assert result.mean_nll == pytest.approx(np.mean(losses), rel=1e-6)
+    assert (result.windows, result.seqlen, result.predictions) == (24, 32, 24 * 31)
+
+
+def test_log_softmax_is_float32_in_a_bfloat16_model(grouped_llama, windows):
+    model = grouped_llama.bfloat16()
+    expected = np.mean([window_nll(model, window) for window in windows])
+    # In bfloat16 the mean would be off by more than 1e-3.
+    assert perplexity(model, windows, batch_size=1).mean_nll == pytest.approx(expected, rel=1e-6)
+
+
+def test_standard_error_is_the_delta_method(grouped_llama, windows):
+    means = np.array([window_nll(grouped_llama, window) for window in windows])
+    result = perplexity(grouped_llama, windows, batch_size=4)
+    expected = np.exp(means.mean()) * means.std(ddof=1) / np.sqrt(24)
+    assert result.standard_error == pytest.approx(expected, rel=1e-4)
+    # A jackknife, which knows nothing of the delta method, comes out near it.
+    left_out = np.array([np.exp(np.delete(means, i).mean()) for i in range(24)])
+    jackknife = np.sqrt(23 / 24 * ((left_out - left_out.mean()) ** 2).sum())
+    assert result.standard_error == pytest.approx(jackknife, rel=0.05)
+
+
+def test_one_window_has_no_standard_error(grouped_llama, windows):
+    assert perplexity(grouped_llama, windows[:1], batch_size=4).standard_error is None
+
+
+def test_uniform_model_has_the_size_of_the_vocabulary(windows):
+    model = make_llama()
+    torch.nn.init.zeros_(model.lm_head.weight)
+    result = perplexity(model, windows, batch_size=8)
+    assert result.value == pytest.approx(320, rel=1e-5)
+    assert result.standard_error == pytest.approx(0, abs=1e-3)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), 1e30])
+def test_perplexity_that_is_not_finite(windows, broken):
+    model = make_llama()
+    torch.nn.init.constant_(model.lm_head.weight[0], broken)
+    with pytest.raises(UsageError, match="the checkpoint yields NaN"):
+        perplexity(model, windows, batch_size=8)
+
+
+def test_memory_does_not_grow_with_the_windows():
+    """Every window's log-probabilities take 25 MB here; kept or pinned, 60 windows would take 1.5 GB."""
+    model = make_llama(vocab_size=49152, hidden_size=16, num_hidden_layers=1, intermediate_size=16)
+    windows = torch.randint(49152, (60, 128), generator=torch.Generator().manual_seed(0))
+    perplexity(model, windows[:4], batch_size=4)
+    reset_peak_memory("cpu")
+    before = peak_memory("cpu")["host_bytes"]
+    perplexity(model, windows, batch_size=4)
+    assert peak_memory("cpu")["host_bytes"] - before < 600e6
