@@ -12,6 +12,7 @@ from olica.command_line import run_command
 from olica.devices import pick_device
 from olica.errors import UsageError
 from olica.evaluation import CONTINUATION_TOKENS, LATENCY, Measures, Protocol, TestText, measure, prepare
+from olica.model_card import add_metrics
 from olica.processes import join_processes
 from olica.rows import compare
 from olica.text_sources import evaluation_text
@@ -239,7 +240,7 @@ def run(args: argparse.Namespace) -> None:
     stages = records.Stages(device)
     configs = {subject.name: subject.config for subject in subjects}
     measures = Measures(
-        path.with_name(f".{path.name if args.output_path else 'olica_eval'}.partial"),
+        path.with_name(f".{path.name if args.output_path else 'olica_eval'}.measures"),
         identity.of_evaluation(vars(args), locations, configs, device),
         stages,
         processes,
@@ -262,6 +263,9 @@ def run(args: argparse.Namespace) -> None:
     }
     records.write_record(path, record)
     measures.forget()
+    measured = locations.get("pruned") or locations["model"]
+    if records.read_pruning_record(measured.path):
+        add_metrics(Path(measured.path), results[list(results)[-1]])
     print_table(results)
     print(f"record {path}")
 

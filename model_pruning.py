@@ -25,6 +25,7 @@ from olica.dense_model import is_streamed, open_dense_model
 from olica.devices import memory_explained, pick_device
 from olica.errors import UsageError
 from olica.memory import Task, expected_peaks, fit_batch_size
+from olica.model_card import write_card
 from olica.options import PruningOptions, check_mlp_num
 from olica.pruning import prune_layers
 from olica.recipes import RECIPES, Recipe
@@ -241,6 +242,7 @@ def prune_and_save(args: argparse.Namespace, job: Job, progress: RunFolder) -> d
     }
     with progress.explained():
         records.write_record(progress.checkpoint / records.PRUNING_RECORD, record)
+        write_card(progress.checkpoint, record)
     progress.publish()
     return record
 

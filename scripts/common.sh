@@ -8,7 +8,7 @@
 #   LIMIT       rows of every task (default: all); WINDOWS of every text (default: all)
 #   BATCH_SIZE  samples, windows or prompts at a time (16)
 #   RESULTS     folder of the records (results); SAVE_DIR folder of the checkpoints (./pruned_models)
-#   KEEP        yes or no: whether checkpoints stay when they are measured
+#   KEEP        yes or no: whether checkpoints stay when they are measured (tables: yes, figures: no)
 #   PYTHON      made by scripts/install.sh
 # What is recorded by the same flags is not run again, and what was stopped is taken up.
 set -euo pipefail
@@ -46,17 +46,24 @@ dense() {
     echo "$flags" > "$out/flags"
 }
 
-# pruned NAME MEASURES FLAGS...: prune with these flags, and measure the result.
+# pruned NAME MEASURES FLAGS...: prune with these flags, unless that is done for another table, and measure the result.
 pruned() {
-    local name=$1 measures=$2 out=$RECORDS/$1; shift 2
+    local out=$RECORDS/$1 measures=$2; shift 2
     local pruning="--base_model $MODEL --datasets $DATASETS --num_samples $NUM_SAMPLES $*"
-    local flags="$pruning --dtype $DTYPE $measures" folder=$SAVE_DIR/${RECORDS##*/}/$name
+    local flags="$pruning --dtype $DTYPE $measures"
+    local folder; folder=$SAVE_DIR/${RECORDS##*/}$(printf '%s' "$*" | tr -cs 'A-Za-z0-9._+' '-')
     recorded "$out/flags" "$flags" && { echo "$out is recorded"; return; }
     prune "$folder" "$pruning"
     evaluate "$(echo "$folder"/*/)" "$out" "$measures"
     cp "$folder"/*/olica_run.json "$out/pruning.json"
     echo "$flags" > "$out/flags"
     [ "${KEEP:-yes}" = yes ] || rm -r "$folder"
+}
+
+# grid NAME FLAGS...: a run of a figure, of which the perplexity is measured and, unless KEEP says so, nothing is kept.
+grid() {
+    local name=$1; shift
+    KEEP=${KEEP:-no} pruned "$name" "$PERPLEXITY" "$@"
 }
 
 # prune FOLDER FLAGS: prune into a folder below, unless that is done; what was stopped goes on.

@@ -7,7 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_llama
+from conftest import make_llama, prune
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from olica import cost
 
@@ -43,6 +45,33 @@ def test_untied_head_counts_apart():
 
 def test_parameters_of_a_base_model(grouped_llama):
     assert cost.count_parameters(grouped_llama.model) == cost.count_parameters(grouped_llama)
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_macs_are_those_that_torch_counts(pruned):
+    """torch counts two operations for every product; it does not know the CPU's attention kernel, hence eager."""
+    model = make_llama(num_key_value_heads=2, attn_implementation="eager")
+    if pruned:
+        prune(model, torch.arange(3, 203).view(10, 20), "olica", 0.3, mlp_num=1)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.arange(3, 40)[None], use_cache=False)
+    assert cost.count_macs(model, 37) == counter.get_total_flops() // 2
+
+
+def test_macs_of_dense_llama_7b():
+    """The paper's Table 4 prints 424.02 G for what its text does not say are 64 tokens."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig())
+    assert cost.count_macs(model, 64) == pytest.approx(424.02e9, rel=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cache_bytes_are_those_of_a_filled_cache(dtype):
+    model = make_llama(num_key_value_heads=2).to(dtype)
+    prune(model, torch.arange(3, 203).view(10, 20), "olica", 0.2, mlp_num=0)
+    cache = model(torch.arange(3, 40)[None], use_cache=True).past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert cost.cache_bytes_per_token(model) * 37 == held
 
 
 def test_weight_bytes_follow_the_dtype(grouped_llama):

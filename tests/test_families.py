@@ -252,7 +252,7 @@ def test_both_command_lines(family, tmp_path, monkeypatch, capsys):
     assert run_command(model_evaluate.build_parser(), model_evaluate.run, flags) == 0
     (path,) = folder.glob("olica_eval_*.json")
     results = json.loads(path.read_text())["results"]
-    dense, pruned = (results[name]["perplexity"]["value"] for name in ("dense", "pruned"))
+    dense, pruned = (results[name]["perplexity"]["held.txt"]["value"] for name in ("dense", "pruned"))
     assert dense != pruned and 1 < dense < 1e5 and 1 < pruned < 1e5
     with pytest.raises(SystemExit):
         run_command(model_pruning.build_parser(), model_pruning.run, [f"--base_model={folder}"])

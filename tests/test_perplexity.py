@@ -10,6 +10,8 @@ from conftest import make_llama
 from olica.cost import peak_memory, reset_peak_memory
 from olica.errors import UsageError
 from olica.perplexity import perplexity, token_windows
+from olica.processes import Processes
+from olica.rows import unpack_floats
 
 
 @pytest.fixture
@@ -40,6 +42,19 @@ def test_windows_hold_the_one_token_that_the_tokenizer_adds(bos_tokenizer):
     windows = token_windows(bos_tokenizer, "abcdefghijk", 4)
     assert windows[0, 0] == bos_tokenizer.bos_token_id
     assert bos_tokenizer.decode(windows.flatten()[1:]) == "abcdefghijk"
+
+
+def test_every_window_begins_with_the_start_token(bos_tokenizer, tokenizer):
+    for given in (bos_tokenizer, tokenizer):
+        windows = token_windows(given, "abcdefghijk", 4, add_bos_token=True)
+        assert (windows[:, 0] == given.bos_token_id).all()
+        assert [given.decode(row[1:]) for row in windows] == ["abc", "def", "ghi"]
+
+
+def test_a_tokenizer_without_start_token(tokenizer):
+    tokenizer.bos_token = None
+    with pytest.raises(UsageError, match="--add_bos_token"):
+        token_windows(tokenizer, "abcdefghijk", 4, add_bos_token=True)
 
 
 def test_text_longer_than_the_context_is_no_warning(tokenizer, caplog):
@@ -83,6 +98,27 @@ def test_standard_error_is_the_delta_method(grouped_llama, windows):
     left_out = np.array([np.exp(np.delete(means, i).mean()) for i in range(24)])
     jackknife = np.sqrt(23 / 24 * ((left_out - left_out.mean()) ** 2).sum())
     assert result.standard_error == pytest.approx(jackknife, rel=0.05)
+
+
+def test_windows_are_kept_one_by_one(grouped_llama, windows):
+    expected = [window_nll(grouped_llama, window) for window in windows]
+    found = unpack_floats(perplexity(grouped_llama, windows, batch_size=7).nll_by_window)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_processes_share_the_batches_that_one_would_take(grouped_llama, windows):
+    """Each sees its own; together they sum to what one alone has, bit by bit."""
+
+    class Half(Processes):
+        def sum(self, tensor):
+            sums.append(tensor.clone())
+            return sum(sums) if len(sums) == 2 else tensor + 1
+
+    sums = []
+    alone = perplexity(grouped_llama, windows, batch_size=5)
+    assert perplexity(grouped_llama, windows, 5, Half(0, 2)) != alone
+    assert perplexity(grouped_llama, windows, 5, Half(1, 2)) == alone
+    assert not (sums[0] * sums[1]).any() and (sums[0] + sums[1]).all()
 
 
 def test_one_window_has_no_standard_error(grouped_llama, windows):

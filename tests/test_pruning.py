@@ -16,7 +16,6 @@ from olica.pruning import prune_layers
 from olica.recipes import RECIPES
 from olica.survey import survey_layers
 
-
 UNROTATED = ("olica-svd", "olica-awsvd", "olica-wanda")
 
 

@@ -1,0 +1,173 @@
+"""The paper's figures, drawn from the records of runs."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import UsageError
+from .runs import PAPER_MODELS, Results, Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PROJECTIONS = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "output"}
+PERPLEXITY = "perplexity on WikiText-2"
+
+
+def _panels(columns: int, rows: int = 1) -> "tuple[Figure, list[Axes]]":
+    """An empty figure of panels side by side, and these."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UsageError("figures need the package matplotlib: pip install matplotlib") from error
+    figure = Figure(figsize=(5.2 * columns, 4 * rows), layout="constrained", dpi=130)
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def _name(results: Results) -> str:
+    return PAPER_MODELS.get(results.label, results.label)
+
+
+def _setting(run: Run, name: str) -> float:
+    return run.pruning["settings"][name]
+
+
+def _draw_perplexity(axes: "Axes", runs: Iterable[Run], x: Callable[[Run], float], label: str | None = None) -> None:
+    """Perplexities, with their standard errors, over what `x` takes from a run."""
+    ordered = sorted(runs, key=x)
+    measured = [run.perplexity for run in ordered]
+    axes.errorbar(
+        [x(run) for run in ordered],
+        [row["value"] for row in measured],
+        yerr=[row["standard_error"] or 0 for row in measured],
+        marker="o",
+        capsize=3,
+        label=label,
+    )
+    axes.set_ylabel(f"{PERPLEXITY} ({measured[0]['windows']} windows)")
+    axes.grid(alpha=0.3)
+
+
+def singular_values(results: Results) -> "Figure | None":
+    """Figure 2: singular values of the four attention projections, a panel for each of some layers."""
+    path = results.results / results.label / "figure2.json"
+    if not path.is_file():
+        return None
+    layers = json.loads(path.read_text())["layers"]
+    figure, panels = _panels(len(layers))
+    for axes, (index, projections) in zip(panels, layers.items(), strict=True):
+        for name, values in projections.items():
+            axes.plot(
+                [(position + 1) / len(values) for position in range(len(values))],
+                [value / values[0] for value in values],
+                label=f"{PROJECTIONS[name]} ({len(values)})",
+            )
+        axes.set(
+            title=f"{_name(results)}, layer {index}",
+            xlabel="position of the singular value, as a share of their number",
+            ylabel="singular value, as a share of the largest",
+        )
+        axes.grid(alpha=0.3)
+        axes.legend(title="projection (number)")
+    return figure
+
+
+def calibrated_layers(results: Results) -> "Figure | None":
+    """Figure 3: perplexity over the number of calibrated MLPs, and the multiple correlation of every layer."""
+    if len(runs := results.runs("figure3")) < 2:
+        return None
+    figure, (left, right) = _panels(2)
+    _draw_perplexity(left, runs, lambda run: _setting(run, "mlp_num"))
+    sparsity = _setting(runs[0], "sparsity")
+    left.set(title=f"{_name(results)} at {sparsity:.0%}", xlabel="calibrated MLPs")
+    correlations = next(r for run in runs if (r := run.pruning["multiple_correlation"]) and r[0] is not None)
+    known = [value for value in correlations if value is not None]
+    right.bar(range(len(known)), known)
+    right.set(title=_name(results), xlabel="decoder layer", ylabel="mean multiple correlation of the MLP")
+    right.grid(alpha=0.3, axis="y")
+    return figure
+
+
+def rank_grid(results: Results) -> "Figure | None":
+    """Figure 4: perplexity over calibrated MLPs and rank of the corrections, and the parameters these add."""
+    if not (runs := results.runs("figure4")):
+        return None
+    plain = next((run for run in runs if _setting(run, "mlp_num") == 0), None)
+    grid = {(_setting(run, "ratio"), _setting(run, "mlp_num")): run for run in runs if run is not plain}
+    if plain is None or not grid:
+        return None
+    ratios, numbers = (sorted({key[axis] for key in grid}) for axis in (0, 1))
+    without = plain.pruning["parameters"]["after"]
+
+    def added(run: Run) -> float:
+        return 100 * (run.pruning["parameters"]["after"] - without) / run.pruning["parameters"]["before"]
+
+    figure, panels = _panels(2)
+    title = f"{PERPLEXITY}\n(without: {plain.perplexity['value']:.2f}; standard error near"
+    titles = [f"{title} {plain.perplexity['standard_error']:.2f})", "added parameters, % of the dense model"]
+    cells = [lambda run: run.perplexity["value"], added]
+    for axes, heading, cell, colours in zip(panels, titles, cells, ("viridis_r", "Blues"), strict=True):
+        values = [[cell(grid[ratio, n]) if (ratio, n) in grid else float("nan") for n in numbers] for ratio in ratios]
+        image = axes.imshow(values, cmap=colours, aspect="auto", origin="lower")
+        figure.colorbar(image, ax=axes)
+        for row, line in enumerate(values):
+            for column, value in enumerate(line):
+                dark = image.norm(value) > 0.6
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="white" if dark else "black")
+        axes.set_xticks(range(len(numbers)), [str(number) for number in numbers])
+        axes.set_yticks(range(len(ratios)), [f"{ratio:g}" for ratio in ratios])
+        axes.set(title=heading, xlabel="calibrated MLPs", ylabel="rank, as a share of the hidden size")
+    figure.suptitle(f"{_name(results)} at {_setting(plain, 'sparsity'):.0%}")
+    return figure
+
+
+def calibration_set(results: Results) -> "Figure | None":
+    """Figure 5: perplexity over the number of samples, and over their length."""
+    by_number, by_length = results.runs("figure5/num_samples"), results.runs("figure5/seqlen")
+    if not by_number or not by_length:
+        return None
+    figure, panels = _panels(2)
+    for axes, runs, axis, label in zip(panels, (by_number, by_length), (0, 1), ("samples", "tokens"), strict=True):
+        _draw_perplexity(axes, runs, lambda run, axis=axis: run.pruning["calibration"]["ids"][axis])
+        samples, tokens = runs[0].pruning["calibration"]["ids"]
+        rest = f"samples of {tokens} tokens" if axis == 0 else f"{samples} samples"
+        title = f"{_name(results)} at {_setting(runs[0], 'sparsity'):.0%}: {rest}\nfrom {runs[0].texts}"
+        axes.set_title(title, fontsize="medium")
+        axes.set_xlabel(f"{label}{'' if axis == 0 else ' per sample'}")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks := [run.pruning["calibration"]["ids"][axis] for run in runs], [str(t) for t in ticks])
+    return figure
+
+
+def calibration_mixes(results: Results) -> "Figure | None":
+    """Figure 6: perplexity over the sparsity, a line for each mix of calibration texts."""
+    if not (runs := results.runs("figure6")):
+        return None
+    figure, (axes,) = _panels(1)
+    for mix in dict.fromkeys(run.texts for run in runs):
+        _draw_perplexity(axes, [r for r in runs if r.texts == mix], lambda run: 100 * _setting(run, "sparsity"), mix)
+    axes.set(title=_name(results), xlabel="sparsity, %")
+    axes.set_yscale("log")
+    axes.legend(title="calibration texts", fontsize="small")
+    return figure
+
+
+FIGURES: dict[str, "Callable[[Results], Figure | None]"] = {
+    "figure2": singular_values,
+    "figure3": calibrated_layers,
+    "figure4": rank_grid,
+    "figure5": calibration_set,
+    "figure6": calibration_mixes,
+}
+
+
+def draw(name: str, results: Results) -> Path | None:
+    """Draw a figure beside its records, as NAME.png; None where records are missing."""
+    figure = FIGURES[name](results)
+    if figure is None:
+        return None
+    path = results.results / results.label / f"{name}.png"
+    figure.savefig(path)
+    return path

@@ -1,0 +1,233 @@
+"""The paper's tables, made from the records of runs: its own figures, ours, and the difference."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from .rows import PAPER_METRIC, compare
+from .runs import TEXT, Results, Run, protocol
+
+# The paper's order of columns.
+TASKS = {
+    "boolq": "BoolQ",
+    "piqa": "PIQA",
+    "hellaswag": "HellaSwag",
+    "winogrande": "WinoGrande",
+    "arc_easy": "ARC-e",
+    "arc_challenge": "ARC-c",
+    "openbookqa": "OBQA",
+}
+# Which sparsities a table shows.
+SPARSITIES = {1: (0.25, 0.33), 2: (0.2, 0.25, 0.33), 3: (0.2, 0.3), 4: (0.2, 0.25, 0.33), 7: (0.5,)}
+# What the paper's Tables 5 and 6 call a recipe.
+VALUE_OUTPUT_METHODS = {"olica-svd": "SVD", "olica-awsvd": "AWSVD", "olica-wanda": "Wanda", "olica": "Fast-OND"}
+OND_METHODS = {"olica-ond": "OND", "olica": "Fast-OND"}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One of our figures: a value, its standard error if it has one, and how many digits are worth printing."""
+
+    value: float
+    error: float | None = None
+    digits: int = 2
+
+    def __str__(self) -> str:
+        """The value and its error."""
+        shown = f"{self.value:,.{self.digits}f}"
+        return shown if self.error is None else f"{shown} ± {self.error:,.{self.digits}f}"
+
+
+@dataclass
+class Table:
+    """A table whose rows have a name, our figure and, where the paper has it, the paper's."""
+
+    title: str
+    names: list[str]  # headers of the cells that name a row
+    notes: list[str] = field(default_factory=list)
+    rows: list[tuple[list[str], Figure, float | None]] = field(default_factory=list)
+
+    def add(self, names: Iterable[str], ours: Figure, paper: float | None = None) -> None:
+        """Add a row."""
+        self.rows.append((list(names), ours, paper))
+
+    def markdown(self) -> str:
+        """The table with the columns paper, ours and difference; with ours alone if the paper has none of the rows."""
+        has_paper = any(paper is not None for _, _, paper in self.rows)
+        header = [*self.names, *(["paper", "ours", "difference"] if has_paper else ["ours"])]
+        return _markdown(self.title, header, [self._cells(*row, has_paper) for row in self.rows], self.notes)
+
+    def _cells(self, names: list[str], ours: Figure, paper: float | None, has_paper: bool) -> list[str]:
+        if not has_paper:
+            return [*names, str(ours)]
+        if paper is None:
+            return [*names, "", str(ours), ""]
+        return [*names, f"{paper:,.{ours.digits}f}", str(ours), f"{ours.value - paper:+,.{ours.digits}f}"]
+
+
+def _markdown(title: str, header: list[str], rows: list[list[str]], notes: list[str]) -> str:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [
+        "| " + " | ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)) + " |"
+        for cells in (header, ["-" * width for width in widths], *rows)
+    ]
+    return "\n".join([f"### {title}", "", *lines, "", *notes])
+
+
+def quality(results: Results, table: int) -> str | None:
+    """Tables 2, 3 and 7: perplexity and accuracies, dense and at the table's sparsities."""
+    dense = results.run("tables/dense")
+    shown = {0.0: dense} | {s: results.run(f"tables/sparsity-{s:g}") for s in SPARSITIES[table]}
+    shown = {sparsity: run for sparsity, run in shown.items() if run is not None}
+    if not set(shown) - {0.0}:
+        return None
+    title = f"Table {table}: perplexity on WikiText-2 and accuracy in percent"
+    paper = {row["sparsity"]: row for row in results.paper(table) if row["method"] in ("Dense", "Olica")}
+    notes = protocol(*shown.values())
+    if not paper:
+        return _quality_of_ours(title, shown, dense, notes)
+    compared = Table(title, ["sparsity", "measure"], notes)
+    for sparsity, run in shown.items():
+        printed = paper.get(sparsity, {})
+        for measure, (name, figure) in quality_figures(run).items():
+            compared.add([f"{sparsity:.0%}", name], figure, printed.get(measure))
+    return compared.markdown()
+
+
+def quality_figures(run: Run) -> dict[str, tuple[str, Figure]]:
+    """Perplexity, the accuracies that the paper prints, in percent, and their mean, with their names in tables."""
+    figures = {"perplexity": ("perplexity", Figure(run.perplexity["value"], run.perplexity["standard_error"]))}
+    scores = run.result["zero_shot"]["tasks"]
+    for task, name in TASKS.items():
+        metric = PAPER_METRIC[task]
+        error = scores[task].get(f"{metric}_stderr")
+        figures[task] = (name, Figure(100 * scores[task][metric], None if error is None else 100 * error))
+    return figures | {"mean": ("mean", mean_accuracy(run))}
+
+
+def mean_accuracy(run: Run) -> Figure:
+    """By the paper's rule, in percent."""
+    averages = run.result["zero_shot"]["averages"]
+    return Figure(averages["paper_rule"], averages["standard_error"])
+
+
+def _quality_of_ours(title: str, shown: dict[float, Run], dense: Run | None, notes: list[str]) -> str:
+    """One row per sparsity; beside the means the paired differences to the dense model."""
+    header = ["sparsity", "perplexity", "ratio to dense", *TASKS.values(), "mean", "mean, to dense"]
+    rows = []
+    for sparsity, run in shown.items():
+        cells = [str(figure) for _, figure in quality_figures(run).values()]
+        compared = compare(run.result, dense.result) if dense and sparsity else {"perplexity": {}}
+        ratio = compared["perplexity"].get(TEXT)
+        mean = compared.get("paper_rule")
+        cells.insert(1, f"{ratio['ratio']:.3f} ± {ratio['ratio'] * ratio['standard_error']:.3f}" if ratio else "")
+        cells.append(f"{mean['difference']:+.2f} ± {mean['standard_error']:.2f}" if mean else "")
+        rows.append([f"{sparsity:.0%}", *cells])
+    return _markdown(title, header, rows, notes)
+
+
+def resources(results: Results) -> str | None:
+    """Table 1: samples, time and memory of the pruning, and what comes of it."""
+    table = Table("Table 1: resources of pruning", ["sparsity", "measure"])
+    shown = []
+    for sparsity in SPARSITIES[1]:
+        if not (run := results.run(f"tables/sparsity-{sparsity:g}")):
+            continue
+        shown.append(run)
+        printed = next((row for row in results.paper(1) if row["method"] == "Olica"), {})
+        quality_there = printed.get("results", {}).get(f"{sparsity:g}", {})
+        name, on_gpu = f"{sparsity:.0%}", run.pruning["environment"]["device"] != "cpu"
+        table.add([name, "samples"], Figure(run.pruning["calibration"]["ids"][0], digits=0), printed.get("samples"))
+        table.add([name, "minutes"], Figure(run.seconds / 60, digits=1), printed.get("minutes"))
+        where = "GPU" if on_gpu else "host"
+        table.add([name, f"peak {where} memory, GB"], Figure(run.peak_bytes / 1e9), printed.get("device_gigabytes"))
+        table.add([name, "perplexity"], quality_figures(run)["perplexity"][1], quality_there.get("perplexity"))
+        table.add([name, "mean accuracy, %"], mean_accuracy(run), quality_there.get("mean"))
+    table.notes += protocol(*shown)
+    return table.markdown() if table.rows else None
+
+
+def costs(results: Results) -> str | None:
+    """Table 4: parameters, products, memory and times of dense and pruned model."""
+    table = Table("Table 4: cost of the pruned model", ["sparsity", "measure"])
+    shown = {0.0: results.run("table4/dense")}
+    shown |= {sparsity: results.run(f"table4/sparsity-{sparsity:g}") for sparsity in SPARSITIES[4]}
+    printed = {row["sparsity"]: row for row in results.paper(4)}
+    for sparsity, run in shown.items():
+        if run is None:
+            continue
+        name, there, result = f"{sparsity:.0%}", printed.get(sparsity, {}), run.result
+        cost, peak, macs = result["cost"], result["cost"]["peak_memory"], result["macs"]
+        parameters, products = (there[key] / 1e9 if there else None for key in ("parameters", "macs"))
+        table.add([name, "parameters, 10⁹"], Figure(result["parameters"]["total"] / 1e9, digits=3), parameters)
+        layers = result["parameters"]["decoder_layers"] / 1e9
+        table.add([name, "of the decoder layers, 10⁹"], Figure(layers, digits=3))
+        table.add([name, f"MACs of {macs['tokens']} tokens, 10⁹"], Figure(macs["total"] / 1e9), products)
+        table.add([name, "weights, MiB"], Figure(result["weight_bytes"] / 2**20, digits=1))
+        table.add([name, "cache of a token, kB"], Figure(result["cache_bytes_per_token"] / 1e3, digits=1))
+        peak = (peak["device_bytes"] or peak["host_bytes"]) / 2**20
+        table.add([name, "peak memory, MiB"], Figure(peak, digits=1), there.get("memory_mebibytes"))
+        prompt = cost["protocol"]["prompt_tokens"]
+        table.add([name, f"ms for a prompt of {prompt}"], Figure(1e3 * cost["prefill"]["median_s"], digits=1))
+        table.add([name, "ms for a new token"], Figure(1e3 * cost["decode"]["median_s"], digits=1))
+        seconds = Figure(60 * run.evaluation["stages"][f"model: perplexity of {TEXT}"]["minutes"], digits=1)
+        windows = run.perplexity["windows"]
+        table.add([name, f"seconds for {windows} windows"], seconds, there.get("latency_seconds"))
+    table.notes += protocol(*filter(None, shown.values()))
+    return table.markdown() if table.rows else None
+
+
+def value_output_methods(results: Results) -> str | None:
+    """Table 5: other methods on value and output projections, with and without linear calibration."""
+    printed = {(row["method"], row["linear_calibration"]): row for row in results.paper(5)}
+    table = Table("Table 5: Fast-OND against other methods on value and output", ["calibration", "method", "measure"])
+    shown = [run for run in results.runs("tables") if _is_of(run, VALUE_OUTPUT_METHODS, _table5_sparsity(results))]
+    order = {method: index for index, method in enumerate(VALUE_OUTPUT_METHODS)}
+    shown.sort(key=lambda run: (bool(run.pruning["calibrated_layers"]), order[run.pruning["settings"]["recipe"]]))
+    for run in shown:
+        calibrated = bool(run.pruning["calibrated_layers"])
+        method = VALUE_OUTPUT_METHODS[run.pruning["settings"]["recipe"]]
+        there = printed.get((method, calibrated), {})
+        names = ["with" if calibrated else "without", method]
+        table.add([*names, "perplexity"], quality_figures(run)["perplexity"][1], there.get("perplexity"))
+        table.add([*names, "mean accuracy, %"], mean_accuracy(run), there.get("mean"))
+    table.notes += protocol(*shown)
+    return table.markdown() if table.rows else None
+
+
+def ond_methods(results: Results) -> str | None:
+    """Table 6: time and quality of OND and Fast-OND."""
+    printed = {row["method"]: row for row in results.paper(6)}
+    table = Table("Table 6: OND and Fast-OND at 20 %", ["method", "measure"])
+    shown = [results.run("tables/sparsity-0.2_olica-ond"), results.run("tables/sparsity-0.2")]
+    if None in shown:
+        return None
+    for run in shown:
+        method = OND_METHODS[run.pruning["settings"]["recipe"]]
+        there = printed.get(method, {})
+        table.add([method, "seconds"], Figure(run.seconds, digits=0), there.get("seconds"))
+        table.add([method, "perplexity"], quality_figures(run)["perplexity"][1], there.get("perplexity"))
+        table.add([method, "mean accuracy, %"], mean_accuracy(run), there.get("mean"))
+    table.notes += protocol(*shown)
+    return table.markdown()
+
+
+def _table5_sparsity(results: Results) -> float | None:
+    """The sparsity at which the methods of Table 5 are recorded."""
+    settings = (run.pruning["settings"] for run in results.runs("tables") if run.pruning)
+    return next((chosen["sparsity"] for chosen in settings if chosen["recipe"] == "olica-svd"), None)
+
+
+def _is_of(run: Run, recipes: dict[str, str], sparsity: float | None) -> bool:
+    settings = run.pruning["settings"] if run.pruning else {}
+    return settings.get("recipe") in recipes and settings["sparsity"] == sparsity
+
+
+TABLES: dict[str, Callable[[Results], str | None]] = {
+    "table1": resources,
+    "table2": lambda results: quality(results, 2),
+    "table3": lambda results: quality(results, 3),
+    "table4": costs,
+    "table5": value_output_methods,
+    "table6": ond_methods,
+    "table7": lambda results: quality(results, 7),
+}

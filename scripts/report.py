@@ -1,0 +1,73 @@
+"""Make tables and figures of the recorded runs: one of them, or RESULTS.md with all.
+
+    python scripts/report.py                            all models, all tables and figures, written to RESULTS.md
+    python scripts/report.py table2 --only smollm2      one table, printed; a figure is drawn and its file named
+"""
+
+import argparse
+import sys
+from os.path import relpath
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from olica.command_line import run_command  # noqa: E402
+from olica.errors import UsageError  # noqa: E402
+from olica.plots import FIGURES, draw  # noqa: E402
+from olica.runs import PAPER_MODELS, Results  # noqa: E402
+from olica.tables import TABLES  # noqa: E402
+
+TITLES = {
+    "figure2": "Figure 2: singular values of the attention projections",
+    "figure3": "Figure 3: calibrated MLPs, and how well each can be calibrated",
+    "figure4": "Figure 4: calibrated MLPs and rank of the corrections",
+    "figure5": "Figure 5: size of the calibration set",
+    "figure6": "Figure 6: calibration texts",
+}
+HEAD = """# Results
+
+Made by `python scripts/report.py` from the records in `results/`; nothing here is written by hand. Each table and
+figure has a script of its name in `scripts/`. ± is one standard error; that of the means treats the tasks as
+independent, "to dense" is the paired difference on the same rows. The paper's figures and what does not fit together in
+them are in `results/paper/`. Models of which there is no section were not run.
+"""
+
+
+def section(results: Results, folder: Path) -> str:
+    """Tables and figures of one model."""
+    parts = [table for make in TABLES.values() if (table := make(results))]
+    for name, title in TITLES.items():
+        if path := draw(name, results):
+            parts.append(f"### {title}\n\n![{title}]({relpath(path, folder)})")
+    return "\n\n".join([f"## {PAPER_MODELS.get(results.label, results.label)}", *parts])
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of this script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="?", choices=[*TABLES, *FIGURES], help="one table or figure (default: all)")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the records (results)")
+    parser.add_argument("--only", help="name of the model's folder there (default: every one)")
+    parser.add_argument("--output_path", type=Path, default=Path("RESULTS.md"), help="where all goes (RESULTS.md)")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print one table, draw one figure, or write all."""
+    recorded = sorted({path.relative_to(args.results).parts[0] for path in args.results.rglob("flags")})
+    labels = [args.only] if args.only else recorded
+    if args.name is None:
+        sections = [section(Results(args.results, label), args.output_path.parent) for label in labels]
+        args.output_path.write_text("\n".join([HEAD, *sections]).rstrip() + "\n")
+        print(f"wrote {args.output_path}")
+        return
+    for label in labels:
+        results = Results(args.results, label)
+        made = TABLES[args.name](results) if args.name in TABLES else draw(args.name, results)
+        if made is None:
+            raise UsageError(f"{args.name}: the runs that it shows are not recorded in {args.results / label}")
+        print(made)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(build_parser(), run))

@@ -1,0 +1,79 @@
+"""Record the singular values of the attention projections of some layers of a dense model, for Figure 2.
+
+    python scripts/singular_values.py --base_model smollm2 --output_path results/smollm2/figure2.json
+"""
+
+import argparse
+import sys
+from os.path import expanduser
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from olica.checkpoint import check_record_path  # noqa: E402
+from olica.command_line import run_command  # noqa: E402
+from olica.dense_model import open_dense_model  # noqa: E402
+from olica.errors import UsageError  # noqa: E402
+from olica.model_source import describe_source, locate, read_config, refuse_unprunable  # noqa: E402
+from olica.modeling_olica import projections_of  # noqa: E402
+from olica.records import environment, write_record  # noqa: E402
+
+NAMES = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of this script."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base_model", required=True, type=expanduser, help="name, hub id, folder or .gguf file")
+    parser.add_argument("--layers", help="indices joined by commas (default: the first, a middle and the last one)")
+    parser.add_argument("--device", default="cpu", help="where to decompose")
+    parser.add_argument("--output_path", required=True, type=Path, help="file of the record")
+    return parser
+
+
+def chosen_layers(args: argparse.Namespace, number: int) -> list[int]:
+    """The layers to look at, of `number`."""
+    if args.layers is None:
+        return sorted({0, number // 2, number - 1})
+    try:
+        layers = [int(index) for index in args.layers.split(",")]
+    except ValueError:
+        layers = [-1]
+    if not all(0 <= index < number for index in layers):
+        raise UsageError(f"--layers {args.layers}: give indices from 0 to {number - 1}, joined by commas")
+    return layers
+
+
+def rounded(values: torch.Tensor) -> list[float]:
+    """Six digits of each, which are enough to draw."""
+    return [float(f"{value:.6g}") for value in values.tolist()]
+
+
+def run(args: argparse.Namespace) -> None:
+    """Read the layers one at a time and write their singular values, largest first."""
+    check_record_path(args.output_path, "--output_path")
+    location = locate(args.base_model)
+    config = read_config(location)
+    refuse_unprunable(config, location)
+    layers = chosen_layers(args, config.num_hidden_layers)
+    dense, device = open_dense_model(location), torch.device(args.device)
+    values = {}
+    for index, layer in dense.layers(device, "singular values"):
+        if index in layers:
+            projections = projections_of(layer)
+            weights = {name: getattr(projections, name).weight.detach().double() for name in NAMES}
+            values[str(index)] = {name: rounded(torch.linalg.svdvals(weight)) for name, weight in weights.items()}
+    record = {
+        "kind": "singular values",
+        "model": describe_source(location, config),
+        "layers": values,
+        "environment": environment(device),
+    }
+    write_record(args.output_path, record)
+    print(f"record {args.output_path}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(build_parser(), run))

@@ -1,0 +1,198 @@
+"""Evaluations from the command line: several measures, stopped ones, several processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_llama, make_tokenizer
+from test_zero_shot import ROWS, write_rows
+
+import model_evaluate
+from olica import evaluation
+from olica.command_line import run_command
+from olica.rows import unpack_floats
+
+ROOT = Path(__file__).parents[1]
+WORDS = "seven wise owls read old books by candle light and hoot at every quick brown fox".split()
+FLAGS = ["--checkpoint=tiny", "--ppl=one.txt,two.txt", "--ppl_seqlen=32", "--tasks=piqa,hellaswag,boolq",
+         "--data_dir=rows", "--batch_size=3"]  # fmt: skip
+MEASURES = ["sizes", "perplexity of one.txt", "perplexity of two.txt", "piqa", "hellaswag", "boolq"]
+
+
+class Killed(BaseException):
+    """Stands for a signal that no code handles."""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty current folder with a tiny model, two texts and some rows of three tasks."""
+    monkeypatch.chdir(tmp_path)
+    make_llama(num_key_value_heads=2).save_pretrained("tiny")
+    make_tokenizer().save_pretrained("tiny")
+    for seed, name in enumerate(("one.txt", "two.txt")):
+        order = torch.randint(len(WORDS), (150,), generator=torch.Generator().manual_seed(seed)).tolist()
+        Path(name).write_text(" ".join(WORDS[index] for index in order))
+    for stem in ("piqa_validation", "hellaswag_validation", "boolq_validation"):
+        write_rows(tmp_path / "rows", stem, [ROWS[stem] | {"idx": index} for index in range(5)])
+    return tmp_path
+
+
+def evaluate(*arguments: str) -> dict:
+    """The record of a call that has to succeed."""
+    assert run_command(model_evaluate.build_parser(), model_evaluate.run, [*arguments, "--output_path=eval.json"]) == 0
+    return json.loads(Path("eval.json").read_text())
+
+
+def refused(capsys, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        evaluate(*arguments)
+    assert ended.value.code == 2
+    return capsys.readouterr().err.rsplit("error: ", 1)[1]
+
+
+@pytest.fixture
+def counted(monkeypatch) -> list[str]:
+    """Names of the measures that are really made."""
+    made, read = [], evaluation.perplexity
+    monkeypatch.setattr(evaluation, "perplexity", lambda *a, **k: made.append("text") or read(*a, **k))
+    score = evaluation.zero_shot
+
+    def counting(*arguments):
+        for task, scores in score(*arguments):
+            made.append(task)
+            yield task, scores
+
+    monkeypatch.setattr(evaluation, "zero_shot", counting)
+    return made
+
+
+def test_several_texts_and_tasks_in_one_call(here, capsys):
+    record = evaluate(*FLAGS)
+    result, printed = record["results"]["model"], capsys.readouterr().out
+    assert list(result["perplexity"]) == ["one.txt", "two.txt"]
+    one, two = result["perplexity"].values()
+    assert one["value"] != two["value"] and one["fingerprint"] != two["fingerprint"]
+    assert len(unpack_floats(one["nll_by_window"])) == one["windows"] > 10
+    assert list(result["zero_shot"]["tasks"]) == ["piqa", "hellaswag", "boolq"]
+    assert result["zero_shot"]["harness"].startswith("lm-eval 0.4") and record["processes"] == 1
+    assert len(result["zero_shot"]["tasks"]["piqa"]["hits"]["acc_norm"]) == 5
+    for words in (f"perplexity, one.txt, {one['windows']} windows of 32", "piqa acc_norm", "released script's rule"):
+        assert words in printed
+    assert list(record["stages"]) == ["model: read", *(f"model: {name}" for name in MEASURES)]
+    assert sorted(path.name for path in here.iterdir() if path.name.startswith(".")) == []
+
+
+@pytest.mark.parametrize("after", [1, 3, 4])
+def test_a_stopped_evaluation_goes_on(here, capsys, monkeypatch, counted, after):
+    undisturbed = evaluate(*FLAGS)["results"]
+    Path("eval.json").unlink()
+    counted.clear()
+    with monkeypatch.context() as patched:
+        take = evaluation.Measures.take
+
+        def dying(self, name, work):
+            if len(self._rows) == after:
+                raise Killed
+            return take(self, name, work)
+
+        patched.setattr(evaluation.Measures, "take", dying)
+        with pytest.raises(Killed):
+            evaluate(*FLAGS)
+    assert not Path("eval.json").exists() and len(counted) == after - 1
+    capsys.readouterr()
+    record = evaluate(*FLAGS)
+    assert f"going on after {after} measures" in capsys.readouterr().out
+    assert counted == ["text", "text", "piqa", "hellaswag", "boolq"]
+    assert record["results"] == undisturbed
+    assert set(record["stages"]) == {"model: read", *(f"model: {name}" for name in MEASURES)}
+
+
+@pytest.mark.parametrize("change", ["flag", "model", "damage"])
+def test_another_evaluation_is_not_taken_up(here, monkeypatch, counted, change):
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation.Measures, "forget", lambda self: None)
+        evaluate(*FLAGS)
+    counted.clear()
+    match change:
+        case "flag":
+            evaluate(*FLAGS, "--limit=4")
+        case "model":
+            make_llama(1, num_key_value_heads=2).save_pretrained("tiny")
+            evaluate(*FLAGS)
+        case "damage":
+            (path,) = here.glob(".eval.json.measures")
+            path.write_text(path.read_text()[:-5])
+            evaluate(*FLAGS)
+    assert len(counted) == 5
+
+
+def test_start_token_in_windows_and_prompts(here):
+    result = evaluate(*FLAGS, "--add_bos_token")["results"]["model"]
+    plain = evaluate(*FLAGS)["results"]["model"]
+    assert result["perplexity"]["one.txt"]["bos"] == "every window" and plain["perplexity"]["one.txt"]["bos"] == "none"
+    assert result["zero_shot"]["add_bos_token"] and not plain["zero_shot"]["add_bos_token"]
+    assert result["perplexity"]["one.txt"]["value"] != plain["perplexity"]["one.txt"]["value"]
+
+
+def test_cost_alone(here, capsys):
+    result = evaluate("--checkpoint=tiny", "--ppl=none", "--cost")["results"]["model"]
+    cost, model = result["cost"], make_llama(num_key_value_heads=2)
+    assert 0 < cost["decode"]["median_s"] <= cost["decode"]["max_s"] < 10
+    assert 0 < cost["prefill"]["min_s"] <= cost["prefill"]["median_s"] < 10
+    assert cost["peak_memory"]["host_bytes"] > 1e8 and cost["protocol"]["prompt_tokens"] == 128
+    assert result["parameters"]["total"] == model.num_parameters()
+    assert result["cache_bytes_per_token"] == 2 * 3 * 2 * 16 * 4
+    assert "seconds for a new token" in capsys.readouterr().out
+
+
+def test_a_device_map_gives_the_same_figures(here):
+    spread = evaluate(*FLAGS, "--device_map=auto")["results"]["model"]
+    plain = evaluate(*FLAGS)["results"]["model"]
+    assert spread["perplexity"] == plain["perplexity"] and spread["zero_shot"] == plain["zero_shot"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--ppl=one.txt,one.txt"], "--ppl one.txt,one.txt: a name is there twice"),
+        (["--ppl=one.txt,nowhere.txt"], "nowhere.txt"),
+        (["--ppl=none", "--tasks=piqa,piqa"], "--tasks piqa,piqa"),
+        (["--ppl=none", "--tasks=winogrande", "--data_dir=rows"], "winogrande_xl_validation.jsonl"),
+        (["--ppl=none", "--tasks=piqa,winogrand", "--data_dir=rows"], "nearest: winogrande"),
+    ],
+)
+def test_what_cannot_be_measured_is_named(here, capsys, flags, words):
+    assert words in refused(capsys, "--checkpoint=tiny", *flags)
+    assert not Path("eval.json").exists()
+
+
+def test_models_too_short_for_the_cost(here, capsys):
+    make_llama(max_position_embeddings=100).save_pretrained("tiny")
+    assert "--cost: 160 tokens" in refused(capsys, "--checkpoint=tiny", "--ppl=none", "--cost")
+
+
+def test_two_processes_give_the_figures_of_one(here):
+    environment = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"}
+    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    launch += ["--multi_gpu", "--num_processes=2", "--num_machines=1"]  # on a machine without GPU its CPU
+    done = subprocess.run(
+        [*launch, str(ROOT / "model_evaluate.py"), *FLAGS, "--output_path=two.json"],
+        env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("record two.json") == 1
+    two, one = json.loads(Path("two.json").read_text()), evaluate(*FLAGS)
+    assert two["processes"] == 2
+    ours, alone = two["results"]["model"], one["results"]["model"]
+    for text, measured in alone["perplexity"].items():
+        assert ours["perplexity"][text]["value"] == pytest.approx(measured["value"], rel=1e-6)
+        assert ours["perplexity"][text]["windows"] == measured["windows"]
+    for task, scores in alone["zero_shot"]["tasks"].items():
+        assert ours["zero_shot"]["tasks"][task]["hits"] == scores["hits"]
+        assert ours["zero_shot"]["tasks"][task]["hash"] == scores["hash"]
+    assert ours["zero_shot"]["averages"] == alone["zero_shot"]["averages"]

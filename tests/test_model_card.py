@@ -1,0 +1,74 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from olica.model_card import CARD, add_metrics, write_card
+
+RECORD = {
+    "model": {"name": "7b", "source": "huggyllama/llama-7b", "revision": "0" * 40},
+    "calibration": {"ids": [256, 128], "sources": [{"name": "bookcorpus"}, {"name": "alpaca"}]},
+    "measured_sparsity": 0.1981,
+    "parameters": {"before": 10, "after": 8, "decoder_layers_before": 9, "decoder_layers_after": 7},
+    "settings": {"recipe": "olica", "sparsity": 0.2, "k": 3.0, "mlp_num": 6, "ratio": 0.03, "percdamp": 0.5, "seed": 0},
+    "calibrated_layers": [0, 4],
+}
+PERPLEXITY = {"value": 15.351, "standard_error": 0.123, "windows": 2000, "seqlen": 128, "bos": "first window"}
+SCORES = {"acc": 0.7, "acc_stderr": 0.01, "acc_norm": 0.75, "hits": {"acc": "1", "acc_norm": "1"}}
+SCORES |= {"samples": 200, "split_size": 1838, "num_fewshot": 0}
+
+
+def measured(**perplexity) -> dict:
+    tasks = {"tasks": {"piqa": SCORES}, "harness": "lm-eval 0.4.13"}
+    return {"dtype": "float16", "perplexity": {"wikitext2": PERPLEXITY | perplexity}, "zero_shot": tasks}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_card(tmp_path, RECORD)
+    return tmp_path
+
+
+def text(folder: Path) -> str:
+    return (folder / CARD).read_text()
+
+
+def test_the_card_says_what_was_pruned_and_how(folder):
+    _, metadata, body = text(folder).split("---\n", 2)
+    assert yaml.safe_load(metadata) == {
+        "base_model": "huggyllama/llama-7b",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["olica", "pruned"],
+    }
+    for words in ("without 19.8%", "`olica`", "--sparsity 0.2 --k 3", "layers 0, 4;", "256 samples of 128 tokens",
+                  "bookcorpus + alpaca", "trust_remote_code=True", "None measured yet."):  # fmt: skip
+        assert words in body, words
+
+
+def test_a_model_that_is_not_of_the_hub_is_no_base_model_of_it(tmp_path):
+    model = {"name": "/home/me/models/mine", "source": "/home/me/models/mine", "revision": None}
+    write_card(tmp_path, RECORD | {"model": model, "calibrated_layers": []})
+    assert "base_model" not in text(tmp_path) and "/home" not in text(tmp_path)
+    assert "# mine without" in text(tmp_path) and "layers (none);" in text(tmp_path)
+
+
+def test_metrics_are_added_with_their_protocol_and_replaced(folder):
+    add_metrics(folder, measured())
+    name = "- perplexity on wikitext2, 2000 windows of 128 tokens, start token: first window, float16"
+    assert f"{name}: 15.35 ± 0.12\n" in text(folder) and "None measured" not in text(folder)
+    harness = "200 of 1838 rows, 0 examples, lm-eval 0.4.13, float16"
+    assert f"- piqa acc in percent, {harness}: 70.00 ± 1.00\n" in text(folder)
+    assert f"- piqa acc_norm in percent, {harness}: 75.00\n" in text(folder)
+    add_metrics(folder, measured(value=16.0))
+    assert f"{name}: 16.00 ± 0.12\n" in text(folder) and "15.35" not in text(folder)
+    add_metrics(folder, measured(windows=100))
+    assert "2000 windows" in text(folder) and "100 windows" in text(folder)
+    assert text(folder).split("## Metrics")[1].count("\n- ") == 4
+
+
+def test_another_card_is_left_alone(folder):
+    add_metrics(folder / "nowhere", measured())
+    (folder / CARD).write_text("mine\n")
+    add_metrics(folder, measured())
+    assert text(folder) == "mine\n"

@@ -1,0 +1,233 @@
+"""Tables and figures from made-up records, and the paper's own figures."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from olica.plots import FIGURES, draw
+from olica.rows import PAPER_METRIC, pack_floats
+from olica.runs import Results
+from olica.tables import TABLES, TASKS, Figure, Table
+
+ROOT = Path(__file__).parents[1]
+PAPER = ROOT / "results/paper"
+
+
+def evaluation(perplexity: float, mean: float, dtype: str = "float16") -> dict:
+    nll = torch.from_numpy(np.random.default_rng(0).normal(np.log(perplexity), 0.1, 30))
+    text = {"value": perplexity, "standard_error": 0.125, "windows": 30, "seqlen": 128, "bos": "none"}
+    text |= {"fingerprint": "f", "nll_by_window": pack_floats(nll)}
+    tasks = {
+        task: {metric: mean / 100, f"{metric}_stderr": 0.01, "hits": {metric: "1101"}, "hash": "h"}
+        for task, metric in PAPER_METRIC.items()
+    }
+    averages = {"paper_rule": mean, "standard_error": 0.5, "max_rule": mean, "tasks": list(PAPER_METRIC)}
+    zero_shot = {"tasks": tasks, "averages": averages, "harness": "lm-eval 1", "limit": 200, "add_bos_token": False}
+    result = {
+        "parameters": {"total": 5_390_000_000, "decoder_layers": 5_100_000_000},
+        "macs": {"tokens": 64, "total": 345_000_000_000},
+        "weight_bytes": 2**33,
+        "cache_bytes_per_token": 524288,
+        "dtype": dtype,
+        "perplexity": {"wikitext2": text},
+        "zero_shot": zero_shot,
+        "cost": {
+            "protocol": {"prompt_tokens": 128},
+            "prefill": {"median_s": 0.25},
+            "decode": {"median_s": 0.02},
+            "peak_memory": {"host_bytes": 2**31, "device_bytes": 2**34},
+        },
+    }
+    stages = {"model: perplexity of wikitext2": {"minutes": 0.5}}
+    return {"results": {"model": result}, "environment": {"device": "a GPU"}, "stages": stages}
+
+
+def pruning(ids=(256, 128), texts=("bookcorpus", "alpaca"), after=5_390_000_000, calibrated=6, **settings) -> dict:
+    settings = {"sparsity": 0.2, "recipe": "olica", "seed": 0, "mlp_num": 6, "ratio": 0.03} | settings
+    return {
+        "settings": settings,
+        "calibration": {"ids": list(ids), "sources": [{"name": name} for name in texts]},
+        "calibrated_layers": list(range(calibrated)),
+        "multiple_correlation": [0.5, 0.25, None] if settings["mlp_num"] else [None] * 3,
+        "parameters": {"before": 6_738_000_000, "after": after},
+        "environment": {"device": "a GPU"},
+        "stages": {
+            "survey": {"minutes": 2.0, "host_bytes": 10**9, "device_bytes": 2 * 10**9},
+            "prune": {"minutes": 4.0, "host_bytes": 10**9, "device_bytes": 3 * 10**9},
+        },
+    }
+
+
+class Recorder:
+    """Writes records of runs into a folder of results, with the paper's figures beside them."""
+
+    def __init__(self, folder: Path, label: str):
+        self.folder, self.label = folder, label
+        (folder / "paper").symlink_to(PAPER)
+
+    def __call__(self, name: str, measured: dict, pruned: dict | None = None) -> None:
+        folder = self.folder / self.label / name
+        folder.mkdir(parents=True)
+        (folder / "evaluation.json").write_text(json.dumps(measured))
+        if pruned:
+            (folder / "pruning.json").write_text(json.dumps(pruned))
+        (folder / "flags").write_text("flags\n")
+
+    @property
+    def results(self) -> Results:
+        return Results(self.folder, self.label)
+
+
+@pytest.fixture(params=["7b", "smollm2"])
+def record(tmp_path, request):
+    return Recorder(tmp_path, request.param)
+
+
+def cells(markdown: str) -> list[list[str]]:
+    """The cells of a table's lines, the dashes under the header left out."""
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    found = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert len({len(row) for row in found}) == 1, "every row has a cell for every header"
+    return [found[0], *found[2:]]
+
+
+def test_table_2_sets_ours_beside_the_papers(record):
+    record("tables/dense", evaluation(12.63, 66.09))
+    record("tables/sparsity-0.2", evaluation(15.85, 63.54), pruning())
+    markdown = TABLES["table2"](record.results)
+    header, *rows = cells(markdown)
+    if record.label == "7b":
+        assert header == ["sparsity", "measure", "paper", "ours", "difference"]
+        assert ["20%", "perplexity", "15.35", "15.85 ± 0.12", "+0.50"] in rows
+        assert ["20%", "BoolQ", "71.59", "63.54 ± 1.00", "-8.05"] in rows
+        assert ["20%", "mean", "64.54", "63.54 ± 0.50", "-1.00"] in rows
+        assert ["0%", "mean", "66.09", "66.09 ± 0.50", "+0.00"] in rows
+        assert len(rows) == 18
+    else:
+        assert header == ["sparsity", "perplexity", "ratio to dense", *TASKS.values(), "mean", "mean, to dense"]
+        assert [row[0] for row in rows] == ["0%", "20%"] and rows[1][1] == "15.85 ± 0.12"
+        assert rows[1][2] == "1.255 ± 0.000" and rows[1][-1] == "+0.00 ± 0.00"
+    assert "lm-eval 1, the first 200 rows" in markdown and "256 samples of 128 tokens" in markdown
+
+
+def test_table_1_has_time_and_memory(record):
+    record("tables/sparsity-0.25", evaluation(16.7, 63.0), pruning(sparsity=0.25))
+    header, *rows = cells(TABLES["table1"](record.results))
+    minutes, memory = rows[1:3]
+    if record.label == "7b":
+        assert minutes == ["25%", "minutes", "7.0", "6.0", "-1.0"]
+        assert memory == ["25%", "peak GPU memory, GB", "3.00", "3.00", "+0.00"]
+        assert rows[3] == ["25%", "perplexity", "16.69", "16.70 ± 0.12", "+0.01"]
+    else:
+        assert minutes == ["25%", "minutes", "6.0"] and header[-1] == "ours"
+
+
+def test_table_4_has_costs(record):
+    record("table4/sparsity-0.2", evaluation(15.0, 60.0), pruning())
+    rows = {row[1]: row[2:] for row in cells(TABLES["table4"](record.results))[1:]}
+    ours = 1 if record.label == "7b" else 0
+    assert rows["peak memory, MiB"][ours] == "16,384.0" and rows["ms for a new token"][ours] == "20.0"
+    assert rows["seconds for 30 windows"][ours] == "30.0" and rows["cache of a token, kB"][ours] == "524.3"
+    if ours:
+        assert rows["MACs of 64 tokens, 10⁹"] == ["373.23", "345.00", "-28.23"]
+        assert rows["weights, MiB"] == ["", "8,192.0", ""]
+
+
+def test_table_5_has_methods_in_the_papers_order(record):
+    for recipe in ("olica-wanda", "olica", "olica-awsvd", "olica-svd"):
+        for number in (12, 0):
+            settings = pruning(sparsity=0.33, recipe=recipe, mlp_num=number, calibrated=number)
+            record(f"tables/{recipe}_{number}", evaluation(20.0, 60.0), settings)
+    record("tables/sparsity-0.2", evaluation(15.0, 64.0), pruning())
+    record("tables/dense", evaluation(12.0, 66.0))
+    rows = cells(TABLES["table5"](record.results))[1:]
+    methods = [(row[0], row[1]) for row in rows if row[2] == "perplexity"]
+    order = ["SVD", "AWSVD", "Wanda", "Fast-OND"]
+    assert methods == [(calibration, method) for calibration in ("without", "with") for method in order]
+    if record.label == "7b":
+        assert rows[0][3:] == ["71.01", "20.00 ± 0.12", "-51.01"]
+        assert rows[-1][3:] == ["61.21", "60.00 ± 0.50", "-1.21"]
+
+
+def test_table_6_wants_both_methods(record):
+    record("tables/sparsity-0.2", evaluation(15.0, 64.0), pruning())
+    assert TABLES["table6"](record.results) is None
+    record("tables/sparsity-0.2_olica-ond", evaluation(15.5, 63.0), pruning(recipe="olica-ond"))
+    rows = cells(TABLES["table6"](record.results))[1:]
+    assert [row[0] for row in rows] == ["OND"] * 3 + ["Fast-OND"] * 3
+    if record.label == "7b":
+        assert rows[0] == ["OND", "seconds", "2,910", "360", "-2,550"]
+
+
+def test_what_is_not_recorded_as_a_whole_is_not_shown(record):
+    record("tables/dense", evaluation(12.0, 66.0))
+    record("tables/sparsity-0.2", evaluation(15.0, 64.0), pruning())
+    (record.folder / record.label / "tables/sparsity-0.2/flags").unlink()
+    assert all(make(record.results) is None for make in TABLES.values())
+    assert all(draw(name, record.results) is None for name in FIGURES)
+
+
+def test_a_table_without_the_papers_figures_has_no_column_for_them():
+    table = Table("Title", ["a"], notes=["note"])
+    table.add(["x"], Figure(1234.5, digits=1))
+    assert cells(table.markdown()) == [["a", "ours"], ["x", "1,234.5"]] and table.markdown().endswith("note")
+    table.add(["y"], Figure(2.0, 0.5), 1.5)
+    assert cells(table.markdown())[1:] == [["x", "", "1,234.5", ""], ["y", "1.50", "2.00 ± 0.50", "+0.50"]]
+
+
+@pytest.mark.parametrize("table", [2, 3, 7])
+def test_the_papers_means_are_those_of_its_columns(table):
+    """To the rounding of the print, save those that the notes name."""
+    stored = json.loads((PAPER / f"table{table}.json").read_text())
+    whole = [row for row in stored["rows"] if all(row[task] is not None for task in TASKS)]
+    off = [row for row in whole if abs(np.mean([row[task] for task in TASKS]) - row["mean"]) > 0.0151]
+    named = {2: {("LLaMA-7B", "LoRAP", 0.2)}, 3: {("LLaMA-2-7B", "Olica", 0.3), ("LLaMA-2-7B", "LLM-Surgeon", 0.3)}}
+    assert {(row["model"], row["method"], row["sparsity"]) for row in off} == named.get(table, set())
+    assert len(whole) > 5 and stored["notes"] and stored["source"]
+
+
+def grid_of_records(record) -> None:
+    """What every figure needs."""
+    for number in (0, 4, 8):
+        settings = pruning(mlp_num=number, after=5_390_000_000 + number * 10**6)
+        record(f"figure3/mlp_num-{number}", evaluation(20.0 - number, 60.0), settings)
+        for ratio in (0.03, 0.15) if number else (0.03,):
+            settings = pruning(mlp_num=number, ratio=ratio, after=5_390_000_000 + number * 10**6)
+            record(f"figure4/mlp_num-{number}_ratio-{ratio}", evaluation(20.0 - number * ratio, 60.0), settings)
+    for size in (32, 64):
+        record(f"figure5/num_samples/{size}", evaluation(20.0, 60.0), pruning((size, 128)))
+        record(f"figure5/seqlen/{size}", evaluation(20.0, 60.0), pruning((128, size)))
+    for sparsity in (0.1, 0.4):
+        for position, texts in enumerate([("bookcorpus", "alpaca"), ("c4", "alpaca")]):
+            settings = pruning(sparsity=sparsity, texts=texts)
+            record(f"figure6/mix-{position}_sparsity-{sparsity}", evaluation(20.0 + 99 * sparsity, 60.0), settings)
+    values = {name: [3.0, 2.0, 1.0] for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    (record.folder / record.label / "figure2.json").write_text(json.dumps({"layers": {"0": values, "31": values}}))
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_name_their_axes(record, name):
+    grid_of_records(record)
+    figure = FIGURES[name](record.results)
+    panels = [axes for axes in figure.axes if axes.get_label() != "<colorbar>"]
+    assert panels and all(axes.get_xlabel() and axes.get_ylabel() and axes.get_title() for axes in panels)
+    assert draw(name, record.results).stat().st_size > 5000
+
+
+def test_figure_4_has_the_figures_of_the_records(record):
+    grid_of_records(record)
+    figure = FIGURES["figure4"](record.results)
+    left, right = (axes for axes in figure.axes if axes.get_label() != "<colorbar>")
+    np.testing.assert_allclose(left.images[0].get_array(), [[19.88, 19.76], [19.4, 18.8]])
+    np.testing.assert_allclose(right.images[0].get_array(), 100 * np.array([[4e6, 8e6]] * 2) / 6.738e9)
+    assert [text.get_text() for text in left.texts] == ["19.88", "19.76", "19.40", "18.80"]
+
+
+def test_figure_3_has_the_figures_of_the_records(record):
+    grid_of_records(record)
+    left, right = FIGURES["figure3"](record.results).axes
+    np.testing.assert_allclose(left.lines[0].get_xydata(), [[0, 20], [4, 16], [8, 12]])
+    assert [bar.get_height() for bar in right.patches] == [0.5, 0.25]
