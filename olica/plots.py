@@ -150,6 +150,8 @@ def calibration_mixes(results: Results) -> "Figure | None":
         _draw_perplexity(axes, [r for r in runs if r.texts == mix], lambda run: 100 * _setting(run, "sparsity"), mix)
     axes.set(title=_name(results), xlabel="sparsity, %")
     axes.set_yscale("log")
+    for plain in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        plain(lambda value, _: f"{value:g}")
     axes.legend(title="calibration texts", fontsize="small")
     return figure
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+PAPER = Path(__file__).parents[1] / "results/paper"
 TEXT = "wikitext2"
 # Names of models in `MODEL_NAMES` and in the paper.
 PAPER_MODELS = {
@@ -86,7 +87,7 @@ class Results:
 
         Tables 1, 4, 5 and 6 are all of LLaMA-7B.
         """
-        rows = json.loads((self.results / f"paper/table{table}.json").read_text())["rows"]
+        rows = json.loads((PAPER / f"table{table}.json").read_text())["rows"]
         return [row for row in rows if row.get("model", "LLaMA-7B") == PAPER_MODELS.get(self.label)]
 
 

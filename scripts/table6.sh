@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Table 6: full OND against Fast-OND at 20 %: time of pruning, perplexity and mean accuracy.
 # Command: bash scripts/table6.sh, or MODEL=smollm2 bash scripts/table6.sh; variables in scripts/common.sh.
-# Expected (paper, LLaMA-7B): OND 2910 s, 15.17, 64.32 %; Fast-OND 413 s, 15.35, 64.54 %. Ours finds the singular
+# Expected (paper): LLaMA-7B OND 2910 s, 15.17, 64.32 %; Fast-OND 413 s, 15.35, 64.54 %. Ours finds the singular
 #   vectors of the product without forming it, so that both take the same time.
 # Memory and time: as table2.sh, which shares one of its two models.
 source "$(dirname "$0")/common.sh"

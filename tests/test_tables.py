@@ -9,11 +9,8 @@ import torch
 
 from olica.plots import FIGURES, draw
 from olica.rows import PAPER_METRIC, pack_floats
-from olica.runs import Results
+from olica.runs import PAPER, Results
 from olica.tables import TABLES, TASKS, Figure, Table
-
-ROOT = Path(__file__).parents[1]
-PAPER = ROOT / "results/paper"
 
 
 def evaluation(perplexity: float, mean: float, dtype: str = "float16") -> dict:
@@ -62,11 +59,10 @@ def pruning(ids=(256, 128), texts=("bookcorpus", "alpaca"), after=5_390_000_000,
 
 
 class Recorder:
-    """Writes records of runs into a folder of results, with the paper's figures beside them."""
+    """Writes records of runs into a folder of results."""
 
     def __init__(self, folder: Path, label: str):
         self.folder, self.label = folder, label
-        (folder / "paper").symlink_to(PAPER)
 
     def __call__(self, name: str, measured: dict, pruned: dict | None = None) -> None:
         folder = self.folder / self.label / name
