@@ -6,7 +6,7 @@ W windows, T tokens in each
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -193,9 +193,12 @@ def measure(subject: Subject, protocol: Protocol, measures: Measures, stages: St
         }
     if protocol.tasks:
         missing = [task for task in protocol.tasks if f"{name}: {task}" not in measures]
-        work = (protocol.of_tasks, protocol.batch_size, processes)
+
+        def score() -> Iterator[tuple[str, dict]]:  # whose first line runs when the first score is asked for
+            yield from zero_shot(model(), tokenizer, missing, protocol.of_tasks, protocol.batch_size, processes)
+
         scores: dict[str, dict] = {}
-        with closing(zero_shot(model(), tokenizer, missing, *work) if missing else iter(())) as scored:
+        with closing(score()) as scored:
             for task in protocol.tasks:
                 scores |= take(task, lambda _: next(scored)[1])
         result["zero_shot"] = {

@@ -279,7 +279,8 @@ def _task_record(results: dict, name: str, local: list[str]) -> dict:
         rows = Path(config["dataset_kwargs"]["data_files"][LOCAL_ROWS[name].split])
         origin = f"local {rows.name}"
     rows = sorted((row for row in results["samples"][name] if row["filter"] == "none"), key=lambda row: row["doc_id"])
-    hits = {metric: pack_hits([row[metric] for row in rows]) for metric in ROW_METRICS if rows and metric in rows[0]}
+    answers = {metric: [row.get(metric) for row in rows] for metric in ROW_METRICS}
+    hits = {metric: pack_hits(right) for metric, right in answers.items() if rows and all(hit in (0, 1) for hit in right)}
     return metrics | {
         "hits": hits,
         "hash": _hash_rows(rows) if hits else None,

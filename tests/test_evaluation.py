@@ -86,9 +86,10 @@ def test_several_texts_and_tasks_in_one_call(here, capsys):
     assert sorted(path.name for path in here.iterdir() if path.name.startswith(".")) == []
 
 
-@pytest.mark.parametrize("after", [1, 3, 4])
+@pytest.mark.parametrize("after", [1, 3, 4, 6])
 def test_a_stopped_evaluation_goes_on(here, capsys, monkeypatch, counted, after):
-    undisturbed = evaluate(*FLAGS)["results"]
+    flags = [*FLAGS, "--prompt=old books"]
+    undisturbed = evaluate(*flags)["results"]
     Path("eval.json").unlink()
     counted.clear()
     with monkeypatch.context() as patched:
@@ -101,14 +102,14 @@ def test_a_stopped_evaluation_goes_on(here, capsys, monkeypatch, counted, after)
 
         patched.setattr(evaluation.Measures, "take", dying)
         with pytest.raises(Killed):
-            evaluate(*FLAGS)
+            evaluate(*flags)
     assert not Path("eval.json").exists() and len(counted) == after - 1
     capsys.readouterr()
-    record = evaluate(*FLAGS)
+    record = evaluate(*flags)
     assert f"going on after {after} measures" in capsys.readouterr().out
     assert counted == ["text", "text", "piqa", "hellaswag", "boolq"]
     assert record["results"] == undisturbed
-    assert set(record["stages"]) == {"model: read", *(f"model: {name}" for name in MEASURES)}
+    assert set(record["stages"]) == {"model: read", *(f"model: {name}" for name in [*MEASURES, "continuation"])}
 
 
 @pytest.mark.parametrize("change", ["flag", "model", "damage"])
