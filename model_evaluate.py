@@ -14,7 +14,7 @@ from olica.errors import UsageError
 from olica.evaluation import CONTINUATION_TOKENS, LATENCY, Measures, Protocol, TestText, measure, prepare
 from olica.model_card import add_metrics
 from olica.processes import join_processes
-from olica.rows import compare
+from olica.rows import compare, with_error
 from olica.text_sources import evaluation_text
 from olica.zero_shot import TaskProtocol, check_tasks
 
@@ -116,11 +116,6 @@ def record_path(args: argparse.Namespace, measured: model_source.Location, now: 
     return path
 
 
-def with_error(value: float, error: float | None, digits: int, sign: str = "") -> str:
-    """A figure and, where it has one, its standard error."""
-    return f"{value:{sign}.{digits}f}" if error is None else f"{value:{sign}.{digits}f} +- {error:.{digits}f}"
-
-
 def table_rows(result: dict) -> dict[str, str]:
     """What the table says of a model: cell by name of the row."""
     bos = {"none": "", "first window": ", start token in front", "every window": ", start token in each"}
@@ -136,13 +131,13 @@ def table_rows(result: dict) -> dict[str, str]:
         rows[name] = with_error(measured["value"], measured["standard_error"], 3)
     zero_shot = result.get("zero_shot", {"tasks": {}, "averages": {"tasks": []}})
     for task, scores in zero_shot["tasks"].items():
-        for metric in ("acc", "acc_norm"):
-            if metric in scores:
-                rows[f"{task} {metric}"] = with_error(scores[metric], scores.get(f"{metric}_stderr"), 4)
-    if zero_shot["averages"]["tasks"]:
-        averages = zero_shot["averages"]
-        rows["mean by the paper's rule, %"] = with_error(averages["paper_rule"], averages["standard_error"], 2)
-        rows["mean by the released script's rule, %"] = f"{averages['max_rule']:.2f}"
+        for metric in scores["metrics"]:
+            rows[f"{task} {metric}"] = with_error(scores[metric], scores.get(f"{metric}_stderr"), 4)
+    if averaged := zero_shot["averages"]["tasks"]:
+        averages, number = zero_shot["averages"], len(averaged)
+        mean = with_error(averages["paper_rule"], averages["standard_error"], 2)
+        rows[f"mean of {number} by the paper's rule, %"] = mean
+        rows[f"mean of {number} by the released script's rule, %"] = f"{averages['max_rule']:.2f}"
     if "cost" in result:
         taken = result["cost"]
         peak = taken["peak_memory"]
@@ -191,8 +186,6 @@ def check_numbers(args: argparse.Namespace) -> None:
         raise UsageError(f"--num_fewshot {args.num_fewshot} must be at least 0")
     if not math.isfinite(args.sparsity):
         raise UsageError(f"--sparsity {args.sparsity:g} is no number that a checkpoint was pruned by")
-    if args.ppl == "none" and not args.tasks and not args.cost:
-        raise UsageError("--ppl none leaves nothing to measure; give a text, --tasks or --cost")
 
 
 def listed(names: str, flag: str) -> list[str]:
@@ -209,6 +202,8 @@ def make_protocol(args: argparse.Namespace) -> Protocol:
     names = [] if args.ppl == "none" else listed(args.ppl, "--ppl")
     texts = [TestText(name, *evaluation_text(expanduser(name), data_dir, flag="--ppl")) for name in names]
     tasks = listed(args.tasks, "--tasks")
+    if not names and not tasks and not args.cost:
+        raise UsageError(f"--ppl {args.ppl} leaves nothing to measure; give a text, --tasks or --cost")
     of_tasks = TaskProtocol(args.num_fewshot, args.limit, args.add_bos_token, args.seed, args.data_dir)
     if tasks:
         check_tasks(tasks, of_tasks)
@@ -230,8 +225,12 @@ def run(args: argparse.Namespace) -> None:
     """Find the models, the texts and the tasks, measure, print a table and write the record."""
     check_numbers(args)
     processes, device = join_processes(pick_device(args.device))
-    if args.device_map and processes.count > 1:
-        raise UsageError("--device_map gives one process all GPUs; leave it out, or start a single process")
+    if args.device_map and (processes.count > 1 or args.device == "cpu"):
+        raise UsageError("--device_map gives one process all GPUs; leave it out, or start one process without --device")
+    if processes.count > min(args.limit or processes.count, args.ppl_windows or processes.count):
+        raise UsageError(f"{processes.count} processes have nothing to share in --limit or --ppl_windows below that")
+    if args.cost and processes.count > 1:
+        raise UsageError("--cost measures one process; leave it out, or start a single process")
     locations = find_models(args)
     now = datetime.now(UTC)
     path = record_path(args, locations.get("pruned") or locations["model"], now)
@@ -239,12 +238,8 @@ def run(args: argparse.Namespace) -> None:
     subjects = [prepare(name, location, protocol) for name, location in locations.items()]
     stages = records.Stages(device)
     configs = {subject.name: subject.config for subject in subjects}
-    measures = Measures(
-        path.with_name(f".{path.name if args.output_path else 'olica_eval'}.measures"),
-        identity.of_evaluation(vars(args), locations, configs, device),
-        stages,
-        processes,
-    )
+    evaluation = identity.of_evaluation(vars(args), locations, configs, protocol.data, device)
+    measures = Measures(path.parent, path.name if args.output_path else None, evaluation, stages, processes)
     if measures.found and processes.is_main:
         print(f"going on after {measures.found} measures of a stopped evaluation")
     results = {subject.name: measure(subject, protocol, measures, stages, processes) for subject in subjects}

@@ -45,9 +45,15 @@ def run_command(
     except UsageError as error:
         if os.environ.get("OLICA_DEBUG"):
             raise
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+        parser.exit(2, explained(f"{parser.prog}: error: {error}\n"))
     except OSError as error:
         if error.filename is None or error.errno not in PATH_ERRORS:
             raise
-        parser.exit(2, f"{parser.prog}: error: {error.filename}: {error.strerror}; give another file or folder\n")
+        reason = f"{error.filename}: {error.strerror}; give another file or folder"
+        parser.exit(2, explained(f"{parser.prog}: error: {reason}\n"))
     return 0
+
+
+def explained(message: str) -> str | None:
+    """The message, in the first of the processes that `accelerate launch` started; the others say nothing."""
+    return message if os.environ.get("RANK", "0") == "0" else None

@@ -22,7 +22,7 @@ from .errors import UsageError
 from .perplexity import perplexity, start_token, token_windows
 from .processes import Processes
 from .records import Stages, write_record
-from .zero_shot import SOFTMAX_DTYPE, TaskProtocol, averages, harness_version, zero_shot
+from .zero_shot import SOFTMAX_DTYPE, TaskProtocol, averages, harness_version, local_rows, zero_shot
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +74,12 @@ class Protocol:
     dtype: str
     device_map: str | None
     batch_size: int
+
+    @property
+    def data(self) -> dict[str, str]:
+        """Digests of the texts and of the local rows, by their names."""
+        texts = {text.name: text.fingerprint for text in self.texts}
+        return texts | local_rows(self.tasks, self.of_tasks.data_dir)
 
 
 @dataclass(frozen=True)
@@ -127,9 +133,14 @@ class Measures:
         found: how many measures of an earlier, stopped evaluation were taken up.
     """
 
-    def __init__(self, path: Path, identity: dict, stages: Stages, processes: Processes):
-        """Take up what `path` holds if it is an evaluation of the same `identity`."""
-        self._path, self._identity, self._stages, self._processes = path, identity, stages, processes
+    def __init__(self, folder: Path, name: str | None, identity: dict, stages: Stages, processes: Processes):
+        """Take up what a file in `folder` holds of an evaluation of the same `identity`.
+
+        The file has the name of the record, if that is fixed, else one that tells it from other evaluations'.
+        """
+        name = name or f"olica_eval-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]}"
+        self._path, self._identity = folder / f".{name}.measures", identity
+        self._stages, self._processes = stages, processes
         self._rows: dict[str, dict] = processes.from_main(self._read() if processes.is_main else {})
         self.found = len(self._rows)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from .model_source import Location, describe_source
-from .records import environment
+from .records import EVALUATION_RECORD, environment
 
 # These say where something is, choose the calibration set, which goes by its tokens, or decide nothing.
 NOT_COMPARED = ("base_model", "datasets", "data_dir", "num_samples", "seqlen", "seed", "cache_dev")
@@ -37,18 +37,22 @@ def of_run(settings: dict, location: Location, config, token_hash: str, device: 
     }
 
 
-def of_evaluation(settings: dict, locations: dict[str, Location], configs: dict, device: torch.device) -> dict:
-    """The settings, the models, the code and the machine of an evaluation: figures of another are not taken up.
+def of_evaluation(
+    settings: dict, locations: dict[str, Location], configs: dict, data: dict[str, str], device: torch.device
+) -> dict:
+    """The settings, models, texts and rows, code and machine of an evaluation: figures of another are not taken up.
 
     Args:
         settings: values of the flags by their names.
         locations: of the models, by their names in the record.
         configs: their configurations.
+        data: digests of texts and local rows, by their names.
         device: where the models run.
     """
     return {
         "settings": {name: value for name, value in settings.items() if name != "output_path"},
         "models": {name: _source(location, configs[name]) for name, location in locations.items()},
+        "data": data,
         "code": _code(),
         "environment": environment(device),
     }
@@ -59,7 +63,8 @@ def _source(location: Location, config) -> dict:
     if not location.is_local:
         return {"revision of the model": describe_source(location, config)["revision"]}
     patterns = (location.gguf_file,) if location.gguf_file else SOURCE_FILES
-    files = sorted({path for pattern in patterns for path in Path(location.path).glob(pattern)})
+    found = {path for pattern in patterns for path in Path(location.path).glob(pattern)}
+    files = sorted(path for path in found if not path.match(EVALUATION_RECORD.format(time="*")))
     return {f"{path.name} of the model": [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
 
 

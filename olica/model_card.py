@@ -5,6 +5,9 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
+from .records import write_text
+from .rows import with_error
+
 CARD = "README.md"
 METRICS, NONE_YET = "## Metrics\n\n", "None measured yet.\n"
 CARD_TEXT = """---
@@ -13,8 +16,7 @@ CARD_TEXT = """---
 
 # {name} without {sparsity:.1%} of its parameters
 
-{name}, pruned by Olica (He and Lin, ICML 2025) without retraining: low-rank query and key projections, narrower value
-heads and MLPs, and low-rank linear corrections beside some MLPs.
+{name}, pruned by Olica (He and Lin, ICML 2025) without retraining: {changes}.
 
 | | dense | pruned |
 |---|---|---|
@@ -22,8 +24,9 @@ heads and MLPs, and low-rank linear corrections beside some MLPs.
 | of the decoder layers | {parameters[decoder_layers_before]:,} | {parameters[decoder_layers_after]:,} |
 
 Recipe `{settings[recipe]}` with `--sparsity {settings[sparsity]:g} --k {settings[k]:g} --mlp_num {settings[mlp_num]}
---ratio {settings[ratio]:g} --percdamp {settings[percdamp]:g}`; corrections beside the MLPs of the layers {layers};
-calibrated on {samples} samples of {tokens} tokens from {texts}, seed {settings[seed]}. `olica_run.json` has the rest.
+--ratio {settings[ratio]:g} --percdamp {settings[percdamp]:g} --round_to {settings[round_to]}`; corrections beside the
+MLPs of the layers {layers}; calibrated on {samples} samples of {tokens} tokens from {texts},
+seed {settings[seed]}. `olica_run.json` has the rest.
 
 ## Loading
 
@@ -54,13 +57,14 @@ def write_card(folder: Path, record: dict) -> None:
         sparsity=record["measured_sparsity"],
         samples=samples,
         tokens=tokens,
-        texts=" + ".join(source["name"] for source in calibration["sources"]),
+        texts=" + ".join(Path(source["name"]).name for source in calibration["sources"]),
+        changes=changes(record["plan"]),
         layers=", ".join(map(str, record["calibrated_layers"])) or "(none)",
         metrics=METRICS + NONE_YET,
         parameters=record["parameters"],
         settings=record["settings"],
     )
-    (folder / CARD).write_text(text, encoding="utf-8")
+    write_text(folder / CARD, text)
 
 
 def add_metrics(folder: Path, result: dict) -> None:
@@ -73,10 +77,24 @@ def add_metrics(folder: Path, result: dict) -> None:
     head, mark, listed = text.partition(METRICS)
     if not mark:
         return
-    lines = dict(line.rsplit(": ", 1) for line in listed.splitlines() if line.startswith("- "))
+    listed, rest = (text_after := listed.partition("\n#"))[0], "".join(text_after[1:])
+    lines = dict(line.rsplit(": ", 1) for line in listed.splitlines() if line.startswith("- ") and ": " in line)
     lines |= {f"- {name}": figure for name, figure in metrics(result).items()}
     body = "".join(f"{name}: {figure}\n" for name, figure in lines.items()) or NONE_YET
-    path.write_text(head + mark + body, encoding="utf-8")
+    write_text(path, head + mark + body + rest)
+
+
+def changes(plan: list[dict[str, int]]) -> str:
+    """What the sizes of the layers mean, in words."""
+    factors = {"q_rank": "query", "k_rank": "key", "v_rank": "value", "o_rank": "output"}
+    found = [name for size, name in factors.items() if any(shape.get(size) for shape in plan)]
+    parts = [f"low-rank {' and '.join(found)} projections"] if found else []
+    if not any(shape.get("v_rank") for shape in plan):
+        parts.append("narrower value heads")
+    parts.append("narrower MLPs")
+    if any(shape["calibration_rank"] for shape in plan):
+        parts.append("low-rank linear corrections beside some MLPs")
+    return ", ".join(parts)
 
 
 def metrics(result: dict) -> dict[str, str]:
@@ -85,16 +103,12 @@ def metrics(result: dict) -> dict[str, str]:
     for text, measured in result.get("perplexity", {}).items():
         protocol = f"{measured['windows']} windows of {measured['seqlen']} tokens, start token: {measured['bos']}"
         name = f"perplexity on {Path(text).name}, {protocol}, {result['dtype']}"
-        found[name] = _with_error(measured["value"], measured["standard_error"])
+        found[name] = with_error(measured["value"], measured["standard_error"], 2)
     zero_shot = result.get("zero_shot", {"tasks": {}})
     for task, scores in zero_shot["tasks"].items():
+        start = "with" if zero_shot["add_bos_token"] else "without"
         protocol = f"{scores['samples']} of {scores['split_size']} rows, {scores['num_fewshot']} examples"
-        for metric in scores["hits"]:
-            error = scores.get(f"{metric}_stderr")
-            name = f"{task} {metric} in percent, {protocol}, {zero_shot['harness']}, {result['dtype']}"
-            found[name] = _with_error(100 * scores[metric], None if error is None else 100 * error)
+        for metric in scores["metrics"]:
+            name = f"{task} {metric}, {protocol}, {start} start token, {zero_shot['harness']}, {result['dtype']}"
+            found[name] = with_error(scores[metric], scores.get(f"{metric}_stderr"), 4)
     return found
-
-
-def _with_error(value: float, error: float | None) -> str:
-    return f"{value:.2f}" if error is None else f"{value:.2f} ± {error:.2f}"

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import UsageError
-from .runs import PAPER_MODELS, Results, Run
+from .rows import paired_difference, unpack_floats
+from .runs import PAPER_MODELS, Results, Run, newest_alike
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 PROJECTIONS = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "output"}
 PERPLEXITY = "perplexity on WikiText-2"
+# What the points of one figure have in common; of an older, other series nothing is drawn.
+ALIKE = ("sparsity", "texts", "windows")
 
 
 def _panels(columns: int, rows: int = 1) -> "tuple[Figure, list[Axes]]":
@@ -35,24 +38,24 @@ def _setting(run: Run, name: str) -> float:
 
 
 def _draw_perplexity(axes: "Axes", runs: Iterable[Run], x: Callable[[Run], float], label: str | None = None) -> None:
-    """Perplexities, with their standard errors, over what `x` takes from a run."""
+    """Perplexities over what `x` takes from a run.
+
+    Bars are the standard errors of the differences to the first point. All points have the same windows, so these say
+    what differs; the errors of the points themselves, which the windows have in common, would hide it.
+    """
     ordered = sorted(runs, key=x)
-    measured = [run.perplexity for run in ordered]
-    axes.errorbar(
-        [x(run) for run in ordered],
-        [row["value"] for row in measured],
-        yerr=[row["standard_error"] or 0 for row in measured],
-        marker="o",
-        capsize=3,
-        label=label,
-    )
-    axes.set_ylabel(f"{PERPLEXITY} ({measured[0]['windows']} windows)")
+    nll = [unpack_floats(run.perplexity["nll_by_window"]) for run in ordered]
+    values = [run.perplexity["value"] for run in ordered]
+    errors = [paired_difference(row, nll[0])["standard_error"] or 0 for row in nll]
+    bars = [value * error for value, error in zip(values, errors, strict=True)]
+    axes.errorbar([x(run) for run in ordered], values, yerr=bars, marker="o", markersize=4, capsize=3, label=label)
+    axes.set_ylabel(f"{PERPLEXITY} ({ordered[0].windows} windows)\nbars: error of the difference to the first point")
     axes.grid(alpha=0.3)
 
 
 def singular_values(results: Results) -> "Figure | None":
     """Figure 2: singular values of the four attention projections, a panel for each of some layers."""
-    path = results.results / results.label / "figure2.json"
+    path = results.results / results.label / "figure2/singular_values.json"
     if not path.is_file():
         return None
     layers = json.loads(path.read_text())["layers"]
@@ -76,11 +79,11 @@ def singular_values(results: Results) -> "Figure | None":
 
 def calibrated_layers(results: Results) -> "Figure | None":
     """Figure 3: perplexity over the number of calibrated MLPs, and the multiple correlation of every layer."""
-    if len(runs := results.runs("figure3")) < 2:
+    if len(runs := newest_alike(results.runs("figure3"), *ALIKE)) < 2:
         return None
     figure, (left, right) = _panels(2)
     _draw_perplexity(left, runs, lambda run: _setting(run, "mlp_num"))
-    sparsity = _setting(runs[0], "sparsity")
+    sparsity = runs[0].sparsity
     left.set(title=f"{_name(results)} at {sparsity:.0%}", xlabel="calibrated MLPs")
     correlations = next(r for run in runs if (r := run.pruning["multiple_correlation"]) and r[0] is not None)
     known = [value for value in correlations if value is not None]
@@ -92,8 +95,7 @@ def calibrated_layers(results: Results) -> "Figure | None":
 
 def rank_grid(results: Results) -> "Figure | None":
     """Figure 4: perplexity over calibrated MLPs and rank of the corrections, and the parameters these add."""
-    if not (runs := results.runs("figure4")):
-        return None
+    runs = newest_alike(results.runs("figure4"), *ALIKE)
     plain = next((run for run in runs if _setting(run, "mlp_num") == 0), None)
     grid = {(_setting(run, "ratio"), _setting(run, "mlp_num")): run for run in runs if run is not plain}
     if plain is None or not grid:
@@ -119,13 +121,13 @@ def rank_grid(results: Results) -> "Figure | None":
         axes.set_xticks(range(len(numbers)), [str(number) for number in numbers])
         axes.set_yticks(range(len(ratios)), [f"{ratio:g}" for ratio in ratios])
         axes.set(title=heading, xlabel="calibrated MLPs", ylabel="rank, as a share of the hidden size")
-    figure.suptitle(f"{_name(results)} at {_setting(plain, 'sparsity'):.0%}")
+    figure.suptitle(f"{_name(results)} at {plain.sparsity:.0%}")
     return figure
 
 
 def calibration_set(results: Results) -> "Figure | None":
     """Figure 5: perplexity over the number of samples, and over their length."""
-    by_number, by_length = results.runs("figure5/num_samples"), results.runs("figure5/seqlen")
+    by_number, by_length = (newest_alike(results.runs(f"figure5/{axis}"), *ALIKE) for axis in ("num_samples", "seqlen"))
     if not by_number or not by_length:
         return None
     figure, panels = _panels(2)
@@ -133,25 +135,30 @@ def calibration_set(results: Results) -> "Figure | None":
         _draw_perplexity(axes, runs, lambda run, axis=axis: run.pruning["calibration"]["ids"][axis])
         samples, tokens = runs[0].pruning["calibration"]["ids"]
         rest = f"samples of {tokens} tokens" if axis == 0 else f"{samples} samples"
-        title = f"{_name(results)} at {_setting(runs[0], 'sparsity'):.0%}: {rest}\nfrom {runs[0].texts}"
+        title = f"{_name(results)} at {runs[0].sparsity:.0%}: {rest}\nfrom {runs[0].texts}"
         axes.set_title(title, fontsize="medium")
         axes.set_xlabel(f"{label}{'' if axis == 0 else ' per sample'}")
         axes.set_xscale("log", base=2)
+        if axis:
+            axes.sharey(panels[0])
         axes.set_xticks(ticks := [run.pruning["calibration"]["ids"][axis] for run in runs], [str(t) for t in ticks])
     return figure
 
 
 def calibration_mixes(results: Results) -> "Figure | None":
     """Figure 6: perplexity over the sparsity, a line for each mix of calibration texts."""
-    if not (runs := results.runs("figure6")):
+    if not (runs := newest_alike(results.runs("figure6"), "windows")):
         return None
     figure, (axes,) = _panels(1)
+    from matplotlib.ticker import LogLocator, NullLocator
+
     for mix in dict.fromkeys(run.texts for run in runs):
-        _draw_perplexity(axes, [r for r in runs if r.texts == mix], lambda run: 100 * _setting(run, "sparsity"), mix)
+        _draw_perplexity(axes, [r for r in runs if r.texts == mix], lambda run: 100 * run.sparsity, mix)
     axes.set(title=_name(results), xlabel="sparsity, %")
     axes.set_yscale("log")
-    for plain in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        plain(lambda value, _: f"{value:g}")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.legend(title="calibration texts", fontsize="small")
     return figure
 

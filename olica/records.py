@@ -88,9 +88,14 @@ def write_record(path: Path, record: dict) -> None:
         ValueError: it holds a NaN or an infinity, which JSON has no word for.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+        partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -63,17 +63,24 @@ def compare(ours: dict, dense: dict) -> dict:
         for text, measured in ours.get("perplexity", {}).items()
         if _is_same_text(measured, dense.get("perplexity", {}).get(text))
     }
-    theirs = dense.get("zero_shot", {}).get("tasks", {})
+    scored, theirs = (result.get("zero_shot", {"add_bos_token": None, "tasks": {}}) for result in (ours, dense))
+    alike = scored["tasks"].keys() & theirs["tasks"] if scored["add_bos_token"] == theirs["add_bos_token"] else ()
     tasks = {
-        task: _compare_task(scores, theirs[task])
-        for task, scores in ours.get("zero_shot", {}).get("tasks", {}).items()
-        if task in theirs and scores["hash"] is not None and scores["hash"] == theirs[task]["hash"]
+        task: _compare_task(scores, theirs["tasks"][task])
+        for task, scores in scored["tasks"].items()
+        if task in alike and scores["hash"] is not None and scores["hash"] == theirs["tasks"][task]["hash"]
     }
     compared = {"perplexity": texts, "zero_shot": tasks}
     if all(metric in tasks.get(task, {}) for task, metric in PAPER_METRIC.items()):
         rows = [tasks[task][metric] for task, metric in PAPER_METRIC.items()]
         compared["paper_rule"] = {"difference": _mean(rows, "difference"), "standard_error": mean_error(rows)}
     return compared
+
+
+def with_error(value: float, error: float | None, digits: int, sign: str = "") -> str:
+    """A figure as text and, where it has one, its standard error; `sign` "+" writes that of positive figures too."""
+    shown = f"{value:{sign},.{digits}f}"
+    return shown if error is None else f"{shown} ± {error:,.{digits}f}"
 
 
 def mean_error(rows: list[dict]) -> float | None:

@@ -50,14 +50,39 @@ class Run:
         return self.result["perplexity"][TEXT]
 
     @property
+    def windows(self) -> int:
+        """Of that text."""
+        return self.perplexity["windows"]
+
+    @property
     def texts(self) -> str:
         """Names of the calibration texts."""
-        return " + ".join(source["name"] for source in self.pruning["calibration"]["sources"])
+        return " + ".join(Path(source["name"]).name for source in self.pruning["calibration"]["sources"])
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all windows and all rows were measured, as by the paper."""
+        settings = self.evaluation["settings"]
+        return settings["ppl_windows"] is None and settings["limit"] is None
+
+    @property
+    def recipe(self) -> str:
+        """Of the pruning."""
+        return self.pruning["settings"]["recipe"]
+
+    @property
+    def sparsity(self) -> float:
+        """Asked for; 0 of a dense model."""
+        return self.pruning["settings"]["sparsity"] if self.pruning else 0.0
 
     @property
     def seconds(self) -> float:
-        """Time of the pruning, reading and writing included."""
-        return 60 * sum(stage["minutes"] for stage in self.pruning["stages"].values())
+        """Time of the pruning, from the opening of the model on: whether the calibration set had been drawn is luck.
+
+        Of a run that was interrupted, that of its last part.
+        """
+        stages = self.pruning["stages"].items()
+        return 60 * sum(stage["minutes"] for name, stage in stages if name != "calibration set")
 
     @property
     def peak_bytes(self) -> int:
@@ -75,26 +100,49 @@ class Results:
     def run(self, name: str) -> Run | None:
         """A run by its name; None where it is not recorded as a whole."""
         folder = self.results / self.label / name
-        return Run(folder) if (folder / "flags").is_file() else None
+        files = ["flags", "evaluation.json", *([] if folder.name == "dense" else ["pruning.json"])]
+        return Run(folder) if all((folder / file).is_file() for file in files) else None
 
     def runs(self, folder: str) -> list[Run]:
-        """All runs whose names begin with that of a folder."""
-        found = (self.results / self.label / folder).glob("*/flags")
-        return [Run(path.parent) for path in sorted(found)]
+        """The runs within a folder of runs."""
+        found = sorted((self.results / self.label / folder).glob("*/flags"))
+        runs = (self.run(f"{folder}/{path.parent.name}") for path in found)
+        return [run for run in runs if run is not None]
 
     def paper(self, table: int) -> list[dict]:
         """The paper's rows of this model; none for a model that it does not have.
 
-        Tables 1, 4, 5 and 6 are all of LLaMA-7B.
+        Tables 1, 4, 5 and 6 are all of LLaMA-7B. Rows that cannot be what they say are left out.
         """
         rows = json.loads((PAPER / f"table{table}.json").read_text())["rows"]
-        return [row for row in rows if row.get("model", "LLaMA-7B") == PAPER_MODELS.get(self.label)]
+        name = PAPER_MODELS.get(self.label)
+        return [row for row in rows if row.get("model", "LLaMA-7B") == name and not row.get("misprint")]
+
+    def papers_notes(self, table: int) -> list[str]:
+        """What is to be known of the paper's rows of this model; nothing if there are none."""
+        notes = json.loads((PAPER / f"table{table}.json").read_text())["notes"]
+        return [f"The paper: {note}" for note in notes] if self.paper(table) else []
+
+    @property
+    def is_of_the_paper(self) -> bool:
+        """Whether the paper has this model."""
+        return self.label in PAPER_MODELS
+
+
+def newest_alike(runs: list[Run], *properties: str) -> list[Run]:
+    """Those of `runs` that agree in these properties with the one that was measured last; empty without any."""
+    if not runs:
+        return []
+    newest = max(runs, key=lambda run: run.evaluation["date"])
+    return [run for run in runs if all(getattr(run, name) == getattr(newest, name) for name in properties)]
 
 
 def protocol(*runs: Run) -> list[str]:
     """Lines that say how the runs of a table were made, each way once."""
     lines: list[str] = []
     for run in runs:
+        if run.pruning and run.pruning["went_on_after"]:
+            lines.append(f"Interrupted, so that its time is that of its last part: {run.folder.name}.")
         result, environment = run.result, run.evaluation["environment"]
         measured = run.perplexity
         line = (
@@ -108,6 +156,8 @@ def protocol(*runs: Run) -> list[str]:
                 "yes." if result["zero_shot"]["add_bos_token"] else "no."
             )
         lines.append(line)
+        if not run.is_whole:
+            lines.append("The paper measured all windows and all rows.")
         if run.pruning:
             samples, tokens = run.pruning["calibration"]["ids"]
             seed = run.pruning["settings"]["seed"]

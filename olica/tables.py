@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from .rows import PAPER_METRIC, compare
-from .runs import TEXT, Results, Run, protocol
+from .rows import PAPER_METRIC, compare, with_error
+from .runs import TEXT, Results, Run, newest_alike, protocol
 
 # The paper's order of columns.
 TASKS = {
@@ -18,13 +18,14 @@ TASKS = {
 }
 # Which sparsities a table shows.
 SPARSITIES = {1: (0.25, 0.33), 2: (0.2, 0.25, 0.33), 3: (0.2, 0.3), 4: (0.2, 0.25, 0.33), 7: (0.5,)}
+TABLE_5_SPARSITY = 0.33  # the paper does not name it; its last row is that of 33 % in Table 2
 # What the paper's Tables 5 and 6 call a recipe.
 VALUE_OUTPUT_METHODS = {"olica-svd": "SVD", "olica-awsvd": "AWSVD", "olica-wanda": "Wanda", "olica": "Fast-OND"}
 OND_METHODS = {"olica-ond": "OND", "olica": "Fast-OND"}
 
 
 @dataclass(frozen=True)
-class Figure:
+class Measured:
     """One of our figures: a value, its standard error if it has one, and how many digits are worth printing."""
 
     value: float
@@ -33,8 +34,7 @@ class Figure:
 
     def __str__(self) -> str:
         """The value and its error."""
-        shown = f"{self.value:,.{self.digits}f}"
-        return shown if self.error is None else f"{shown} ± {self.error:,.{self.digits}f}"
+        return with_error(self.value, self.error, self.digits)
 
 
 @dataclass
@@ -44,9 +44,9 @@ class Table:
     title: str
     names: list[str]  # headers of the cells that name a row
     notes: list[str] = field(default_factory=list)
-    rows: list[tuple[list[str], Figure, float | None]] = field(default_factory=list)
+    rows: list[tuple[list[str], Measured, float | None]] = field(default_factory=list)
 
-    def add(self, names: Iterable[str], ours: Figure, paper: float | None = None) -> None:
+    def add(self, names: Iterable[str], ours: Measured, paper: float | None = None) -> None:
         """Add a row."""
         self.rows.append((list(names), ours, paper))
 
@@ -56,7 +56,7 @@ class Table:
         header = [*self.names, *(["paper", "ours", "difference"] if has_paper else ["ours"])]
         return _markdown(self.title, header, [self._cells(*row, has_paper) for row in self.rows], self.notes)
 
-    def _cells(self, names: list[str], ours: Figure, paper: float | None, has_paper: bool) -> list[str]:
+    def _cells(self, names: list[str], ours: Measured, paper: float | None, has_paper: bool) -> list[str]:
         if not has_paper:
             return [*names, str(ours)]
         if paper is None:
@@ -83,9 +83,11 @@ def quality(results: Results, table: int) -> str | None:
     title = f"Table {table}: perplexity on WikiText-2 and accuracy in percent"
     paper = {row["sparsity"]: row for row in results.paper(table) if row["method"] in ("Dense", "Olica")}
     notes = protocol(*shown.values())
-    if not paper:
+    if not results.is_of_the_paper:
         return _quality_of_ours(title, shown, dense, notes)
-    compared = Table(title, ["sparsity", "measure"], notes)
+    if not paper:
+        return None  # it is in another table
+    compared = Table(title, ["sparsity", "measure"], notes + results.papers_notes(table))
     for sparsity, run in shown.items():
         printed = paper.get(sparsity, {})
         for measure, (name, figure) in quality_figures(run).items():
@@ -93,21 +95,21 @@ def quality(results: Results, table: int) -> str | None:
     return compared.markdown()
 
 
-def quality_figures(run: Run) -> dict[str, tuple[str, Figure]]:
+def quality_figures(run: Run) -> dict[str, tuple[str, Measured]]:
     """Perplexity, the accuracies that the paper prints, in percent, and their mean, with their names in tables."""
-    figures = {"perplexity": ("perplexity", Figure(run.perplexity["value"], run.perplexity["standard_error"]))}
+    figures = {"perplexity": ("perplexity", Measured(run.perplexity["value"], run.perplexity["standard_error"]))}
     scores = run.result["zero_shot"]["tasks"]
     for task, name in TASKS.items():
         metric = PAPER_METRIC[task]
         error = scores[task].get(f"{metric}_stderr")
-        figures[task] = (name, Figure(100 * scores[task][metric], None if error is None else 100 * error))
+        figures[task] = (name, Measured(100 * scores[task][metric], None if error is None else 100 * error))
     return figures | {"mean": ("mean", mean_accuracy(run))}
 
 
-def mean_accuracy(run: Run) -> Figure:
+def mean_accuracy(run: Run) -> Measured:
     """By the paper's rule, in percent."""
     averages = run.result["zero_shot"]["averages"]
-    return Figure(averages["paper_rule"], averages["standard_error"])
+    return Measured(averages["paper_rule"], averages["standard_error"])
 
 
 def _quality_of_ours(title: str, shown: dict[float, Run], dense: Run | None, notes: list[str]) -> str:
@@ -119,10 +121,16 @@ def _quality_of_ours(title: str, shown: dict[float, Run], dense: Run | None, not
         compared = compare(run.result, dense.result) if dense and sparsity else {"perplexity": {}}
         ratio = compared["perplexity"].get(TEXT)
         mean = compared.get("paper_rule")
-        cells.insert(1, f"{ratio['ratio']:.3f} ± {ratio['ratio'] * ratio['standard_error']:.3f}" if ratio else "")
-        cells.append(f"{mean['difference']:+.2f} ± {mean['standard_error']:.2f}" if mean else "")
+        cells.insert(1, _ratio(ratio) if ratio else "")
+        cells.append(with_error(mean["difference"], mean["standard_error"], 2, "+") if mean else "")
         rows.append([f"{sparsity:.0%}", *cells])
     return _markdown(title, header, rows, notes)
+
+
+def _ratio(row: dict) -> str:
+    """A ratio of perplexities; its error by the delta method from that of the difference of their logarithms."""
+    error = row["standard_error"]
+    return with_error(row["ratio"], None if error is None else row["ratio"] * error, 3)
 
 
 def resources(results: Results) -> str | None:
@@ -136,13 +144,13 @@ def resources(results: Results) -> str | None:
         printed = next((row for row in results.paper(1) if row["method"] == "Olica"), {})
         quality_there = printed.get("results", {}).get(f"{sparsity:g}", {})
         name, on_gpu = f"{sparsity:.0%}", run.pruning["environment"]["device"] != "cpu"
-        table.add([name, "samples"], Figure(run.pruning["calibration"]["ids"][0], digits=0), printed.get("samples"))
-        table.add([name, "minutes"], Figure(run.seconds / 60, digits=1), printed.get("minutes"))
+        table.add([name, "samples"], Measured(run.pruning["calibration"]["ids"][0], digits=0), printed.get("samples"))
+        table.add([name, "minutes"], Measured(run.seconds / 60, digits=1), printed.get("minutes"))
         where = "GPU" if on_gpu else "host"
-        table.add([name, f"peak {where} memory, GB"], Figure(run.peak_bytes / 1e9), printed.get("device_gigabytes"))
+        table.add([name, f"peak {where} memory, GB"], Measured(run.peak_bytes / 1e9), printed.get("device_gigabytes"))
         table.add([name, "perplexity"], quality_figures(run)["perplexity"][1], quality_there.get("perplexity"))
         table.add([name, "mean accuracy, %"], mean_accuracy(run), quality_there.get("mean"))
-    table.notes += protocol(*shown)
+    table.notes += protocol(*shown) + results.papers_notes(1)
     return table.markdown() if table.rows else None
 
 
@@ -158,40 +166,47 @@ def costs(results: Results) -> str | None:
         name, there, result = f"{sparsity:.0%}", printed.get(sparsity, {}), run.result
         cost, peak, macs = result["cost"], result["cost"]["peak_memory"], result["macs"]
         parameters, products = (there[key] / 1e9 if there else None for key in ("parameters", "macs"))
-        table.add([name, "parameters, 10⁹"], Figure(result["parameters"]["total"] / 1e9, digits=3), parameters)
+        table.add([name, "parameters, 10⁹"], Measured(result["parameters"]["total"] / 1e9, digits=3), parameters)
         layers = result["parameters"]["decoder_layers"] / 1e9
-        table.add([name, "of the decoder layers, 10⁹"], Figure(layers, digits=3))
-        table.add([name, f"MACs of {macs['tokens']} tokens, 10⁹"], Figure(macs["total"] / 1e9), products)
-        table.add([name, "weights, MiB"], Figure(result["weight_bytes"] / 2**20, digits=1))
-        table.add([name, "cache of a token, kB"], Figure(result["cache_bytes_per_token"] / 1e3, digits=1))
+        table.add([name, "of the decoder layers, 10⁹"], Measured(layers, digits=3))
+        table.add([name, f"MACs of {macs['tokens']} tokens, 10⁹"], Measured(macs["total"] / 1e9), products)
+        table.add([name, "weights, MiB"], Measured(result["weight_bytes"] / 2**20, digits=1))
+        table.add([name, "cache of a token, kB"], Measured(result["cache_bytes_per_token"] / 1e3, digits=1))
         peak = (peak["device_bytes"] or peak["host_bytes"]) / 2**20
-        table.add([name, "peak memory, MiB"], Figure(peak, digits=1), there.get("memory_mebibytes"))
+        table.add([name, "peak memory, MiB"], Measured(peak, digits=1), there.get("memory_mebibytes"))
         prompt = cost["protocol"]["prompt_tokens"]
-        table.add([name, f"ms for a prompt of {prompt}"], Figure(1e3 * cost["prefill"]["median_s"], digits=1))
-        table.add([name, "ms for a new token"], Figure(1e3 * cost["decode"]["median_s"], digits=1))
-        seconds = Figure(60 * run.evaluation["stages"][f"model: perplexity of {TEXT}"]["minutes"], digits=1)
-        windows = run.perplexity["windows"]
-        table.add([name, f"seconds for {windows} windows"], seconds, there.get("latency_seconds"))
-    table.notes += protocol(*filter(None, shown.values()))
+        table.add([name, f"ms for a prompt of {prompt}"], Measured(1e3 * cost["prefill"]["median_s"], digits=1))
+        table.add([name, "ms for a new token"], Measured(1e3 * cost["decode"]["median_s"], digits=1))
+        seconds = Measured(60 * run.evaluation["stages"][f"model: perplexity of {TEXT}"]["minutes"], digits=1)
+        latency = there.get("latency_seconds") if run.is_whole else None
+        table.add([name, f"seconds for {run.perplexity['windows']} windows"], seconds, latency)
+    table.notes += protocol(*filter(None, shown.values())) + results.papers_notes(4)
     return table.markdown() if table.rows else None
 
 
 def value_output_methods(results: Results) -> str | None:
     """Table 5: other methods on value and output projections, with and without linear calibration."""
-    printed = {(row["method"], row["linear_calibration"]): row for row in results.paper(5)}
-    table = Table("Table 5: Fast-OND against other methods on value and output", ["calibration", "method", "measure"])
-    shown = [run for run in results.runs("tables") if _is_of(run, VALUE_OUTPUT_METHODS, _table5_sparsity(results))]
+    methods = [run for run in results.runs("tables") if run.pruning and run.recipe in VALUE_OUTPUT_METHODS]
+    others = newest_alike([run for run in methods if run.recipe != "olica"], "sparsity")
+    if not others:
+        return None
+    sparsity = others[0].sparsity
+    shown = [run for run in methods if run.sparsity == sparsity]
+    title = f"Table 5: Fast-OND against other methods on value and output at {sparsity:.0%}"
+    table = Table(title, ["calibration", "method", "measure"])
+    of_paper = results.paper(5) if sparsity == TABLE_5_SPARSITY else []
+    printed = {(row["method"], row["linear_calibration"]): row for row in of_paper}
     order = {method: index for index, method in enumerate(VALUE_OUTPUT_METHODS)}
-    shown.sort(key=lambda run: (bool(run.pruning["calibrated_layers"]), order[run.pruning["settings"]["recipe"]]))
+    shown.sort(key=lambda run: (bool(run.pruning["calibrated_layers"]), order[run.recipe]))
     for run in shown:
         calibrated = bool(run.pruning["calibrated_layers"])
-        method = VALUE_OUTPUT_METHODS[run.pruning["settings"]["recipe"]]
+        method = VALUE_OUTPUT_METHODS[run.recipe]
         there = printed.get((method, calibrated), {})
         names = ["with" if calibrated else "without", method]
         table.add([*names, "perplexity"], quality_figures(run)["perplexity"][1], there.get("perplexity"))
         table.add([*names, "mean accuracy, %"], mean_accuracy(run), there.get("mean"))
-    table.notes += protocol(*shown)
-    return table.markdown() if table.rows else None
+    table.notes += protocol(*shown) + (results.papers_notes(5) if printed else [])
+    return table.markdown()
 
 
 def ond_methods(results: Results) -> str | None:
@@ -202,24 +217,13 @@ def ond_methods(results: Results) -> str | None:
     if None in shown:
         return None
     for run in shown:
-        method = OND_METHODS[run.pruning["settings"]["recipe"]]
+        method = OND_METHODS[run.recipe]
         there = printed.get(method, {})
-        table.add([method, "seconds"], Figure(run.seconds, digits=0), there.get("seconds"))
+        table.add([method, "seconds"], Measured(run.seconds, digits=0), there.get("seconds"))
         table.add([method, "perplexity"], quality_figures(run)["perplexity"][1], there.get("perplexity"))
         table.add([method, "mean accuracy, %"], mean_accuracy(run), there.get("mean"))
-    table.notes += protocol(*shown)
+    table.notes += protocol(*shown) + results.papers_notes(6)
     return table.markdown()
-
-
-def _table5_sparsity(results: Results) -> float | None:
-    """The sparsity at which the methods of Table 5 are recorded."""
-    settings = (run.pruning["settings"] for run in results.runs("tables") if run.pruning)
-    return next((chosen["sparsity"] for chosen in settings if chosen["recipe"] == "olica-svd"), None)
-
-
-def _is_of(run: Run, recipes: dict[str, str], sparsity: float | None) -> bool:
-    settings = run.pruning["settings"] if run.pruning else {}
-    return settings.get("recipe") in recipes and settings["sparsity"] == sparsity
 
 
 TABLES: dict[str, Callable[[Results], str | None]] = {

@@ -111,6 +111,14 @@ def check_tasks(tasks: list[str], protocol: TaskProtocol) -> None:
         _task_manager(tasks, local, folder, protocol.num_fewshot).load(tasks)
 
 
+def local_rows(tasks: list[str], data_dir: str | Path | None) -> dict[str, str]:
+    """sha256 of the local files of rows that `tasks` may read, by the names of the tasks."""
+    if not data_dir or not tasks:
+        return {}
+    found = {name: _find_rows(Path(data_dir), rows.stem) for name, rows in LOCAL_ROWS.items()}
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in found.items() if path}
+
+
 def harness_version() -> str:
     """The harness and its version, for records."""
     return f"lm-eval {metadata.version('lm_eval')}"
@@ -128,9 +136,12 @@ def _explained(tasks: list[str], data_dir: str | Path | None) -> Iterator[None]:
         stems = [LOCAL_ROWS[name].stem for name in tasks if name in LOCAL_ROWS]
         missing = [f"{stem}.jsonl" for stem in stems if _find_rows(Path(data_dir or ""), stem) is None]
         names = f" as {', '.join(missing)}" if missing else ""
+        others = [name for name in tasks if name not in LOCAL_ROWS]
+        advice = f"their rows must lie in --data_dir {data_dir}{names}, whole and in the hub's fields"
+        if others:
+            advice = f"only {', '.join(LOCAL_ROWS)} can be scored, not {', '.join(others)}"
         raise UsageError(
-            f"--tasks {','.join(tasks)}: lm-eval cannot score them ({reason}); without a hub their rows must lie in "
-            f"--data_dir {data_dir}{names}, whole and in the hub's fields"
+            f"--tasks {','.join(tasks)}: lm-eval cannot score them ({reason}); without a hub {advice}"
         ) from error
 
 
@@ -252,8 +263,9 @@ def _task_manager(tasks: list[str], local: list[str], folder: str, num_fewshot: 
     manager = TaskManager(include_path=folder, include_defaults=not set(tasks) <= set(local))
     for name in tasks:
         if name not in manager.task_index:
-            nearest = difflib.get_close_matches(name, manager.all_tasks) or ["none is near"]
-            raise UsageError(f"--tasks {name}: lm-eval has no such task; nearest: {', '.join(nearest)}")
+            nearest = difflib.get_close_matches(name, manager.all_tasks)
+            names = f"; nearest: {', '.join(nearest)}" if nearest else ", nor one of a name near it"
+            raise UsageError(f"--tasks {name}: lm-eval has no such task{names}")
     if num_fewshot and local:
         # lm-eval would quietly draw the shots from the rows it scores. Loading resolves groups and tags.
         for name in sorted(manager.load(tasks)["tasks"].keys() & set(local)):
@@ -280,8 +292,10 @@ def _task_record(results: dict, name: str, local: list[str]) -> dict:
         origin = f"local {rows.name}"
     rows = sorted((row for row in results["samples"][name] if row["filter"] == "none"), key=lambda row: row["doc_id"])
     answers = {metric: [row.get(metric) for row in rows] for metric in ROW_METRICS}
-    hits = {metric: pack_hits(right) for metric, right in answers.items() if rows and all(hit in (0, 1) for hit in right)}
+    whole = (metric for metric, right in answers.items() if rows and all(hit in (0, 1) for hit in right))
+    hits = {metric: pack_hits(answers[metric]) for metric in whole}
     return metrics | {
+        "metrics": [name for name in metrics if not name.endswith("_stderr")],
         "hits": hits,
         "hash": _hash_rows(rows) if hits else None,
         "samples": samples["effective"],

@@ -1,7 +1,9 @@
 # What the scripts of tables and figures share; they source it. Variables, all to be set from outside:
 #   MODEL       what to prune: a name, hub id or folder; each script has its own default, the paper's models
-#   LABEL       its name in RESULTS (default: the last part of MODEL)
-#   DATASETS    calibration texts (bookcorpus+alpaca), NUM_SAMPLES of each (128)
+#   LABEL       its folder in RESULTS (default: the last part of MODEL); 7b, 13b, llama2-7b, ... have the paper's figures
+#   DATASETS    calibration texts (bookcorpus+alpaca; without a hub and local copies for example pydoc)
+#   NUM_SAMPLES of each text (128)
+#   MLP_NUM     how many MLPs are calibrated (default: 6, 12 or 16 by the sparsity; fewer layers want fewer)
 #   DATA_DIR    folder that is searched first for texts and for rows of the tasks (./data)
 #   DEVICE      auto, cpu or cuda
 #   DTYPE       to evaluate in (auto: as stored); models are pruned and saved as they are stored
@@ -10,7 +12,8 @@
 #   RESULTS     folder of the records (results); SAVE_DIR folder of the checkpoints (./pruned_models)
 #   KEEP        yes or no: whether checkpoints stay when they are measured (tables: yes, figures: no)
 #   PYTHON      made by scripts/install.sh
-# What is recorded by the same flags is not run again, and what was stopped is taken up.
+# Relative paths are relative to the repository. What is recorded by the same flags is not run again, and what was stopped
+# is taken up; DATA_DIR, DEVICE and BATCH_SIZE are no such flags: for other data or another machine give other RESULTS.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 DATASETS=${DATASETS:-bookcorpus+alpaca}
@@ -31,17 +34,27 @@ TABLE_MEASURES="$PERPLEXITY --tasks $TASKS ${LIMIT:+--limit $LIMIT}"
 
 # use MODEL: the model that follows, and where its records go.
 use() {
+    if [ -n "${LABEL:-}" ] && [ -n "${RECORDS:-}" ]; then
+        echo "LABEL=$LABEL cannot be the folder of two models; give MODEL too" >&2
+        exit 2
+    fi
     MODEL=$1
     RECORDS=$RESULTS/${LABEL:-$(basename "$MODEL")}
 }
 
-# recorded FILE FLAGS: whether the file says that these flags were run.
-recorded() { [ -f "$1" ] && [ "$(<"$1")" = "$2" ]; }
+# recorded FLAGS FILE...: whether the first file says that these flags were run, and the others are there.
+recorded() {
+    local flags=$1 file
+    [ -f "$2" ] && [ "$(<"$2")" = "$flags" ] || return
+    for file in "${@:3}"; do [ -e "$file" ] || return; done
+    echo "${2%/*} is recorded"
+}
 
 # dense NAME MEASURES: measure the dense model.
 dense() {
     local out=$RECORDS/$1 flags="--base_model $MODEL --dtype $DTYPE $2"
-    recorded "$out/flags" "$flags" && { echo "$out is recorded"; return; }
+    recorded "$flags" "$out/flags" "$out/evaluation.json" && return
+    rm -f "$out/flags"
     evaluate "$MODEL" "$out" "$2"
     echo "$flags" > "$out/flags"
 }
@@ -50,14 +63,19 @@ dense() {
 pruned() {
     local out=$RECORDS/$1 measures=$2; shift 2
     local pruning="--base_model $MODEL --datasets $DATASETS --num_samples $NUM_SAMPLES $*"
-    local flags="$pruning --dtype $DTYPE $measures"
+    local flags="$pruning --dtype $DTYPE $measures" keep=${KEEP:-yes}
+    recorded "$flags" "$out/flags" "$out/evaluation.json" "$out/pruning.json" && return
+    rm -f "$out/flags"
     local folder; folder=$SAVE_DIR/${RECORDS##*/}$(printf '%s' "$*" | tr -cs 'A-Za-z0-9._+' '-')
-    recorded "$out/flags" "$flags" && { echo "$out is recorded"; return; }
-    prune "$folder" "$pruning"
+    if recorded "$pruning" "$folder/flags"; then
+        keep=yes  # another table's
+    else
+        prune "$folder" "$pruning"
+    fi
     evaluate "$(echo "$folder"/*/)" "$out" "$measures"
     cp "$folder"/*/olica_run.json "$out/pruning.json"
     echo "$flags" > "$out/flags"
-    [ "${KEEP:-yes}" = yes ] || rm -r "$folder"
+    [ "$keep" = yes ] || rm -r "$folder"
 }
 
 # grid NAME FLAGS...: a run of a figure, of which the perplexity is measured and, unless KEEP says so, nothing is kept.
@@ -66,9 +84,9 @@ grid() {
     KEEP=${KEEP:-no} pruned "$name" "$PERPLEXITY" "$@"
 }
 
-# prune FOLDER FLAGS: prune into a folder below, unless that is done; what was stopped goes on.
+# prune FOLDER FLAGS: prune into a folder below, in place of what other flags made; what was stopped goes on.
 prune() {
-    recorded "$1/flags" "$2" && return
+    [ ! -f "$1/flags" ] || rm -r "$1"
     # shellcheck disable=SC2086  # the flags are several words
     $PYTHON model_pruning.py $2 --data_dir "$DATA_DIR" --device "$DEVICE" --batch_size "$BATCH_SIZE" \
         --save_dir "$1" --overwrite
@@ -85,6 +103,7 @@ evaluate() {
 
 # mlp_num SPARSITY: how many MLPs are calibrated; the paper takes 6, 12 or 16 and does not say which where.
 mlp_num() {
+    [ -z "${MLP_NUM:-}" ] || { echo "$MLP_NUM"; return; }
     case $1 in
         0.1 | 0.2 | 0.25) echo 6 ;;
         0.3 | 0.33 | 0.4) echo 12 ;;

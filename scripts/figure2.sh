@@ -5,6 +5,11 @@
 # Memory and time: two decoder layers; a minute for each layer of LLaMA-7B, seconds for SmolLM2.
 source "$(dirname "$0")/common.sh"
 use "${MODEL:-7b}"
-[ -f "$RECORDS/figure2.json" ] || $PYTHON scripts/singular_values.py --base_model "$MODEL" \
-    ${LAYERS:+--layers "$LAYERS"} --output_path "$RECORDS/figure2.json"
+out=$RECORDS/figure2 flags="--base_model $MODEL ${LAYERS:+--layers $LAYERS}"
+if ! recorded "$flags" "$out/flags" "$out/singular_values.json"; then
+    rm -f "$out/flags"
+    # shellcheck disable=SC2086  # the flags are several words
+    $PYTHON scripts/singular_values.py $flags --device "$DEVICE" --output_path "$out/singular_values.json"
+    echo "$flags" > "$out/flags"
+fi
 report figure2

@@ -55,6 +55,12 @@ def build_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     """Print one table, draw one figure, or write all."""
     recorded = sorted({path.relative_to(args.results).parts[0] for path in args.results.rglob("flags")})
+    if not recorded:
+        raise UsageError(f"--results {args.results}: nothing is recorded there; run a script of a table or figure")
+    if args.only and args.only not in recorded:
+        raise UsageError(f"--only {args.only}: recorded in {args.results} are {', '.join(recorded)}")
+    if args.only and args.name is None:
+        raise UsageError("--only goes with one table or figure; RESULTS.md has all models")
     labels = [args.only] if args.only else recorded
     if args.name is None:
         sections = [section(Results(args.results, label), args.output_path.parent) for label in labels]

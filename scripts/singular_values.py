@@ -1,6 +1,6 @@
 """Record the singular values of the attention projections of some layers of a dense model, for Figure 2.
 
-    python scripts/singular_values.py --base_model smollm2 --output_path results/smollm2/figure2.json
+    python scripts/singular_values.py --base_model smollm2 --output_path results/smollm2/figure2/singular_values.json
 """
 
 import argparse
@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from olica.checkpoint import check_record_path  # noqa: E402
 from olica.command_line import run_command  # noqa: E402
 from olica.dense_model import open_dense_model  # noqa: E402
+from olica.devices import pick_device  # noqa: E402
 from olica.errors import UsageError  # noqa: E402
 from olica.model_source import describe_source, locate, read_config, refuse_unprunable  # noqa: E402
 from olica.modeling_olica import projections_of  # noqa: E402
@@ -28,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base_model", required=True, type=expanduser, help="name, hub id, folder or .gguf file")
     parser.add_argument("--layers", help="indices joined by commas (default: the first, a middle and the last one)")
-    parser.add_argument("--device", default="cpu", help="where to decompose")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to decompose")
     parser.add_argument("--output_path", required=True, type=Path, help="file of the record")
     return parser
 
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     config = read_config(location)
     refuse_unprunable(config, location)
     layers = chosen_layers(args, config.num_hidden_layers)
-    dense, device = open_dense_model(location), torch.device(args.device)
+    dense, device = open_dense_model(location), pick_device(args.device)
     values = {}
     for index, layer in dense.layers(device, "singular values"):
         if index in layers:

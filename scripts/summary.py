@@ -13,15 +13,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from olica.command_line import run_command  # noqa: E402
 from olica.errors import UsageError  # noqa: E402
 from olica.records import latest_comparison, read_pruning_record  # noqa: E402
+from olica.rows import with_error  # noqa: E402
 
 
 def rows(pruning: dict, evaluation: dict) -> list[tuple[str, str, str]]:
     """The lines of the table: name, dense, pruned."""
     dense, pruned = evaluation["results"]["dense"], evaluation["results"]["pruned"]
 
-    def perplexity(measured: dict) -> str:
-        error = measured["standard_error"]
-        return f"{measured['value']:.2f}" + ("" if error is None else f" +- {error:.2f}")
+    def shown(measured: dict) -> str:
+        return with_error(measured["value"], measured["standard_error"], 2)
 
     def megabytes(size: int | None) -> str:
         return "hub" if size is None else f"{size / 1e6:.1f} MB"
@@ -37,7 +37,7 @@ def rows(pruning: dict, evaluation: dict) -> list[tuple[str, str, str]]:
     perplexities = [
         (
             f"perplexity ({text}, {measured['windows']} windows of {measured['seqlen']})",
-            *both(lambda r, text=text: perplexity(r["perplexity"][text])),
+            *both(lambda r, text=text: shown(r["perplexity"][text])),
         )
         for text, measured in dense["perplexity"].items()
     ]

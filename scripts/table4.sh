@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Table 4: parameters, multiply-accumulates, memory and latency of LLaMA-7B, dense and at 20, 25 and 33 %.
 # Command: bash scripts/table4.sh, or MODEL=smollm2 bash scripts/table4.sh; variables in scripts/common.sh.
-# Expected (paper): 6.74, 5.39, 5.01, 4.52 billion; 424, 373, 360, 340 G; 12.9, 10.5, 9.7, 8.7 GiB; 47, 41, 39, 36 s
+# Expected (paper): 6.74, 5.39, 5.01, 4.52 billion; 424, 373, 360, 340 G; 12.6, 10.2, 9.5, 8.5 GiB; 47, 41, 39, 36 s
 #   for the test set of WikiText-2 on an RTX 4090.
 # Memory and time: that of the model, and 5 minutes beside the pruning, which table2.sh shares. For times that are to be
 #   compared take a machine that does nothing else, or benchmarks/generation_speed.py, which lets the models take turns.

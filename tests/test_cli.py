@@ -105,7 +105,7 @@ def test_prune_and_evaluate(here, capsys):
     assert row["ratio"] == pytest.approx(np.exp(row["difference"])) and row["standard_error"] > 0
     printed = capsys.readouterr().out
     assert f"{results['pruned']['perplexity']['held.txt']['value']:.3f}" in printed
-    assert f"{row['difference']:+.4f} +- {row['standard_error']:.4f}" in printed
+    assert f"{row['difference']:+.4f} ± {row['standard_error']:.4f}" in printed
 
 
 @pytest.mark.parametrize("sparsity", ["0", "1e-06"])
@@ -500,4 +500,4 @@ def test_a_dense_model_can_be_measured_alone(here, capsys):
     printed = capsys.readouterr().out
     assert "model: the quick" in printed
     assert evaluate("--checkpoint=tiny", "--ppl=held.txt", "--ppl_windows=1", "--output_path=eval.json") == 0
-    assert "+-" in printed and "+-" not in capsys.readouterr().out, "one window has no standard error"
+    assert "±" in printed and "±" not in capsys.readouterr().out, "one window has no standard error"

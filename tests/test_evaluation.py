@@ -112,7 +112,7 @@ def test_a_stopped_evaluation_goes_on(here, capsys, monkeypatch, counted, after)
     assert set(record["stages"]) == {"model: read", *(f"model: {name}" for name in [*MEASURES, "continuation"])}
 
 
-@pytest.mark.parametrize("change", ["flag", "model", "damage"])
+@pytest.mark.parametrize("change", ["flag", "model", "text", "rows", "damage"])
 def test_another_evaluation_is_not_taken_up(here, monkeypatch, counted, change):
     with monkeypatch.context() as patched:
         patched.setattr(evaluation.Measures, "forget", lambda self: None)
@@ -124,11 +124,34 @@ def test_another_evaluation_is_not_taken_up(here, monkeypatch, counted, change):
         case "model":
             make_llama(1, num_key_value_heads=2).save_pretrained("tiny")
             evaluate(*FLAGS)
+        case "text":
+            Path("two.txt").write_text(Path("two.txt").read_text()[::-1])
+            evaluate(*FLAGS)
+        case "rows":
+            write_rows(here / "rows", "piqa_validation", [ROWS["piqa_validation"] | {"label": 1}] * 5)
+            evaluate(*FLAGS)
         case "damage":
             (path,) = here.glob(".eval.json.measures")
             path.write_text(path.read_text()[:-5])
             evaluate(*FLAGS)
     assert len(counted) == 5
+
+
+def test_another_evaluation_in_between_leaves_a_stopped_one(here, monkeypatch, counted):
+    """Without --output_path, where the record of each has a name of its own."""
+    pruning = {"model": {"name": "x", "source": "x"}, "parameters": {"before": make_llama().num_parameters()}}
+    Path("tiny/olica_run.json").write_text(json.dumps(pruning))
+
+    def call(*flags: str) -> None:
+        run_command(model_evaluate.build_parser(), model_evaluate.run, [*FLAGS, *flags])
+
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation.Measures, "forget", lambda self: None)
+        call()
+    call("--limit=2")
+    counted.clear()
+    call()
+    assert not counted and not list(Path("tiny").glob(".olica_eval*"))
 
 
 def test_start_token_in_windows_and_prompts(here):
@@ -164,6 +187,11 @@ def test_a_device_map_gives_the_same_figures(here):
         (["--ppl=none", "--tasks=piqa,piqa"], "--tasks piqa,piqa"),
         (["--ppl=none", "--tasks=winogrande", "--data_dir=rows"], "winogrande_xl_validation.jsonl"),
         (["--ppl=none", "--tasks=piqa,winogrand", "--data_dir=rows"], "nearest: winogrande"),
+        (["--ppl=none", "--tasks=qqqqqq", "--data_dir=rows"], "nor one of a name near it"),
+        (["--ppl=none", "--tasks=lambada_openai", "--data_dir=rows"], "can be scored, not lambada_openai"),
+        (["--ppl=,"], "--ppl , leaves nothing to measure"),
+        (["--ppl=none", "--tasks=,"], "leaves nothing to measure"),
+        (["--ppl=one.txt", "--device_map=auto", "--device=cpu"], "--device_map"),
     ],
 )
 def test_what_cannot_be_measured_is_named(here, capsys, flags, words):
@@ -176,15 +204,26 @@ def test_models_too_short_for_the_cost(here, capsys):
     assert "--cost: 160 tokens" in refused(capsys, "--checkpoint=tiny", "--ppl=none", "--cost")
 
 
-def test_two_processes_give_the_figures_of_one(here):
+def launched(*flags: str) -> subprocess.CompletedProcess:
+    """A call in two processes of the CPU."""
     environment = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"}
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    launch += ["--multi_gpu", "--num_processes=2", "--num_machines=1"]  # on a machine without GPU its CPU
-    done = subprocess.run(
-        [*launch, str(ROOT / "model_evaluate.py"), *FLAGS, "--output_path=two.json"],
-        env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    launch += ["--multi_gpu", "--num_processes=2", "--num_machines=1", str(ROOT / "model_evaluate.py")]
+    command = [*launch, *FLAGS, "--device=cpu", "--output_path=two.json", *flags]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize(("flag", "words"), [("--cost", "--cost"), ("--limit=1", "2 processes"), ("--ppl=no", "--ppl")])
+def test_what_several_processes_cannot_do_is_said_once(here, flag, words):
+    done = launched(flag)
+    assert done.returncode != 0 and done.stderr.count("model_evaluate.py: error: ") == 1
+    assert words in done.stderr.split("model_evaluate.py: error: ")[1].splitlines()[0]
+    assert not Path("two.json").exists()
+
+
+def test_two_processes_give_the_figures_of_one(here):
+    done = launched()
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("record two.json") == 1
     two, one = json.loads(Path("two.json").read_text()), evaluate(*FLAGS)

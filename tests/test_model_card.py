@@ -10,16 +10,18 @@ RECORD = {
     "calibration": {"ids": [256, 128], "sources": [{"name": "bookcorpus"}, {"name": "alpaca"}]},
     "measured_sparsity": 0.1981,
     "parameters": {"before": 10, "after": 8, "decoder_layers_before": 9, "decoder_layers_after": 7},
-    "settings": {"recipe": "olica", "sparsity": 0.2, "k": 3.0, "mlp_num": 6, "ratio": 0.03, "percdamp": 0.5, "seed": 0},
+    "settings": {"recipe": "olica", "sparsity": 0.2, "k": 3.0, "mlp_num": 6, "ratio": 0.03, "percdamp": 0.5, "seed": 0}
+    | {"round_to": 1},
     "calibrated_layers": [0, 4],
+    "plan": [{"q_rank": 5, "k_rank": 0, "v_head_dim": 9, "intermediate_size": 9, "calibration_rank": 3}],
 }
 PERPLEXITY = {"value": 15.351, "standard_error": 0.123, "windows": 2000, "seqlen": 128, "bos": "first window"}
-SCORES = {"acc": 0.7, "acc_stderr": 0.01, "acc_norm": 0.75, "hits": {"acc": "1", "acc_norm": "1"}}
+SCORES = {"acc": 0.7, "acc_stderr": 0.01, "acc_norm": 0.75, "metrics": ["acc", "acc_norm"]}
 SCORES |= {"samples": 200, "split_size": 1838, "num_fewshot": 0}
 
 
-def measured(**perplexity) -> dict:
-    tasks = {"tasks": {"piqa": SCORES}, "harness": "lm-eval 0.4.13"}
+def measured(start_token: bool = False, **perplexity) -> dict:
+    tasks = {"tasks": {"piqa": SCORES}, "harness": "lm-eval 0.4.13", "add_bos_token": start_token}
     return {"dtype": "float16", "perplexity": {"wikitext2": PERPLEXITY | perplexity}, "zero_shot": tasks}
 
 
@@ -57,14 +59,36 @@ def test_metrics_are_added_with_their_protocol_and_replaced(folder):
     add_metrics(folder, measured())
     name = "- perplexity on wikitext2, 2000 windows of 128 tokens, start token: first window, float16"
     assert f"{name}: 15.35 ± 0.12\n" in text(folder) and "None measured" not in text(folder)
-    harness = "200 of 1838 rows, 0 examples, lm-eval 0.4.13, float16"
-    assert f"- piqa acc in percent, {harness}: 70.00 ± 1.00\n" in text(folder)
-    assert f"- piqa acc_norm in percent, {harness}: 75.00\n" in text(folder)
+    protocol = "200 of 1838 rows, 0 examples, without start token, lm-eval 0.4.13, float16"
+    assert f"- piqa acc, {protocol}: 0.7000 ± 0.0100\n" in text(folder)
+    assert f"- piqa acc_norm, {protocol}: 0.7500\n" in text(folder)
     add_metrics(folder, measured(value=16.0))
     assert f"{name}: 16.00 ± 0.12\n" in text(folder) and "15.35" not in text(folder)
     add_metrics(folder, measured(windows=100))
     assert "2000 windows" in text(folder) and "100 windows" in text(folder)
     assert text(folder).split("## Metrics")[1].count("\n- ") == 4
+    add_metrics(folder, measured(start_token=True))
+    assert text(folder).count("- piqa acc,") == 2, "with and without start token are two figures"
+
+
+def test_what_was_written_into_the_card_by_hand_stays(folder):
+    with (folder / CARD).open("a") as card:
+        card.write("- mine\n\n## Notes\n\n- mine too: yes\n")
+    add_metrics(folder, measured())
+    assert text(folder).endswith("\n## Notes\n\n- mine too: yes\n") and "15.35" in text(folder)
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ({}, "low-rank query projections, narrower value heads, narrower MLPs, low-rank linear corrections"),
+        ({"k_rank": 4, "calibration_rank": 0}, "low-rank query and key projections, narrower value heads,"),
+        ({"v_rank": 4, "o_rank": 4}, "low-rank query and value and output projections, narrower MLPs, low-rank"),
+    ],
+)
+def test_the_card_says_what_became_of_the_projections(tmp_path, shape, words):
+    write_card(tmp_path, RECORD | {"plan": [RECORD["plan"][0] | shape]})
+    assert f"without retraining: {words}" in text(tmp_path)
 
 
 def test_another_card_is_left_alone(folder):

@@ -72,13 +72,97 @@ def test_a_table_is_made_once(here):
     assert again.count("is recorded") == 3
     assert {path: path.stat().st_mtime_ns for path in results.rglob("*.json")} == times
 
-    # Another table shares checkpoints, other flags are measured anew, and what was pruned by the same ones is kept.
-    (results / "tables/dense/flags").unlink()
-    pruned = {path: path.stat().st_mtime_ns for path in (here / "checkpoints").rglob("*.safetensors")}
-    assert run(here, "table2.sh", SPARSITIES="0.2", WINDOWS="2").count("is recorded") == 0
-    assert {path: path.stat().st_mtime_ns for path in (here / "checkpoints").rglob("*.safetensors")} == pruned
-    measured = json.loads((results / "tables/sparsity-0.2/evaluation.json").read_text())["results"]["model"]
-    assert measured["perplexity"]["wikitext2"]["windows"] == 2
+
+# Takes the place of Python: notes its call, and makes the files that the real one would. FAIL names a script to end.
+STUB = """#!/usr/bin/env bash
+echo "$@" >> "$CALLS"
+script=$1 seed=$RANDOM; shift
+while [ $# -gt 0 ]; do
+    case $1 in
+        --save_dir) mkdir -p "$2/x"; echo $seed > "$2/x/olica_run.json" ;;
+        --output_path) echo "$seed" > "$2" ;;
+    esac
+    shift
+done
+[ "$script" != "${FAIL:-}" ]
+"""
+
+
+class Stubbed:
+    """The scripts without what they call."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        (folder / "stub").write_text(STUB)
+        (folder / "stub").chmod(0o755)
+
+    def __call__(self, script: str, **variables: str) -> list[str]:
+        """Names of the scripts that were called, with what was pruned to; those of reports left out."""
+        calls = self.folder / "calls"
+        calls.write_text("")
+        paths = {"RESULTS": "results", "SAVE_DIR": "checkpoints", "PYTHON": "stub", "CALLS": "calls"}
+        environment = os.environ | {name: str(self.folder / path) for name, path in paths.items()}
+        command = ["bash", str(SCRIPTS / script)]
+        self.done = subprocess.run(
+            command, env=environment | {"MODEL": "m"} | variables, capture_output=True, text=True
+        )
+        assert (self.done.returncode == 0) == ("FAIL" not in variables), self.done.stderr
+        found = [line.split() for line in calls.read_text().splitlines()]
+        return [
+            f"prune {line[line.index('--sparsity') + 1]}" if "--sparsity" in line else "evaluate"
+            for line in found
+            if "report.py" not in line[0]
+        ]
+
+    @property
+    def checkpoints(self) -> int:
+        return len(list((self.folder / "checkpoints").glob("*/x/olica_run.json")))
+
+
+@pytest.fixture
+def stubbed(tmp_path):
+    return Stubbed(tmp_path)
+
+
+def test_what_is_recorded_by_the_same_flags_is_not_run_again(stubbed):
+    assert stubbed("table1.sh") == ["evaluate", "prune 0.25", "evaluate", "prune 0.33", "evaluate"]
+    assert stubbed("table1.sh") == [] and stubbed.done.stdout.count("is recorded") == 3
+    assert stubbed("table1.sh", DATA_DIR="elsewhere", DEVICE="cpu", BATCH_SIZE="1") == []
+    assert stubbed("table1.sh", LIMIT="9") == ["evaluate"] * 3, "checkpoints stay"
+    assert stubbed("table2.sh", LIMIT="9") == ["prune 0.2", "evaluate"], "which tables share"
+    assert stubbed("table1.sh", LIMIT="9", DATASETS="c4") == ["prune 0.25", "evaluate", "prune 0.33", "evaluate"]
+    assert stubbed("table1.sh", LIMIT="9", MODEL="other/m").count("evaluate") == 3, "of another model of that name"
+
+
+@pytest.mark.parametrize("file", ["evaluation.json", "pruning.json"])
+def test_a_lost_record_is_made_again(stubbed, file):
+    stubbed("table1.sh")
+    (stubbed.folder / "results/m/tables/sparsity-0.33" / file).unlink()
+    assert stubbed("table1.sh") == ["evaluate"]
+
+
+@pytest.mark.parametrize("script", ["model_evaluate.py", "model_pruning.py"])
+def test_what_a_stopped_call_left_never_counts(stubbed, script):
+    """Even where it had written its record, and the flags of an older one are those that are asked for."""
+    first = stubbed("table1.sh")
+    stubbed("table1.sh", LIMIT="9", NUM_SAMPLES="9", FAIL=script)
+    again = stubbed("table1.sh")
+    assert again == (["evaluate"] if script == "model_evaluate.py" else ["evaluate", "prune 0.25", "evaluate"])
+    assert len(first) == 5 and stubbed("table1.sh") == []
+
+
+def test_figures_keep_no_checkpoints_but_those_of_tables(stubbed):
+    stubbed("table1.sh")
+    assert stubbed.checkpoints == 2
+    calls = stubbed("figure3.sh", NUMBERS="0 12")
+    assert calls == ["prune 0.33", "evaluate", "evaluate"] and stubbed.checkpoints == 2
+    assert stubbed("figure3.sh", NUMBERS="0 12 4", KEEP="yes") == ["prune 0.33", "evaluate"]
+    assert stubbed.checkpoints == 3
+
+
+def test_one_label_is_one_model(stubbed):
+    stubbed("table3.sh", MODEL="a b", LABEL="x", FAIL="nothing")
+    assert "LABEL=x cannot be the folder of two models" in stubbed.done.stderr and stubbed.done.returncode == 2
 
 
 def test_figures_keep_no_checkpoints(here):
@@ -93,10 +177,22 @@ def test_figures_keep_no_checkpoints(here):
     assert "## tiny" in text and "(results/tiny/figure3.png)" in text and "(results/tiny/figure2.png)" in text
 
 
-def test_what_is_not_recorded_is_named(here):
-    command = [sys.executable, str(SCRIPTS / "report.py"), "table2", "--results", str(here), "--only", "tiny"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and "table2: the runs that it shows are not recorded" in done.stderr
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["table2", "--only=tiny"], "table2: the runs that it shows are not recorded"),
+        (["table2", "--only=typo"], "--only typo: recorded in"),
+        (["--only=tiny"], "--only goes with one table or figure"),
+        (["--results=nowhere"], "--results nowhere: nothing is recorded there"),
+    ],
+)
+def test_what_is_not_recorded_is_named(tmp_path, flags, words):
+    (tmp_path / "tiny/figure2").mkdir(parents=True)
+    (tmp_path / "tiny/figure2/flags").write_text("flags\n")
+    command = [sys.executable, str(SCRIPTS / "report.py"), f"--results={tmp_path}", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and words in done.stderr
+    assert not (tmp_path / "RESULTS.md").exists()
 
 
 @pytest.mark.parametrize("name", [*TABLES, *FIGURES])

@@ -2,7 +2,16 @@ import numpy as np
 import pytest
 import torch
 
-from olica.rows import PAPER_METRIC, compare, pack_floats, pack_hits, paired_difference, unpack_floats, unpack_hits
+from olica.rows import (
+    PAPER_METRIC,
+    compare,
+    pack_floats,
+    pack_hits,
+    paired_difference,
+    unpack_floats,
+    unpack_hits,
+    with_error,
+)
 
 
 def test_packed_rows_come_back():
@@ -34,7 +43,7 @@ def result(nll: np.ndarray, hits: str, rows: str = "h") -> dict:
     measured = {"value": float(np.exp(nll.mean())), "nll_by_window": pack_floats(torch.from_numpy(nll))}
     measured |= {"fingerprint": "f", "windows": len(nll), "seqlen": 128, "bos": "none"}
     tasks = {task: {"hash": rows, "hits": {metric: hits}} for task, metric in PAPER_METRIC.items()}
-    return {"perplexity": {"text": measured}, "zero_shot": {"tasks": tasks}}
+    return {"perplexity": {"text": measured}, "zero_shot": {"tasks": tasks, "add_bos_token": False}}
 
 
 def test_results_on_the_same_rows_are_compared():
@@ -61,6 +70,14 @@ def test_other_rows_are_not_compared():
         other = result(nll, "11")
         other["perplexity"]["text"] |= change
         assert compare(other, dense)["perplexity"] == {}
+    started = result(nll, "10")
+    started["zero_shot"]["add_bos_token"] = True
+    assert compare(started, dense)["zero_shot"] == {}
     assert compare({}, dense) == {"perplexity": {}, "zero_shot": {}}
     unhashed = result(nll, "11", rows=None)
     assert compare(unhashed, unhashed)["zero_shot"] == {}
+
+
+def test_a_figure_with_its_error():
+    assert with_error(1234.567, 0.051, 2) == "1,234.57 ± 0.05"
+    assert with_error(0.5, None, 1, "+") == "+0.5" and with_error(-0.5, 0.25, 1, "+") == "-0.5 ± 0.2"

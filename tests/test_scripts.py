@@ -74,7 +74,7 @@ def test_summary_prints_what_the_records_say(tmp_path, capsys):
     assert run_command(summary.build_parser(), summary.run, [str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     rows = {line[:48].strip(): line[48:].split() for line in printed.splitlines()}
-    assert rows["perplexity (pydoc, 40 windows of 128)"] == ["20.00", "+-", "0.25", "33.50", "+-", "0.25"]
+    assert rows["perplexity (pydoc, 40 windows of 128)"] == ["20.00", "±", "0.25", "33.50", "±", "0.25"]
     assert rows["parameters"] == ["1,000,000", "800,000"]
     assert rows["weights as float32"] == ["4.0", "MB", "3.2", "MB"]
     assert rows["weight files on disk"] == ["hub", "3.3", "MB"]

@@ -10,7 +10,7 @@ import torch
 from olica.plots import FIGURES, draw
 from olica.rows import PAPER_METRIC, pack_floats
 from olica.runs import PAPER, Results
-from olica.tables import TABLES, TASKS, Figure, Table
+from olica.tables import TABLES, TASKS, Measured, Table
 
 
 def evaluation(perplexity: float, mean: float, dtype: str = "float16") -> dict:
@@ -39,7 +39,9 @@ def evaluation(perplexity: float, mean: float, dtype: str = "float16") -> dict:
         },
     }
     stages = {"model: perplexity of wikitext2": {"minutes": 0.5}}
-    return {"results": {"model": result}, "environment": {"device": "a GPU"}, "stages": stages}
+    settings = {"ppl_windows": None, "limit": 200}
+    rest = {"environment": {"device": "a GPU"}, "stages": stages, "settings": settings, "date": "2026-01-01"}
+    return {"results": {"model": result}, **rest}
 
 
 def pruning(ids=(256, 128), texts=("bookcorpus", "alpaca"), after=5_390_000_000, calibrated=6, **settings) -> dict:
@@ -48,6 +50,7 @@ def pruning(ids=(256, 128), texts=("bookcorpus", "alpaca"), after=5_390_000_000,
         "settings": settings,
         "calibration": {"ids": list(ids), "sources": [{"name": name} for name in texts]},
         "calibrated_layers": list(range(calibrated)),
+        "went_on_after": [],
         "multiple_correlation": [0.5, 0.25, None] if settings["mlp_num"] else [None] * 3,
         "parameters": {"before": 6_738_000_000, "after": after},
         "environment": {"device": "a GPU"},
@@ -128,6 +131,7 @@ def test_table_4_has_costs(record):
     assert rows["peak memory, MiB"][ours] == "16,384.0" and rows["ms for a new token"][ours] == "20.0"
     assert rows["seconds for 30 windows"][ours] == "30.0" and rows["cache of a token, kB"][ours] == "524.3"
     if ours:
+        assert rows["seconds for 30 windows"][0] == "", "the paper's time is that of all windows"
         assert rows["MACs of 64 tokens, 10⁹"] == ["373.23", "345.00", "-28.23"]
         assert rows["weights, MiB"] == ["", "8,192.0", ""]
 
@@ -158,19 +162,73 @@ def test_table_6_wants_both_methods(record):
         assert rows[0] == ["OND", "seconds", "2,910", "360", "-2,550"]
 
 
-def test_what_is_not_recorded_as_a_whole_is_not_shown(record):
-    record("tables/dense", evaluation(12.0, 66.0))
-    record("tables/sparsity-0.2", evaluation(15.0, 64.0), pruning())
-    (record.folder / record.label / "tables/sparsity-0.2/flags").unlink()
+@pytest.mark.parametrize("file", ["flags", "evaluation.json", "pruning.json"])
+def test_what_is_not_recorded_as_a_whole_is_not_shown(record, file):
+    for name in ("tables/sparsity-0.2", "figure3/mlp_num-0", "figure3/mlp_num-4"):
+        record(name, evaluation(15.0, 64.0), pruning())
+    assert TABLES["table2"](record.results) and draw("figure3", record.results)
+    for path in record.folder.rglob(file):
+        path.unlink()
     assert all(make(record.results) is None for make in TABLES.values())
     assert all(draw(name, record.results) is None for name in FIGURES)
 
 
+def test_tables_of_other_models_are_not_shown_for_the_papers(tmp_path):
+    """Table 3 is of LLaMA-2 and Vicuna; LLaMA-7B at 20 % is in Table 2."""
+    record = Recorder(tmp_path, "7b")
+    record("tables/dense", evaluation(12.0, 66.0))
+    record("tables/sparsity-0.2", evaluation(15.0, 64.0), pruning())
+    assert TABLES["table2"](record.results) and TABLES["table3"](record.results) is None
+
+
+def test_a_misprinted_row_is_set_beside_nothing(tmp_path):
+    record = Recorder(tmp_path, "7b")
+    record("tables/dense", evaluation(12.6, 66.0))
+    record("tables/sparsity-0.5", evaluation(50.0, 50.0), pruning(sparsity=0.5))
+    markdown = TABLES["table7"](record.results)
+    rows = cells(markdown)
+    assert ["0%", "perplexity", "", "12.60 ± 0.12", ""] in rows
+    assert ["50%", "perplexity", "49.39", "50.00 ± 0.12", "+0.61"] in rows
+    assert "The paper: The row" in markdown
+
+
+def test_figures_of_one_row_and_one_window_have_no_errors(tmp_path):
+    record = Recorder(tmp_path, "smollm2")
+    for name, value in (("dense", 12.0), ("sparsity-0.2", 15.0)):
+        measured = evaluation(value, 60.0)
+        result = measured["results"]["model"]
+        text = {"windows": 1, "standard_error": None, "nll_by_window": pack_floats(torch.ones(1))}
+        result["perplexity"]["wikitext2"] |= text
+        for task, metric in PAPER_METRIC.items():
+            result["zero_shot"]["tasks"][task]["hits"] = {metric: "1"}
+            del result["zero_shot"]["tasks"][task][f"{metric}_stderr"]
+        result["zero_shot"]["averages"]["standard_error"] = None
+        record(f"tables/{name}", measured, None if name == "dense" else pruning())
+    dense, pruned = cells(TABLES["table2"](record.results))[1:]
+    assert dense[1] == "12.00" and pruned[1:3] == ["15.00", "1.250"] and pruned[-1] == "+0.00"
+
+
+def test_an_interrupted_run_is_named(record):
+    record("tables/sparsity-0.25", evaluation(16.0, 63.0), pruning(sparsity=0.25) | {"went_on_after": [4]})
+    assert "Interrupted, so that its time is that of its last part: sparsity-0.25." in TABLES["table1"](record.results)
+
+
+def test_of_two_series_the_newer_is_drawn_and_shown(record):
+    for year, sparsity in (("2026", 0.2), ("2027", 0.33)):
+        dated = evaluation(100 * sparsity, 60.0) | {"date": f"{year}-01-01"}
+        for number in (0, 4) if sparsity == 0.2 else (0, 8):
+            record(f"figure3/{sparsity}-{number}", dated, pruning(sparsity=sparsity, mlp_num=number))
+        record(f"tables/svd-{sparsity}", dated, pruning(sparsity=sparsity, recipe="olica-svd"))
+    left, _ = FIGURES["figure3"](record.results).axes
+    np.testing.assert_allclose(left.lines[0].get_xydata(), [[0, 33], [8, 33]])
+    assert "at 33%" in left.get_title() and "at 33%" in TABLES["table5"](record.results)
+
+
 def test_a_table_without_the_papers_figures_has_no_column_for_them():
     table = Table("Title", ["a"], notes=["note"])
-    table.add(["x"], Figure(1234.5, digits=1))
+    table.add(["x"], Measured(1234.5, digits=1))
     assert cells(table.markdown()) == [["a", "ours"], ["x", "1,234.5"]] and table.markdown().endswith("note")
-    table.add(["y"], Figure(2.0, 0.5), 1.5)
+    table.add(["y"], Measured(2.0, 0.5), 1.5)
     assert cells(table.markdown())[1:] == [["x", "", "1,234.5", ""], ["y", "1.50", "2.00 ± 0.50", "+0.50"]]
 
 
@@ -201,7 +259,9 @@ def grid_of_records(record) -> None:
             settings = pruning(sparsity=sparsity, texts=texts)
             record(f"figure6/mix-{position}_sparsity-{sparsity}", evaluation(20.0 + 99 * sparsity, 60.0), settings)
     values = {name: [3.0, 2.0, 1.0] for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
-    (record.folder / record.label / "figure2.json").write_text(json.dumps({"layers": {"0": values, "31": values}}))
+    folder = record.folder / record.label / "figure2"
+    folder.mkdir()
+    (folder / "singular_values.json").write_text(json.dumps({"layers": {"0": values, "31": values}}))
 
 
 @pytest.mark.parametrize("name", FIGURES)

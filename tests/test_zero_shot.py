@@ -206,6 +206,7 @@ def test_accuracy_is_that_of_the_log_likelihoods(hellaswag, grouped_llama, bos_t
         "num_fewshot": 0,
         "version": 1.0,
         "origin": "local hellaswag_validation.jsonl",
+        "metrics": ["acc", "acc_norm"],
         "hits": {"acc": hits, "acc_norm": normed_hits},
         "hash": record["hash"],
     }
@@ -259,6 +260,7 @@ def test_only_finite_numbers_are_recorded():
         "num_fewshot": 0,
         "version": 1.0,
         "origin": "hub allenai/ai2_arc",
+        "metrics": ["acc"],
         "hits": {},
         "hash": None,
     }
