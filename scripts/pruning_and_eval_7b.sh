@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
 # LLaMA-7B at 20 % of Table 2: the paper prints perplexity 15.35 (128 tokens) and a mean accuracy of 64.54 %,
-# 413 s and 3 GB of GPU memory. Not run by us yet. Variables: MODEL, SPARSITY, SAVE_DIR, DATA_DIR, PYTHON.
+# 413 s and 3 GB of GPU memory. Not run by us yet. Variables: MODEL, SPARSITY, SAVE_DIR, DATA_DIR, DEVICE, LIMIT (rows of
+# every task; default: all), PYTHON. What is pruned and measured already is left as it is.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 MODEL=${MODEL:-7b}
 SPARSITY=${SPARSITY:-0.2}
 SAVE_DIR=${SAVE_DIR:-./pruned_models}
 DATA_DIR=${DATA_DIR:-./data}
+DEVICE=${DEVICE:-auto}
 PYTHON=${PYTHON:-.venv/bin/python}  # made by scripts/install.sh
+folder=$SAVE_DIR/$(basename "$MODEL")_sparsity-$SPARSITY
 
-# What is pruned already is only evaluated again.
-[ -d "$SAVE_DIR/${MODEL}_sparsity-$SPARSITY" ] || "$PYTHON" model_pruning.py \
+[ -d "$folder" ] || "$PYTHON" model_pruning.py \
     --base_model "$MODEL" \
     --datasets bookcorpus+alpaca \
     --num_samples 128 \
@@ -21,11 +23,18 @@ PYTHON=${PYTHON:-.venv/bin/python}  # made by scripts/install.sh
     --ratio 0.03 \
     --k 3 \
     --data_dir "$DATA_DIR" \
+    --device "$DEVICE" \
     --save_dir "$SAVE_DIR"
 
+if compgen -G "$folder/olica_eval_*.json"; then
+    echo "is the record; remove it to measure again"
+    exit
+fi
 "$PYTHON" model_evaluate.py \
     --base_model "$MODEL" \
     --sparsity "$SPARSITY" \
     --tasks openbookqa,arc_easy,winogrande,hellaswag,arc_challenge,piqa,boolq \
+    ${LIMIT:+--limit "$LIMIT"} \
     --data_dir "$DATA_DIR" \
+    --device "$DEVICE" \
     --save_dir "$SAVE_DIR"

@@ -109,7 +109,7 @@ class Stubbed:
         assert (self.done.returncode == 0) == ("FAIL" not in variables), self.done.stderr
         found = [line.split() for line in calls.read_text().splitlines()]
         return [
-            f"prune {line[line.index('--sparsity') + 1]}" if "--sparsity" in line else "evaluate"
+            f"prune {line[line.index('--sparsity') + 1]}" if line[0] == "model_pruning.py" else "evaluate"
             for line in found
             if "report.py" not in line[0]
         ]
@@ -158,6 +158,17 @@ def test_figures_keep_no_checkpoints_but_those_of_tables(stubbed):
     assert calls == ["prune 0.33", "evaluate", "evaluate"] and stubbed.checkpoints == 2
     assert stubbed("figure3.sh", NUMBERS="0 12 4", KEEP="yes") == ["prune 0.33", "evaluate"]
     assert stubbed.checkpoints == 3
+
+
+def test_the_papers_two_commands_are_run_once(stubbed):
+    assert stubbed("pruning_and_eval_7b.sh", LIMIT="9", DEVICE="cpu") == ["prune 0.2", "evaluate"]
+    pruning, evaluation = (stubbed.folder / "calls").read_text().splitlines()
+    assert "--device cpu" in pruning and "--limit 9" in evaluation and "--device cpu" in evaluation
+    (stubbed.folder / "checkpoints/m_sparsity-0.2").mkdir()
+    assert stubbed("pruning_and_eval_7b.sh") == ["evaluate"]
+    (stubbed.folder / "checkpoints/m_sparsity-0.2/olica_eval_x.json").touch()
+    assert stubbed("pruning_and_eval_7b.sh") == [] and "remove it to measure again" in stubbed.done.stdout
+    assert stubbed("pruning_and_eval_13b.sh", MODEL="other/n", SPARSITY="0.5") == ["prune 0.5", "evaluate"]
 
 
 def test_one_label_is_one_model(stubbed):
