@@ -104,7 +104,7 @@ def test_prune_and_evaluate(here, capsys):
     row = results["pruned"]["to_dense"]["perplexity"]["held.txt"]
     assert row["ratio"] == pytest.approx(np.exp(row["difference"])) and row["standard_error"] > 0
     printed = capsys.readouterr().out
-    assert f"{results['pruned']['perplexity']['held.txt']['value']:.3f}" in printed
+    assert f"{results['pruned']['perplexity']['held.txt']['value']:,.3f}" in printed
     assert f"{row['difference']:+.4f} ± {row['standard_error']:.4f}" in printed
 
 
