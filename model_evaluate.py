@@ -178,7 +178,7 @@ def print_table(results: dict[str, dict]) -> None:
 
 
 def check_numbers(args: argparse.Namespace) -> None:
-    """Raise UsageError for a number that no model could satisfy, and where nothing is to be measured."""
+    """Raise UsageError for a number that no model could satisfy."""
     for flag in ("batch_size", "limit", "ppl_windows"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise UsageError(f"--{flag} {getattr(args, flag)} must be at least 1")
@@ -186,6 +186,16 @@ def check_numbers(args: argparse.Namespace) -> None:
         raise UsageError(f"--num_fewshot {args.num_fewshot} must be at least 0")
     if not math.isfinite(args.sparsity):
         raise UsageError(f"--sparsity {args.sparsity:g} is no number that a checkpoint was pruned by")
+
+
+def check_processes(args: argparse.Namespace, count: int) -> None:
+    """Raise UsageError for what `count` processes cannot do together."""
+    if args.device_map and (count > 1 or args.device == "cpu"):
+        raise UsageError("--device_map gives one process all GPUs; leave it out, or start one process without --device")
+    if count > min(args.limit or count, args.ppl_windows or count):
+        raise UsageError(f"{count} processes have nothing to share in --limit or --ppl_windows below that")
+    if args.cost and count > 1:
+        raise UsageError("--cost measures one process; leave it out, or start a single process")
 
 
 def listed(names: str, flag: str) -> list[str]:
@@ -197,7 +207,7 @@ def listed(names: str, flag: str) -> list[str]:
 
 
 def make_protocol(args: argparse.Namespace) -> Protocol:
-    """What is to be measured, its texts and tasks read."""
+    """What is to be measured, its texts and tasks read; raises UsageError if it is nothing."""
     data_dir = Path(args.data_dir)
     names = [] if args.ppl == "none" else listed(args.ppl, "--ppl")
     texts = [TestText(name, *evaluation_text(expanduser(name), data_dir, flag="--ppl")) for name in names]
@@ -225,12 +235,7 @@ def run(args: argparse.Namespace) -> None:
     """Find the models, the texts and the tasks, measure, print a table and write the record."""
     check_numbers(args)
     processes, device = join_processes(pick_device(args.device))
-    if args.device_map and (processes.count > 1 or args.device == "cpu"):
-        raise UsageError("--device_map gives one process all GPUs; leave it out, or start one process without --device")
-    if processes.count > min(args.limit or processes.count, args.ppl_windows or processes.count):
-        raise UsageError(f"{processes.count} processes have nothing to share in --limit or --ppl_windows below that")
-    if args.cost and processes.count > 1:
-        raise UsageError("--cost measures one process; leave it out, or start a single process")
+    check_processes(args, processes.count)
     locations = find_models(args)
     now = datetime.now(UTC)
     path = record_path(args, locations.get("pruned") or locations["model"], now)
