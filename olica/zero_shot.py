@@ -77,8 +77,9 @@ def zero_shot(
     """Score `model` on lm-eval `tasks` (names of tasks, groups or tags), one after the other.
 
     Yields each name with the scores of its tasks, by name: metrics as shares of 1, their standard errors, the protocol,
-    and `hits`, by metric, of the single rows; what a JSON record can hold. Processes other than the main one get empty
-    scores. Resets the generators of random, numpy and torch.
+    and `hits`, by metric, of the single rows; what a JSON record can hold. A group whose tasks lm-eval averages (mmlu)
+    has scores of its own, without `hits`. Processes other than the main one get empty scores. Resets the generators of
+    random, numpy and torch.
     Raises UsageError if lm-eval is missing, a task is unknown, its rows cannot be had, or shots are asked of a
     local file.
     """
@@ -96,8 +97,7 @@ def zero_shot(
                 task_manager=manager,
                 log_samples=True,
             )
-            names = results["n-samples"] if processes.is_main else ()
-            yield task, {name: _task_record(results, name, local) for name in names}
+            yield task, _scores(results, local) if processes.is_main else {}
 
 
 def check_tasks(tasks: list[str], protocol: TaskProtocol) -> None:
@@ -276,15 +276,51 @@ def _task_manager(tasks: list[str], local: list[str], folder: str, num_fewshot: 
     return manager
 
 
-def _task_record(results: dict, name: str, local: list[str]) -> dict:
-    """One task's metrics and protocol out of lm-eval's results."""
-    # lm-eval's keys are "metric,filter", and every task of the paper has the filter "none"; a standard error
-    # that it cannot give is the string "N/A".
-    metrics = {
+def _scores(results: dict, local: list[str]) -> dict[str, dict]:
+    """The records of all tasks in lm-eval's results, and behind them those of their groups."""
+    tasks = {name: _task_record(results, name, local) for name in results["n-samples"]}
+    return tasks | {name: _group_record(results, name) for name in results.get("groups", ())}
+
+
+def _metrics(row: dict) -> dict[str, float]:
+    """The figures in a row of lm-eval's results.
+
+    Its keys are "metric,filter", and every task of the paper has the filter "none"; a standard error that it cannot give
+    is the string "N/A".
+    """
+    return {
         key.removesuffix(",none"): value
-        for key, value in results["results"][name].items()
+        for key, value in row.items()
         if "," in key and isinstance(value, int | float) and math.isfinite(value)
     }
+
+
+def _group_record(results: dict, name: str) -> dict:
+    """A group's metrics and protocol; its rows are in the records of its tasks."""
+    metrics, tasks = _metrics(results["groups"][name]), _tasks_of(name, results["group_subtasks"])
+    samples = [results["n-samples"][task] for task in tasks]
+    return metrics | {
+        "metrics": [name for name in metrics if not name.endswith("_stderr")],
+        "hits": {},
+        "hash": None,
+        "samples": sum(counts["effective"] for counts in samples),
+        "split_size": sum(counts["original"] for counts in samples),
+        "num_fewshot": results["n-shot"].get(name),
+        "version": results["versions"].get(name),
+        "origin": f"{len(tasks)} tasks",
+    }
+
+
+def _tasks_of(name: str, children: dict[str, list[str]]) -> list[str]:
+    """The tasks of a group and of the groups in it; of a task, itself."""
+    if name not in children:
+        return [name]
+    return [task for child in children[name] for task in _tasks_of(child, children)]
+
+
+def _task_record(results: dict, name: str, local: list[str]) -> dict:
+    """One task's metrics and protocol out of lm-eval's results."""
+    metrics = _metrics(results["results"][name])
     config, samples = results["configs"][name], results["n-samples"][name]
     origin = f"hub {config.get('dataset_path')}"
     if name in local:

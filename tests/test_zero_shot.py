@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -264,6 +265,31 @@ def test_only_finite_numbers_are_recorded():
         "hits": {},
         "hash": None,
     }
+
+
+def test_mean_of_a_group(monkeypatch, seven, grouped_llama, tokenizer):
+    means = [{"metric": "acc", "weight_by_size": True}]
+    science = {"group": "science", "task": ["arc_easy", "arc_challenge"], "aggregate_metric_list": means}
+    everything = {"group": "everything", "task": ["science", "piqa"], "aggregate_metric_list": means}
+
+    def with_groups(data_dir, folder):
+        names = zero_shot_local_tasks(data_dir, folder)
+        for group in (science, everything):
+            (Path(folder) / f"{group['group']}.yaml").write_text(json.dumps(group))
+        return [*names, "science", "everything"]
+
+    zero_shot_local_tasks = zero_shot.local_tasks
+    monkeypatch.setattr(zero_shot, "local_tasks", with_groups)
+    write_rows(seven, "piqa_validation", [ROWS["piqa_validation"] | {"label": label} for label in (0, 1, 0)])
+    tasks = score(grouped_llama, tokenizer, ["everything"], seven)["tasks"]
+    assert set(tasks) == {"arc_easy", "arc_challenge", "piqa", "science", "everything"}
+    sizes = {"arc_easy": 2, "arc_challenge": 2, "piqa": 3}
+    for group, members in {"science": ["arc_easy", "arc_challenge"], "everything": list(sizes)}.items():
+        right = sum(sizes[task] * tasks[task]["acc"] for task in members)
+        total = sum(sizes[task] for task in members)
+        assert tasks[group]["acc"] == pytest.approx(right / total)
+        assert (tasks[group]["samples"], tasks[group]["split_size"]) == (total, total)
+        assert (tasks[group]["metrics"], tasks[group]["num_fewshot"], tasks[group]["hits"]) == (["acc"], 0, {})
 
 
 def test_edited_rows_are_read_again(hellaswag, grouped_llama, tokenizer):
