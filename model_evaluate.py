@@ -149,10 +149,10 @@ def table_rows(result: dict) -> dict[str, str]:
 
 def difference_rows(compared: dict) -> dict[str, str]:
     """How the pruned model differs from the dense one on the same rows: cell by name of the row."""
-    rows = {
-        f"difference of the log-likelihood, {text}, nats": with_error(row["difference"], row["standard_error"], 4, "+")
-        for text, row in compared["perplexity"].items()
-    }
+    rows = {}
+    for text, row in compared["perplexity"].items():
+        name = f"difference of the negative log-likelihood, {text}, nats"
+        rows[name] = with_error(row["difference"], row["standard_error"], 4, "+")
     for task, metrics in compared["zero_shot"].items():
         for metric, row in metrics.items():
             rows[f"difference of {task} {metric}, %"] = with_error(row["difference"], row["standard_error"], 2, "+")

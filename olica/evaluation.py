@@ -102,6 +102,9 @@ def prepare(name: str, location: model_source.Location, protocol: Protocol) -> S
         raise UsageError(f"{location.flag} {location.name}: the folder has no tokenizer, which evaluation needs")
     if protocol.of_tasks.add_bos_token:
         start_token(tokenizer)
+    if protocol.tasks:
+        # Without the tokens added to it, such as one for padding, which models often lack and prompts do not have.
+        check_vocabulary(tokenizer.vocab_size - 1, config, location)
     needed = {f"--ppl_seqlen {protocol.seqlen}": protocol.seqlen} if protocol.texts else {}
     if protocol.cost:
         needed["--cost"] = LATENCY["prompt_tokens"] + LATENCY["new_tokens"]
@@ -111,17 +114,20 @@ def prepare(name: str, location: model_source.Location, protocol: Protocol) -> S
             raise UsageError(f"{flag}: {tokens} tokens do not fit in the {positions} positions of {location.name}")
     cut = (protocol.seqlen, protocol.windows, protocol.of_tasks.add_bos_token)
     windows = {text.name: token_windows(tokenizer, text.text, *cut) for text in protocol.texts}
-    prompt = tokenizer(protocol.prompt, return_tensors="pt") if protocol.prompt else None
+    prompt = None
+    if protocol.prompt:
+        start = tokenizer.bos_token if protocol.of_tasks.add_bos_token else ""
+        prompt = tokenizer(start + protocol.prompt, add_special_tokens=not start, return_tensors="pt")
     for ids in [*windows.values(), *([] if prompt is None else [prompt.input_ids])]:
-        check_vocabulary(ids, config, location)
+        check_vocabulary(ids.max().item(), config, location)
     return Subject(name, location, config, tokenizer, windows, prompt)
 
 
-def check_vocabulary(ids: Tensor, config: PreTrainedConfig, location: model_source.Location) -> None:
-    """Raise UsageError if the tokenizer gives ids that the model does not know."""
-    if ids.max() >= config.vocab_size:
+def check_vocabulary(token: int, config: PreTrainedConfig, location: model_source.Location) -> None:
+    """Raise UsageError if the tokenizer's largest token is none that the model knows."""
+    if token >= config.vocab_size:
         raise UsageError(
-            f"{location.flag} {location.name}: its tokenizer gives the token {ids.max()}, but the model's vocabulary "
+            f"{location.flag} {location.name}: its tokenizer gives the token {token}, but the model's vocabulary "
             f"ends at {config.vocab_size - 1}; put the model's own tokenizer beside it"
         )
 
@@ -147,8 +153,12 @@ class Measures:
     def _read(self) -> dict[str, dict]:
         try:
             stored = json.loads(self._path.read_text())
-            same = stored["identity"] == json.loads(json.dumps(self._identity))
-            return stored["measures"] if same else {}
+            wanted = json.loads(json.dumps(self._identity))
+            changed = [name for name, value in wanted.items() if stored["identity"][name] != value]
+            if not changed:
+                return stored["measures"]
+            logger.warning("%s is of other %s: measuring all anew", self._path, ", ".join(changed))
+            return {}
         except FileNotFoundError:
             return {}
         except (ValueError, KeyError, TypeError):

@@ -54,7 +54,8 @@ def of_evaluation(
         "models": {name: _source(location, configs[name]) for name, location in locations.items()},
         "data": data,
         "code": _code(),
-        "environment": environment(device),
+        # What the commit changed in the code, the digest of the code knows.
+        "environment": {name: value for name, value in environment(device).items() if name != "git_commit"},
     }
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import UsageError
 from .processes import ALONE, Processes
-from .rows import pack_floats
+from .rows import pack_floats, standard_error
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def perplexity(
 
     The paper's protocol: every window is its own sequence, its first token is given and the other T-1 are
     predicted. Log-probabilities are taken in float32 whatever the dtype of the model. The standard error
-    treats the windows as independent: value * std(window means) / sqrt(W), by the delta method.
+    is value * `rows.standard_error` of the windows' means, by the delta method.
     Of several `processes` each takes every so-many-th batch, the same batches that one alone would take.
     Raises UsageError if the result is not a finite number.
     """
@@ -95,5 +95,6 @@ def perplexity(
             "the checkpoint yields NaN or infinite logits, or its dtype overflows"
         )
     count, seqlen = windows.shape
-    error = value * nll.std(correction=1).item() / math.sqrt(count) if count > 1 else None
+    error = standard_error(nll.numpy(), consecutive=True)
+    error = None if error is None else value * error
     return Perplexity(value, error, nll.mean().item(), count, seqlen, count * (seqlen - 1), pack_floats(nll))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import UsageError
-from .rows import paired_difference, unpack_floats
+from .rows import paired_difference, perplexity_error, unpack_floats
 from .runs import PAPER_MODELS, Results, Run, newest_alike
 
 if TYPE_CHECKING:
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
 PROJECTIONS = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "output"}
 PERPLEXITY = "perplexity on WikiText-2"
-# What the points of one figure have in common; of an older, other series nothing is drawn.
-ALIKE = ("sparsity", "texts", "windows")
 
 
 def _panels(columns: int, rows: int = 1) -> "tuple[Figure, list[Axes]]":
@@ -33,8 +31,8 @@ def _name(results: Results) -> str:
     return PAPER_MODELS.get(results.label, results.label)
 
 
-def _setting(run: Run, name: str) -> float:
-    return run.pruning["settings"][name]
+def _ratio(run: Run) -> float:
+    return run.pruning["settings"]["ratio"]
 
 
 def _draw_perplexity(axes: "Axes", runs: Iterable[Run], x: Callable[[Run], float], label: str | None = None) -> None:
@@ -46,10 +44,11 @@ def _draw_perplexity(axes: "Axes", runs: Iterable[Run], x: Callable[[Run], float
     ordered = sorted(runs, key=x)
     nll = [unpack_floats(run.perplexity["nll_by_window"]) for run in ordered]
     values = [run.perplexity["value"] for run in ordered]
-    errors = [paired_difference(row, nll[0])["standard_error"] or 0 for row in nll]
+    errors = [paired_difference(row, nll[0], consecutive=True)["standard_error"] or 0 for row in nll]
     bars = [value * error for value, error in zip(values, errors, strict=True)]
     axes.errorbar([x(run) for run in ordered], values, yerr=bars, marker="o", markersize=4, capsize=3, label=label)
-    axes.set_ylabel(f"{PERPLEXITY} ({ordered[0].windows} windows)\nbars: error of the difference to the first point")
+    windows = ordered[0].perplexity["windows"]
+    axes.set_ylabel(f"{PERPLEXITY} ({windows} windows)\nbars: error of the difference to the first point")
     axes.grid(alpha=0.3)
 
 
@@ -79,10 +78,10 @@ def singular_values(results: Results) -> "Figure | None":
 
 def calibrated_layers(results: Results) -> "Figure | None":
     """Figure 3: perplexity over the number of calibrated MLPs, and the multiple correlation of every layer."""
-    if len(runs := newest_alike(results.runs("figure3"), *ALIKE)) < 2:
+    if len(runs := newest_alike(results.runs("figure3"), "mlp_num")) < 2:
         return None
     figure, (left, right) = _panels(2)
-    _draw_perplexity(left, runs, lambda run: _setting(run, "mlp_num"))
+    _draw_perplexity(left, runs, lambda run: run.mlp_num)
     sparsity = runs[0].sparsity
     left.set(title=f"{_name(results)} at {sparsity:.0%}", xlabel="calibrated MLPs")
     correlations = next(r for run in runs if (r := run.pruning["multiple_correlation"]) and r[0] is not None)
@@ -95,9 +94,9 @@ def calibrated_layers(results: Results) -> "Figure | None":
 
 def rank_grid(results: Results) -> "Figure | None":
     """Figure 4: perplexity over calibrated MLPs and rank of the corrections, and the parameters these add."""
-    runs = newest_alike(results.runs("figure4"), *ALIKE)
-    plain = next((run for run in runs if _setting(run, "mlp_num") == 0), None)
-    grid = {(_setting(run, "ratio"), _setting(run, "mlp_num")): run for run in runs if run is not plain}
+    runs = newest_alike(results.runs("figure4"), "mlp_num", "ratio")
+    plain = next((run for run in runs if run.mlp_num == 0), None)
+    grid = {(_ratio(run), run.mlp_num): run for run in runs if run is not plain}
     if plain is None or not grid:
         return None
     ratios, numbers = (sorted({key[axis] for key in grid}) for axis in (0, 1))
@@ -108,7 +107,7 @@ def rank_grid(results: Results) -> "Figure | None":
 
     figure, panels = _panels(2)
     title = f"{PERPLEXITY}\n(without: {plain.perplexity['value']:.2f}; standard error near"
-    titles = [f"{title} {plain.perplexity['standard_error']:.2f})", "added parameters, % of the dense model"]
+    titles = [f"{title} {perplexity_error(plain.perplexity) or 0:.2f})", "added parameters, % of the dense model"]
     cells = [lambda run: run.perplexity["value"], added]
     for axes, heading, cell, colours in zip(panels, titles, cells, ("viridis_r", "Blues"), strict=True):
         values = [[cell(grid[ratio, n]) if (ratio, n) in grid else float("nan") for n in numbers] for ratio in ratios]
@@ -127,7 +126,8 @@ def rank_grid(results: Results) -> "Figure | None":
 
 def calibration_set(results: Results) -> "Figure | None":
     """Figure 5: perplexity over the number of samples, and over their length."""
-    by_number, by_length = (newest_alike(results.runs(f"figure5/{axis}"), *ALIKE) for axis in ("num_samples", "seqlen"))
+    axes_of = {"num_samples": "samples", "seqlen": "tokens"}
+    by_number, by_length = (newest_alike(results.runs(f"figure5/{axis}"), name) for axis, name in axes_of.items())
     if not by_number or not by_length:
         return None
     figure, panels = _panels(2)
@@ -147,7 +147,7 @@ def calibration_set(results: Results) -> "Figure | None":
 
 def calibration_mixes(results: Results) -> "Figure | None":
     """Figure 6: perplexity over the sparsity, a line for each mix of calibration texts."""
-    if not (runs := newest_alike(results.runs("figure6"), "windows")):
+    if not (runs := newest_alike(results.runs("figure6"), "sparsity", "mlp_num", "texts")):
         return None
     figure, (axes,) = _panels(1)
     from matplotlib.ticker import LogLocator, NullLocator

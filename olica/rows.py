@@ -39,12 +39,34 @@ def unpack_hits(packed: str) -> np.ndarray:
     return np.array([int(hit) for hit in packed], dtype=np.float64)
 
 
-def paired_difference(ours: np.ndarray, dense: np.ndarray) -> dict[str, float | None]:
-    """Mean of ours - dense (n,) over the same rows, and its standard error: std of the differences / sqrt(n)."""
+def standard_error(values: np.ndarray, consecutive: bool = False) -> float | None:
+    """Standard error of the mean of `values` (n,); None of a single one.
+
+    std / sqrt(n) for independent rows. `consecutive` values, such as the windows of one text, are alike where they are
+    near each other (of WikiText-2 some 38 in a row are of one article), which makes the mean less certain than that:
+    Newey and West's estimate (1987) adds the autocovariances up to a lag of sqrt(n), weighted from 1 down to 0.
+    """
+    count = len(values)
+    if count < 2:
+        return None
+    centred = values - values.mean()
+    variance = centred @ centred / count
+    lags = math.isqrt(count) if consecutive else 0
+    for lag in range(1, lags + 1):
+        variance += 2 * (1 - lag / (lags + 1)) * (centred[lag:] @ centred[:-lag]) / count
+    return math.sqrt(max(variance, 0.0) / (count - 1))
+
+
+def paired_difference(ours: np.ndarray, dense: np.ndarray, consecutive: bool = False) -> dict[str, float | None]:
+    """Mean of ours - dense (n,) over the same rows, and its `standard_error`."""
     difference = ours - dense
-    count = len(difference)
-    error = difference.std(ddof=1) / math.sqrt(count) if count > 1 else None
-    return {"difference": float(difference.mean()), "standard_error": None if error is None else float(error)}
+    return {"difference": float(difference.mean()), "standard_error": standard_error(difference, consecutive)}
+
+
+def perplexity_error(measured: dict) -> float | None:
+    """Standard error of a recorded perplexity, from its windows: value * error of the mean, by the delta method."""
+    error = standard_error(unpack_floats(measured["nll_by_window"]), consecutive=True)
+    return None if error is None else measured["value"] * error
 
 
 def compare(ours: dict, dense: dict) -> dict:
@@ -98,7 +120,8 @@ def _is_same_text(ours: dict, dense: dict | None) -> bool:
 
 
 def _compare_perplexity(ours: dict, dense: dict) -> dict:
-    row = paired_difference(unpack_floats(ours["nll_by_window"]), unpack_floats(dense["nll_by_window"]))
+    windows = (unpack_floats(measured["nll_by_window"]) for measured in (ours, dense))
+    row = paired_difference(*windows, consecutive=True)
     return row | {"ratio": ours["value"] / dense["value"]}
 
 

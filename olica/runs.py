@@ -22,6 +22,10 @@ PAPER_MODELS = {
 }
 
 
+# What a pruning was asked for, beside its calibration set.
+PRUNING_SETTINGS = ("sparsity", "recipe", "k", "mlp_num", "ratio", "percdamp", "round_to", "seed")
+
+
 @dataclass(frozen=True)
 class Run:
     """The records of one run."""
@@ -49,10 +53,18 @@ class Run:
         """On the paper's text."""
         return self.result["perplexity"][TEXT]
 
-    @property
-    def windows(self) -> int:
-        """Of that text."""
-        return self.perplexity["windows"]
+    def setup(self, *but: str) -> dict:
+        """What was pruned and measured, and how, without what varies in a table or figure.
+
+        A value that the record does not have is None.
+        """
+        settings, (samples, tokens) = self.pruning["settings"], self.pruning["calibration"]["ids"]
+        measured, result = self.evaluation["settings"], self.result
+        made = {name: settings.get(name) for name in PRUNING_SETTINGS}
+        made |= {"samples": samples, "tokens": tokens, "texts": self.texts}
+        made |= {name: self.perplexity[name] for name in ("windows", "seqlen", "bos", "fingerprint")}
+        made |= {"dtype": result["dtype"], "limit": measured["limit"]}
+        return {name: value for name, value in made.items() if name not in but}
 
     @property
     def texts(self) -> str:
@@ -74,6 +86,11 @@ class Run:
     def sparsity(self) -> float:
         """Asked for; 0 of a dense model."""
         return self.pruning["settings"]["sparsity"] if self.pruning else 0.0
+
+    @property
+    def mlp_num(self) -> int:
+        """How many MLPs were to be calibrated."""
+        return self.pruning["settings"]["mlp_num"]
 
     @property
     def seconds(self) -> float:
@@ -118,6 +135,10 @@ class Results:
         name = PAPER_MODELS.get(self.label)
         return [row for row in rows if row.get("model", "LLaMA-7B") == name and not row.get("misprint")]
 
+    def belongs_elsewhere(self, table: int) -> bool:
+        """Whether the paper has this model, but not in that table."""
+        return self.is_of_the_paper and not self.paper(table)
+
     def papers_notes(self, table: int) -> list[str]:
         """What is to be known of the paper's rows of this model; nothing if there are none."""
         notes = json.loads((PAPER / f"table{table}.json").read_text())["notes"]
@@ -129,37 +150,55 @@ class Results:
         return self.label in PAPER_MODELS
 
 
-def newest_alike(runs: list[Run], *properties: str) -> list[Run]:
-    """Those of `runs` that agree in these properties with the one that was measured last; empty without any."""
+def newest_alike(runs: list[Run], *but: str) -> list[Run]:
+    """Those of `runs` whose setup is that of the one that was measured last, `but` for these; empty without any."""
     if not runs:
         return []
     newest = max(runs, key=lambda run: run.evaluation["date"])
-    return [run for run in runs if all(getattr(run, name) == getattr(newest, name) for name in properties)]
+    return [run for run in runs if run.setup(*but) == newest.setup(*but)]
 
 
-def protocol(*runs: Run) -> list[str]:
-    """Lines that say how the runs of a table were made, each way once."""
-    lines: list[str] = []
-    for run in runs:
-        if run.pruning and run.pruning["went_on_after"]:
-            lines.append(f"Interrupted, so that its time is that of its last part: {run.folder.name}.")
-        result, environment = run.result, run.evaluation["environment"]
-        measured = run.perplexity
-        line = (
-            f"Perplexity: {measured['windows']} windows of {measured['seqlen']} tokens, start token: "
-            f"{measured['bos']}; run in {result['dtype']} on {environment['device']}."
-        )
-        if "zero_shot" in result:
-            limit = result["zero_shot"]["limit"]
-            rows = "all rows" if limit is None else f"the first {limit} rows of each"
-            line += f" Tasks: {result['zero_shot']['harness']}, {rows}, no examples, start token: " + (
-                "yes." if result["zero_shot"]["add_bos_token"] else "no."
-            )
-        lines.append(line)
-        if not run.is_whole:
-            lines.append("The paper measured all windows and all rows.")
-        if run.pruning:
-            samples, tokens = run.pruning["calibration"]["ids"]
-            seed = run.pruning["settings"]["seed"]
-            lines.append(f"Calibration: {samples} samples of {tokens} tokens from {run.texts}; seed {seed}.")
-    return list(dict.fromkeys(lines))
+def protocol(runs: dict[str, Run]) -> list[str]:
+    """Lines that say how the runs of a table were made, by what it calls them; where they differ, which is which."""
+    lines = [
+        f"Interrupted, so that its time is that of its last part: {name}."
+        for name, run in runs.items()
+        if run.pruning and run.pruning["went_on_after"]
+    ]
+    for describe in (_measuring, _scoring, _calibration, _linear_calibration):
+        described = {name: line for name, run in runs.items() if (line := describe(run))}
+        for line in dict.fromkeys(described.values()):
+            names = [name for name, of_run in described.items() if of_run == line]
+            lines.append(line if len(names) == len(described) else f"{line[:-1]} ({', '.join(names)}).")
+    if not all(run.is_whole for run in runs.values()):
+        lines.append("The paper measured all windows and all rows.")
+    return lines
+
+
+def _measuring(run: Run) -> str:
+    measured, device = run.perplexity, run.evaluation["environment"]["device"]
+    windows = f"{measured['windows']} windows of {measured['seqlen']} tokens, start token: {measured['bos']}"
+    return f"Perplexity: {windows}; run in {run.result['dtype']} on {device}."
+
+
+def _scoring(run: Run) -> str | None:
+    if not (scored := run.result.get("zero_shot")):
+        return None
+    rows = "all rows" if scored["limit"] is None else f"the first {scored['limit']} rows of each"
+    start = "yes" if scored["add_bos_token"] else "no"
+    return f"Tasks: {scored['harness']}, {rows}, no examples, start token: {start}."
+
+
+def _calibration(run: Run) -> str | None:
+    if not run.pruning:
+        return None
+    samples, tokens = run.pruning["calibration"]["ids"]
+    seed = run.pruning["settings"]["seed"]
+    return f"Calibration: {samples} samples of {tokens} tokens from {run.texts}; seed {seed}."
+
+
+def _linear_calibration(run: Run) -> str | None:
+    if not run.pruning:
+        return None
+    number, ratio = len(run.pruning["calibrated_layers"]), run.pruning["settings"]["ratio"]
+    return f"MLPs with linear calibration: {number}{f', of rank {ratio:g} of the hidden size' if number else ''}."

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from .rows import PAPER_METRIC, compare, with_error
+from .rows import PAPER_METRIC, compare, perplexity_error, with_error
 from .runs import TEXT, Results, Run, newest_alike, protocol
 
 # The paper's order of columns.
@@ -19,22 +19,26 @@ TASKS = {
 # Which sparsities a table shows.
 SPARSITIES = {1: (0.25, 0.33), 2: (0.2, 0.25, 0.33), 3: (0.2, 0.3), 4: (0.2, 0.25, 0.33), 7: (0.5,)}
 TABLE_5_SPARSITY = 0.33  # the paper does not name it; its last row is that of 33 % in Table 2
-# What the paper's Tables 5 and 6 call a recipe.
+# What the paper's Table 5 calls a recipe, and Table 6 a run.
 VALUE_OUTPUT_METHODS = {"olica-svd": "SVD", "olica-awsvd": "AWSVD", "olica-wanda": "Wanda", "olica": "Fast-OND"}
-OND_METHODS = {"olica-ond": "OND", "olica": "Fast-OND"}
+OND_RUNS = {"OND": "sparsity-0.2_olica-ond", "Fast-OND": "sparsity-0.2"}
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One of our figures: a value, its standard error if it has one, and how many digits are worth printing."""
+    """One of our figures: a value, its standard error if it has one, and how many digits are worth printing.
+
+    `sign` "+" prints that of positive figures too.
+    """
 
     value: float
     error: float | None = None
     digits: int = 2
+    sign: str = ""
 
     def __str__(self) -> str:
         """The value and its error."""
-        return with_error(self.value, self.error, self.digits)
+        return with_error(self.value, self.error, self.digits, self.sign)
 
 
 @dataclass
@@ -61,7 +65,7 @@ class Table:
             return [*names, str(ours)]
         if paper is None:
             return [*names, "", str(ours), ""]
-        return [*names, f"{paper:,.{ours.digits}f}", str(ours), f"{ours.value - paper:+,.{ours.digits}f}"]
+        return [*names, f"{paper:{ours.sign},.{ours.digits}f}", str(ours), f"{ours.value - paper:+,.{ours.digits}f}"]
 
 
 def _markdown(title: str, header: list[str], rows: list[list[str]], notes: list[str]) -> str:
@@ -82,22 +86,43 @@ def quality(results: Results, table: int) -> str | None:
         return None
     title = f"Table {table}: perplexity on WikiText-2 and accuracy in percent"
     paper = {row["sparsity"]: row for row in results.paper(table) if row["method"] in ("Dense", "Olica")}
-    notes = protocol(*shown.values())
-    if not results.is_of_the_paper:
-        return _quality_of_ours(title, shown, dense, notes)
+    notes = protocol({f"{sparsity:.0%}": run for sparsity, run in shown.items()})
+    differences = {sparsity: to_dense(run, dense) for sparsity, run in shown.items() if dense and sparsity}
     if not paper:
-        return None  # it is in another table
+        return _quality_of_ours(title, shown, differences, notes)
     compared = Table(title, ["sparsity", "measure"], notes + results.papers_notes(table))
+    whole = paper.get(0.0)
     for sparsity, run in shown.items():
-        printed = paper.get(sparsity, {})
-        for measure, (name, figure) in quality_figures(run).items():
-            compared.add([f"{sparsity:.0%}", name], figure, printed.get(measure))
+        name, printed = f"{sparsity:.0%}", paper.get(sparsity, {})
+        for measure, (label, figure) in quality_figures(run).items():
+            compared.add([name, label], figure, printed.get(measure))
+        ratio, mean = differences.get(sparsity, (None, None))
+        comparable = printed and whole
+        if ratio:
+            papers = printed["perplexity"] / whole["perplexity"] if comparable else None
+            compared.add([name, "perplexity, ratio to dense"], ratio, papers)
+        if mean:
+            compared.add([name, "mean, to dense"], mean, printed["mean"] - whole["mean"] if comparable else None)
     return compared.markdown()
+
+
+def to_dense(run: Run, dense: Run) -> tuple[Measured | None, Measured | None]:
+    """Ratio of the perplexities and difference of the means, with paired errors; None where the rows are not the same.
+
+    The error of the ratio comes, by the delta method, from that of the difference of the logarithms.
+    """
+    compared = compare(run.result, dense.result)
+    ratio, mean = compared["perplexity"].get(TEXT), compared.get("paper_rule")
+    if ratio:
+        error = ratio["standard_error"]
+        ratio = Measured(ratio["ratio"], None if error is None else ratio["ratio"] * error, digits=3)
+    return ratio, Measured(mean["difference"], mean["standard_error"], sign="+") if mean else None
 
 
 def quality_figures(run: Run) -> dict[str, tuple[str, Measured]]:
     """Perplexity, the accuracies that the paper prints, in percent, and their mean, with their names in tables."""
-    figures = {"perplexity": ("perplexity", Measured(run.perplexity["value"], run.perplexity["standard_error"]))}
+    perplexity = Measured(run.perplexity["value"], perplexity_error(run.perplexity))
+    figures = {"perplexity": ("perplexity", perplexity)}
     scores = run.result["zero_shot"]["tasks"]
     for task, name in TASKS.items():
         metric = PAPER_METRIC[task]
@@ -112,45 +137,35 @@ def mean_accuracy(run: Run) -> Measured:
     return Measured(averages["paper_rule"], averages["standard_error"])
 
 
-def _quality_of_ours(title: str, shown: dict[float, Run], dense: Run | None, notes: list[str]) -> str:
+def _quality_of_ours(title: str, shown: dict[float, Run], differences: dict[float, tuple], notes: list[str]) -> str:
     """One row per sparsity; beside the means the paired differences to the dense model."""
     header = ["sparsity", "perplexity", "ratio to dense", *TASKS.values(), "mean", "mean, to dense"]
     rows = []
     for sparsity, run in shown.items():
         cells = [str(figure) for _, figure in quality_figures(run).values()]
-        compared = compare(run.result, dense.result) if dense and sparsity else {"perplexity": {}}
-        ratio = compared["perplexity"].get(TEXT)
-        mean = compared.get("paper_rule")
-        cells.insert(1, _ratio(ratio) if ratio else "")
-        cells.append(with_error(mean["difference"], mean["standard_error"], 2, "+") if mean else "")
-        rows.append([f"{sparsity:.0%}", *cells])
+        ratio, mean = (str(figure or "") for figure in differences.get(sparsity, (None, None)))
+        rows.append([f"{sparsity:.0%}", cells[0], ratio, *cells[1:], mean])
     return _markdown(title, header, rows, notes)
-
-
-def _ratio(row: dict) -> str:
-    """A ratio of perplexities; its error by the delta method from that of the difference of their logarithms."""
-    error = row["standard_error"]
-    return with_error(row["ratio"], None if error is None else row["ratio"] * error, 3)
 
 
 def resources(results: Results) -> str | None:
     """Table 1: samples, time and memory of the pruning, and what comes of it."""
     table = Table("Table 1: resources of pruning", ["sparsity", "measure"])
-    shown = []
+    shown = {}
     for sparsity in SPARSITIES[1]:
         if not (run := results.run(f"tables/sparsity-{sparsity:g}")):
             continue
-        shown.append(run)
         printed = next((row for row in results.paper(1) if row["method"] == "Olica"), {})
         quality_there = printed.get("results", {}).get(f"{sparsity:g}", {})
         name, on_gpu = f"{sparsity:.0%}", run.pruning["environment"]["device"] != "cpu"
+        shown[name] = run
         table.add([name, "samples"], Measured(run.pruning["calibration"]["ids"][0], digits=0), printed.get("samples"))
         table.add([name, "minutes"], Measured(run.seconds / 60, digits=1), printed.get("minutes"))
-        where = "GPU" if on_gpu else "host"
-        table.add([name, f"peak {where} memory, GB"], Measured(run.peak_bytes / 1e9), printed.get("device_gigabytes"))
+        where, papers = ("GPU", printed.get("device_gigabytes")) if on_gpu else ("host", None)
+        table.add([name, f"peak {where} memory, GB"], Measured(run.peak_bytes / 1e9), papers)
         table.add([name, "perplexity"], quality_figures(run)["perplexity"][1], quality_there.get("perplexity"))
         table.add([name, "mean accuracy, %"], mean_accuracy(run), quality_there.get("mean"))
-    table.notes += protocol(*shown) + results.papers_notes(1)
+    table.notes += protocol(shown) + results.papers_notes(1)
     return table.markdown() if table.rows else None
 
 
@@ -172,40 +187,46 @@ def costs(results: Results) -> str | None:
         table.add([name, f"MACs of {macs['tokens']} tokens, 10⁹"], Measured(macs["total"] / 1e9), products)
         table.add([name, "weights, MiB"], Measured(result["weight_bytes"] / 2**20, digits=1))
         table.add([name, "cache of a token, kB"], Measured(result["cache_bytes_per_token"] / 1e3, digits=1))
-        peak = (peak["device_bytes"] or peak["host_bytes"]) / 2**20
-        table.add([name, "peak memory, MiB"], Measured(peak, digits=1), there.get("memory_mebibytes"))
+        on_gpu = peak["device_bytes"] is not None
+        where, taken = ("GPU", peak["device_bytes"]) if on_gpu else ("host", peak["host_bytes"])
+        papers = there.get("memory_mebibytes") if on_gpu else None
+        table.add([name, f"peak {where} memory, MiB"], Measured(taken / 2**20, digits=1), papers)
         prompt = cost["protocol"]["prompt_tokens"]
         table.add([name, f"ms for a prompt of {prompt}"], Measured(1e3 * cost["prefill"]["median_s"], digits=1))
         table.add([name, "ms for a new token"], Measured(1e3 * cost["decode"]["median_s"], digits=1))
         seconds = Measured(60 * run.evaluation["stages"][f"model: perplexity of {TEXT}"]["minutes"], digits=1)
-        latency = there.get("latency_seconds") if run.is_whole else None
+        latency = there.get("latency_seconds") if on_gpu and run.is_whole else None
         table.add([name, f"seconds for {run.perplexity['windows']} windows"], seconds, latency)
-    table.notes += protocol(*filter(None, shown.values())) + results.papers_notes(4)
+    table.notes += protocol({f"{sparsity:.0%}": run for sparsity, run in shown.items() if run})
+    table.notes += results.papers_notes(4)
     return table.markdown() if table.rows else None
 
 
 def value_output_methods(results: Results) -> str | None:
     """Table 5: other methods on value and output projections, with and without linear calibration."""
     methods = [run for run in results.runs("tables") if run.pruning and run.recipe in VALUE_OUTPUT_METHODS]
-    others = newest_alike([run for run in methods if run.recipe != "olica"], "sparsity")
+    others = newest_alike([run for run in methods if run.recipe != "olica"], "recipe", "mlp_num")
     if not others:
         return None
-    sparsity = others[0].sparsity
-    shown = [run for run in methods if run.sparsity == sparsity]
-    title = f"Table 5: Fast-OND against other methods on value and output at {sparsity:.0%}"
+    setup = others[0].setup("recipe", "mlp_num")
+    alike = [run for run in methods if run.setup("recipe", "mlp_num") == setup]
+    calibrated = newest_alike([run for run in alike if run.mlp_num], "recipe")
+    sections = {"without": [run for run in alike if not run.mlp_num], "with": calibrated}
+    title = f"Table 5: Fast-OND against other methods on value and output at {setup['sparsity']:.0%}"
     table = Table(title, ["calibration", "method", "measure"])
-    of_paper = results.paper(5) if sparsity == TABLE_5_SPARSITY else []
+    of_paper = results.paper(5) if setup["sparsity"] == TABLE_5_SPARSITY else []
     printed = {(row["method"], row["linear_calibration"]): row for row in of_paper}
-    order = {method: index for index, method in enumerate(VALUE_OUTPUT_METHODS)}
-    shown.sort(key=lambda run: (bool(run.pruning["calibrated_layers"]), order[run.recipe]))
-    for run in shown:
-        calibrated = bool(run.pruning["calibrated_layers"])
-        method = VALUE_OUTPUT_METHODS[run.recipe]
-        there = printed.get((method, calibrated), {})
-        names = ["with" if calibrated else "without", method]
-        table.add([*names, "perplexity"], quality_figures(run)["perplexity"][1], there.get("perplexity"))
-        table.add([*names, "mean accuracy, %"], mean_accuracy(run), there.get("mean"))
-    table.notes += protocol(*shown) + (results.papers_notes(5) if printed else [])
+    order = list(VALUE_OUTPUT_METHODS)
+    shown = {}
+    for calibration, runs in sections.items():
+        for run in sorted(runs, key=lambda run: order.index(run.recipe)):
+            method = VALUE_OUTPUT_METHODS[run.recipe]
+            there = printed.get((method, calibration == "with"), {})
+            names = [calibration, method]
+            table.add([*names, "perplexity"], quality_figures(run)["perplexity"][1], there.get("perplexity"))
+            table.add([*names, "mean accuracy, %"], mean_accuracy(run), there.get("mean"))
+            shown[" ".join(names)] = run
+    table.notes += protocol(shown) + (results.papers_notes(5) if printed else [])
     return table.markdown()
 
 
@@ -213,16 +234,15 @@ def ond_methods(results: Results) -> str | None:
     """Table 6: time and quality of OND and Fast-OND."""
     printed = {row["method"]: row for row in results.paper(6)}
     table = Table("Table 6: OND and Fast-OND at 20 %", ["method", "measure"])
-    shown = [results.run("tables/sparsity-0.2_olica-ond"), results.run("tables/sparsity-0.2")]
-    if None in shown:
+    shown = {method: results.run(f"tables/{name}") for method, name in OND_RUNS.items()}
+    if None in shown.values():
         return None
-    for run in shown:
-        method = OND_METHODS[run.recipe]
+    for method, run in shown.items():
         there = printed.get(method, {})
         table.add([method, "seconds"], Measured(run.seconds, digits=0), there.get("seconds"))
         table.add([method, "perplexity"], quality_figures(run)["perplexity"][1], there.get("perplexity"))
         table.add([method, "mean accuracy, %"], mean_accuracy(run), there.get("mean"))
-    table.notes += protocol(*shown) + results.papers_notes(6)
+    table.notes += protocol(shown) + results.papers_notes(6)
     return table.markdown()
 
 

@@ -136,10 +136,9 @@ def _explained(tasks: list[str], data_dir: str | Path | None) -> Iterator[None]:
         stems = [LOCAL_ROWS[name].stem for name in tasks if name in LOCAL_ROWS]
         missing = [f"{stem}.jsonl" for stem in stems if _find_rows(Path(data_dir or ""), stem) is None]
         names = f" as {', '.join(missing)}" if missing else ""
-        others = [name for name in tasks if name not in LOCAL_ROWS]
         advice = f"their rows must lie in --data_dir {data_dir}{names}, whole and in the hub's fields"
-        if others:
-            advice = f"only {', '.join(LOCAL_ROWS)} can be scored, not {', '.join(others)}"
+        if any(name not in LOCAL_ROWS for name in tasks):
+            advice += f", and only {', '.join(LOCAL_ROWS)} can have rows there"
         raise UsageError(
             f"--tasks {','.join(tasks)}: lm-eval cannot score them ({reason}); without a hub {advice}"
         ) from error
@@ -285,14 +284,17 @@ def _scores(results: dict, local: list[str]) -> dict[str, dict]:
 def _metrics(row: dict) -> dict[str, float]:
     """The figures in a row of lm-eval's results.
 
-    Its keys are "metric,filter", and every task of the paper has the filter "none"; a standard error that it cannot give
-    is the string "N/A".
+    Its keys are "metric,filter" and "metric_stderr,filter"; a filter other than "none", which all tasks of the paper
+    have, becomes part of the metric's name. A standard error that lm-eval cannot give is the string "N/A".
     """
-    return {
-        key.removesuffix(",none"): value
-        for key, value in row.items()
-        if "," in key and isinstance(value, int | float) and math.isfinite(value)
-    }
+    found = {}
+    for key, value in row.items():
+        if "," in key and isinstance(value, int | float) and math.isfinite(value):
+            metric, of_filter = key.split(",", maxsplit=1)
+            name = metric.removesuffix("_stderr")
+            ending = metric[len(name) :]
+            found[name + (f",{of_filter}" if of_filter != "none" else "") + ending] = value
+    return found
 
 
 def _group_record(results: dict, name: str) -> dict:

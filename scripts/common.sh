@@ -67,11 +67,12 @@ pruned() {
     recorded "$flags" "$out/flags" "$out/evaluation.json" "$out/pruning.json" && return
     rm -f "$out/flags"
     local folder; folder=$SAVE_DIR/${RECORDS##*/}$(printf '%s' "$*" | tr -cs 'A-Za-z0-9._+' '-')
-    if recorded "$pruning" "$folder/flags"; then
-        keep=yes  # another table's
-    else
+    if ! recorded "$pruning" "$folder/flags"; then
         prune "$folder" "$pruning"
+    elif [ ! -f "$folder/temporary" ]; then
+        keep=yes  # a table's
     fi
+    [ "$keep" = no ] || rm -f "$folder/temporary"
     evaluate "$(echo "$folder"/*/)" "$out" "$measures"
     cp "$folder"/*/olica_run.json "$out/pruning.json"
     echo "$flags" > "$out/flags"
@@ -90,6 +91,7 @@ prune() {
     # shellcheck disable=SC2086  # the flags are several words
     $PYTHON model_pruning.py $2 --data_dir "$DATA_DIR" --device "$DEVICE" --batch_size "$BATCH_SIZE" \
         --save_dir "$1" --overwrite
+    touch "$1/temporary"  # until a table wants it
     echo "$2" > "$1/flags"
 }
 

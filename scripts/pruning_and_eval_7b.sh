@@ -10,7 +10,17 @@ SAVE_DIR=${SAVE_DIR:-./pruned_models}
 DATA_DIR=${DATA_DIR:-./data}
 DEVICE=${DEVICE:-auto}
 PYTHON=${PYTHON:-.venv/bin/python}  # made by scripts/install.sh
-folder=$SAVE_DIR/$(basename "$MODEL")_sparsity-$SPARSITY
+# Where the commands themselves put the checkpoint.
+folder=$("$PYTHON" -c '
+import sys
+from olica import checkpoint, errors, model_source
+save_dir, model, sparsity = sys.argv[1:]
+try:
+    print(checkpoint.checkpoint_folder(save_dir, model_source.locate(model).label, float(sparsity)))
+except errors.UsageError as error:
+    sys.exit(str(error))
+' "$SAVE_DIR" "$MODEL" "$SPARSITY")
+record=$folder/olica_eval_${LIMIT:-all}_rows.json
 
 [ -d "$folder" ] || "$PYTHON" model_pruning.py \
     --base_model "$MODEL" \
@@ -26,8 +36,8 @@ folder=$SAVE_DIR/$(basename "$MODEL")_sparsity-$SPARSITY
     --device "$DEVICE" \
     --save_dir "$SAVE_DIR"
 
-if compgen -G "$folder/olica_eval_*.json"; then
-    echo "is the record; remove it to measure again"
+if [ -f "$record" ]; then
+    echo "$record is the record; remove it to measure again"
     exit
 fi
 "$PYTHON" model_evaluate.py \
@@ -35,6 +45,7 @@ fi
     --sparsity "$SPARSITY" \
     --tasks openbookqa,arc_easy,winogrande,hellaswag,arc_challenge,piqa,boolq \
     ${LIMIT:+--limit "$LIMIT"} \
+    --output_path "$record" \
     --data_dir "$DATA_DIR" \
     --device "$DEVICE" \
     --save_dir "$SAVE_DIR"

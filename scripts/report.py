@@ -27,15 +27,17 @@ TITLES = {
 HEAD = """# Results
 
 Made by `python scripts/report.py` from the records in `results/`; nothing here is written by hand. Each table and
-figure has a script of its name in `scripts/`. ± is one standard error; that of the means treats the tasks as
-independent, "to dense" is the paired difference on the same rows. The paper's figures and what does not fit together in
-them are in `results/paper/`. Models of which there is no section were not run.
+figure has a script of its name in `scripts/`. ± is one standard error. That of a perplexity allows for neighbouring
+windows' being alike (Newey and West), that of the means treats the tasks as independent; "to dense" is the paired
+difference on the same windows or rows. The paper's figures and what does not fit together in them are in
+`results/paper/`. Models of which there is no section were not run.
 """
 
 
 def section(results: Results, folder: Path) -> str:
     """Tables and figures of one model."""
-    parts = [table for make in TABLES.values() if (table := make(results))]
+    ours = {name: make for name, make in TABLES.items() if not results.belongs_elsewhere(int(name[len("table") :]))}
+    parts = [table for make in ours.values() if (table := make(results))]
     for name, title in TITLES.items():
         if path := draw(name, results):
             parts.append(f"### {title}\n\n![{title}]({relpath(path, folder)})")
@@ -67,12 +69,11 @@ def run(args: argparse.Namespace) -> None:
         args.output_path.write_text("\n".join([HEAD, *sections]).rstrip() + "\n")
         print(f"wrote {args.output_path}")
         return
-    for label in labels:
-        results = Results(args.results, label)
-        made = TABLES[args.name](results) if args.name in TABLES else draw(args.name, results)
-        if made is None:
-            raise UsageError(f"{args.name}: the runs that it shows are not recorded in {args.results / label}")
-        print(made)
+    models = [Results(args.results, label) for label in labels]
+    made = [TABLES[args.name](results) if args.name in TABLES else draw(args.name, results) for results in models]
+    if not any(made):
+        raise UsageError(f"{args.name}: the runs that it shows are not recorded in {args.results / (args.only or '')}")
+    print(*filter(None, made), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -7,5 +7,5 @@
 source "$(dirname "$0")/common.sh"
 use "${MODEL:-7b}"
 at_sparsities 0.2
-pruned tables/sparsity-0.2_olica-ond "$TABLE_MEASURES" --sparsity 0.2 --mlp_num 6 --recipe olica-ond
+pruned tables/sparsity-0.2_olica-ond "$TABLE_MEASURES" --sparsity 0.2 --mlp_num "$(mlp_num 0.2)" --recipe olica-ond
 report table6

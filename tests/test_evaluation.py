@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from conftest import make_llama, make_tokenizer
 from test_zero_shot import ROWS, write_rows
 
 import model_evaluate
-from olica import evaluation
+from olica import evaluation, identity
 from olica.command_line import run_command
 from olica.rows import unpack_floats
 
@@ -113,7 +114,7 @@ def test_a_stopped_evaluation_goes_on(here, capsys, monkeypatch, counted, after)
 
 
 @pytest.mark.parametrize("change", ["flag", "model", "text", "rows", "damage"])
-def test_another_evaluation_is_not_taken_up(here, monkeypatch, counted, change):
+def test_another_evaluation_is_not_taken_up(here, monkeypatch, counted, caplog, change):
     with monkeypatch.context() as patched:
         patched.setattr(evaluation.Measures, "forget", lambda self: None)
         evaluate(*FLAGS)
@@ -135,6 +136,19 @@ def test_another_evaluation_is_not_taken_up(here, monkeypatch, counted, change):
             path.write_text(path.read_text()[:-5])
             evaluate(*FLAGS)
     assert len(counted) == 5
+    said = {"flag": "of other settings", "model": "of other models", "damage": "damaged"}.get(change, "of other data")
+    assert f".eval.json.measures is {said}: measuring" in caplog.text
+
+
+def test_a_commit_that_leaves_the_code_alone_changes_nothing(here, monkeypatch, counted):
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation.Measures, "forget", lambda self: None)
+        evaluate(*FLAGS)
+    counted.clear()
+    environment = identity.environment
+    monkeypatch.setattr(identity, "environment", lambda device: environment(device) | {"git_commit": "another"})
+    evaluate(*FLAGS)
+    assert not counted
 
 
 def test_another_evaluation_in_between_leaves_a_stopped_one(here, monkeypatch, counted):
@@ -154,9 +168,13 @@ def test_another_evaluation_in_between_leaves_a_stopped_one(here, monkeypatch, c
     assert not counted and not list(Path("tiny").glob(".olica_eval*"))
 
 
-def test_start_token_in_windows_and_prompts(here):
-    result = evaluate(*FLAGS, "--add_bos_token")["results"]["model"]
-    plain = evaluate(*FLAGS)["results"]["model"]
+def test_start_token_in_windows_and_prompts(here, monkeypatch):
+    prompts = []
+    monkeypatch.setattr(evaluation, "continuation", lambda model, subject: prompts.append(subject.prompt.input_ids))
+    result = evaluate(*FLAGS, "--prompt=old books", "--add_bos_token")["results"]["model"]
+    plain = evaluate(*FLAGS, "--prompt=old books")["results"]["model"]
+    started, unstarted = (prompt[0].tolist() for prompt in prompts)
+    assert started == [make_tokenizer().bos_token_id, *unstarted]
     assert result["perplexity"]["one.txt"]["bos"] == "every window" and plain["perplexity"]["one.txt"]["bos"] == "none"
     assert result["zero_shot"]["add_bos_token"] and not plain["zero_shot"]["add_bos_token"]
     assert result["perplexity"]["one.txt"]["value"] != plain["perplexity"]["one.txt"]["value"]
@@ -188,7 +206,8 @@ def test_a_device_map_gives_the_same_figures(here):
         (["--ppl=none", "--tasks=winogrande", "--data_dir=rows"], "winogrande_xl_validation.jsonl"),
         (["--ppl=none", "--tasks=piqa,winogrand", "--data_dir=rows"], "nearest: winogrande"),
         (["--ppl=none", "--tasks=qqqqqq", "--data_dir=rows"], "nor one of a name near it"),
-        (["--ppl=none", "--tasks=lambada_openai", "--data_dir=rows"], "can be scored, not lambada_openai"),
+        (["--ppl=none", "--tasks=lambada_openai", "--data_dir=rows"], "piqa, boolq can have rows there"),
+        (["--ppl=none", "--tasks=winogrande,lambada_openai", "--data_dir=rows"], "winogrande_xl_validation.jsonl"),
         (["--ppl=,"], "--ppl , leaves nothing to measure"),
         (["--ppl=none", "--tasks=,"], "leaves nothing to measure"),
         (["--ppl=one.txt", "--device_map=auto", "--device=cpu"], "--device_map"),
@@ -197,6 +216,13 @@ def test_a_device_map_gives_the_same_figures(here):
 def test_what_cannot_be_measured_is_named(here, capsys, flags, words):
     assert words in refused(capsys, "--checkpoint=tiny", *flags)
     assert not Path("eval.json").exists()
+
+
+def test_a_tokenizer_beyond_the_models_vocabulary(here, capsys):
+    make_llama(vocab_size=100).save_pretrained("tiny")
+    words = f"its tokenizer gives the token {len(make_tokenizer()) - 1}, but the model's vocabulary ends at 99"
+    assert words in refused(capsys, "--checkpoint=tiny", "--ppl=none", "--tasks=piqa", "--data_dir=rows")
+    assert not list(here.glob(".*"))
 
 
 def test_models_too_short_for_the_cost(here, capsys):
@@ -228,6 +254,12 @@ def test_two_processes_give_the_figures_of_one(here):
     assert done.stdout.count("record two.json") == 1
     two, one = json.loads(Path("two.json").read_text()), evaluate(*FLAGS)
     assert two["processes"] == 2
+    # The main process has three of the five rows, of two or four endings, and four of the eight batches of windows.
+    shown = {name: re.findall(rf"{name}:.*?/(\d+)", done.stderr) for name in ("loglikelihood requests", "perplexity")}
+    assert {name: set(totals) for name, totals in shown.items()} == {
+        "loglikelihood requests": {"6", "12"},
+        "perplexity": {"4"},
+    }
     ours, alone = two["results"]["model"], one["results"]["model"]
     for text, measured in alone["perplexity"].items():
         assert ours["perplexity"][text]["value"] == pytest.approx(measured["value"], rel=1e-6)

@@ -75,12 +75,13 @@ def test_a_table_is_made_once(here):
 
 # Takes the place of Python: notes its call, and makes the files that the real one would. FAIL names a script to end.
 STUB = """#!/usr/bin/env bash
+[ "$1" != -c ] || exec "$REAL" "$@"
 echo "$@" >> "$CALLS"
 script=$1 seed=$RANDOM; shift
 while [ $# -gt 0 ]; do
     case $1 in
         --save_dir) mkdir -p "$2/x"; echo $seed > "$2/x/olica_run.json" ;;
-        --output_path) echo "$seed" > "$2" ;;
+        --output_path) mkdir -p "$(dirname "$2")"; echo "$seed" > "$2" ;;
     esac
     shift
 done
@@ -102,9 +103,10 @@ class Stubbed:
         calls.write_text("")
         paths = {"RESULTS": "results", "SAVE_DIR": "checkpoints", "PYTHON": "stub", "CALLS": "calls"}
         environment = os.environ | {name: str(self.folder / path) for name, path in paths.items()}
+        environment |= {"REAL": sys.executable, "MODEL": "m"}
         command = ["bash", str(SCRIPTS / script)]
         self.done = subprocess.run(
-            command, env=environment | {"MODEL": "m"} | variables, capture_output=True, text=True
+            command, env=environment | variables, capture_output=True, text=True
         )
         assert (self.done.returncode == 0) == ("FAIL" not in variables), self.done.stderr
         found = [line.split() for line in calls.read_text().splitlines()]
@@ -161,14 +163,32 @@ def test_figures_keep_no_checkpoints_but_those_of_tables(stubbed):
 
 
 def test_the_papers_two_commands_are_run_once(stubbed):
-    assert stubbed("pruning_and_eval_7b.sh", LIMIT="9", DEVICE="cpu") == ["prune 0.2", "evaluate"]
+    assert stubbed("pruning_and_eval_7b.sh", MODEL="13b", LIMIT="9", DEVICE="cpu") == ["prune 0.2", "evaluate"]
     pruning, evaluation = (stubbed.folder / "calls").read_text().splitlines()
     assert "--device cpu" in pruning and "--limit 9" in evaluation and "--device cpu" in evaluation
-    (stubbed.folder / "checkpoints/m_sparsity-0.2").mkdir()
-    assert stubbed("pruning_and_eval_7b.sh") == ["evaluate"]
-    (stubbed.folder / "checkpoints/m_sparsity-0.2/olica_eval_x.json").touch()
-    assert stubbed("pruning_and_eval_7b.sh") == [] and "remove it to measure again" in stubbed.done.stdout
-    assert stubbed("pruning_and_eval_13b.sh", MODEL="other/n", SPARSITY="0.5") == ["prune 0.5", "evaluate"]
+    for model, sparsity, name in (("7b", "0.2", "7b_sparsity-0.2"), ("other/n", "0.50", "other--n_sparsity-0.5")):
+        settings = {"MODEL": model, "SPARSITY": sparsity}
+        (stubbed.folder / "checkpoints" / name).mkdir()
+        assert stubbed("pruning_and_eval_7b.sh", LIMIT="9", **settings) == ["evaluate"], "as it is pruned"
+        assert stubbed("pruning_and_eval_7b.sh", LIMIT="9", **settings) == []
+        assert "remove it to measure again" in stubbed.done.stdout
+        assert stubbed("pruning_and_eval_7b.sh", **settings) == ["evaluate"], "nine rows are not all"
+    assert stubbed("pruning_and_eval_13b.sh", MODEL="other/m") == ["prune 0.2", "evaluate"]
+
+
+def test_a_figure_that_was_stopped_leaves_no_checkpoint(stubbed):
+    stubbed("figure3.sh", NUMBERS="0", FAIL="model_evaluate.py")
+    assert stubbed.checkpoints == 1
+    assert stubbed("figure3.sh", NUMBERS="0") == ["evaluate"] and stubbed.checkpoints == 0
+    stubbed("figure3.sh", NUMBERS="12", FAIL="model_evaluate.py")
+    assert stubbed("table1.sh").count("evaluate") == 3 and stubbed("figure3.sh", NUMBERS="12") == ["evaluate"]
+    assert stubbed.checkpoints == 2, "a table's stay"
+
+
+def test_both_methods_of_table_6_have_as_many_calibrated_mlps(stubbed):
+    stubbed("table6.sh", MLP_NUM="2")
+    calls = [line for line in (stubbed.folder / "calls").read_text().splitlines() if "model_pruning.py" in line]
+    assert len(calls) == 2 and all("--mlp_num 2" in line for line in calls)
 
 
 def test_one_label_is_one_model(stubbed):

@@ -8,6 +8,8 @@ from olica.rows import (
     pack_floats,
     pack_hits,
     paired_difference,
+    perplexity_error,
+    standard_error,
     unpack_floats,
     unpack_hits,
     with_error,
@@ -27,6 +29,28 @@ def test_paired_difference_by_hand():
     # differences 2, 0, 1, 5: variance (0 + 4 + 1 + 9) / 3
     assert row["standard_error"] == pytest.approx(np.sqrt(14 / 3 / 4))
     assert paired_difference(np.ones(1), np.zeros(1)) == {"difference": 1.0, "standard_error": None}
+
+
+def test_error_of_consecutive_values_is_newey_and_wests():
+    """As one quadratic form with weights that fall with the distance, instead of a sum over lags."""
+    values = np.random.default_rng(3).normal(size=40).cumsum()
+    centred, places = values - values.mean(), np.arange(40)
+    weights = np.clip(1 - np.abs(places[:, None] - places) / 7, 0, None)  # up to a lag of 6, the root of 40
+    expected = np.sqrt(centred @ weights @ centred / 40 / 39)
+    assert standard_error(values, consecutive=True) == pytest.approx(expected)
+    assert standard_error(values) == pytest.approx(values.std(ddof=1) / np.sqrt(40))
+    assert standard_error(values[:1], consecutive=True) is None
+    assert standard_error(np.ones(9), consecutive=True) == 0.0
+
+
+def test_error_of_consecutive_values_is_that_of_a_known_process():
+    """x_i = 0.5 x_{i-1} + e_i: the mean of n has the error 2 / sqrt(n), where std / sqrt(n) says 1.15 / sqrt(n)."""
+    noise = np.random.default_rng(4).normal(size=20_000)
+    values = np.zeros(20_000)
+    for index in range(1, 20_000):
+        values[index] = 0.5 * values[index - 1] + noise[index]
+    assert standard_error(values, consecutive=True) == pytest.approx(2 / np.sqrt(20_000), rel=0.1)
+    assert standard_error(noise, consecutive=True) == pytest.approx(1 / np.sqrt(20_000), rel=0.1)
 
 
 def test_pairing_tells_what_separate_errors_hide():
@@ -51,6 +75,11 @@ def test_results_on_the_same_rows_are_compared():
     dense, ours = result(generator.normal(3, 1, 20), "1101"), result(generator.normal(4, 1, 20), "1000")
     compared = compare(ours, dense)
     text = compared["perplexity"]["text"]
+    apart = (unpack_floats(model["perplexity"]["text"]["nll_by_window"]) for model in (ours, dense))
+    assert text["standard_error"] == standard_error(np.subtract(*apart), consecutive=True)
+    measured = ours["perplexity"]["text"]
+    of_mean = standard_error(unpack_floats(measured["nll_by_window"]), consecutive=True)
+    assert perplexity_error(measured) == pytest.approx(measured["value"] * of_mean)
     assert text["ratio"] == pytest.approx(np.exp(text["difference"]), rel=1e-6)
     assert compared["zero_shot"]["piqa"]["acc_norm"]["difference"] == -50.0
     # Each task: differences 0, -1, 0, -1 in shares; standard deviation sqrt(1/3), over sqrt(4), in percent.

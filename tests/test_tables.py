@@ -8,14 +8,17 @@ import pytest
 import torch
 
 from olica.plots import FIGURES, draw
-from olica.rows import PAPER_METRIC, pack_floats
+from olica.rows import PAPER_METRIC, pack_floats, standard_error
 from olica.runs import PAPER, Results
 from olica.tables import TABLES, TASKS, Measured, Table
 
+NOISE = np.random.default_rng(0).normal(0, 0.1, 30)
+ERROR = standard_error(NOISE, consecutive=True)  # of every perplexity here, as a share of it
+
 
 def evaluation(perplexity: float, mean: float, dtype: str = "float16") -> dict:
-    nll = torch.from_numpy(np.random.default_rng(0).normal(np.log(perplexity), 0.1, 30))
-    text = {"value": perplexity, "standard_error": 0.125, "windows": 30, "seqlen": 128, "bos": "none"}
+    nll = torch.from_numpy(np.log(perplexity) + NOISE)
+    text = {"value": perplexity, "standard_error": "of an older version", "windows": 30, "seqlen": 128, "bos": "none"}
     text |= {"fingerprint": "f", "nll_by_window": pack_floats(nll)}
     tasks = {
         task: {metric: mean / 100, f"{metric}_stderr": 0.01, "hits": {metric: "1101"}, "hash": "h"}
@@ -100,14 +103,16 @@ def test_table_2_sets_ours_beside_the_papers(record):
     header, *rows = cells(markdown)
     if record.label == "7b":
         assert header == ["sparsity", "measure", "paper", "ours", "difference"]
-        assert ["20%", "perplexity", "15.35", "15.85 ± 0.12", "+0.50"] in rows
+        assert ["20%", "perplexity", "15.35", f"15.85 ± {15.85 * ERROR:.2f}", "+0.50"] in rows
         assert ["20%", "BoolQ", "71.59", "63.54 ± 1.00", "-8.05"] in rows
         assert ["20%", "mean", "64.54", "63.54 ± 0.50", "-1.00"] in rows
         assert ["0%", "mean", "66.09", "66.09 ± 0.50", "+0.00"] in rows
-        assert len(rows) == 18
+        assert ["20%", "perplexity, ratio to dense", "1.215", "1.255 ± 0.000", "+0.040"] in rows
+        assert ["20%", "mean, to dense", "-1.55", "+0.00 ± 0.00", "+1.55"] in rows
+        assert len(rows) == 20
     else:
         assert header == ["sparsity", "perplexity", "ratio to dense", *TASKS.values(), "mean", "mean, to dense"]
-        assert [row[0] for row in rows] == ["0%", "20%"] and rows[1][1] == "15.85 ± 0.12"
+        assert [row[0] for row in rows] == ["0%", "20%"] and rows[1][1] == f"15.85 ± {15.85 * ERROR:.2f}"
         assert rows[1][2] == "1.255 ± 0.000" and rows[1][-1] == "+0.00 ± 0.00"
     assert "lm-eval 1, the first 200 rows" in markdown and "256 samples of 128 tokens" in markdown
 
@@ -119,16 +124,33 @@ def test_table_1_has_time_and_memory(record):
     if record.label == "7b":
         assert minutes == ["25%", "minutes", "7.0", "6.0", "-1.0"]
         assert memory == ["25%", "peak GPU memory, GB", "3.00", "3.00", "+0.00"]
-        assert rows[3] == ["25%", "perplexity", "16.69", "16.70 ± 0.12", "+0.01"]
+        assert rows[3] == ["25%", "perplexity", "16.69", f"16.70 ± {16.7 * ERROR:.2f}", "+0.01"]
     else:
         assert minutes == ["25%", "minutes", "6.0"] and header[-1] == "ours"
+
+
+def test_memory_and_times_of_the_cpu_are_set_beside_nothing(tmp_path):
+    record = Recorder(tmp_path, "7b")
+    here, measured = pruning(sparsity=0.25), evaluation(16.7, 63.0)
+    for run in (here, measured):
+        run["environment"]["device"] = "cpu"
+    for stage in here["stages"].values():
+        stage["device_bytes"] = None
+    measured["results"]["model"]["cost"]["peak_memory"]["device_bytes"] = None
+    measured["settings"]["limit"] = None  # all rows: nothing but the machine differs
+    record("tables/sparsity-0.25", measured, here)
+    record("table4/sparsity-0.25", measured, here)
+    rows = cells(TABLES["table1"](record.results)) + cells(TABLES["table4"](record.results))
+    assert ["25%", "peak host memory, GB", "", "1.00", ""] in rows
+    assert ["25%", "peak host memory, MiB", "", "2,048.0", ""] in rows
+    assert ["25%", "seconds for 30 windows", "", "30.0", ""] in rows
 
 
 def test_table_4_has_costs(record):
     record("table4/sparsity-0.2", evaluation(15.0, 60.0), pruning())
     rows = {row[1]: row[2:] for row in cells(TABLES["table4"](record.results))[1:]}
     ours = 1 if record.label == "7b" else 0
-    assert rows["peak memory, MiB"][ours] == "16,384.0" and rows["ms for a new token"][ours] == "20.0"
+    assert rows["peak GPU memory, MiB"][ours] == "16,384.0" and rows["ms for a new token"][ours] == "20.0"
     assert rows["seconds for 30 windows"][ours] == "30.0" and rows["cache of a token, kB"][ours] == "524.3"
     if ours:
         assert rows["seconds for 30 windows"][0] == "", "the paper's time is that of all windows"
@@ -148,7 +170,7 @@ def test_table_5_has_methods_in_the_papers_order(record):
     order = ["SVD", "AWSVD", "Wanda", "Fast-OND"]
     assert methods == [(calibration, method) for calibration in ("without", "with") for method in order]
     if record.label == "7b":
-        assert rows[0][3:] == ["71.01", "20.00 ± 0.12", "-51.01"]
+        assert rows[0][3:] == ["71.01", f"20.00 ± {20 * ERROR:.2f}", "-51.01"]
         assert rows[-1][3:] == ["61.21", "60.00 ± 0.50", "-1.21"]
 
 
@@ -173,12 +195,40 @@ def test_what_is_not_recorded_as_a_whole_is_not_shown(record, file):
     assert all(draw(name, record.results) is None for name in FIGURES)
 
 
-def test_tables_of_other_models_are_not_shown_for_the_papers(tmp_path):
-    """Table 3 is of LLaMA-2 and Vicuna; LLaMA-7B at 20 % is in Table 2."""
+def test_a_model_that_the_paper_has_in_another_table(tmp_path):
+    """Table 3 is of LLaMA-2 and Vicuna, so that LLaMA-7B has ours alone there, and nothing in RESULTS.md."""
     record = Recorder(tmp_path, "7b")
     record("tables/dense", evaluation(12.0, 66.0))
     record("tables/sparsity-0.2", evaluation(15.0, 64.0), pruning())
-    assert TABLES["table2"](record.results) and TABLES["table3"](record.results) is None
+    header, *rows = cells(TABLES["table3"](record.results))
+    assert header[1] == "perplexity" and [row[0] for row in rows] == ["0%", "20%"]
+    assert record.results.belongs_elsewhere(3) and not record.results.belongs_elsewhere(2)
+    assert not Results(tmp_path, "smollm2").belongs_elsewhere(3)
+
+
+def test_runs_that_were_made_otherwise_are_told_apart(record):
+    record("tables/dense", evaluation(12.0, 66.0))
+    fewer = evaluation(15.0, 64.0)
+    fewer["results"]["model"]["zero_shot"]["limit"] = 20
+    record("tables/sparsity-0.2", fewer, pruning())
+    record("tables/sparsity-0.33", evaluation(19.0, 61.0), pruning((16, 128), sparsity=0.33, calibrated=12))
+    lines = TABLES["table2"](record.results).splitlines()
+    assert "Perplexity: 30 windows of 128 tokens, start token: none; run in float16 on a GPU." in lines
+    assert "Tasks: lm-eval 1, the first 200 rows of each, no examples, start token: no (0%, 33%)." in lines
+    assert "Tasks: lm-eval 1, the first 20 rows of each, no examples, start token: no (20%)." in lines
+    assert "Calibration: 16 samples of 128 tokens from bookcorpus + alpaca; seed 0 (33%)." in lines
+    assert "MLPs with linear calibration: 6, of rank 0.03 of the hidden size (20%)." in lines
+
+
+def test_table_5_is_of_one_number_of_calibrated_mlps(record):
+    for date, number in (("2026-01-01", 6), ("2026-01-02", 12), ("2026-01-03", 0)):
+        for recipe in ("olica", "olica-svd"):
+            settings = pruning(sparsity=0.33, recipe=recipe, mlp_num=number, calibrated=number)
+            record(f"tables/{recipe}_{number}", evaluation(20.0 + number, 60.0) | {"date": date}, settings)
+    rows = cells(TABLES["table5"](record.results))[1:]
+    perplexities = [row[:2] + [row[-1 if record.label == "smollm2" else 4]] for row in rows if row[2] == "perplexity"]
+    assert [row[:2] for row in perplexities] == [[c, m] for c in ("without", "with") for m in ("SVD", "Fast-OND")]
+    assert [row[2].split()[0] for row in perplexities] == ["20.00", "20.00", "32.00", "32.00"]
 
 
 def test_a_misprinted_row_is_set_beside_nothing(tmp_path):
@@ -187,8 +237,8 @@ def test_a_misprinted_row_is_set_beside_nothing(tmp_path):
     record("tables/sparsity-0.5", evaluation(50.0, 50.0), pruning(sparsity=0.5))
     markdown = TABLES["table7"](record.results)
     rows = cells(markdown)
-    assert ["0%", "perplexity", "", "12.60 ± 0.12", ""] in rows
-    assert ["50%", "perplexity", "49.39", "50.00 ± 0.12", "+0.61"] in rows
+    assert ["0%", "perplexity", "", f"12.60 ± {12.6 * ERROR:.2f}", ""] in rows
+    assert ["50%", "perplexity", "49.39", f"50.00 ± {50 * ERROR:.2f}", "+0.61"] in rows
     assert "The paper: The row" in markdown
 
 
@@ -210,7 +260,7 @@ def test_figures_of_one_row_and_one_window_have_no_errors(tmp_path):
 
 def test_an_interrupted_run_is_named(record):
     record("tables/sparsity-0.25", evaluation(16.0, 63.0), pruning(sparsity=0.25) | {"went_on_after": [4]})
-    assert "Interrupted, so that its time is that of its last part: sparsity-0.25." in TABLES["table1"](record.results)
+    assert "Interrupted, so that its time is that of its last part: 25%." in TABLES["table1"](record.results)
 
 
 def test_of_two_series_the_newer_is_drawn_and_shown(record):
@@ -219,6 +269,8 @@ def test_of_two_series_the_newer_is_drawn_and_shown(record):
         for number in (0, 4) if sparsity == 0.2 else (0, 8):
             record(f"figure3/{sparsity}-{number}", dated, pruning(sparsity=sparsity, mlp_num=number))
         record(f"tables/svd-{sparsity}", dated, pruning(sparsity=sparsity, recipe="olica-svd"))
+    other = evaluation(5.0, 60.0, dtype="bfloat16") | {"date": "2026-01-01"}
+    record("figure3/other-4", other, pruning((8, 128), sparsity=0.33, mlp_num=4, seed=7))
     left, _ = FIGURES["figure3"](record.results).axes
     np.testing.assert_allclose(left.lines[0].get_xydata(), [[0, 33], [8, 33]])
     assert "at 33%" in left.get_title() and "at 33%" in TABLES["table5"](record.results)

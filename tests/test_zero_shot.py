@@ -267,6 +267,12 @@ def test_only_finite_numbers_are_recorded():
     }
 
 
+def test_metrics_of_a_filter_keep_their_errors():
+    row = {"alias": "gsm8k", "exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": 0.125, "acc,none": 1}
+    named = {"exact_match,strict-match": 0.25, "exact_match,strict-match_stderr": 0.125, "acc": 1}
+    assert zero_shot._metrics(row) == named
+
+
 def test_mean_of_a_group(monkeypatch, seven, grouped_llama, tokenizer):
     means = [{"metric": "acc", "weight_by_size": True}]
     science = {"group": "science", "task": ["arc_easy", "arc_challenge"], "aggregate_metric_list": means}
