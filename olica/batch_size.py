@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 class BatchSize:
-    """How many samples go through a layer at a time: halved, for good, when memory runs out.
+    """How many samples go through a layer, or a model, at a time: halved, for good, when memory runs out.
 
     Attributes:
         size: samples.

@@ -5,12 +5,14 @@ W windows, T tokens in each, V entries in the vocabulary.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .batch_size import BatchSize
 from .errors import UsageError
 from .processes import ALONE, Processes
 from .rows import pack_floats, standard_error
@@ -75,18 +77,24 @@ def perplexity(
     The paper's protocol: every window is its own sequence, its first token is given and the other T-1 are
     predicted. Log-probabilities are taken in float32 whatever the dtype of the model. The standard error
     is value * `rows.standard_error` of the windows' means, by the delta method.
-    Of several `processes` each takes every so-many-th batch, the same batches that one alone would take.
+    Of several `processes` each takes every so-many-th batch, the same batches that one alone would take. A batch that
+    does not fit into memory is done in halves.
     Raises UsageError if the result is not a finite number.
     """
     mine = list(enumerate(windows.split(batch_size)))[processes.index :: processes.count]
     # Filled in place: small tensors kept from between the large ones would pin the allocator's freed memory.
     nll = torch.zeros(len(windows), dtype=torch.float64, device=model.device)  # nats per window
-    for number, batch in tqdm(mine, desc="perplexity", unit="batch", disable=not processes.is_main):
-        ids = batch.to(model.device)
+
+    def fill(first: int, batch: torch.Tensor, rows: slice) -> None:
+        ids = batch[rows].to(model.device)
         logits = model(ids, use_cache=False).logits  # (B, T, V)
         # One window at a time: the float32 copy of a whole batch's logits would be the largest tensor of all.
-        for index, (row, targets) in enumerate(zip(logits, ids, strict=True), number * batch_size):
+        for index, (row, targets) in enumerate(zip(logits, ids, strict=True), first + rows.start):
             nll[index] = cross_entropy(row[:-1].float(), targets[1:])
+
+    fitting = BatchSize(batch_size)
+    for number, batch in tqdm(mine, desc="perplexity", unit="batch", disable=not processes.is_main):
+        fitting.run(partial(fill, number * batch_size, batch), len(batch))
     nll = processes.sum(nll).cpu()
     value = nll.mean().exp().item()
     if not math.isfinite(value):

@@ -16,6 +16,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .batch_size import BatchSize
 from .errors import UsageError
 from .processes import ALONE, Processes
 from .rows import PAPER_METRIC, mean_error, pack_hits
@@ -78,7 +79,8 @@ def zero_shot(
 
     Yields each name with the scores of its tasks, by name: metrics as shares of 1, their standard errors, the protocol,
     and `hits`, by metric, of the single rows; what a JSON record can hold. A group whose tasks lm-eval averages (mmlu)
-    has scores of its own, without `hits`. Processes other than the main one get empty scores. Resets the generators of
+    has scores of its own, without `hits`. Processes other than the main one get empty scores. A task whose batches do
+    not fit into memory is scored again in smaller ones, unless several processes share it. Resets the generators of
     random, numpy and torch.
     Raises UsageError if lm-eval is missing, a task is unknown, its rows cannot be had, or shots are asked of a
     local file.
@@ -87,9 +89,12 @@ def zero_shot(
     with tempfile.TemporaryDirectory() as folder, _explained(tasks, protocol.data_dir):
         local = local_tasks(protocol.data_dir, folder) if protocol.data_dir else []
         manager = _task_manager(tasks, local, folder, protocol.num_fewshot)
-        for task in tasks:
+        fitting = BatchSize(batch_size)
+        scored: dict[str, dict] = {}
+
+        def score(task: str) -> None:
             results = harness.simple_evaluate(
-                model=_harness_model(model, tokenizer, batch_size, protocol.add_bos_token, processes),
+                model=_harness_model(model, tokenizer, fitting.size, protocol.add_bos_token, processes),
                 tasks=[task],
                 num_fewshot=protocol.num_fewshot,
                 limit=protocol.limit,
@@ -97,7 +102,14 @@ def zero_shot(
                 task_manager=manager,
                 log_samples=True,
             )
-            yield task, _scores(results, local) if processes.is_main else {}
+            scored[task] = _scores(results, local) if processes.is_main else {}
+
+        for task in tasks:
+            if processes.count > 1:
+                score(task)  # the others would wait for one that begins anew
+            else:
+                fitting.run(lambda _, task=task: score(task), samples=1)
+            yield task, scored.pop(task)
 
 
 def check_tasks(tasks: list[str], protocol: TaskProtocol) -> None:

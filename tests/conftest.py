@@ -101,6 +101,23 @@ def load_weights(folder: str | Path) -> dict[str, torch.Tensor]:
     return {name: t for path in sorted(Path(folder).glob("*.safetensors")) for name, t in load_file(path).items()}
 
 
+def no_memory_for_more_than(samples: int, error: str = "cuda"):
+    """A hook that fails as the allocators do when a batch has more than so many samples."""
+
+    def hook(module, args, kwargs=None):
+        batch = args[0] if args else kwargs["input_ids"]
+        if len(batch) > samples:
+            match error:
+                case "cuda":
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+                case "cublas":
+                    raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+                case "cpu":
+                    torch.empty(2**60)
+
+    return hook
+
+
 @pytest.fixture
 def decoder_layer() -> nn.Module:
     """A dense decoder layer whose MLP has biases."""

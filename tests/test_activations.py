@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import make_llama
+from conftest import make_llama, no_memory_for_more_than
 
 from olica.activations import calibrate, propagate, record_layer_calls, recording
 from olica.batch_size import BatchSize
@@ -100,22 +100,6 @@ def test_what_comes_behind_the_last_tap_is_not_computed(ids):
     assert not calls_of_down
     calibrate(layer, hidden, calls[0], Moments([diagonal("mlp_output")], 4), BatchSize(2), advance=False)
     assert len(calls_of_down) == 3
-
-
-def no_memory_for_more_than(samples: int, error: str):
-    """A hook that fails as the allocators do when a batch has more than so many samples."""
-
-    def hook(module, args):
-        if len(args[0]) > samples:
-            match error:
-                case "cuda":
-                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-                case "cublas":
-                    raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
-                case "cpu":
-                    torch.empty(2**60)
-
-    return hook
 
 
 @pytest.mark.parametrize("error", ["cuda", "cublas", "cpu"])

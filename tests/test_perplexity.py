@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import make_llama
+from conftest import make_llama, no_memory_for_more_than
 
 from olica.cost import peak_memory, reset_peak_memory
 from olica.errors import UsageError
@@ -117,6 +117,14 @@ def test_processes_share_the_batches_that_one_would_take(grouped_llama, windows)
     assert perplexity(grouped_llama, windows, 5, Half(0, 2)) != alone
     assert perplexity(grouped_llama, windows, 5, Half(1, 2)) == alone
     assert not (sums[0] * sums[1]).any() and (sums[0] + sums[1]).all()
+
+
+def test_a_batch_that_does_not_fit_is_done_in_halves(grouped_llama, windows, caplog):
+    expected = perplexity(grouped_llama, windows, batch_size=1)
+    grouped_llama.model.register_forward_pre_hook(no_memory_for_more_than(2), with_kwargs=True)
+    found = perplexity(grouped_llama, windows, batch_size=9)
+    assert found.value == pytest.approx(expected.value, rel=1e-5) and "going on with --batch_size 2" in caplog.text
+    np.testing.assert_allclose(unpack_floats(found.nll_by_window), unpack_floats(expected.nll_by_window), rtol=1e-4)
 
 
 def test_one_window_has_no_standard_error(grouped_llama, windows):

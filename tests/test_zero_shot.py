@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_llama
+from conftest import make_llama, no_memory_for_more_than
 
 from olica import zero_shot
 from olica.errors import UsageError
@@ -228,6 +228,20 @@ def test_near_ties_of_a_bfloat16_model(hellaswag, grouped_llama, tokenizer):
     write_rows(folder, "hellaswag_validation", close)
     record = score(model, tokenizer, ["hellaswag"], folder, batch_size=1)["tasks"]["hellaswag"]
     assert (record["samples"], record["acc"]) == (16, 1.0)
+
+
+def test_batches_that_do_not_fit_are_made_smaller(hellaswag, grouped_llama, tokenizer, caplog):
+    folder, rows = hellaswag
+    grouped_llama.model.register_forward_pre_hook(no_memory_for_more_than(2), with_kwargs=True)
+    record = score(grouped_llama, tokenizer, ["hellaswag"], folder, batch_size=8)["tasks"]["hellaswag"]
+    assert (record["acc"], record["acc_norm"]) == pytest.approx(accuracies(grouped_llama, tokenizer, rows), abs=1e-9)
+    assert "going on with --batch_size 2" in caplog.text
+
+
+def test_a_single_prompt_that_does_not_fit_ends_the_run(hellaswag, grouped_llama, tokenizer):
+    grouped_llama.model.register_forward_pre_hook(no_memory_for_more_than(0), with_kwargs=True)
+    with pytest.raises(torch.OutOfMemoryError):
+        score(grouped_llama, tokenizer, ["hellaswag"], hellaswag[0], batch_size=2)
 
 
 def test_limit_scores_the_first_rows(hellaswag, grouped_llama, tokenizer):
