@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import UsageError
 from .rows import paired_difference, perplexity_error, unpack_floats
-from .runs import PAPER_MODELS, Results, Run, newest_alike
+from .runs import PAPER_MODELS, Results, Run, in_common, linear_calibration, newest_alike, told_apart
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,6 +16,14 @@ if TYPE_CHECKING:
 
 PROJECTIONS = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "output"}
 PERPLEXITY = "perplexity on WikiText-2"
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure, and what is to be known of the runs in it."""
+
+    figure: "Figure"
+    notes: list[str]
 
 
 def _panels(columns: int, rows: int = 1) -> "tuple[Figure, list[Axes]]":
@@ -52,7 +61,7 @@ def _draw_perplexity(axes: "Axes", runs: Iterable[Run], x: Callable[[Run], float
     axes.grid(alpha=0.3)
 
 
-def singular_values(results: Results) -> "Figure | None":
+def singular_values(results: Results) -> Drawing | None:
     """Figure 2: singular values of the four attention projections, a panel for each of some layers."""
     path = results.results / results.label / "figure2/singular_values.json"
     if not path.is_file():
@@ -73,10 +82,10 @@ def singular_values(results: Results) -> "Figure | None":
         )
         axes.grid(alpha=0.3)
         axes.legend(title="projection (number)")
-    return figure
+    return Drawing(figure, [])
 
 
-def calibrated_layers(results: Results) -> "Figure | None":
+def calibrated_layers(results: Results) -> Drawing | None:
     """Figure 3: perplexity over the number of calibrated MLPs, and the multiple correlation of every layer."""
     if len(runs := newest_alike(results.runs("figure3"), "mlp_num")) < 2:
         return None
@@ -89,10 +98,10 @@ def calibrated_layers(results: Results) -> "Figure | None":
     right.bar(range(len(known)), known)
     right.set(title=_name(results), xlabel="decoder layer", ylabel="mean multiple correlation of the MLP")
     right.grid(alpha=0.3, axis="y")
-    return figure
+    return Drawing(figure, in_common(runs))
 
 
-def rank_grid(results: Results) -> "Figure | None":
+def rank_grid(results: Results) -> Drawing | None:
     """Figure 4: perplexity over calibrated MLPs and rank of the corrections, and the parameters these add."""
     runs = newest_alike(results.runs("figure4"), "mlp_num", "ratio")
     plain = next((run for run in runs if run.mlp_num == 0), None)
@@ -121,10 +130,10 @@ def rank_grid(results: Results) -> "Figure | None":
         axes.set_yticks(range(len(ratios)), [f"{ratio:g}" for ratio in ratios])
         axes.set(title=heading, xlabel="calibrated MLPs", ylabel="rank, as a share of the hidden size")
     figure.suptitle(f"{_name(results)} at {plain.sparsity:.0%}")
-    return figure
+    return Drawing(figure, in_common(runs))
 
 
-def calibration_set(results: Results) -> "Figure | None":
+def calibration_set(results: Results) -> Drawing | None:
     """Figure 5: perplexity over the number of samples, and over their length."""
     axes_of = {"num_samples": "samples", "seqlen": "tokens"}
     by_number, by_length = (newest_alike(results.runs(f"figure5/{axis}"), name) for axis, name in axes_of.items())
@@ -142,10 +151,10 @@ def calibration_set(results: Results) -> "Figure | None":
         if axis:
             axes.sharey(panels[0])
         axes.set_xticks(ticks := [run.pruning["calibration"]["ids"][axis] for run in runs], [str(t) for t in ticks])
-    return figure
+    return Drawing(figure, in_common(by_number + by_length))
 
 
-def calibration_mixes(results: Results) -> "Figure | None":
+def calibration_mixes(results: Results) -> Drawing | None:
     """Figure 6: perplexity over the sparsity, a line for each mix of calibration texts."""
     if not (runs := newest_alike(results.runs("figure6"), "sparsity", "mlp_num", "texts")):
         return None
@@ -160,10 +169,11 @@ def calibration_mixes(results: Results) -> "Figure | None":
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.legend(title="calibration texts", fontsize="small")
-    return figure
+    calibrated = told_apart(linear_calibration, {f"{run.sparsity:.0%}": run for run in runs})
+    return Drawing(figure, list(dict.fromkeys(in_common(runs) + calibrated)))
 
 
-FIGURES: dict[str, "Callable[[Results], Figure | None]"] = {
+FIGURES: dict[str, Callable[[Results], Drawing | None]] = {
     "figure2": singular_values,
     "figure3": calibrated_layers,
     "figure4": rank_grid,
@@ -172,11 +182,11 @@ FIGURES: dict[str, "Callable[[Results], Figure | None]"] = {
 }
 
 
-def draw(name: str, results: Results) -> Path | None:
-    """Draw a figure beside its records, as NAME.png; None where records are missing."""
-    figure = FIGURES[name](results)
-    if figure is None:
+def draw(name: str, results: Results) -> tuple[Path, list[str]] | None:
+    """Draw a figure beside its records, as NAME.png, and say what is to be known; None where records are missing."""
+    drawing = FIGURES[name](results)
+    if drawing is None:
         return None
     path = results.results / results.label / f"{name}.png"
-    figure.savefig(path)
-    return path
+    drawing.figure.savefig(path)
+    return path, drawing.notes

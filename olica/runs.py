@@ -5,6 +5,7 @@ A run is a folder of records: `pruning.json` (unless it is the dense model's), `
 """
 
 import json
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -165,14 +166,29 @@ def protocol(runs: dict[str, Run]) -> list[str]:
         for name, run in runs.items()
         if run.pruning and run.pruning["went_on_after"]
     ]
-    for describe in (_measuring, _scoring, _calibration, _linear_calibration):
-        described = {name: line for name, run in runs.items() if (line := describe(run))}
-        for line in dict.fromkeys(described.values()):
-            names = [name for name, of_run in described.items() if of_run == line]
-            lines.append(line if len(names) == len(described) else f"{line[:-1]} ({', '.join(names)}).")
-    if not all(run.is_whole for run in runs.values()):
-        lines.append("The paper measured all windows and all rows.")
+    for describe in (*MADE, linear_calibration):
+        lines += told_apart(describe, runs)
+    return lines + _reservations(runs.values())
+
+
+def told_apart(describe: Callable[[Run], str | None], runs: dict[str, Run]) -> list[str]:
+    """What is to be said of the runs, each thing once, with the names of the runs where it does not hold of all."""
+    said = {name: line for name, run in runs.items() if (line := describe(run))}
+    lines = []
+    for line in dict.fromkeys(said.values()):
+        names = [name for name, of_run in said.items() if of_run == line]
+        lines.append(line if len(names) == len(said) else f"{line[:-1]} ({', '.join(names)}).")
     return lines
+
+
+def in_common(runs: Sequence[Run]) -> list[str]:
+    """Lines that say how all runs of a figure were made; what differs is on its axes."""
+    said = [{describe(run) for run in runs} for describe in (*MADE, linear_calibration)]
+    return [line for lines in said if len(lines) == 1 and (line := lines.pop())] + _reservations(runs)
+
+
+def _reservations(runs: Iterable[Run]) -> list[str]:
+    return [] if all(run.is_whole for run in runs) else ["The paper measured all windows and all rows."]
 
 
 def _measuring(run: Run) -> str:
@@ -193,12 +209,20 @@ def _calibration(run: Run) -> str | None:
     if not run.pruning:
         return None
     samples, tokens = run.pruning["calibration"]["ids"]
-    seed = run.pruning["settings"]["seed"]
-    return f"Calibration: {samples} samples of {tokens} tokens from {run.texts}; seed {seed}."
+    return f"Calibration: {samples} samples of {tokens} tokens, seed {run.pruning['settings']['seed']}."
 
 
-def _linear_calibration(run: Run) -> str | None:
+def _texts(run: Run) -> str | None:
+    return f"Calibration texts: {run.texts}." if run.pruning else None
+
+
+def linear_calibration(run: Run) -> str | None:
+    """How many MLPs have it, of which rank."""
     if not run.pruning:
         return None
     number, ratio = len(run.pruning["calibrated_layers"]), run.pruning["settings"]["ratio"]
     return f"MLPs with linear calibration: {number}{f', of rank {ratio:g} of the hidden size' if number else ''}."
+
+
+# What is to be said of every run.
+MADE = (_measuring, _scoring, _calibration, _texts)

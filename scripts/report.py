@@ -39,9 +39,18 @@ def section(results: Results, folder: Path) -> str:
     ours = {name: make for name, make in TABLES.items() if not results.belongs_elsewhere(int(name[len("table") :]))}
     parts = [table for make in ours.values() if (table := make(results))]
     for name, title in TITLES.items():
-        if path := draw(name, results):
-            parts.append(f"### {title}\n\n![{title}]({relpath(path, folder)})")
+        if drawn := draw(name, results):
+            path, notes = drawn
+            parts.append("\n".join([f"### {title}", "", f"![{title}]({relpath(path, folder)})", "", *notes]).rstrip())
     return "\n\n".join([f"## {PAPER_MODELS.get(results.label, results.label)}", *parts])
+
+
+def drawn(name: str, results: Results) -> str | None:
+    """Draw a figure; the name of its file and its notes."""
+    if not (drawing := draw(name, results)):
+        return None
+    path, notes = drawing
+    return "\n".join([str(path), *notes])
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"wrote {args.output_path}")
         return
     models = [Results(args.results, label) for label in labels]
-    made = [TABLES[args.name](results) if args.name in TABLES else draw(args.name, results) for results in models]
+    made = [TABLES[args.name](results) if args.name in TABLES else drawn(args.name, results) for results in models]
     if not any(made):
         raise UsageError(f"{args.name}: the runs that it shows are not recorded in {args.results / (args.only or '')}")
     print(*filter(None, made), sep="\n\n")

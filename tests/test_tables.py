@@ -216,7 +216,8 @@ def test_runs_that_were_made_otherwise_are_told_apart(record):
     assert "Perplexity: 30 windows of 128 tokens, start token: none; run in float16 on a GPU." in lines
     assert "Tasks: lm-eval 1, the first 200 rows of each, no examples, start token: no (0%, 33%)." in lines
     assert "Tasks: lm-eval 1, the first 20 rows of each, no examples, start token: no (20%)." in lines
-    assert "Calibration: 16 samples of 128 tokens from bookcorpus + alpaca; seed 0 (33%)." in lines
+    assert "Calibration: 16 samples of 128 tokens, seed 0 (33%)." in lines
+    assert "Calibration texts: bookcorpus + alpaca." in lines
     assert "MLPs with linear calibration: 6, of rank 0.03 of the hidden size (20%)." in lines
 
 
@@ -271,7 +272,7 @@ def test_of_two_series_the_newer_is_drawn_and_shown(record):
         record(f"tables/svd-{sparsity}", dated, pruning(sparsity=sparsity, recipe="olica-svd"))
     other = evaluation(5.0, 60.0, dtype="bfloat16") | {"date": "2026-01-01"}
     record("figure3/other-4", other, pruning((8, 128), sparsity=0.33, mlp_num=4, seed=7))
-    left, _ = FIGURES["figure3"](record.results).axes
+    left, _ = FIGURES["figure3"](record.results).figure.axes
     np.testing.assert_allclose(left.lines[0].get_xydata(), [[0, 33], [8, 33]])
     assert "at 33%" in left.get_title() and "at 33%" in TABLES["table5"](record.results)
 
@@ -319,15 +320,30 @@ def grid_of_records(record) -> None:
 @pytest.mark.parametrize("name", FIGURES)
 def test_figures_name_their_axes(record, name):
     grid_of_records(record)
-    figure = FIGURES[name](record.results)
+    figure = FIGURES[name](record.results).figure
     panels = [axes for axes in figure.axes if axes.get_label() != "<colorbar>"]
     assert panels and all(axes.get_xlabel() and axes.get_ylabel() and axes.get_title() for axes in panels)
-    assert draw(name, record.results).stat().st_size > 5000
+    assert draw(name, record.results)[0].stat().st_size > 5000
+
+
+def test_figures_say_what_their_runs_have_in_common(record):
+    grid_of_records(record)
+    measured = "Perplexity: 30 windows of 128 tokens, start token: none; run in float16 on a GPU."
+    tasks = "Tasks: lm-eval 1, the first 200 rows of each, no examples, start token: no."
+    size, texts = "Calibration: 256 samples of 128 tokens, seed 0.", "Calibration texts: bookcorpus + alpaca."
+    corrected = "MLPs with linear calibration: 6, of rank 0.03 of the hidden size."
+    reserved = "The paper measured all windows and all rows."
+    assert FIGURES["figure5"](record.results).notes == [measured, tasks, texts, corrected, reserved]
+    assert FIGURES["figure6"](record.results).notes == [measured, tasks, size, corrected, reserved]
+    for number in (1, 2):
+        settings = pruning(sparsity=number / 10, texts=("c4",), calibrated=6 * number)
+        record(f"figure6/mix-3_sparsity-{number}", evaluation(20.0, 60.0) | {"date": "2027-01-01"}, settings)
+    assert f"{corrected[:-1]} (10%, 40%)." in FIGURES["figure6"](record.results).notes
 
 
 def test_figure_4_has_the_figures_of_the_records(record):
     grid_of_records(record)
-    figure = FIGURES["figure4"](record.results)
+    figure = FIGURES["figure4"](record.results).figure
     left, right = (axes for axes in figure.axes if axes.get_label() != "<colorbar>")
     np.testing.assert_allclose(left.images[0].get_array(), [[19.88, 19.76], [19.4, 18.8]])
     np.testing.assert_allclose(right.images[0].get_array(), 100 * np.array([[4e6, 8e6]] * 2) / 6.738e9)
@@ -336,6 +352,6 @@ def test_figure_4_has_the_figures_of_the_records(record):
 
 def test_figure_3_has_the_figures_of_the_records(record):
     grid_of_records(record)
-    left, right = FIGURES["figure3"](record.results).axes
+    left, right = FIGURES["figure3"](record.results).figure.axes
     np.testing.assert_allclose(left.lines[0].get_xydata(), [[0, 20], [4, 16], [8, 12]])
     assert [bar.get_height() for bar in right.patches] == [0.5, 0.25]
