@@ -5,6 +5,7 @@
 #   C4, whose documents are long enough).
 # Expected (paper): little depends on either; over 8 to 2048 samples, or tokens, the perplexity moves by 2.4 at most.
 # Memory and time: of pruning and perplexity, for each point; the hidden states of 128 x 2048 tokens take 2 GB at 7B.
+#   SmolLM2 with WINDOWS=512 and 64 samples of 128 tokens, on one core: 1.4 GB, 3 minutes each.
 source "$(dirname "$0")/common.sh"
 use "${MODEL:-7b}"
 at=(--sparsity "${SPARSITY:-0.33}" --datasets "${TEXT:-c4}")

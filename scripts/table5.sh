@@ -3,7 +3,7 @@
 #   and with linear calibration.
 # Command: bash scripts/table5.sh, or MODEL=smollm2 bash scripts/table5.sh; variables in scripts/common.sh, and SPARSITY.
 # Expected (paper): LLaMA-7B without 71.01 / 25.78 / 20.94 / 20.34, with 63.48 / 24.72 / 20.40 / 19.83.
-# Memory and time: as table2.sh, which shares one of its eight models.
+# Memory and time: as table2.sh, which shares one of its eight models; SmolLM2 an hour.
 source "$(dirname "$0")/common.sh"
 use "${MODEL:-7b}"
 SPARSITY=${SPARSITY:-0.33}

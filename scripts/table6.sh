@@ -3,7 +3,7 @@
 # Command: bash scripts/table6.sh, or MODEL=smollm2 bash scripts/table6.sh; variables in scripts/common.sh.
 # Expected (paper): LLaMA-7B OND 2910 s, 15.17, 64.32 %; Fast-OND 413 s, 15.35, 64.54 %. Ours finds the singular
 #   vectors of the product without forming it, so that both take the same time.
-# Memory and time: as table2.sh, which shares one of its two models.
+# Memory and time: as table2.sh, which shares one of its two models; SmolLM2 20 minutes by itself.
 source "$(dirname "$0")/common.sh"
 use "${MODEL:-7b}"
 at_sparsities 0.2
