@@ -93,6 +93,7 @@ def zero_shot(
         scored: dict[str, dict] = {}
 
         def score(task: str) -> None:
+            """Put the task's scores into `scored`."""
             results = harness.simple_evaluate(
                 model=_harness_model(model, tokenizer, fitting.size, protocol.add_bos_token, processes),
                 tasks=[task],
