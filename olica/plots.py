@@ -1,13 +1,14 @@
 """The paper's figures, drawn from the records of runs."""
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import UsageError
-from .rows import paired_difference, perplexity_error, unpack_floats
+from .rows import paired_difference, unpack_floats
 from .runs import PAPER_MODELS, Results, Run, in_common, linear_calibration, newest_alike, told_apart
 
 if TYPE_CHECKING:
@@ -44,17 +45,21 @@ def _ratio(run: Run) -> float:
     return run.pruning["settings"]["ratio"]
 
 
-def _draw_perplexity(axes: "Axes", runs: Iterable[Run], x: Callable[[Run], float], label: str | None = None) -> None:
-    """Perplexities over what `x` takes from a run.
+def _error_of_difference(run: Run, to: Run) -> float:
+    """Standard error of the difference of two runs' perplexities; 0 where it is not known.
 
-    Bars are the standard errors of the differences to the first point. All points have the same windows, so these say
-    what differs; the errors of the points themselves, which the windows have in common, would hide it.
+    All runs of a figure have the same windows, so this says what differs; the errors of the perplexities themselves,
+    which the windows have in common, would hide it.
     """
+    windows = (unpack_floats(one.perplexity["nll_by_window"]) for one in (run, to))
+    return run.perplexity["value"] * (paired_difference(*windows, consecutive=True)["standard_error"] or 0)
+
+
+def _draw_perplexity(axes: "Axes", runs: Iterable[Run], x: Callable[[Run], float], label: str | None = None) -> None:
+    """Perplexities over what `x` takes from a run; bars are the errors of the differences to the first point."""
     ordered = sorted(runs, key=x)
-    nll = [unpack_floats(run.perplexity["nll_by_window"]) for run in ordered]
     values = [run.perplexity["value"] for run in ordered]
-    errors = [paired_difference(row, nll[0], consecutive=True)["standard_error"] or 0 for row in nll]
-    bars = [value * error for value, error in zip(values, errors, strict=True)]
+    bars = [_error_of_difference(run, ordered[0]) for run in ordered]
     axes.errorbar([x(run) for run in ordered], values, yerr=bars, marker="o", markersize=4, capsize=3, label=label)
     windows = ordered[0].perplexity["windows"]
     axes.set_ylabel(f"{PERPLEXITY} ({windows} windows)\nbars: error of the difference to the first point")
@@ -109,14 +114,15 @@ def rank_grid(results: Results) -> Drawing | None:
     if plain is None or not grid:
         return None
     ratios, numbers = (sorted({key[axis] for key in grid}) for axis in (0, 1))
-    without = plain.pruning["parameters"]["after"]
+    parameters = plain.pruning["parameters"]["after"]
 
     def added(run: Run) -> float:
-        return 100 * (run.pruning["parameters"]["after"] - without) / run.pruning["parameters"]["before"]
+        return 100 * (run.pruning["parameters"]["after"] - parameters) / run.pruning["parameters"]["before"]
 
     figure, panels = _panels(2)
-    title = f"{PERPLEXITY}\n(without: {plain.perplexity['value']:.2f}; standard error near"
-    titles = [f"{title} {perplexity_error(plain.perplexity) or 0:.2f})", "added parameters, % of the dense model"]
+    largest = max(_error_of_difference(run, plain) for run in grid.values())
+    without = f"without: {plain.perplexity['value']:.2f}; differences to that ± {largest:.2f}"
+    titles = [f"{PERPLEXITY}\n({without})", "added parameters, % of the dense model"]
     cells = [lambda run: run.perplexity["value"], added]
     for axes, heading, cell, colours in zip(panels, titles, cells, ("viridis_r", "Blues"), strict=True):
         values = [[cell(grid[ratio, n]) if (ratio, n) in grid else float("nan") for n in numbers] for ratio in ratios]
@@ -124,6 +130,8 @@ def rank_grid(results: Results) -> Drawing | None:
         figure.colorbar(image, ax=axes)
         for row, line in enumerate(values):
             for column, value in enumerate(line):
+                if math.isnan(value):
+                    continue  # not recorded
                 dark = image.norm(value) > 0.6
                 axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="white" if dark else "black")
         axes.set_xticks(range(len(numbers)), [str(number) for number in numbers])
