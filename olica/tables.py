@@ -87,7 +87,7 @@ def quality(results: Results, table: int) -> str | None:
     title = f"Table {table}: perplexity on WikiText-2 and accuracy in percent"
     paper = {row["sparsity"]: row for row in results.paper(table) if row["method"] in ("Dense", "Olica")}
     notes = protocol({f"{sparsity:.0%}": run for sparsity, run in shown.items()})
-    differences = {sparsity: to_dense(run, dense) for sparsity, run in shown.items() if dense and sparsity}
+    differences = {sparsity: beside(run, dense) for sparsity, run in shown.items() if dense and sparsity}
     if not paper:
         return _quality_of_ours(title, shown, differences, notes)
     compared = Table(title, ["sparsity", "measure"], notes + results.papers_notes(table))
@@ -106,12 +106,12 @@ def quality(results: Results, table: int) -> str | None:
     return compared.markdown()
 
 
-def to_dense(run: Run, dense: Run) -> tuple[Measured | None, Measured | None]:
+def beside(run: Run, other: Run) -> tuple[Measured | None, Measured | None]:
     """Ratio of the perplexities and difference of the means, with paired errors; None where the rows are not the same.
 
     The error of the ratio comes, by the delta method, from that of the difference of the logarithms.
     """
-    compared = compare(run.result, dense.result)
+    compared = compare(run.result, other.result)
     ratio, mean = compared["perplexity"].get(TEXT), compared.get("paper_rule")
     if ratio:
         error = ratio["standard_error"]
@@ -202,6 +202,15 @@ def costs(results: Results) -> str | None:
     return table.markdown() if table.rows else None
 
 
+def _add_quality(table: Table, names: list[str], run: Run, there: dict, fast: Run | None, fast_there: dict) -> None:
+    """Rows of a method's perplexity, its ratio to that of Fast-OND, and its mean accuracy."""
+    table.add([*names, "perplexity"], quality_figures(run)["perplexity"][1], there.get("perplexity"))
+    if fast not in (None, run) and (ratio := beside(run, fast)[0]):
+        papers = there["perplexity"] / fast_there["perplexity"] if there and fast_there else None
+        table.add([*names, "perplexity, ratio to Fast-OND"], ratio, papers)
+    table.add([*names, "mean accuracy, %"], mean_accuracy(run), there.get("mean"))
+
+
 def value_output_methods(results: Results) -> str | None:
     """Table 5: other methods on value and output projections, with and without linear calibration."""
     methods = [run for run in results.runs("tables") if run.pruning and run.recipe in VALUE_OUTPUT_METHODS]
@@ -219,12 +228,12 @@ def value_output_methods(results: Results) -> str | None:
     order = list(VALUE_OUTPUT_METHODS)
     shown = {}
     for calibration, runs in sections.items():
+        fast = next((run for run in runs if run.recipe == "olica"), None)
         for run in sorted(runs, key=lambda run: order.index(run.recipe)):
             method = VALUE_OUTPUT_METHODS[run.recipe]
-            there = printed.get((method, calibration == "with"), {})
+            there, of_fast = (printed.get((name, calibration == "with"), {}) for name in (method, "Fast-OND"))
             names = [calibration, method]
-            table.add([*names, "perplexity"], quality_figures(run)["perplexity"][1], there.get("perplexity"))
-            table.add([*names, "mean accuracy, %"], mean_accuracy(run), there.get("mean"))
+            _add_quality(table, names, run, there, fast, of_fast)
             shown[" ".join(names)] = run
     table.notes += protocol(shown) + (results.papers_notes(5) if printed else [])
     return table.markdown()
@@ -240,8 +249,7 @@ def ond_methods(results: Results) -> str | None:
     for method, run in shown.items():
         there = printed.get(method, {})
         table.add([method, "seconds"], Measured(run.seconds, digits=0), there.get("seconds"))
-        table.add([method, "perplexity"], quality_figures(run)["perplexity"][1], there.get("perplexity"))
-        table.add([method, "mean accuracy, %"], mean_accuracy(run), there.get("mean"))
+        _add_quality(table, [method], run, there, shown["Fast-OND"], printed.get("Fast-OND", {}))
     table.notes += protocol(shown) + results.papers_notes(6)
     return table.markdown()
 
