@@ -198,6 +198,7 @@ def costs(results: Results) -> str | None:
         latency = there.get("latency_seconds") if on_gpu and run.is_whole else None
         table.add([name, f"seconds for {run.perplexity['windows']} windows"], seconds, latency)
     table.notes += protocol({f"{sparsity:.0%}": run for sparsity, run in shown.items() if run})
+    table.notes += ["Times are of processes one after the other; in benchmarks/generation_speed.py models take turns."]
     table.notes += results.papers_notes(4)
     return table.markdown() if table.rows else None
 
