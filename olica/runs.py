@@ -166,7 +166,7 @@ def protocol(runs: dict[str, Run]) -> list[str]:
         for name, run in runs.items()
         if run.pruning and run.pruning["went_on_after"]
     ]
-    for describe in (*MADE, linear_calibration):
+    for describe in MADE:
         lines += told_apart(describe, runs)
     return lines + _reservations(runs.values())
 
@@ -183,7 +183,7 @@ def told_apart(describe: Callable[[Run], str | None], runs: dict[str, Run]) -> l
 
 def in_common(runs: Sequence[Run]) -> list[str]:
     """Lines that say how all runs of a figure were made; what differs is on its axes."""
-    said = [{describe(run) for run in runs} for describe in (*MADE, linear_calibration)]
+    said = [{describe(run) for run in runs} for describe in MADE]
     return [line for lines in said if len(lines) == 1 and (line := lines.pop())] + _reservations(runs)
 
 
@@ -225,4 +225,4 @@ def linear_calibration(run: Run) -> str | None:
 
 
 # What is to be said of every run.
-MADE = (_measuring, _scoring, _calibration, _texts)
+MADE = (_measuring, _scoring, _calibration, _texts, linear_calibration)

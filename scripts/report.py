@@ -39,8 +39,8 @@ def section(results: Results, folder: Path) -> str:
     ours = {name: make for name, make in TABLES.items() if not results.belongs_elsewhere(int(name[len("table") :]))}
     parts = [table for make in ours.values() if (table := make(results))]
     for name, title in TITLES.items():
-        if drawn := draw(name, results):
-            path, notes = drawn
+        if drawing := draw(name, results):
+            path, notes = drawing
             parts.append("\n".join([f"### {title}", "", f"![{title}]({relpath(path, folder)})", "", *notes]).rstrip())
     return "\n\n".join([f"## {PAPER_MODELS.get(results.label, results.label)}", *parts])
 
