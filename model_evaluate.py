@@ -91,7 +91,7 @@ def check_same_model(dense: model_source.Location, measured: model_source.Locati
     A local model may have moved, so its size is compared; one of the hub is known by its id and need not be at hand.
     """
     if dense.is_local:
-        total = model_source.count_dense_parameters(dense, model_source.read_config(dense))
+        total = model_source.count_dense_parameters(dense, model_source.read_config(dense))["total"]
         same = record["parameters"]["before"] == total
     else:
         same = record["model"]["source"] == dense.path

@@ -153,7 +153,7 @@ def prepare(args: argparse.Namespace) -> Job:
     model_source.refuse_unprunable(config, location)
     ids_shape = calibration_shape(args.datasets, args.num_samples, args.seqlen)
     check_seqlen(ids_shape[1], "--datasets" if is_token_file(args.datasets) else "--seqlen", config)
-    total = model_source.count_dense_parameters(location, config)
+    total = model_source.count_dense_parameters(location, config)["total"]
     plan, sparsities = allocate(recipe, config, total, args.sparsity, args.k, args.round_to)
     options = make_options(args, config, recipe, plan)
     # Which layers are calibrated is not known yet, but all corrections have one size.

@@ -1,16 +1,19 @@
-"""Perplexity of a model pruned with other shares of the attention projections, the MLPs losing the rest.
+r"""Perplexity of a model pruned with other shares of the attention projections, the MLPs losing the rest.
 
-    python benchmarks/grouped_heads.py --datasets ids.safetensors --data_dir data --points 0.1:0.2,0.2 0.1:0.5,0
+    python benchmarks/grouped_heads.py --datasets alpaca --data_dir data --ppl a.jsonl,b.jsonl \
+        --points 0.1:0.2,0.2 0.1:0.5,0
 
-A point is SPARSITY:QUERY,KEY or SPARSITY:QUERY,KEY,VALUE_OUTPUT; where value/output is not given it loses what the
-released code takes. About two minutes a point on 2 cores for SmolLM2-135M. All points are measured on the same windows,
-so their differences are surer than their standard errors.
+A point is SPARSITY:QUERY,KEY or SPARSITY:QUERY,KEY,VALUE_OUTPUT, the sparsity a share of the decoder layers; where
+value/output is not given it loses what the released code takes. All points are measured on the same windows, so their
+differences are surer than their standard errors; the record has the windows. Texts that a table reports are no place to
+choose.
 """
 
 import argparse
 import copy
 import sys
 from dataclasses import asdict, dataclass, replace
+from os.path import expanduser
 from pathlib import Path
 
 import torch
@@ -19,15 +22,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from olica.allocation import Sizes, Sparsities, allocate, calibration_rank, released_sparsities, spend_rest  # noqa: E402
 from olica.batch_size import BatchSize  # noqa: E402
-from olica.calibration import build_calibration_set  # noqa: E402
+from olica.calibration import CalibrationSet, build_calibration_set  # noqa: E402
 from olica.checkpoint import check_record_path  # noqa: E402
 from olica.command_line import run_command  # noqa: E402
 from olica.configuration_olica import LayerShape  # noqa: E402
+from olica.cost import count_parameters  # noqa: E402
 from olica.dense_model import DenseModel  # noqa: E402
 from olica.devices import pick_device  # noqa: E402
 from olica.errors import UsageError  # noqa: E402
 from olica.model_source import (  # noqa: E402
+    DTYPES,
     count_dense_parameters,
+    describe_source,
     locate,
     read_config,
     read_model,
@@ -79,9 +85,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data_dir", type=Path, default=Path("data"), help="folder searched first for texts")
     form = "SPARSITY:QUERY,KEY[,VALUE_OUTPUT]"
     parser.add_argument("--points", required=True, nargs="+", type=Point.parse, help=form)
-    parser.add_argument("--ppl", default="wikitext2", help="text of the perplexity")
-    parser.add_argument("--ppl_windows", type=int, default=256, help="windows of 128 tokens")
+    parser.add_argument("--num_samples", type=int, default=128, help="samples drawn from each text")
+    parser.add_argument("--ppl", required=True, help="texts of the perplexity, names or paths joined by commas")
+    parser.add_argument("--ppl_windows", type=int, default=256, help="windows of 128 tokens, of each text")
     parser.add_argument("--mlp_num", type=int, default=6, help="number of MLPs that get a linear calibration")
+    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="to run in; auto: as stored")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run")
     parser.add_argument("--output_path", type=Path, help="file of the record")
     return parser
@@ -97,22 +105,27 @@ def plan_points(points: list[Point], config, total: int) -> list[tuple[list[Laye
     return plans
 
 
-def draw_calibration_ids(args: argparse.Namespace, tokenizer, config) -> torch.Tensor:
-    """The calibration set (N, T) as `model_pruning.py` draws it by default."""
+def draw_calibration_set(args: argparse.Namespace, tokenizer, config) -> CalibrationSet:
+    """The calibration set as `model_pruning.py` draws it by default."""
     return build_calibration_set(
         args.datasets,
         tokenizer,
-        num_samples=128,
+        num_samples=args.num_samples,
         seqlen=128,
         seed=0,
         data_dir=args.data_dir,
         cache_dir=args.data_dir / "calibration",
         vocab_size=config.vocab_size,
-    ).ids
+    )
+
+
+def measure(model, windows: dict[str, torch.Tensor]) -> dict[str, dict]:
+    """Perplexity of every text, each with the negative log-likelihood of every window."""
+    return {name: asdict(perplexity(model, ids, BATCH_SIZE)) for name, ids in windows.items()}
 
 
 def run(args: argparse.Namespace) -> None:
-    """Survey the model once, then prune a copy and measure it for every point."""
+    """Survey the model once, measure it, then prune a copy and measure that for every point."""
     if args.output_path:
         check_record_path(args.output_path, "--output_path")
     location, device = locate(args.base_model), pick_device(args.device)
@@ -120,34 +133,46 @@ def run(args: argparse.Namespace) -> None:
     refuse_unprunable(config, location)
     if tokenizer is None:
         raise UsageError(f"--base_model {args.base_model}: the folder has no tokenizer, which the windows need")
-    ids = draw_calibration_ids(args, tokenizer, config)
-    windows = token_windows(tokenizer, evaluation_text(args.ppl, args.data_dir, flag="--ppl")[0], 128, args.ppl_windows)
-    plans = plan_points(args.points, config, count_dense_parameters(location, config))
+    calibration = draw_calibration_set(args, tokenizer, config)
+    windows = {}
+    for name in args.ppl.split(","):
+        text, _ = evaluation_text(expanduser(name), args.data_dir, flag="--ppl")
+        windows[Path(name).name] = token_windows(tokenizer, text, 128, args.ppl_windows)
+    plans = plan_points(args.points, config, count_dense_parameters(location, config)["decoder_layers"])
     check_mlp_num(args.mlp_num, config.num_hidden_layers, OLICA)
     batch_size, rank = BatchSize(BATCH_SIZE), calibration_rank(config, RATIO)
     options = PruningOptions(PERCDAMP, args.mlp_num, rank, batch_size, device, device)
-    dense, rows = read_model(location), []
-    settings = {name: str(value) for name, value in vars(args).items()}
+    dense = read_model(location, args.dtype)
+    record = {
+        "kind": "grouped heads",
+        "settings": {name: str(value) for name, value in vars(args).items()},
+        "model": describe_source(location, config),
+        "calibration": {"sources": calibration.sources, "token_hash": calibration.token_hash},
+        "dense": {"parameters": count_parameters(dense), "perplexity": measure(dense.to(device), windows)},
+        "points": [],
+        "environment": environment(device),
+    }
+    dense.to("cpu")
     # Neither the bases nor the ranking of the layers depend on the sizes.
     work = (OLICA, options, Progress())
-    survey = survey_layers(DenseModel(dense), ids, plans[0][0], *work)
-    print(f"{'sparsity':>8}{'query':>8}{'key':>8}{'v/o':>8}{'MLPs':>8}{'parameters':>14}{'perplexity':>12}")
+    survey = survey_layers(DenseModel(dense), calibration.ids, plans[0][0], *work)
+    print(f"{'sparsity':>8}{'query':>8}{'key':>8}{'v/o':>8}{'MLPs':>8}{'parameters':>14}  " + "  ".join(windows))
     for point, (plan, shares) in zip(args.points, plans, strict=True):
         plan = choose_calibrated(plan, survey, OLICA, options)
         model = copy.deepcopy(dense)
-        prune_layers(DenseModel(model), ids, plan, survey, *work)
-        measured = perplexity(model.to(device), windows, BATCH_SIZE)
-        rows.append({
+        prune_layers(DenseModel(model), calibration.ids, plan, survey, *work)
+        measured = measure(model.to(device), windows)
+        record["points"].append({
             "sparsity": point.sparsity,
             "shares_removed": asdict(shares),
             "shape": plan[-1].to_dict(),
-            "parameters": model.num_parameters(),
-            "perplexity": asdict(measured),
+            "parameters": count_parameters(model),
+            "perplexity": measured,
         })  # fmt: skip
         lost = "".join(f"{share:>8.3f}" for share in vars(shares).values())
-        print(f"{point.sparsity:>8g}{lost}{model.num_parameters():>14,}{measured.value:>12.2f}", flush=True)
+        values = "  ".join(f"{of_text['value']:.2f}" for of_text in measured.values())
+        print(f"{point.sparsity:>8g}{lost}{model.num_parameters():>14,}  {values}", flush=True)
         if args.output_path:  # after every point: the next one may be stopped
-            record = {"kind": "grouped heads", "settings": settings, "points": rows, "environment": environment(device)}
             write_record(args.output_path, record)
 
 

@@ -24,7 +24,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from .configuration_olica import head_dim
-from .cost import folder_weight_bytes
+from .cost import count_parameters, folder_weight_bytes
 from .devices import is_out_of_memory
 from .errors import UsageError
 from .modeling_olica import FAMILIES
@@ -255,8 +255,8 @@ def bytes_per_weight(location: Location, config: PreTrainedConfig, dtype: str) -
     return named.itemsize if isinstance(named, torch.dtype) else torch.float32.itemsize
 
 
-def count_dense_parameters(location: Location, config: PreTrainedConfig) -> int:
-    """Parameters of the dense model of `config`, tied ones once; no weight is read or made.
+def count_dense_parameters(location: Location, config: PreTrainedConfig) -> dict[str, int]:
+    """`cost.count_parameters` of the dense model of `config`; no weight is read or made.
 
     Raises:
         UsageError: transformers cannot build a model of it.
@@ -264,7 +264,7 @@ def count_dense_parameters(location: Location, config: PreTrainedConfig) -> int:
     with explained(location, "its configuration describes no model that can be built"), torch.device("meta"):
         if config.num_hidden_layers < 1:
             raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}")
-        return AutoModelForCausalLM.from_config(config).num_parameters()
+        return count_parameters(AutoModelForCausalLM.from_config(config))
 
 
 def read_tokenizer(location: Location) -> PreTrainedTokenizerBase | None:

@@ -28,7 +28,7 @@ OLICA = RECIPES["olica"]
 
 
 def dense_parameters(config) -> int:
-    return count_dense_parameters(Location("a model in memory", ".", "--base_model"), config)
+    return count_dense_parameters(Location("a model in memory", ".", "--base_model"), config)["total"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,59 @@
+"""Cut the texts of a data folder into rows that calibrate and rows that measure, so that no row ever does both.
+
+    python scripts/split_texts.py --data_dir DATA --output_dir SPLIT
+
+Of C4's first 1,000 documents the first 500 are for calibration and choices, the other 500 for reporting; of the eleven
+novels nine are for calibration and two for reporting. Writes c4_calibrate.jsonl, c4_report.jsonl,
+novels_calibrate.jsonl and novels_report.jsonl, to be given by their paths.
+"""
+
+import argparse
+import gzip
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from olica.command_line import run_command  # noqa: E402
+from olica.errors import UsageError  # noqa: E402
+
+C4, C4_CALIBRATES = "c4_en_train_first1000.jsonl.gz", 500
+NOVELS = "public_domain_novels.jsonl.gz"
+NOVELS_REPORTED = ("H. G. Wells, The War of the Worlds", "Zane Grey, Riders of the Purple Sage")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The two folders."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data_dir", type=Path, required=True, help=f"folder with {C4} and {NOVELS}")
+    parser.add_argument("--output_dir", type=Path, required=True, help="receives the parts")
+    return parser
+
+
+def read(path: Path) -> list[dict]:
+    """The rows of a gzipped .jsonl."""
+    if not path.is_file():
+        raise UsageError(f"--data_dir: there is no {path}")
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the four parts."""
+    documents, passages = read(args.data_dir / C4), read(args.data_dir / NOVELS)
+    parts = {
+        "c4_calibrate": documents[:C4_CALIBRATES],
+        "c4_report": documents[C4_CALIBRATES:],
+        "novels_calibrate": [row for row in passages if row["book"] not in NOVELS_REPORTED],
+        "novels_report": [row for row in passages if row["book"] in NOVELS_REPORTED],
+    }
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    for name, rows in parts.items():
+        path = args.output_dir / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        print(f"{path}: {len(rows)} rows")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(build_parser(), run))
