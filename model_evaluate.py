@@ -31,6 +31,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="dense model: name, hub id, folder or .gguf file (7b, or what --checkpoint's record says)",
     )
     add("--sparsity", type=float, default=0.2, help="with --base_model, finds the checkpoint in --save_dir")
+    add(
+        "--sparsity_of",
+        default=checkpoint.SPARSITY_OF[0],
+        choices=checkpoint.SPARSITY_OF,
+        help="what --sparsity is a share of, as it was given to model_pruning.py",
+    )
     add("--save_dir", type=expanduser, default="./pruned_models", help="folder that received the checkpoint's folder")
     add("--checkpoint", type=expanduser, help="measure this model instead: a folder, name, hub id or .gguf file")
     add("--with_dense", action="store_true", help="measure the dense --base_model in the same call")
@@ -71,11 +77,17 @@ def find_models(args: argparse.Namespace) -> dict[str, model_source.Location]:
         measured, base = model_source.locate(args.checkpoint, "--checkpoint"), None
     else:
         base = model_source.locate(args.base_model or DEFAULT_BASE_MODEL)
-        folder = checkpoint.checkpoint_folder(args.save_dir, base.label, args.sparsity)
+        found_by = {"sparsity": args.sparsity, "sparsity_of": args.sparsity_of}
+        folder = checkpoint.checkpoint_folder(args.save_dir, base.label, **found_by)
         if not folder.is_dir():
             raise UsageError(f"--save_dir: there is no {folder}; prune the model first, or name one with --checkpoint")
         measured = model_source.locate(str(folder), "--save_dir")
     record = records.read_pruning_record(measured.path)
+    if base and record and records.has_former_shares(record):
+        raise UsageError(
+            f"--save_dir: {measured.path} was pruned when {record['settings']['recipe']} had other shares for grouped "
+            "heads; prune anew, or name it with --checkpoint"
+        )
     name = args.base_model or (record["model"]["name"] if record and args.with_dense else None)
     if args.with_dense and name is None:
         raise UsageError("--with_dense: the checkpoint has no record of its dense model; name it with --base_model")

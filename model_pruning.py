@@ -16,6 +16,7 @@ from olica.allocation import (
     allocate,
     calibration_rank,
     describe_plan,
+    jumps,
     with_calibration,
 )
 from olica.batch_size import BatchSize
@@ -28,7 +29,7 @@ from olica.memory import Task, expected_peaks, fit_batch_size
 from olica.model_card import write_card
 from olica.options import PruningOptions, check_mlp_num
 from olica.pruning import prune_layers
-from olica.recipes import RECIPES, Recipe
+from olica.recipes import RECIPES, Recipe, recipe_name
 from olica.run_folder import RunFolder
 from olica.survey import choose_calibrated, survey_layers
 
@@ -56,8 +57,20 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seqlen", type=int, default=128, help="tokens per sample")
     add("--seed", type=int, default=0, help="seed of the draw")
     add = parser.add_argument_group("pruning").add_argument
-    add("--recipe", default="olica", choices=[*RECIPES], help="what is computed at each stage, see the README")
-    add("--sparsity", type=float, default=0.2, help="share of the whole model's parameters to remove, in [0, 1)")
+    add(
+        "--recipe",
+        default="olica",
+        type=recipe_name,
+        choices=[*RECIPES],
+        help="what is computed at each stage, see the README",
+    )
+    add("--sparsity", type=float, default=0.2, help="share of the parameters to remove, in [0, 1)")
+    add(
+        "--sparsity_of",
+        default=checkpoint.SPARSITY_OF[0],
+        choices=checkpoint.SPARSITY_OF,
+        help="what --sparsity is a share of: the whole model, or its decoder layers",
+    )
     add("--k", type=float, default=3.0, help="how many times the share of value/output query/key lose")
     add("--mlp_num", type=int, default=6, help="number of MLPs that get a linear calibration")
     add("--ratio", type=float, default=0.03, help="rank of a calibration, a share of the hidden size in (0, 1]")
@@ -102,6 +115,22 @@ def check_numbers(args: argparse.Namespace) -> None:
         raise UsageError(f"--batch_size {args.batch_size} must be at least 1")
 
 
+# Layers that lose so many times what was asked are warned of: the embedding, which is not pruned, has the rest.
+WARNED_RATIO = 1.5
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Parameters of the dense model and of the planned one, as `cost.count_parameters` gives them."""
+
+    before: dict[str, int]
+    planned: dict[str, int]
+
+    def lost(self, part: str) -> float:
+        """Share of the "total", or of the "decoder_layers", that the plan removes."""
+        return 1 - self.planned[part] / self.before[part]
+
+
 @dataclass(frozen=True)
 class Job:
     """All that is decided before a weight is read."""
@@ -112,7 +141,8 @@ class Job:
     options: PruningOptions
     plan: list[LayerShape]
     sparsities: Sparsities
-    parameters: dict[str, int]
+    jumps: list[str]
+    parameters: Parameters
     bytes_per_weight: int
     disk_bytes: int
     memory: dict[str, int | None]
@@ -153,16 +183,17 @@ def prepare(args: argparse.Namespace) -> Job:
     model_source.refuse_unprunable(config, location)
     ids_shape = calibration_shape(args.datasets, args.num_samples, args.seqlen)
     check_seqlen(ids_shape[1], "--datasets" if is_token_file(args.datasets) else "--seqlen", config)
-    total = model_source.count_dense_parameters(location, config)["total"]
-    plan, sparsities = allocate(recipe, config, total, args.sparsity, args.k, args.round_to)
+    dense = model_source.count_dense_parameters(location, config)
+    whole = dense["total" if args.sparsity_of == "model" else "decoder_layers"]
+    plan, sparsities = allocate(recipe, config, whole, args.sparsity, args.k, args.round_to)
     options = make_options(args, config, recipe, plan)
     # Which layers are calibrated is not known yet, but all corrections have one size.
     sized = with_calibration(plan, list(range(options.mlp_num)), options.calibration_rank)
     bytes_per_weight = model_source.bytes_per_weight(location, config, args.dtype)
-    task = Task(config, total, plan[0], ids_shape, bytes_per_weight, recipe, is_streamed(location))
+    task = Task(config, dense["total"], plan[0], ids_shape, bytes_per_weight, recipe, is_streamed(location))
     if args.batch_size == "auto":
         fit_batch_size(task, options)
-    planned = checkpoint.pruned_skeleton(config, sized).num_parameters()
+    planned = cost.count_parameters(checkpoint.pruned_skeleton(config, sized))
     return Job(
         recipe=recipe,
         location=location,
@@ -170,23 +201,35 @@ def prepare(args: argparse.Namespace) -> Job:
         options=options,
         plan=plan,
         sparsities=sparsities,
-        parameters={"before": total, "planned": planned},
+        jumps=jumps(recipe, config, whole, args.sparsity, args.k),
+        parameters=Parameters(dense, planned),
         bytes_per_weight=bytes_per_weight,
-        disk_bytes=planned * bytes_per_weight + 2 * task.states,  # two, while one takes the place of the other
+        disk_bytes=planned["total"] * bytes_per_weight + 2 * task.states,  # two, while one takes the place of the other
         memory=expected_peaks(task, options),
-        folder=checkpoint.checkpoint_folder(args.save_dir, location.label, args.sparsity, recipe.name),
+        folder=checkpoint.checkpoint_folder(
+            args.save_dir, location.label, args.sparsity, recipe.name, args.sparsity_of
+        ),
     )
 
 
-def print_plan(job: Job) -> None:
-    """Print the sizes of the layers, the parameters and the expected peak memory."""
-    before, after = job.parameters["before"], job.parameters["planned"]
+def print_plan(job: Job, sparsity: float) -> None:
+    """Print the sizes of the layers, the parameters and the expected peak memory; warn where layers lose far more."""
+    before, after = job.parameters.before["total"], job.parameters.planned["total"]
     rank, number = job.options.calibration_rank, job.options.mlp_num
     size = job.bytes_per_weight / 1e9
     print(describe_plan(job.plan))
     if number:
         print(f"and a correction of rank {rank} beside {number} MLPs, which the survey chooses")
-    print(f"parameters   {before:,} -> {after:,}, sparsity {1 - after / before:.4f}")
+    of_model, of_layers = job.parameters.lost("total"), job.parameters.lost("decoder_layers")
+    print(f"parameters   {before:,} -> {after:,}, sparsity {of_model:.4f} of the model, {of_layers:.4f} of its layers")
+    for jump in job.jumps:
+        print(f"note         {jump}: between the two the shares of --recipe {job.recipe.name} jump")
+    if of_layers > WARNED_RATIO * sparsity:
+        print(
+            f"note         the decoder layers lose {of_layers:.0%}, since they are but "
+            f"{job.parameters.before['decoder_layers'] / before:.0%} of the model and nothing else is pruned; "
+            "--sparsity_of layers takes --sparsity as their share"
+        )
     print(f"weights      {before * size:.3f} GB -> {after * size:.3f} GB")
     device = f", device {job.memory['device_bytes'] / 1e9:.2f} GB" if job.memory["device_bytes"] else ""
     print(f"peak memory  host {job.memory['host_bytes'] / 1e9:.2f} GB{device} (expected)")
@@ -265,10 +308,15 @@ def make_record(
         "shares_removed": asdict(job.sparsities),
         "plan": [shape.to_dict() for shape in plan],
         "calibrated_layers": [index for index, shape in enumerate(plan) if shape.calibration_rank],
-        "parameters": job.parameters
-        | {"after": after["total"]}
-        | {"decoder_layers_before": before["decoder_layers"], "decoder_layers_after": after["decoder_layers"]},
+        "parameters": {
+            "before": before["total"],
+            "planned": job.parameters.planned["total"],
+            "after": after["total"],
+            "decoder_layers_before": before["decoder_layers"],
+            "decoder_layers_after": after["decoder_layers"],
+        },
         "measured_sparsity": 1 - after["total"] / before["total"],
+        "measured_sparsity_of_layers": 1 - after["decoder_layers"] / before["decoder_layers"],
         "batch_size": job.options.batch_size.size,
         "expected_peak_memory": job.memory,
         "environment": records.environment(job.options.device),
@@ -281,7 +329,9 @@ def print_result(job: Job, record: dict) -> None:
     print(f"calibrated layers {record['calibrated_layers']}")
     print(f"parameters   {parameters['before']:,} -> {parameters['after']:,} (whole model)")
     print(f"             {parameters['decoder_layers_before']:,} -> {parameters['decoder_layers_after']:,} (layers)")
-    print(f"sparsity     {record['measured_sparsity']:.4f} measured, {record['settings']['sparsity']:g} asked for")
+    asked = f"{record['settings']['sparsity']:g} of the {record['settings']['sparsity_of']}"
+    print(f"sparsity     {record['measured_sparsity']:.4f} of the model, ", end="")
+    print(f"{record['measured_sparsity_of_layers']:.4f} of its layers; asked for {asked}")
     for name, row in record["stages"].items():
         device = f", device {row['device_bytes'] / 1e9:.2f} GB" if row["device_bytes"] else ""
         print(f"{name:<16} {row['minutes'] * 60:7.1f} s, peak host {row['host_bytes'] / 1e9:.2f} GB{device}")
@@ -291,7 +341,7 @@ def print_result(job: Job, record: dict) -> None:
 def run(args: argparse.Namespace) -> None:
     """Plan; unless that was all, check the output folder, prune, save and print what was done."""
     job = prepare(args)
-    print_plan(job)
+    print_plan(job, args.sparsity)
     if args.dry_run:
         return
     checkpoint.check_folder(job.folder)

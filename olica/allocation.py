@@ -18,7 +18,9 @@ RELEASED_SPLIT = 0.4
 # The fields of `Sparsities` in the words of messages.
 PARTS = {"query": "queries", "key": "keys", "value_output": "value and output projections", "feed_forward": "MLPs"}
 # Where heads are grouped: the least and the most that the query projections lose while the key projections stay dense.
-QUERY_ALONE = (0.5, 0.6)
+LEAST_ALONE, MOST_ALONE = 0.5, 0.6
+# Two sparsities so far apart should give much the same sizes: none may change by this share of its dense size.
+NEIGHBOURS, JUMP = 0.01, 0.15
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Sizes:
     """Parameters of the weight matrices of the dense model, from its configuration.
 
     Attributes:
-        total: the whole model, embeddings and head included, tied ones once.
+        total: what a sparsity is a share of: the whole model, tied embeddings once, or its decoder layers.
         query, key, value_output, feed_forward: of one decoder layer.
         layers: L.
     """
@@ -40,7 +42,7 @@ class Sizes:
 
     @classmethod
     def of(cls, config, total: int) -> "Sizes":
-        """Sizes of the model of `config`, whose parameters number `total`."""
+        """Sizes of the model of `config`, of whose parameters `total` are what a sparsity is a share of."""
         query = config.hidden_size * head_dim(config) * config.num_attention_heads
         key = config.hidden_size * head_dim(config) * config.num_key_value_heads
         mlp = 3 * config.hidden_size * config.intermediate_size
@@ -63,7 +65,7 @@ class Sparsities:
 
 
 def spend_rest(sizes: Sizes, sparsity: float, query: float, key: float, value_output: float) -> Sparsities:
-    """Let the MLPs lose what is missing to `sparsity` of the whole model."""
+    """Let the MLPs lose what is missing to `sparsity` of the total."""
     attention = sizes.query * query + sizes.key * key + sizes.value_output * value_output
     rest = sparsity * sizes.total - sizes.layers * attention
     return Sparsities(query, key, value_output, rest / (sizes.layers * sizes.feed_forward))
@@ -77,20 +79,22 @@ def released_sparsities(sizes: Sizes, sparsity: float, k: float) -> Sparsities:
 
 
 def grouped_sparsities(sizes: Sizes, sparsity: float, k: float) -> Sparsities:
-    """The released allocation; with grouped heads the keys stay dense while the queries can lose query/key's part.
+    """The released allocation; with grouped heads the keys stay dense as long as the queries can lose their part.
 
     A grouped key is read by H/K query heads: its projection is small, so factors save little, and what they lose is
-    lost to all of these heads. The queries lose as much as both would have lost, but half at the least, since a pair of
-    factors that saves little has lost much rank already. Where the MLPs would have to grow for that, the queries stay
-    dense too. The limits are those that served SmolLM2-135M best (README, "Grouped heads").
+    lost to all of these heads. So the queries lose as much as both would have lost: no less than LEAST_ALONE, since
+    factors that save little have lost much rank already, which spares the MLPs; and no more than MOST_ALONE, above
+    which the keys take over what is missing until both lose the released share. Where the MLPs would have to grow for
+    LEAST_ALONE, the queries stay dense too. `results/choices` has the records by which both limits were chosen.
     """
     released = released_sparsities(sizes, sparsity, k)
-    least, most = QUERY_ALONE
-    query = max(least, released.query * (1 + sizes.key / sizes.query))
-    if sizes.key == sizes.query or round(query, 6) > most:  # 0.4 * 1.5 is a hair above 0.6
+    if sizes.key == sizes.query:
         return released
-    alone = spend_rest(sizes, sparsity, query, 0.0, released.value_output)
-    return alone if alone.feed_forward >= 0 else spend_rest(sizes, sparsity, 0.0, 0.0, released.value_output)
+    alone = released.query * (1 + sizes.key / sizes.query)
+    query = max(LEAST_ALONE, min(alone, MOST_ALONE), released.query)
+    key = max(0.0, alone - query) * sizes.query / sizes.key
+    shares = spend_rest(sizes, sparsity, query, key, released.value_output)
+    return shares if shares.feed_forward >= 0 else spend_rest(sizes, sparsity, 0.0, 0.0, released.value_output)
 
 
 def paper_sparsities(sizes: Sizes, sparsity: float, k: float) -> Sparsities:
@@ -211,12 +215,12 @@ def round_shape(shape: LayerShape, config, multiple: int) -> LayerShape:
 def allocate(
     recipe, config, total: int, sparsity: float, k: float, round_to: int = 1
 ) -> tuple[list[LayerShape], Sparsities]:
-    """Sizes of every decoder layer for a target sparsity of the whole model.
+    """Sizes of every decoder layer for a target sparsity.
 
     Args:
         recipe: names the functions `sparsities`, `kept` and `value_output` (`olica.recipes.Recipe`).
         config: of the dense model.
-        total: its parameters, tied ones once.
+        total: the parameters that `sparsity` is a share of: all of the model's, tied ones once, or its decoder layers'.
         sparsity: share of `total` to remove, in [0, 1).
         k: how many times the share of value/output query/key lose.
         round_to: sizes become multiples of it; 1 leaves them as they come.
@@ -227,25 +231,63 @@ def allocate(
     Raises:
         UsageError: impossible for this model; names the largest sparsity that is possible.
     """
-    sizes, width = Sizes.of(config, total), head_dim(config)
+    width = head_dim(config)
     if not 1 <= round_to <= width:
         raise UsageError(f"--round_to {round_to} is outside 1 to {width}, the width of this model's heads")
-
-    def attempt(target: float) -> tuple[LayerShape, Sparsities]:
-        sparsities = recipe.sparsities(sizes, target, k)
-        shape = uniform_shape(config, sparsities, recipe.kept, recipe.value_output.is_factorised)
-        return round_shape(shape, config, round_to), sparsities
-
     try:
-        shape, sparsities = attempt(sparsity)
+        shape, sparsities = _attempt(recipe, config, total, sparsity, k, round_to)
     except ValueError as error:
-        largest = _largest_possible(attempt, sparsity)
+        largest = _largest_possible(lambda target: _attempt(recipe, config, total, target, k, round_to), sparsity)
         rounding = f" --round_to {round_to}" if round_to > 1 else ""
         raise UsageError(
             f"--sparsity {sparsity:g} is impossible for this model with --recipe {recipe.name} --k {k:g}{rounding}: "
             f"{error}; the largest possible is {largest:.3f}"
         ) from error
     return [shape] * config.num_hidden_layers, sparsities
+
+
+def _attempt(
+    recipe, config, total: int, sparsity: float, k: float, round_to: int = 1
+) -> tuple[LayerShape, Sparsities]:
+    """The sizes of every layer and their shares; raises ValueError where they are impossible."""
+    sparsities = recipe.sparsities(Sizes.of(config, total), sparsity, k)
+    shape = uniform_shape(config, sparsities, recipe.kept, recipe.value_output.is_factorised)
+    return round_shape(shape, config, round_to), sparsities
+
+
+def jumps(recipe, config, total: int, sparsity: float, k: float) -> list[str]:
+    """Sizes that are quite others at a neighbouring sparsity, in words; empty where the recipe's rule is smooth.
+
+    Factors that save next to nothing have lost rank already, so that every rule jumps where it begins with them.
+    Arguments as of `allocate`, which does not refuse them.
+    """
+    sizes, found = _effective_sizes(config, _attempt(recipe, config, total, sparsity, k)[0]), []
+    for neighbour in (sparsity - NEIGHBOURS, sparsity + NEIGHBOURS):
+        try:
+            there = _effective_sizes(config, _attempt(recipe, config, total, neighbour, k)[0])
+        except ValueError:  # impossible
+            continue
+        dense = _effective_sizes(config, uniform_shape(config, Sparsities(0, 0, 0, 0), recipe.kept))
+        changed = [
+            f"{name} is {there[name]}, here {size}"
+            for name, size in sizes.items()
+            if abs(there[name] - size) > JUMP * dense[name]
+        ]
+        if changed:
+            found.append(f"at --sparsity {neighbour:g} {', '.join(changed)}")
+    return found
+
+
+def _effective_sizes(config, shape: LayerShape) -> dict[str, int]:
+    """The sizes of a layer by their names in messages; a matrix without factors has its full rank."""
+    hidden, width = config.hidden_size, head_dim(config)
+    query, key = (min(hidden, heads * width) for heads in (config.num_attention_heads, config.num_key_value_heads))
+    return {
+        "the rank of q": shape.q_rank or query,
+        "the rank of k": shape.k_rank or key,
+        "the width of a value head": shape.v_head_dim,
+        "the number of channels": shape.intermediate_size,
+    }
 
 
 def _largest_possible(attempt: Callable, below: float) -> float:

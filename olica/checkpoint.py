@@ -18,12 +18,17 @@ from .modeling_olica import FAMILIES
 from .run_folder import RunFolder
 
 DEFAULT_RECIPE = "olica"
+# What `--sparsity` is a share of: the whole model, as in the paper, or the decoder layers alone.
+SPARSITY_OF = ("model", "layers")
 
 
-def checkpoint_folder(save_dir: str, label: str, sparsity: float, recipe: str = DEFAULT_RECIPE) -> Path:
-    """Where a pruned model is saved; the default recipe is not named, so that evaluation finds it by two flags."""
+def checkpoint_folder(
+    save_dir: str, label: str, sparsity: float, recipe: str = DEFAULT_RECIPE, sparsity_of: str = SPARSITY_OF[0]
+) -> Path:
+    """Where a pruned model is saved; defaults are not named, so that evaluation finds it by two flags."""
+    of = "" if sparsity_of == SPARSITY_OF[0] else f"_of-{sparsity_of}"
     suffix = "" if recipe == DEFAULT_RECIPE else f"_{recipe}"
-    return Path(save_dir) / f"{label}_sparsity-{sparsity:g}{suffix}"
+    return Path(save_dir) / f"{label}_sparsity-{sparsity:g}{of}{suffix}"
 
 
 def check_writable(path: Path, flag: str) -> Path:

@@ -78,10 +78,10 @@ def regress_residual(recipe: Recipe, layer: Projections, moments: Moments, shape
     return linear_calibration.residual_sums(layer, moments, recipe.kept_channels(layer, moments, shape))
 
 
-# The released code's arithmetic, which made the paper's tables; how grouped heads share the loss is ours.
+# The released code's arithmetic, which made the paper's tables; grouped heads lose what its rule says of plain ones.
 OLICA = Recipe(
     name="olica",
-    sparsities=allocation.grouped_sparsities,
+    sparsities=allocation.released_sparsities,
     kept=allocation.kept_by_code,
     dense_stream=False,
     query_key=query_key.low_rank_query_key,
@@ -98,8 +98,8 @@ RECIPES = {
     recipe.name: recipe
     for recipe in (
         OLICA,
-        # The released code's shares for grouped heads too, of which it knows nothing.
-        replace(OLICA, name="olica-released", sparsities=allocation.released_sparsities),
+        # Ours: other shares where heads are grouped, of which the released code knows nothing.
+        replace(OLICA, name="olica-grouped", sparsities=allocation.grouped_sparsities),
         Recipe(  # the paper's text: equations 4 to 11, Algorithm 1, Appendix A
             name="olica-paper",
             sparsities=allocation.paper_sparsities,
@@ -130,3 +130,11 @@ RECIPES = {
         ),
     )
 }
+
+# Other names of recipes: this one was once another row.
+ALIASES = {"olica-released": "olica"}
+
+
+def recipe_name(text: str) -> str:
+    """The name in `RECIPES` of the recipe that a user calls `text`."""
+    return ALIASES.get(text, text)

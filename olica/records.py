@@ -118,6 +118,15 @@ def read_pruning_record(folder: str | Path) -> dict | None:
     return record
 
 
+def has_former_shares(record: dict) -> bool:
+    """Whether a pruning was made when `olica`, and what is built on it, had shares of its own for grouped heads.
+
+    Its keys then lost less than its queries, which the released rule, now that of these recipes, never has.
+    """
+    shares = record.get("shares_removed", {})
+    return shares.get("query") != shares.get("key") and record["settings"]["recipe"] != "olica-grouped"
+
+
 def latest_comparison(folder: str | Path) -> dict | None:
     """The newest record in a checkpoint's folder of a perplexity measured beside the dense model's, or None.
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from .records import has_former_shares
+
 PAPER = Path(__file__).parents[1] / "results/paper"
 TEXT = "wikitext2"
 # Names of models in `MODEL_NAMES` and in the paper.
@@ -24,7 +26,7 @@ PAPER_MODELS = {
 
 
 # What a pruning was asked for, beside its calibration set.
-PRUNING_SETTINGS = ("sparsity", "recipe", "k", "mlp_num", "ratio", "percdamp", "round_to", "seed")
+PRUNING_SETTINGS = ("sparsity", "k", "mlp_num", "ratio", "percdamp", "round_to", "seed")
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Run:
         settings, (samples, tokens) = self.pruning["settings"], self.pruning["calibration"]["ids"]
         measured, result = self.evaluation["settings"], self.result
         made = {name: settings.get(name) for name in PRUNING_SETTINGS}
-        made |= {"samples": samples, "tokens": tokens, "texts": self.texts}
+        made |= {"recipe": self.recipe, "samples": samples, "tokens": tokens, "texts": self.texts}
         made |= {name: self.perplexity[name] for name in ("windows", "seqlen", "bos", "fingerprint")}
         made |= {"dtype": result["dtype"], "limit": measured["limit"]}
         return {name: value for name, value in made.items() if name not in but}
@@ -80,8 +82,9 @@ class Run:
 
     @property
     def recipe(self) -> str:
-        """Of the pruning."""
-        return self.pruning["settings"]["recipe"]
+        """Of the pruning; one whose shares of grouped heads were others then is named apart."""
+        recipe = self.pruning["settings"]["recipe"]
+        return f"{recipe}, former shares" if has_former_shares(self.pruning) else recipe
 
     @property
     def sparsity(self) -> float:
@@ -174,10 +177,11 @@ def protocol(runs: dict[str, Run]) -> list[str]:
 def told_apart(describe: Callable[[Run], str | None], runs: dict[str, Run]) -> list[str]:
     """What is to be said of the runs, each thing once, with the names of the runs where it does not hold of all."""
     said = {name: line for name, run in runs.items() if (line := describe(run))}
+    asked = [name for name, run in runs.items() if name in said or run.pruning]
     lines = []
     for line in dict.fromkeys(said.values()):
         names = [name for name, of_run in said.items() if of_run == line]
-        lines.append(line if len(names) == len(said) else f"{line[:-1]} ({', '.join(names)}).")
+        lines.append(line if len(names) == len(asked) else f"{line[:-1]} ({', '.join(names)}).")
     return lines
 
 
@@ -224,5 +228,16 @@ def linear_calibration(run: Run) -> str | None:
     return f"MLPs with linear calibration: {number}{f', of rank {ratio:g} of the hidden size' if number else ''}."
 
 
+def _shares(run: Run) -> str | None:
+    if not run.pruning or not has_former_shares(run.pruning):
+        return None
+    shares = run.pruning["shares_removed"]
+    return (
+        f"Recorded when `{run.pruning['settings']['recipe']}` had other shares for grouped heads, chosen on the text "
+        f"of this table: q {shares['query']:.0%}, k {shares['key']:.0%}, v and o {shares['value_output']:.0%}, MLPs "
+        f"{shares['feed_forward']:.0%}."
+    )
+
+
 # What is to be said of every run.
-MADE = (_measuring, _scoring, _calibration, _texts, linear_calibration)
+MADE = (_measuring, _scoring, _calibration, _texts, linear_calibration, _shares)

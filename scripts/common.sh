@@ -62,7 +62,8 @@ dense() {
 # pruned NAME MEASURES FLAGS...: prune with these flags, unless that is done for another table, and measure the result.
 pruned() {
     local out=$RECORDS/$1 measures=$2; shift 2
-    local pruning="--base_model $MODEL --datasets $DATASETS --num_samples $NUM_SAMPLES $*"
+    # What the sparsity is a share of is named, since flags of before it could be meant other shares of grouped heads.
+    local pruning="--base_model $MODEL --datasets $DATASETS --num_samples $NUM_SAMPLES --sparsity_of model $*"
     local flags="$pruning --dtype $DTYPE $measures" keep=${KEEP:-yes}
     recorded "$flags" "$out/flags" "$out/evaluation.json" "$out/pruning.json" && return
     rm -f "$out/flags"

@@ -1,8 +1,10 @@
 import pytest
 from conftest import make_llama
-from transformers import LlamaConfig
+from transformers import Gemma3TextConfig, LlamaConfig
 
 from olica.allocation import (
+    LEAST_ALONE,
+    MOST_ALONE,
     RELEASED_SPLIT,
     Sizes,
     allocate,
@@ -11,6 +13,7 @@ from olica.allocation import (
     describe_plan,
     factor_rank,
     grouped_sparsities,
+    jumps,
     paper_sparsities,
     released_sparsities,
     round_shape,
@@ -27,8 +30,8 @@ LLAMA_7B = LlamaConfig()  # the defaults of the class are LLaMA-7B
 OLICA = RECIPES["olica"]
 
 
-def dense_parameters(config) -> int:
-    return count_dense_parameters(Location("a model in memory", ".", "--base_model"), config)["total"]
+def dense_parameters(config, part: str = "total") -> int:
+    return count_dense_parameters(Location("a model in memory", ".", "--base_model"), config)[part]
 
 
 @pytest.mark.parametrize(
@@ -68,6 +71,13 @@ SMOLLM2 = LlamaConfig(
     vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
     num_key_value_heads=3, tie_word_embeddings=True,
 )  # fmt: skip
+LLAMA3_8B = LlamaConfig(
+    vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8
+)
+GEMMA3_270M = Gemma3TextConfig(
+    vocab_size=262144, hidden_size=640, intermediate_size=2048, num_hidden_layers=18, num_attention_heads=4,
+    num_key_value_heads=1, head_dim=256,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -86,9 +96,38 @@ def test_grouped_queries_lose_for_the_keys_while_they_can(sparsity, query, key):
 
 def test_a_half_is_no_hair_too_much():
     config = make_llama(num_key_value_heads=2).config  # half as many as query heads, so 0.4 of both is 0.6 of q
-    sizes = Sizes.of(config, dense_parameters(config))
-    assert grouped_sparsities(sizes, 0.2, 3.0).key == 0
-    assert grouped_sparsities(sizes, 0.201, 3.0).key > 0
+    plan, _ = allocate(RECIPES["olica-grouped"], config, dense_parameters(config), 0.2, 3.0)
+    assert plan[0].k_rank == 0
+
+
+@pytest.mark.parametrize("config", [SMOLLM2, LLAMA3_8B, GEMMA3_270M], ids=["smollm2", "llama3-8b", "gemma3-270m"])
+def test_keys_take_over_from_queries_without_a_jump(config):
+    sizes = Sizes.of(config, dense_parameters(config, "decoder_layers"))
+    ratio, before = sizes.key / sizes.query, None
+    for thousandths in range(1, 400):
+        sparsity = thousandths / 1000
+        shares = grouped_sparsities(sizes, sparsity, 3.0)
+        if shares.query == 0:
+            assert before is None and shares.key == 0, "only where there is too little to lose"
+            continue
+        if before:
+            steps = [abs(share - old) for share, old in zip(vars(shares).values(), vars(before).values(), strict=True)]
+            assert max(steps) < 0.002 * (1 + 1 / ratio) + 1e-9  # what q loses less of, k loses 1 / ratio times as much
+        before = shares
+        lost = shares.query + ratio * shares.key
+        assert lost == pytest.approx(max(LEAST_ALONE, 2 * sparsity * (1 + ratio)))
+        assert shares.key == 0 or shares.query >= MOST_ALONE
+        assert 2 * sparsity < MOST_ALONE or shares.key == pytest.approx(shares.query)
+
+
+def test_sizes_that_jump_are_named():
+    grouped, total = RECIPES["olica-grouped"], dense_parameters(SMOLLM2)
+    assert jumps(grouped, SMOLLM2, total, 0.1, 3.0) == jumps(OLICA, SMOLLM2, total, 0.2, 3.0) == []
+    (words,) = jumps(grouped, SMOLLM2, total, 0.03, 3.0)
+    assert words == "at --sparsity 0.04 the rank of q is 144, here 576"
+    (words,) = jumps(grouped, SMOLLM2, total, 0.225, 3.0)  # queries lose MOST_ALONE, keys little more than nothing
+    assert words.startswith("at --sparsity 0.235 the rank of k is ") and words.endswith(", here 192")
+    assert jumps(OLICA, SMOLLM2, total, 0.0, 3.0)[0].startswith("at --sparsity 0.01 the rank of q is 283, here 576")
 
 
 def test_where_attention_is_wide_the_mlps_never_grow_for_it():
@@ -116,9 +155,24 @@ def test_sparsity_zero_leaves_every_size():
     assert plan == [LayerShape(0, 0, 16, 176)] * 3
 
 
-LLAMA3_8B = LlamaConfig(
-    vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8
+@pytest.mark.parametrize(
+    ("sparsity", "shape"),
+    # By hand: q loses 2 s of 576 x 576 and k of 192 x 576 (above 0.4: 1.5 s), heads of 64 lose s / 2.
+    [(0.1, LayerShape(231, 116, 61, 1341)), (0.2, LayerShape(173, 87, 58, 1146)), (0.5, LayerShape(72, 36, 48, 495))],
 )
+def test_olica_gives_grouped_heads_the_shares_of_plain_ones(sparsity, shape):
+    plan, shares = allocate(OLICA, SMOLLM2, dense_parameters(SMOLLM2), sparsity, 3.0)
+    assert shares.query == shares.key == pytest.approx(2 * sparsity if sparsity <= RELEASED_SPLIT else 1.5 * sparsity)
+    assert plan == [shape] * 30
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES])
+@pytest.mark.parametrize("sparsity", [0.1, 0.2, 0.33])
+def test_a_sparsity_of_the_layers_is_theirs(recipe, sparsity):
+    dense = dense_parameters(SMOLLM2, "decoder_layers")
+    plan, _ = allocate(RECIPES[recipe], SMOLLM2, dense, sparsity, 3.0)
+    left = sum(p.numel() for p in pruned_skeleton(SMOLLM2, plan).model.layers.parameters())
+    assert 1 - left / dense == pytest.approx(sparsity, abs=0.006)  # a size is a whole number
 
 
 def layer_parameters(config, shape: LayerShape) -> int:

@@ -120,6 +120,10 @@ def test_folders_are_named_by_model_sparsity_and_recipe():
     assert checkpoint_folder("out", "7b", 0.2) == Path("out/7b_sparsity-0.2")
     assert checkpoint_folder("out", "7b", 0.2, "olica") == checkpoint_folder("out", "7b", 0.2)
     assert checkpoint_folder("out", "7b", 0.33, "olica-paper") == Path("out/7b_sparsity-0.33_olica-paper")
+    assert checkpoint_folder("out", "7b", 0.2, sparsity_of="model") == checkpoint_folder("out", "7b", 0.2)
+    assert checkpoint_folder("out", "7b", 0.2, sparsity_of="layers") == Path("out/7b_sparsity-0.2_of-layers")
+    both = checkpoint_folder("out", "7b", 0.2, "olica-paper", "layers")
+    assert both == Path("out/7b_sparsity-0.2_of-layers_olica-paper")
 
 
 def test_output_is_checked_before_work(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Both command lines as a user calls them, on a tiny model in the current folder."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -115,6 +116,56 @@ def test_a_sparsity_that_removes_nothing_leaves_the_model(here, sparsity):
     dense, same = (AutoModelForCausalLM.from_pretrained(f) for f in ("tiny", f"out/tiny_sparsity-{sparsity}"))
     torch.testing.assert_close(same(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
     assert same.num_parameters() == dense.num_parameters()
+
+
+def test_a_sparsity_of_the_layers_is_found_by_the_same_two_flags(here, capsys):
+    flags = ["--sparsity=0.2", "--sparsity_of=layers", "--save_dir=out"]
+    assert prune(*flags) == 0
+    record = json.loads((here / "out/tiny_sparsity-0.2_of-layers/olica_run.json").read_text())
+    assert record["settings"]["sparsity_of"] == "layers"
+    counted = record["parameters"]
+    of_layers = 1 - counted["decoder_layers_after"] / counted["decoder_layers_before"]
+    assert record["measured_sparsity_of_layers"] == of_layers == pytest.approx(0.2, abs=0.02)
+    assert record["measured_sparsity"] < of_layers
+    printed = capsys.readouterr().out
+    assert f"{of_layers:.4f} of its layers; asked for 0.2 of the layers" in printed and "note" not in printed
+    Path("held.txt").write_text(prose(99, 400))
+    assert evaluate("--base_model=tiny", *flags, "--ppl=held.txt", "--ppl_seqlen=64") == 0
+    with pytest.raises(SystemExit):  # that of the whole model is another folder
+        evaluate("--base_model=tiny", "--sparsity=0.2", "--save_dir=out", "--ppl=held.txt", "--ppl_seqlen=64")
+
+
+def test_a_checkpoint_with_the_former_shares_of_grouped_heads_is_not_taken_for_one_of_today(here, capsys):
+    assert prune("--save_dir=out") == 0
+    path = here / "out/tiny_sparsity-0.2/olica_run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"shares_removed": {"query": 0.5, "key": 0.0}}))
+    Path("held.txt").write_text(prose(99, 400))
+    flags = ["--ppl=held.txt", "--ppl_seqlen=64"]
+    message = refused(capsys, evaluate, "--base_model=tiny", "--save_dir=out", *flags)
+    assert "other shares for grouped heads" in message and "--checkpoint" in message
+    assert evaluate(f"--checkpoint={path.parent}", *flags) == 0
+
+
+def test_layers_that_lose_far_more_than_was_asked_are_warned_of(here, capsys):
+    model = make_llama(vocab_size=2000, tie_word_embeddings=True)
+    model.save_pretrained("wide")
+    in_layers = 3 * (4 * 64 * 64 + 3 * 64 * 176 + 2 * 64) / model.num_parameters()  # 46 %, the rest is the embedding
+    assert prune("--base_model=wide", "--sparsity=0.2", "--dry_run") == 0
+    (note,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("note"))
+    lost, share = map(int, re.findall(r"(\d+)%", note))
+    assert lost / 100 == pytest.approx(0.2 / in_layers, abs=0.03) and share / 100 == pytest.approx(in_layers, abs=0.01)
+    assert "--sparsity_of layers" in note
+    assert prune("--base_model=wide", "--sparsity=0.2", "--sparsity_of=layers", "--dry_run") == 0
+    assert "note" not in capsys.readouterr().out
+
+
+def test_another_name_of_a_recipe_is_that_recipe(here):
+    for folder, name in (("out", "olica"), ("again", "olica-released")):
+        assert prune(f"--recipe={name}", f"--save_dir={folder}") == 0
+    same, again = (load_weights(here / folder / "tiny_sparsity-0.2") for folder in ("out", "again"))
+    assert all(torch.equal(weight, again[name]) for name, weight in same.items()) and same.keys() == again.keys()
+    record = json.loads((here / "again/tiny_sparsity-0.2/olica_run.json").read_text())
+    assert record["settings"]["recipe"] == "olica"
 
 
 def test_products_are_taken_in_full_single_precision(here, monkeypatch):

@@ -51,6 +51,7 @@ def pruning(ids=(256, 128), texts=("bookcorpus", "alpaca"), after=5_390_000_000,
     settings = {"sparsity": 0.2, "recipe": "olica", "seed": 0, "mlp_num": 6, "ratio": 0.03} | settings
     return {
         "settings": settings,
+        "shares_removed": {"query": 0.4, "key": 0.4, "value_output": 0.1, "feed_forward": 0.25},
         "calibration": {"ids": list(ids), "sources": [{"name": name} for name in texts]},
         "calibrated_layers": list(range(calibrated)),
         "went_on_after": [],
@@ -356,3 +357,18 @@ def test_figure_3_has_the_figures_of_the_records(record):
     left, right = FIGURES["figure3"](record.results).figure.axes
     np.testing.assert_allclose(left.lines[0].get_xydata(), [[0, 20], [4, 16], [8, 12]])
     assert [bar.get_height() for bar in right.patches] == [0.5, 0.25]
+
+
+def test_a_run_with_the_former_shares_of_grouped_heads_says_so_and_joins_no_other(record):
+    former = {"query": 0.5, "key": 0.0, "value_output": 0.05, "feed_forward": 0.1}
+    record("tables/dense", evaluation(12.63, 66.09))
+    record("tables/sparsity-0.2", evaluation(15.0, 63.0), pruning() | {"shares_removed": former})
+    record("tables/sparsity-0.25", evaluation(16.0, 62.0), pruning(sparsity=0.25))
+    words = "Recorded when `olica` had other shares for grouped heads, chosen on the text of this table: q 50%, k 0%, "
+    assert words + "v and o 5%, MLPs 10% (20%)." in TABLES["table2"](record.results)
+    former_run, run = (record.results.run(f"tables/sparsity-{sparsity}") for sparsity in ("0.2", "0.25"))
+    assert former_run.recipe == "olica, former shares" and run.recipe == "olica"
+    assert former_run.setup("sparsity") != run.setup("sparsity")
+    grouped = pruning(recipe="olica-grouped") | {"shares_removed": former}  # whose keys do lose less than its queries
+    record("tables/grouped", evaluation(15.0, 63.0), grouped)
+    assert record.results.run("tables/grouped").recipe == "olica-grouped"
