@@ -162,7 +162,10 @@ def prepare(args: argparse.Namespace) -> Job:
     task = Task(config, total, plan[0], ids_shape, bytes_per_weight, recipe, is_streamed(location))
     if args.batch_size == "auto":
         fit_batch_size(task, options)
-    planned = checkpoint.pruned_skeleton(config, sized).num_parameters()
+    with model_source.explained(location, "its configuration describes no model that can be pruned and run"):
+        pruned = checkpoint.pruned_skeleton(config, sized)
+        model_source.try_out(pruned)
+    planned = pruned.num_parameters()
     return Job(
         recipe=recipe,
         location=location,
