@@ -193,7 +193,10 @@ def prepare(args: argparse.Namespace) -> Job:
     task = Task(config, dense["total"], plan[0], ids_shape, bytes_per_weight, recipe, is_streamed(location))
     if args.batch_size == "auto":
         fit_batch_size(task, options)
-    planned = cost.count_parameters(checkpoint.pruned_skeleton(config, sized))
+    with model_source.explained(location, "its configuration describes no model that can be pruned and run"):
+        pruned = checkpoint.pruned_skeleton(config, sized)
+        model_source.try_out(pruned)
+    planned = cost.count_parameters(pruned)
     return Job(
         recipe=recipe,
         location=location,
@@ -259,6 +262,11 @@ def prune_and_save(args: argparse.Namespace, job: Job, progress: RunFolder) -> d
     with stages.stage("open model"):
         dense = open_dense_model(job.location, args.dtype)
         before = cost.count_parameters(dense.model)
+    if before != job.parameters.before:  # the plan was made before the hub gave the weights
+        raise UsageError(
+            f"{job.location.flag} {job.location.name}: its weights hold another model than its configuration; give the "
+            "same command again, which plans by the weights, now that they are here"
+        )
     progress.begin(
         identity.of_run(vars(args), job.location, job.config, calibration.token_hash, options.device),
         args.overwrite,

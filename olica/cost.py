@@ -14,6 +14,7 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from .configuration_olica import head_dim
+from .model_files import weight_files
 
 # Linux: RESET_PEAK written to the first makes the kernel start VmHWM, a line of the second, from the present
 # resident size again (proc(5)).
@@ -64,8 +65,8 @@ def cache_bytes_per_token(model: PreTrainedModel) -> int:
 
 
 def folder_weight_bytes(folder: str | Path) -> int:
-    """Bytes on disk of the safetensors files directly in `folder`, headers included; 0 if it holds none."""
-    return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+    """Bytes on disk of the files that hold a model's weights, headers included; 0 if `folder` holds no model."""
+    return sum(path.stat().st_size for path in weight_files(folder))
 
 
 @torch.no_grad()

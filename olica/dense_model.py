@@ -16,14 +16,24 @@ from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from .devices import hand_back_memory
 from .linalg import all_finite
-from .model_source import DTYPES, IGNORED_WEIGHTS, Location, explained, file_of, read_model, refuse_weights
+from .model_source import (
+    DTYPES,
+    IGNORED_WEIGHTS,
+    Location,
+    explained,
+    file_of,
+    read_config,
+    read_model,
+    refuse_weights,
+)
 from .modeling_olica import separate_projections
+from .tied_head import HEAD
 
 logger = logging.getLogger(__name__)
 
@@ -206,6 +216,8 @@ def _streamed(location: Location, dtype: str) -> StreamedModel | None:
         if not stored:
             return None
         model = _skeleton(location, DTYPES.get(dtype), next(iter(stored.values())).dtype)
+        if model.config.tie_word_embeddings:
+            stored.pop(HEAD, None)  # a copy
         if {name: tuple(p.shape) for name, p in model.named_parameters()} != {n: w.shape for n, w in stored.items()}:
             return None
         return StreamedModel(model, location, {name: weight.path for name, weight in stored.items()})
@@ -223,7 +235,7 @@ def weight_files(location: Location) -> list[str]:
 
 def _skeleton(location: Location, dtype: torch.dtype | None, stored: torch.dtype) -> PreTrainedModel:
     """The model without weights, but with the buffers that it computes, in `dtype` or as the checkpoint says."""
-    config = AutoConfig.from_pretrained(location.path)
+    config = read_config(location)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or stored)
     model.tie_weights()  # which the context undoes

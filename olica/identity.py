@@ -11,7 +11,6 @@ from .records import EVALUATION_RECORD, environment
 # These say where something is, choose the calibration set, which goes by its tokens, or decide nothing.
 NOT_COMPARED = ("base_model", "datasets", "data_dir", "num_samples", "seqlen", "seed", "cache_dev")
 NOT_COMPARED += ("save_dir", "overwrite", "dry_run")
-SOURCE_FILES = ("*.json", "*.safetensors", "*.bin", "*.model")
 
 
 def of_run(settings: dict, location: Location, config, token_hash: str, device: torch.device) -> dict:
@@ -63,9 +62,7 @@ def _source(location: Location, config) -> dict:
     """Size and time of the last change of every file of a local model; the commit of one of the hub."""
     if not location.is_local:
         return {"revision of the model": describe_source(location, config)["revision"]}
-    patterns = (location.gguf_file,) if location.gguf_file else SOURCE_FILES
-    found = {path for pattern in patterns for path in Path(location.path).glob(pattern)}
-    files = sorted(path for path in found if not path.match(EVALUATION_RECORD.format(time="*")))
+    files = [path for path in location.files if not path.match(EVALUATION_RECORD.format(time="*"))]
     return {f"{path.name} of the model": [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
 
 

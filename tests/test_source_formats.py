@@ -12,14 +12,21 @@ import torch
 from conftest import make_llama, make_tokenizer, prune_to, write_pruned
 from safetensors.torch import save_file
 from tiny_families import make_family
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer, PreTrainedModel
 
 import model_pruning
 from olica.batch_size import BatchSize
 from olica.command_line import run_command
 from olica.configuration_olica import LayerShape
 from olica.errors import UsageError
-from olica.model_source import count_dense_parameters, locate, read_config, read_model, read_tokenizer
+from olica.model_source import (
+    count_dense_parameters,
+    describe_source,
+    locate,
+    read_config,
+    read_model,
+    read_tokenizer,
+)
 
 IDS = torch.randint(3, 250, (6, 20), generator=torch.Generator().manual_seed(0))
 
@@ -137,10 +144,17 @@ def rounded(weight: np.ndarray) -> np.ndarray:
     return (integers * exact.astype(np.float16).astype(np.float32)).reshape(weight.shape)
 
 
-def write_gguf(model: PreTrainedModel, architecture: str, path: Path) -> None:
-    """Write matrices as Q8_0, vectors as float32, and a tokenizer of bytes; `model` gets the rounded matrices too."""
+def write_gguf(model: PreTrainedModel, architecture: str, path: Path, parts: int = 1) -> None:
+    """Write matrices as Q8_0, vectors as float32, and a tokenizer of bytes; `model` gets the rounded matrices too.
+
+    With more `parts` than one it is the first of them, by what it says of itself.
+    """
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
+    if parts > 1:
+        writer.add_uint16("split.no", 0)
+        writer.add_uint16("split.count", parts)
     writer.add_name(f"Tiny {config.model_type}")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -236,6 +250,26 @@ def test_gguf_whose_settings_would_be_lost_is_refused(family, architecture, over
         read_config(locate(str(tmp_path / "tiny.gguf")))
 
 
+GGUF_SIZES = dict(vocab_size=320, hidden_size=64, head_dim=16, intermediate_size=160, num_attention_heads=4)
+GGUF_SIZES |= dict(num_key_value_heads=2)
+
+
+def test_the_ending_of_a_gguf_file_may_be_in_capitals(tmp_path):
+    dense = make_family("llama", tied=True, peculiar=False, **GGUF_SIZES)
+    write_gguf(dense, "llama", tmp_path / "tiny-00001-of-00001.GGUF")
+    location = locate(str(tmp_path / "tiny-00001-of-00001.GGUF"))
+    assert location.label == "tiny-00001-of-00001"
+    assert describe_source(location, read_config(location))["description"] == "Tiny llama, dequantised from Q8_0"
+    torch.testing.assert_close(read_model(location)(IDS).logits, dense(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["tiny-00001-of-00003.gguf", "tiny-00003-of-00003.gguf", "renamed.gguf"])
+def test_one_part_of_a_split_gguf_file_says_how_to_merge_them(name, tmp_path):
+    write_gguf(make_family("llama", tied=True, peculiar=False, **GGUF_SIZES), "llama", tmp_path / name, parts=3)
+    with pytest.raises(UsageError, match=f"{name}: the file is one part of a split model; .*gguf-split --merge"):
+        read_config(locate(str(tmp_path / name)))
+
+
 def test_gguf_tensors_that_transformers_does_not_read_are_told(tmp_path):
     sizes = dict(vocab_size=320, hidden_size=64, head_dim=16, intermediate_size=160, num_attention_heads=4)
     dense = make_family("llama", tied=True, peculiar=False, **sizes | {"num_key_value_heads": 2}, attention_bias=True)
@@ -260,6 +294,71 @@ def test_the_start_token_of_a_sentencepiece_tokenizer(settings, starts, tmp_path
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     tokenizer = read_tokenizer(locate(str(tmp_path)))
     assert (tokenizer("two words").input_ids[0] == tokenizer.bos_token_id) == starts
+
+
+EMPTY = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "")
+EMPTY_OBJECTS = {name: {"content": "", "lstrip": False, "rstrip": False, "normalized": True} for name in EMPTY}
+EMPTY_TYPED = {name: token | {"__type": "AddedToken"} for name, token in EMPTY_OBJECTS.items()}
+
+
+@pytest.mark.parametrize(
+    ("settings", "special_tokens_map", "form"),
+    [
+        (EMPTY | {"tokenizer_class": "LLaMATokenizer"}, {}, "model"),  # the first conversions of LLaMA
+        (EMPTY | {"tokenizer_class": "LlamaTokenizer"}, None, "model"),
+        (EMPTY_OBJECTS, EMPTY_OBJECTS, "model"),
+        (EMPTY_TYPED | {"pad_token": ""}, None, "model"),
+        ({"tokenizer_class": "LlamaTokenizer"}, EMPTY, "model"),
+        ({"tokenizer_class": "LlamaTokenizer", "eos_token": ""}, None, "model"),
+        (EMPTY | {"tokenizer_class": "LlamaTokenizer"}, EMPTY_OBJECTS, "both"),
+        (EMPTY | {"tokenizer_class": "LLaMATokenizer"}, None, "json"),
+        (EMPTY | {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": ""}, EMPTY, "json"),
+    ],
+)
+def test_special_tokens_that_were_left_empty_are_those_of_the_vocabulary(settings, special_tokens_map, form, tmp_path):
+    folder = tmp_path / "old"
+    make_family("llama", vocab_size=500).save_pretrained(folder)
+    train_sentencepiece(folder)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    if form != "model":
+        LlamaTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "new")
+        (tmp_path / "new" / "tokenizer.json").rename(folder / "tokenizer.json")
+    if form == "json":
+        (folder / "tokenizer.model").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    if special_tokens_map is not None:
+        (folder / "special_tokens_map.json").write_text(json.dumps(special_tokens_map))
+    tokenizer = read_tokenizer(locate(str(folder)))
+    tokenizer.save_pretrained(tmp_path / "saved")
+    text = "Two words."
+    for read in (tokenizer, AutoTokenizer.from_pretrained(tmp_path / "saved")):
+        ids = (read.unk_token_id, read.bos_token_id, read.eos_token_id)
+        assert ids == (reference.unk_id(), reference.bos_id(), reference.eos_id()) == (0, 1, 2)
+        assert read.pad_token is None
+        assert read(text, add_special_tokens=False).input_ids == reference.encode(text)
+        assert read.decode([1, *reference.encode(text), 2], skip_special_tokens=True).strip() == text
+    assert (tokenizer(text).input_ids[0] == 1) == (form == "model")
+
+
+def test_a_pruned_checkpoint_of_the_first_llama_conversions_generates(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_llama(num_key_value_heads=2, vocab_size=500).save_pretrained("old")
+    train_sentencepiece(tmp_path / "old")
+    Path("old/tokenizer_config.json").write_text(json.dumps(EMPTY | {"tokenizer_class": "LLaMATokenizer"}))
+    ids = dict(bos_token_id=0, eos_token_id=1, pad_token_id=-1)
+    old = {"architectures": ["LLaMAForCausalLM"], "max_sequence_length": 2048}
+    config = json.loads(Path("old/config.json").read_text())
+    Path("old/config.json").write_text(json.dumps(config | ids | old))
+    Path("rows.jsonl").write_text("".join(json.dumps({"text": "some plain words " * 20}) + "\n" for _ in range(8)))
+    flags = "--base_model=old --datasets=rows.jsonl --num_samples=4 --seqlen=16 --mlp_num=1 --ratio=0.1".split()
+    assert run_command(model_pruning.build_parser(), model_pruning.run, flags) == 0
+    tokenizer = AutoTokenizer.from_pretrained("pruned_models/old_sparsity-0.2")
+    model = AutoModelForCausalLM.from_pretrained("pruned_models/old_sparsity-0.2")
+    prompt = tokenizer("some plain", return_tensors="pt")
+    assert prompt.input_ids[0, 0] == tokenizer.bos_token_id == 1
+    whole = model.generate(**prompt, max_new_tokens=4, do_sample=False, eos_token_id=tokenizer.eos_token_id)
+    ended = model.generate(**prompt, max_new_tokens=4, do_sample=False, eos_token_id=int(whole[0, -4]))
+    assert ended.shape[1] == prompt.input_ids.shape[1] + 1
 
 
 def test_a_tokenizer_of_the_hub_in_sentencepiece_form(tmp_path, monkeypatch):

@@ -101,7 +101,7 @@ def test_dense_and_pruned_by_nothing_have_one_perplexity(embedding, tokenizer):
     write_head("safetensors", embedding + 0.1)
     tokenizer.save_pretrained("tied")
     Path("text.txt").write_text("some plain words about cats, dogs and numbers " * 40)
-    flags = ["--base_model=tied", "--datasets=ids.safetensors", "--sparsity=0", "--save_dir=out"]
+    flags = ["--base_model=tied", "--datasets=ids.safetensors", "--mlp_num=1", "--sparsity=0", "--save_dir=out"]
     assert run_command(model_pruning.build_parser(), model_pruning.run, flags) == 0
     flags = ["--base_model=tied", "--sparsity=0", "--save_dir=out", "--with_dense", "--ppl=text.txt", "--ppl_seqlen=64"]
     assert run_command(model_evaluate.build_parser(), model_evaluate.run, [*flags, "--output_path=e.json"]) == 0
