@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from .errors import UsageError
 from .rows import paired_difference, unpack_floats
-from .runs import PAPER_MODELS, Results, Run, in_common, linear_calibration, newest_alike, told_apart
+from .runs import PAPER_MODELS, Results, Run, in_common, linear_calibration, newest_alike, origin, told_apart
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,7 +71,8 @@ def singular_values(results: Results) -> Drawing | None:
     path = results.results / results.label / "figure2/singular_values.json"
     if not path.is_file():
         return None
-    layers = json.loads(path.read_text())["layers"]
+    record = json.loads(path.read_text())
+    layers = record["layers"]
     figure, panels = _panels(len(layers))
     for axes, (index, projections) in zip(panels, layers.items(), strict=True):
         for name, values in projections.items():
@@ -87,7 +88,7 @@ def singular_values(results: Results) -> Drawing | None:
         )
         axes.grid(alpha=0.3)
         axes.legend(title="projection (number)")
-    return Drawing(figure, [])
+    return Drawing(figure, [origin([path.parent.as_posix()], [record["environment"]])])
 
 
 def calibrated_layers(results: Results) -> Drawing | None:

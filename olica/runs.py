@@ -171,7 +171,28 @@ def protocol(runs: dict[str, Run]) -> list[str]:
     ]
     for describe in MADE:
         lines += told_apart(describe, runs)
-    return lines + _reservations(runs.values())
+    return lines + _reservations(runs.values()) + origins(runs.values())
+
+
+def origins(runs: Iterable[Run]) -> list[str]:
+    """A line that says where the records of the runs are, by which commits they were made, and on what machines."""
+    runs = list(runs)
+    made = [record["environment"] for run in runs for record in (run.pruning, run.evaluation) if record]
+    return [origin({run.folder.parent.as_posix() for run in runs}, made)]
+
+
+def origin(folders: Iterable[str], environments: Iterable[dict]) -> str:
+    """The same line, of records in `folders` that were made in these `records.environment`s."""
+    environments = list(environments)
+    commits = {environment.get("git_commit") or "unknown" for environment in environments}
+    machines = {
+        f"{environment['device']}, {environment.get('cpu_threads')} threads, {environment.get('platform')}"
+        for environment in environments
+    }
+    return (
+        f"Records: {', '.join(f'`{folder}`' for folder in sorted(folders))}, each beside the flags of its command. "
+        f"Commits: {', '.join(sorted(commits))}. Machines: {'; '.join(sorted(machines))}."
+    )
 
 
 def told_apart(describe: Callable[[Run], str | None], runs: dict[str, Run]) -> list[str]:
@@ -188,7 +209,8 @@ def told_apart(describe: Callable[[Run], str | None], runs: dict[str, Run]) -> l
 def in_common(runs: Sequence[Run]) -> list[str]:
     """Lines that say how all runs of a figure were made; what differs is on its axes."""
     said = [{describe(run) for run in runs} for describe in MADE]
-    return [line for lines in said if len(lines) == 1 and (line := lines.pop())] + _reservations(runs)
+    common = [line for lines in said if len(lines) == 1 and (line := lines.pop())]
+    return common + _reservations(runs) + origins(runs)
 
 
 def _reservations(runs: Iterable[Run]) -> list[str]:

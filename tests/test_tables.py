@@ -16,6 +16,9 @@ NOISE = np.random.default_rng(0).normal(0, 0.1, 30)
 ERROR = standard_error(NOISE, consecutive=True)  # of every perplexity here, as a share of it
 
 
+MACHINE = {"device": "a GPU", "cpu_threads": 8, "platform": "Linux", "git_commit": "cafe"}
+
+
 def evaluation(perplexity: float, mean: float, dtype: str = "float16") -> dict:
     nll = torch.from_numpy(np.log(perplexity) + NOISE)
     text = {"value": perplexity, "standard_error": "of an older version", "windows": 30, "seqlen": 128, "bos": "none"}
@@ -43,7 +46,7 @@ def evaluation(perplexity: float, mean: float, dtype: str = "float16") -> dict:
     }
     stages = {"model: perplexity of wikitext2": {"minutes": 0.5}}
     settings = {"ppl_windows": None, "limit": 200}
-    rest = {"environment": {"device": "a GPU"}, "stages": stages, "settings": settings, "date": "2026-01-01"}
+    rest = {"environment": MACHINE, "stages": stages, "settings": settings, "date": "2026-01-01"}
     return {"results": {"model": result}, **rest}
 
 
@@ -57,7 +60,7 @@ def pruning(ids=(256, 128), texts=("bookcorpus", "alpaca"), after=5_390_000_000,
         "went_on_after": [],
         "multiple_correlation": [0.5, 0.25, None] if settings["mlp_num"] else [None] * 3,
         "parameters": {"before": 6_738_000_000, "after": after},
-        "environment": {"device": "a GPU"},
+        "environment": MACHINE | {"git_commit": "beef"},
         "stages": {
             "survey": {"minutes": 2.0, "host_bytes": 10**9, "device_bytes": 2 * 10**9},
             "prune": {"minutes": 4.0, "host_bytes": 10**9, "device_bytes": 3 * 10**9},
@@ -134,7 +137,7 @@ def test_memory_and_times_of_the_cpu_are_set_beside_nothing(tmp_path):
     record = Recorder(tmp_path, "7b")
     here, measured = pruning(sparsity=0.25), evaluation(16.7, 63.0)
     for run in (here, measured):
-        run["environment"]["device"] = "cpu"
+        run["environment"] = MACHINE | {"device": "cpu"}
     for stage in here["stages"].values():
         stage["device_bytes"] = None
     measured["results"]["model"]["cost"]["peak_memory"]["device_bytes"] = None
@@ -316,7 +319,7 @@ def grid_of_records(record) -> None:
     values = {name: [3.0, 2.0, 1.0] for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
     folder = record.folder / record.label / "figure2"
     folder.mkdir()
-    (folder / "singular_values.json").write_text(json.dumps({"layers": {"0": values, "31": values}}))
+    (folder / "singular_values.json").write_text(json.dumps({"environment": MACHINE, "layers": {"0": values, "31": values}}))
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -335,8 +338,8 @@ def test_figures_say_what_their_runs_have_in_common(record):
     size, texts = "Calibration: 256 samples of 128 tokens, seed 0.", "Calibration texts: bookcorpus + alpaca."
     corrected = "MLPs with linear calibration: 6, of rank 0.03 of the hidden size."
     reserved = "The paper measured all windows and all rows."
-    assert FIGURES["figure5"](record.results).notes == [measured, tasks, texts, corrected, reserved]
-    assert FIGURES["figure6"](record.results).notes == [measured, tasks, size, corrected, reserved]
+    assert FIGURES["figure5"](record.results).notes[:-1] == [measured, tasks, texts, corrected, reserved]
+    assert FIGURES["figure6"](record.results).notes[:-1] == [measured, tasks, size, corrected, reserved]
     for number in (1, 2):
         settings = pruning(sparsity=number / 10, texts=("c4",), calibrated=6 * number)
         record(f"figure6/mix-3_sparsity-{number}", evaluation(20.0, 60.0) | {"date": "2027-01-01"}, settings)
@@ -357,6 +360,18 @@ def test_figure_3_has_the_figures_of_the_records(record):
     left, right = FIGURES["figure3"](record.results).figure.axes
     np.testing.assert_allclose(left.lines[0].get_xydata(), [[0, 20], [4, 16], [8, 12]])
     assert [bar.get_height() for bar in right.patches] == [0.5, 0.25]
+
+
+def test_what_is_shown_names_its_records_commits_and_machines(record):
+    grid_of_records(record)
+    record("tables/dense", evaluation(12.63, 66.09))
+    record("tables/sparsity-0.2", evaluation(15.0, 63.0), pruning())
+    made = "each beside the flags of its command. Commits: beef, cafe. Machines: a GPU, 8 threads, Linux."
+    folder = (record.folder / record.label).as_posix()
+    assert f"\nRecords: `{folder}/tables`, {made}" in TABLES["table2"](record.results)
+    both = f"Records: `{folder}/figure5/num_samples`, `{folder}/figure5/seqlen`, {made}"
+    assert FIGURES["figure5"](record.results).notes[-1] == both
+    assert FIGURES["figure2"](record.results).notes == [f"Records: `{folder}/figure2`, {made.replace('beef, ', '')}"]
 
 
 def test_a_run_with_the_former_shares_of_grouped_heads_says_so_and_joins_no_other(record):
