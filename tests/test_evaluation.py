@@ -11,6 +11,8 @@ import pytest
 import torch
 from conftest import make_llama, make_tokenizer
 from test_zero_shot import ROWS, write_rows
+from tokenizers import processors
+from transformers import AutoTokenizer, GenerationMixin
 
 import model_evaluate
 from olica import evaluation, identity
@@ -170,7 +172,7 @@ def test_another_evaluation_in_between_leaves_a_stopped_one(here, monkeypatch, c
 
 def test_start_token_in_windows_and_prompts(here, monkeypatch):
     prompts = []
-    monkeypatch.setattr(evaluation, "continuation", lambda model, subject: prompts.append(subject.prompt.input_ids))
+    monkeypatch.setattr(evaluation, "continuation", lambda model, subject: prompts.append(subject.prompt))
     result = evaluate(*FLAGS, "--prompt=old books", "--add_bos_token")["results"]["model"]
     plain = evaluate(*FLAGS, "--prompt=old books")["results"]["model"]
     started, unstarted = (prompt[0].tolist() for prompt in prompts)
@@ -178,6 +180,46 @@ def test_start_token_in_windows_and_prompts(here, monkeypatch):
     assert result["perplexity"]["one.txt"]["bos"] == "every window" and plain["perplexity"]["one.txt"]["bos"] == "none"
     assert result["zero_shot"]["add_bos_token"] and not plain["zero_shot"]["add_bos_token"]
     assert result["perplexity"]["one.txt"]["value"] != plain["perplexity"]["one.txt"]["value"]
+
+
+def given_to(monkeypatch) -> list[dict]:
+    """What the model is asked to continue, in every later call."""
+    given, generate = [], GenerationMixin.generate
+    monkeypatch.setattr(GenerationMixin, "generate", lambda self, **k: given.append(k) or generate(self, **k))
+    return given
+
+
+def test_inputs_that_the_model_does_not_take(here):
+    """A tokenizer that says it gives them, as those made from another family's do."""
+    plain = evaluate(*FLAGS, "--prompt=old books")["results"]
+    settings = json.loads(Path("tiny/tokenizer_config.json").read_text())
+    settings["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+    Path("tiny/tokenizer_config.json").write_text(json.dumps(settings))
+    assert AutoTokenizer.from_pretrained("tiny")("old").keys() == set(settings["model_input_names"])
+    assert evaluate(*FLAGS, "--prompt=old books")["results"] == plain
+
+
+@pytest.mark.parametrize(("template", "flags"), [("<s> $A", []), ("$A </s>", []), ("<s> $A </s>", ["--add_bos_token"])])
+def test_a_prompt_has_no_token_that_was_not_asked_for(here, monkeypatch, template, flags):
+    tokenizer, given = make_tokenizer(), given_to(monkeypatch)
+    added = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(template, special_tokens=added)
+    tokenizer.save_pretrained("tiny")
+    record = evaluate("--checkpoint=tiny", "--ppl=none", "--cost", "--prompt=old books", *flags)
+    letters = [tokenizer.convert_tokens_to_ids("Ġ" if letter == " " else letter) for letter in "old books"]
+    assert given[-1]["input_ids"].tolist() == [[tokenizer.bos_token_id] * len(flags) + letters]
+    assert record["results"]["model"]["continuation"].startswith("old books")
+
+
+def test_a_failure_keeps_what_was_measured(here, monkeypatch, counted):
+    """Whatever fails at last: the same command takes up the rest."""
+    with monkeypatch.context() as patched:
+        patched.setattr(GenerationMixin, "generate", lambda self, **settings: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            evaluate(*FLAGS, "--prompt=old books")
+    assert counted == ["text", "text", "piqa", "hellaswag", "boolq"]
+    evaluate(*FLAGS, "--prompt=old books")
+    assert len(counted) == 5
 
 
 def test_cost_alone(here, capsys):
@@ -210,6 +252,8 @@ def test_a_device_map_gives_the_same_figures(here):
         (["--ppl=none", "--tasks=winogrande,lambada_openai", "--data_dir=rows"], "winogrande_xl_validation.jsonl"),
         (["--ppl=,"], "--ppl , leaves nothing to measure"),
         (["--ppl=none", "--tasks=,"], "leaves nothing to measure"),
+        (["--ppl=one.txt", f"--prompt={'x' * 240}"], "--prompt: 270 tokens do not fit in the 256 positions of tiny"),
+        (["--ppl=one.txt", "--prompt=\udcff"], "--prompt is not in the encoding of the system"),
         (["--ppl=one.txt", "--device_map=auto", "--device=cpu"], "--device_map"),
     ],
 )
