@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--ppl_windows", type=int, help="only the first so many windows, else all")
     add("--tasks", default="", help="zero-shot tasks of lm-eval, joined by commas; empty: none")
     add("--num_fewshot", type=int, default=0, help="examples in a task's prompt")
-    add("--limit", type=int, help="only the first so many rows of every task, else all")
+    add("--limit", type=row_limit, help="only the first so many rows of every task, or this share below 1, else all")
     add("--add_bos_token", action="store_true", help="begin every window and prompt with the start token (Gemma)")
     add("--cost", action="store_true", help="measure the times of prefill and decoding, and peak memory")
     add("--prompt", help=f"text that every model is to continue, greedily, by {CONTINUATION_TOKENS} tokens")
@@ -63,6 +63,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="file of the record; else olica_eval_TIME.json in the checkpoint's folder",
     )
     return parser
+
+
+def row_limit(text: str) -> int | float:
+    """The type of --limit: a number of rows, or a share of them."""
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
 
 
 def find_models(args: argparse.Namespace) -> dict[str, model_source.Location]:
@@ -179,9 +187,11 @@ def print_table(results: dict[str, dict]) -> None:
 
 def check_numbers(args: argparse.Namespace) -> None:
     """Raise UsageError for a number that no model could satisfy."""
-    for flag in ("batch_size", "limit", "ppl_windows"):
+    for flag in ("batch_size", "ppl_windows"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise UsageError(f"--{flag} {getattr(args, flag)} must be at least 1")
+    if args.limit is not None and not (0 < args.limit < 1 or (isinstance(args.limit, int) and args.limit >= 1)):
+        raise UsageError(f"--limit {args.limit:g} must be a whole number of rows, or a share of them between 0 and 1")
     if args.num_fewshot < 0:
         raise UsageError(f"--num_fewshot {args.num_fewshot} must be at least 0")
     if not math.isfinite(args.sparsity):
@@ -192,7 +202,8 @@ def check_processes(args: argparse.Namespace, count: int) -> None:
     """Raise UsageError for what `count` processes cannot do together."""
     if args.device_map and (count > 1 or args.device == "cpu"):
         raise UsageError("--device_map gives one process all GPUs; leave it out, or start one process without --device")
-    if count > min(args.limit or count, args.ppl_windows or count):
+    rows = args.limit if args.limit and args.limit >= 1 else count
+    if count > min(rows, args.ppl_windows or count):
         raise UsageError(f"{count} processes have nothing to share in --limit or --ppl_windows below that")
     if args.cost and count > 1:
         raise UsageError("--cost measures one process; leave it out, or start a single process")
@@ -215,13 +226,13 @@ def make_protocol(args: argparse.Namespace) -> Protocol:
     if not names and not tasks and not args.cost:
         raise UsageError(f"--ppl {args.ppl} leaves nothing to measure; give a text, --tasks or --cost")
     of_tasks = TaskProtocol(args.num_fewshot, args.limit, args.add_bos_token, args.seed, args.data_dir)
-    if tasks:
-        check_tasks(tasks, of_tasks)
+    generated = check_tasks(tasks, of_tasks) if tasks else {}
     return Protocol(
         texts=texts,
         seqlen=args.ppl_seqlen,
         windows=args.ppl_windows,
         tasks=tasks,
+        generated=generated,
         of_tasks=of_tasks,
         prompt=args.prompt,
         cost=args.cost,

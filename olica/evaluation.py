@@ -56,6 +56,7 @@ class Protocol:
         seqlen: tokens of a window.
         windows: how many windows count, from the first on; None: all.
         tasks: of lm-eval.
+        generated: how many tokens those of them generate that do so, by their names.
         of_tasks: how they are scored; its `add_bos_token` goes for the windows too.
         prompt: a text to continue, or None.
         cost: whether times and peak memory are measured.
@@ -68,6 +69,7 @@ class Protocol:
     seqlen: int
     windows: int | None
     tasks: list[str]
+    generated: dict[str, int]
     of_tasks: TaskProtocol
     prompt: str | None
     cost: bool
@@ -105,8 +107,12 @@ def prepare(name: str, location: model_source.Location, protocol: Protocol) -> S
     if protocol.tasks:
         # Without the tokens added to it, such as one for padding, which models often lack and prompts do not have.
         check_vocabulary(tokenizer.vocab_size - 1, config, location)
+        if tokenizer.eos_token_id is None and (protocol.generated or tokenizer.bos_token_id is None):
+            raise UsageError(f"{location.flag} {location.name}: its tokenizer has no end token, which --tasks need")
     prompt = prompt_ids(tokenizer, protocol.prompt, protocol.of_tasks.add_bos_token) if protocol.prompt else None
     needed = {f"--ppl_seqlen {protocol.seqlen}": protocol.seqlen} if protocol.texts else {}
+    for task, tokens in protocol.generated.items():
+        needed[f"--tasks {task}, which generates {tokens} tokens from a prompt"] = tokens + 1
     if protocol.cost:
         needed["--cost"] = LATENCY["prompt_tokens"] + LATENCY["new_tokens"]
     if prompt is not None:

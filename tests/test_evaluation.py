@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_llama, make_tokenizer
-from test_zero_shot import ROWS, write_rows
+from test_zero_shot import ROWS, no_inventory, write_rows  # noqa: F401
 from tokenizers import processors
 from transformers import AutoTokenizer, GenerationMixin
 
@@ -180,6 +180,40 @@ def test_start_token_in_windows_and_prompts(here, monkeypatch):
     assert result["perplexity"]["one.txt"]["bos"] == "every window" and plain["perplexity"]["one.txt"]["bos"] == "none"
     assert result["zero_shot"]["add_bos_token"] and not plain["zero_shot"]["add_bos_token"]
     assert result["perplexity"]["one.txt"]["value"] != plain["perplexity"]["one.txt"]["value"]
+
+
+def test_rows_by_their_share(here, capsys):
+    record = evaluate(*FLAGS, "--limit=0.5")
+    zero_shot = record["results"]["model"]["zero_shot"]
+    assert record["settings"]["limit"] == zero_shot["limit"] == 0.5
+    assert {scores["samples"] for scores in zero_shot["tasks"].values()} == {3}, "of five"
+
+
+@pytest.mark.parametrize("limit", ["1.5", "1.0", "-0.1", "0", "-3", "nan", "inf"])
+def test_a_limit_is_a_number_of_rows_or_a_share(here, capsys, limit):
+    assert "must be a whole number of rows, or a share of them between 0 and 1" in refused(
+        capsys, *FLAGS, f"--limit={limit}"
+    )
+
+
+def test_a_task_that_generates_more_than_the_model_has_positions(here, capsys, monkeypatch):
+    monkeypatch.setattr(model_evaluate, "check_tasks", lambda tasks, protocol: {"piqa": 256})
+    message = refused(capsys, *FLAGS)
+    words = "--tasks piqa, which generates 256 tokens from a prompt: 257 tokens do not fit in the 256 positions of tiny"
+    assert message.startswith(words)
+    monkeypatch.setattr(model_evaluate, "check_tasks", lambda tasks, protocol: {"piqa": 255})
+    evaluate(*FLAGS)
+
+
+@pytest.mark.parametrize("generated", [{}, {"piqa": 5}])
+def test_a_tokenizer_without_the_tokens_that_the_harness_needs(here, capsys, monkeypatch, generated):
+    monkeypatch.setattr(model_evaluate, "check_tasks", lambda tasks, protocol: generated)
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    if not generated:
+        tokenizer.bos_token = None
+    tokenizer.save_pretrained("tiny")
+    assert "--checkpoint tiny: its tokenizer has no end token" in refused(capsys, *FLAGS)
 
 
 def given_to(monkeypatch) -> list[dict]:
