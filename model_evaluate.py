@@ -272,7 +272,10 @@ def run(args: argparse.Namespace) -> None:
         "stages": stages.rows,
         "environment": records.environment(device),
     }
-    records.write_record(path, record)
+    if args.output_path:
+        records.write_record(path, record)
+    else:
+        path = records.add_record(path, record)
     measures.forget()
     measured = locations.get("pruned") or locations["model"]
     if records.read_pruning_record(measured.path):

@@ -182,6 +182,37 @@ def test_start_token_in_windows_and_prompts(here, monkeypatch):
     assert result["perplexity"]["one.txt"]["value"] != plain["perplexity"]["one.txt"]["value"]
 
 
+AT_ONCE = """
+import datetime, sys, model_evaluate
+from olica.command_line import run_command
+class Noon(datetime.datetime):
+    @classmethod
+    def now(cls, zone=None):
+        return cls(2026, 1, 1, 12, tzinfo=zone)
+model_evaluate.datetime = Noon  # so that all records have one name
+sys.exit(run_command(model_evaluate.build_parser(), model_evaluate.run, sys.argv[1:]))
+"""
+
+
+def test_evaluations_that_start_together_all_leave_what_they_measured(here):
+    """Two of them are the same, and share what a stopped one would leave."""
+    pruning = {"model": {"name": "x", "source": "x"}, "parameters": {"before": make_llama().num_parameters()}}
+    Path("tiny/olica_run.json").write_text(json.dumps(pruning))
+    Path("tiny/README.md").write_text("# tiny\n\n## Metrics\n\nNone measured yet.\n")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", AT_ONCE, "--checkpoint=tiny", "--ppl=one.txt", "--ppl_seqlen=32"]
+    calls = [[*command, f"--ppl_windows={windows}"] for windows in (2, 3, 4, 4)]
+    at_work = [subprocess.Popen(call, env=environment, stderr=subprocess.PIPE, text=True) for call in calls]
+    ends = [(process.communicate(timeout=600)[1], process.returncode) for process in at_work]
+    assert [status for _, status in ends] == [0] * 4, ends
+    names = [f"olica_eval_20260101T120000Z{ending}.json" for ending in ("", "_2", "_3", "_4")]
+    assert sorted(path.name for path in Path("tiny").glob("*olica_eval*")) == sorted(names)
+    results = [json.loads((Path("tiny") / name).read_text())["results"]["model"] for name in names]
+    assert sorted(result["perplexity"]["one.txt"]["windows"] for result in results) == [2, 3, 4, 4]
+    for windows in (2, 3, 4):
+        assert Path("tiny/README.md").read_text().count(f"one.txt, {windows} windows of 32") == 1
+
+
 def test_rows_by_their_share(here, capsys):
     record = evaluate(*FLAGS, "--limit=0.5")
     zero_shot = record["results"]["model"]["zero_shot"]
