@@ -217,8 +217,22 @@ def listed(names: str, flag: str) -> list[str]:
     return found
 
 
-def make_protocol(args: argparse.Namespace) -> Protocol:
-    """What is to be measured, its texts and tasks read; raises UsageError if it is nothing."""
+def common_dtype(args: argparse.Namespace, locations: dict[str, model_source.Location]) -> str:
+    """The dtype that models are read in: --dtype; where that is auto and two are compared, the pruned one's for both.
+
+    A dense model in float32 beside a pruned one in bfloat16 would show what the dtype does, not what the pruning did.
+    """
+    if args.dtype != "auto" or not args.with_dense:
+        return args.dtype
+    pruned = locations["pruned"]
+    if pruned.gguf_file:
+        return "float32"
+    stored = str(model_source.read_config(pruned).dtype).removeprefix("torch.")
+    return stored if stored in model_source.DTYPES else "auto"
+
+
+def make_protocol(args: argparse.Namespace, dtype: str) -> Protocol:
+    """What is to be measured, its texts and tasks read, in `dtype`; raises UsageError if it is nothing."""
     data_dir = Path(args.data_dir)
     names = [] if args.ppl == "none" else listed(args.ppl, "--ppl")
     texts = [TestText(name, *evaluation_text(expanduser(name), data_dir, flag="--ppl")) for name in names]
@@ -236,7 +250,7 @@ def make_protocol(args: argparse.Namespace) -> Protocol:
         of_tasks=of_tasks,
         prompt=args.prompt,
         cost=args.cost,
-        dtype=args.dtype,
+        dtype=dtype,
         device_map=args.device_map,
         batch_size=args.batch_size,
     )
@@ -250,7 +264,7 @@ def run(args: argparse.Namespace) -> None:
     locations = find_models(args)
     now = datetime.now(UTC)
     path = record_path(args, locations.get("pruned") or locations["model"], now)
-    protocol = make_protocol(args)
+    protocol = make_protocol(args, common_dtype(args, locations))
     subjects = [prepare(name, location, protocol) for name, location in locations.items()]
     stages = records.Stages(device)
     configs = {subject.name: subject.config for subject in subjects}
@@ -267,6 +281,7 @@ def run(args: argparse.Namespace) -> None:
         "kind": "evaluation",
         "date": now.isoformat(timespec="seconds"),
         "settings": vars(args),
+        "dtype": protocol.dtype,
         "processes": processes.count,
         "results": results,
         "stages": stages.rows,
@@ -281,6 +296,8 @@ def run(args: argparse.Namespace) -> None:
     if records.read_pruning_record(measured.path):
         add_metrics(Path(measured.path), results[list(results)[-1]])
     print_table(results)
+    if protocol.dtype != args.dtype:
+        print(f"both models ran in {protocol.dtype}, as the pruned one is stored; --dtype names another")
     print(f"record {path}")
 
 

@@ -213,6 +213,24 @@ def test_evaluations_that_start_together_all_leave_what_they_measured(here):
         assert Path("tiny/README.md").read_text().count(f"one.txt, {windows} windows of 32") == 1
 
 
+def test_two_models_are_compared_in_one_dtype(here, capsys):
+    """That of the pruned one, unless another is asked for."""
+    make_llama(num_key_value_heads=2).bfloat16().save_pretrained("pruned")
+    make_tokenizer().save_pretrained("pruned")
+    flags = ["--checkpoint=pruned", "--base_model=tiny", "--with_dense", "--ppl=one.txt", "--ppl_seqlen=32"]
+    record = evaluate(*flags)
+    assert record["dtype"] == "bfloat16" and record["settings"]["dtype"] == "auto"
+    dense, pruned = record["results"]["dense"], record["results"]["pruned"]
+    assert dense["dtype"] == pruned["dtype"] == "bfloat16"
+    assert dense["perplexity"] == pruned["perplexity"], "the same weights once rounded"
+    assert dense["cache_bytes_per_token"] == pruned["cache_bytes_per_token"]
+    assert "both models ran in bfloat16, as the pruned one is stored" in capsys.readouterr().out
+    asked = evaluate(*flags, "--dtype=float32")
+    assert {result["dtype"] for result in asked["results"].values()} == {asked["dtype"]} == {"float32"}
+    assert "both models" not in capsys.readouterr().out
+    assert evaluate(*flags[:1], *flags[3:])["dtype"] == "auto"
+
+
 def test_rows_by_their_share(here, capsys):
     record = evaluate(*FLAGS, "--limit=0.5")
     zero_shot = record["results"]["model"]["zero_shot"]
