@@ -3,8 +3,9 @@
 import argparse
 import math
 import sys
+from collections.abc import Iterator
 from datetime import UTC, datetime
-from os.path import expanduser
+from os.path import exists, expanduser
 from pathlib import Path
 
 from olica import checkpoint, identity, model_source, records
@@ -209,9 +210,19 @@ def check_processes(args: argparse.Namespace, count: int) -> None:
         raise UsageError("--cost measures one process; leave it out, or start a single process")
 
 
+def split(names: str) -> Iterator[str]:
+    """The names that commas join; of a path that exists, a comma is a part."""
+    parts = names.split(",")
+    while parts:
+        ends = range(len(parts), 1, -1)
+        end = next((end for end in ends if exists(expanduser(",".join(parts[:end]).strip()))), 1)
+        yield ",".join(parts[:end]).strip()
+        parts = parts[end:]
+
+
 def listed(names: str, flag: str) -> list[str]:
     """The names that commas join, none of them twice."""
-    found = [name.strip() for name in names.split(",") if name.strip()]
+    found = [name for name in split(names) if name]
     if len(set(found)) < len(found):
         raise UsageError(f"{flag} {names}: a name is there twice")
     return found

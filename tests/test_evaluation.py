@@ -182,6 +182,17 @@ def test_start_token_in_windows_and_prompts(here, monkeypatch):
     assert result["perplexity"]["one.txt"]["value"] != plain["perplexity"]["one.txt"]["value"]
 
 
+def test_a_path_with_a_comma(here):
+    Path("one.txt").rename("one,uno.txt")
+    Path("two,deux").mkdir()
+    Path("two.txt").rename("two,deux/2.txt")
+    names = ["one,uno.txt", "two,deux/2.txt", "three.txt"]
+    assert model_evaluate.listed(",".join(names), "--ppl") == names
+    assert model_evaluate.listed(" one,uno.txt , wikitext2", "--ppl") == ["one,uno.txt", "wikitext2"]
+    measured = evaluate("--checkpoint=tiny", "--ppl=one,uno.txt", "--ppl_seqlen=32")["results"]["model"]
+    assert list(measured["perplexity"]) == names[:1]
+
+
 AT_ONCE = """
 import datetime, sys, model_evaluate
 from olica.command_line import run_command
