@@ -3,8 +3,9 @@
 import argparse
 import math
 import sys
+from collections.abc import Iterator
 from datetime import UTC, datetime
-from os.path import expanduser
+from os.path import exists, expanduser
 from pathlib import Path
 
 from olica import checkpoint, identity, model_source, records
@@ -47,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--ppl_windows", type=int, help="only the first so many windows, else all")
     add("--tasks", default="", help="zero-shot tasks of lm-eval, joined by commas; empty: none")
     add("--num_fewshot", type=int, default=0, help="examples in a task's prompt")
-    add("--limit", type=int, help="only the first so many rows of every task, else all")
+    add("--limit", type=row_limit, help="only the first so many rows of every task, or this share below 1, else all")
     add("--add_bos_token", action="store_true", help="begin every window and prompt with the start token (Gemma)")
     add("--cost", action="store_true", help="measure the times of prefill and decoding, and peak memory")
     add("--prompt", help=f"text that every model is to continue, greedily, by {CONTINUATION_TOKENS} tokens")
@@ -69,6 +70,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="file of the record; else olica_eval_TIME.json in the checkpoint's folder",
     )
     return parser
+
+
+def row_limit(text: str) -> int | float:
+    """The type of --limit: a number of rows, or a share of them."""
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
 
 
 def find_models(args: argparse.Namespace) -> dict[str, model_source.Location]:
@@ -191,9 +200,11 @@ def print_table(results: dict[str, dict]) -> None:
 
 def check_numbers(args: argparse.Namespace) -> None:
     """Raise UsageError for a number that no model could satisfy."""
-    for flag in ("batch_size", "limit", "ppl_windows"):
+    for flag in ("batch_size", "ppl_windows"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise UsageError(f"--{flag} {getattr(args, flag)} must be at least 1")
+    if args.limit is not None and not (0 < args.limit < 1 or (isinstance(args.limit, int) and args.limit >= 1)):
+        raise UsageError(f"--limit {args.limit:g} must be a whole number of rows, or a share of them between 0 and 1")
     if args.num_fewshot < 0:
         raise UsageError(f"--num_fewshot {args.num_fewshot} must be at least 0")
     if not math.isfinite(args.sparsity):
@@ -204,22 +215,47 @@ def check_processes(args: argparse.Namespace, count: int) -> None:
     """Raise UsageError for what `count` processes cannot do together."""
     if args.device_map and (count > 1 or args.device == "cpu"):
         raise UsageError("--device_map gives one process all GPUs; leave it out, or start one process without --device")
-    if count > min(args.limit or count, args.ppl_windows or count):
+    rows = args.limit if args.limit and args.limit >= 1 else count
+    if count > min(rows, args.ppl_windows or count):
         raise UsageError(f"{count} processes have nothing to share in --limit or --ppl_windows below that")
     if args.cost and count > 1:
         raise UsageError("--cost measures one process; leave it out, or start a single process")
 
 
+def split(names: str) -> Iterator[str]:
+    """The names that commas join; of a path that exists, a comma is a part."""
+    parts = names.split(",")
+    while parts:
+        ends = range(len(parts), 1, -1)
+        end = next((end for end in ends if exists(expanduser(",".join(parts[:end]).strip()))), 1)
+        yield ",".join(parts[:end]).strip()
+        parts = parts[end:]
+
+
 def listed(names: str, flag: str) -> list[str]:
     """The names that commas join, none of them twice."""
-    found = [name.strip() for name in names.split(",") if name.strip()]
+    found = [name for name in split(names) if name]
     if len(set(found)) < len(found):
         raise UsageError(f"{flag} {names}: a name is there twice")
     return found
 
 
-def make_protocol(args: argparse.Namespace) -> Protocol:
-    """What is to be measured, its texts and tasks read; raises UsageError if it is nothing."""
+def common_dtype(args: argparse.Namespace, locations: dict[str, model_source.Location]) -> str:
+    """The dtype that models are read in: --dtype; where that is auto and two are compared, the pruned one's for both.
+
+    A dense model in float32 beside a pruned one in bfloat16 would show what the dtype does, not what the pruning did.
+    """
+    if args.dtype != "auto" or not args.with_dense:
+        return args.dtype
+    pruned = locations["pruned"]
+    if pruned.gguf_file:
+        return "float32"
+    stored = str(model_source.read_config(pruned).dtype).removeprefix("torch.")
+    return stored if stored in model_source.DTYPES else "auto"
+
+
+def make_protocol(args: argparse.Namespace, dtype: str) -> Protocol:
+    """What is to be measured, its texts and tasks read, in `dtype`; raises UsageError if it is nothing."""
     data_dir = Path(args.data_dir)
     names = [] if args.ppl == "none" else listed(args.ppl, "--ppl")
     texts = [TestText(name, *evaluation_text(expanduser(name), data_dir, flag="--ppl")) for name in names]
@@ -227,17 +263,17 @@ def make_protocol(args: argparse.Namespace) -> Protocol:
     if not names and not tasks and not args.cost:
         raise UsageError(f"--ppl {args.ppl} leaves nothing to measure; give a text, --tasks or --cost")
     of_tasks = TaskProtocol(args.num_fewshot, args.limit, args.add_bos_token, args.seed, args.data_dir)
-    if tasks:
-        check_tasks(tasks, of_tasks)
+    generated = check_tasks(tasks, of_tasks) if tasks else {}
     return Protocol(
         texts=texts,
         seqlen=args.ppl_seqlen,
         windows=args.ppl_windows,
         tasks=tasks,
+        generated=generated,
         of_tasks=of_tasks,
         prompt=args.prompt,
         cost=args.cost,
-        dtype=args.dtype,
+        dtype=dtype,
         device_map=args.device_map,
         batch_size=args.batch_size,
     )
@@ -251,7 +287,7 @@ def run(args: argparse.Namespace) -> None:
     locations = find_models(args)
     now = datetime.now(UTC)
     path = record_path(args, locations.get("pruned") or locations["model"], now)
-    protocol = make_protocol(args)
+    protocol = make_protocol(args, common_dtype(args, locations))
     subjects = [prepare(name, location, protocol) for name, location in locations.items()]
     stages = records.Stages(device)
     configs = {subject.name: subject.config for subject in subjects}
@@ -268,17 +304,23 @@ def run(args: argparse.Namespace) -> None:
         "kind": "evaluation",
         "date": now.isoformat(timespec="seconds"),
         "settings": vars(args),
+        "dtype": protocol.dtype,
         "processes": processes.count,
         "results": results,
         "stages": stages.rows,
         "environment": records.environment(device),
     }
-    records.write_record(path, record)
+    if args.output_path:
+        records.write_record(path, record)
+    else:
+        path = records.add_record(path, record)
     measures.forget()
     measured = locations.get("pruned") or locations["model"]
     if records.read_pruning_record(measured.path):
         add_metrics(Path(measured.path), results[list(results)[-1]])
     print_table(results)
+    if protocol.dtype != args.dtype:
+        print(f"both models ran in {protocol.dtype}, as the pruned one is stored; --dtype names another")
     print(f"record {path}")
 
 

@@ -11,6 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from .devices import memory_explained
 from .errors import UsageError
+from .output import forgiving_output
 
 # What a path that a user gave can be at fault for.
 PATH_ERRORS = {
@@ -25,6 +26,7 @@ PATH_ERRORS = {
 }
 
 
+@forgiving_output()
 def run_command(
     parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None], arguments: list[str] | None = None
 ) -> int:

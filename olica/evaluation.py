@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import BatchEncoding, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import cost, model_source
 from .errors import UsageError
@@ -56,6 +56,7 @@ class Protocol:
         seqlen: tokens of a window.
         windows: how many windows count, from the first on; None: all.
         tasks: of lm-eval.
+        generated: how many tokens those of them generate that do so, by their names.
         of_tasks: how they are scored; its `add_bos_token` goes for the windows too.
         prompt: a text to continue, or None.
         cost: whether times and peak memory are measured.
@@ -68,6 +69,7 @@ class Protocol:
     seqlen: int
     windows: int | None
     tasks: list[str]
+    generated: dict[str, int]
     of_tasks: TaskProtocol
     prompt: str | None
     cost: bool
@@ -91,7 +93,7 @@ class Subject:
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
     windows: dict[str, Tensor]  # (W, T) by the name of the text
-    prompt: BatchEncoding | None
+    prompt: Tensor | None  # (1, T)
 
 
 def prepare(name: str, location: model_source.Location, protocol: Protocol) -> Subject:
@@ -105,22 +107,47 @@ def prepare(name: str, location: model_source.Location, protocol: Protocol) -> S
     if protocol.tasks:
         # Without the tokens added to it, such as one for padding, which models often lack and prompts do not have.
         check_vocabulary(tokenizer.vocab_size - 1, config, location)
+        if tokenizer.eos_token_id is None and (protocol.generated or tokenizer.bos_token_id is None):
+            raise UsageError(f"{location.flag} {location.name}: its tokenizer has no end token, which --tasks need")
+    prompt = prompt_ids(tokenizer, protocol.prompt, protocol.of_tasks.add_bos_token) if protocol.prompt else None
     needed = {f"--ppl_seqlen {protocol.seqlen}": protocol.seqlen} if protocol.texts else {}
+    for task, tokens in protocol.generated.items():
+        needed[f"--tasks {task}, which generates {tokens} tokens from a prompt"] = tokens + 1
     if protocol.cost:
         needed["--cost"] = LATENCY["prompt_tokens"] + LATENCY["new_tokens"]
-    for flag, tokens in needed.items():
-        if tokens > config.max_position_embeddings:
-            positions = config.max_position_embeddings
-            raise UsageError(f"{flag}: {tokens} tokens do not fit in the {positions} positions of {location.name}")
+    if prompt is not None:
+        needed["--prompt"] = prompt.shape[1] + CONTINUATION_TOKENS
+    check_positions(needed, config, location)
     cut = (protocol.seqlen, protocol.windows, protocol.of_tasks.add_bos_token)
     windows = {text.name: token_windows(tokenizer, text.text, *cut) for text in protocol.texts}
-    prompt = None
-    if protocol.prompt:
-        start = tokenizer.bos_token if protocol.of_tasks.add_bos_token else ""
-        prompt = tokenizer(start + protocol.prompt, add_special_tokens=not start, return_tensors="pt")
-    for ids in [*windows.values(), *([] if prompt is None else [prompt.input_ids])]:
+    for ids in [*windows.values(), *([] if prompt is None else [prompt])]:
         check_vocabulary(ids.max().item(), config, location)
     return Subject(name, location, config, tokenizer, windows, prompt)
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, add_bos_token: bool) -> Tensor:
+    """Ids (1, T) of a text to continue: its own tokens and, with `add_bos_token`, the start token before them.
+
+    What the tokenizer adds by itself is left out: an end token would say that the text is over, and whether a prompt
+    begins with a start token is said by the flag alone, for this prompt as for those of tasks.
+    Raises UsageError if the prompt is no text, or the tokenizer makes no token of it or has no start token.
+    """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError("--prompt is not in the encoding of the system, or no UTF-8; give it as such") from error
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise UsageError(f"--prompt {prompt!r}: the model's tokenizer makes no token of it; give a longer text")
+    return torch.tensor([[start_token(tokenizer), *ids] if add_bos_token else ids])
+
+
+def check_positions(needed: dict[str, int], config: PreTrainedConfig, location: model_source.Location) -> None:
+    """Raise UsageError if the model has fewer positions than the tokens `needed` by one of the flags."""
+    positions = config.max_position_embeddings
+    for flag, tokens in needed.items():
+        if tokens > positions:
+            raise UsageError(f"{flag}: {tokens} tokens do not fit in the {positions} positions of {location.name}")
 
 
 def check_vocabulary(token: int, config: PreTrainedConfig, location: model_source.Location) -> None:
@@ -275,5 +302,9 @@ def latencies(model: PreTrainedModel, device: torch.device) -> dict:
 
 def continuation(model: PreTrainedModel, subject: Subject) -> str:
     """The prompt and what the model continues it by, greedily."""
-    output = model.generate(**subject.prompt.to(model.device), max_new_tokens=CONTINUATION_TOKENS, do_sample=False)
+    ids = subject.prompt.to(model.device)
+    # The ids and their mask alone: a tokenizer may list inputs that the model does not take.
+    output = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=CONTINUATION_TOKENS, do_sample=False
+    )
     return subject.tokenizer.decode(output[0], skip_special_tokens=True)

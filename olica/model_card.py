@@ -5,7 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-from .records import write_text
+from .records import alone_in, write_text
 from .rows import with_error
 
 CARD = "README.md"
@@ -70,18 +70,25 @@ def write_card(folder: Path, record: dict) -> None:
 def add_metrics(folder: Path, result: dict) -> None:
     """Write what was measured of a checkpoint into its card, in place of what the same protocol gave before.
 
-    A card that cannot be written to, or has no list of metrics any more, is left alone.
+    A card that cannot be written to, or has no list of metrics any more, is left alone. Evaluations that end at the
+    same time write one after the other.
     """
     path = folder / CARD
-    text = path.read_text(encoding="utf-8") if path.is_file() and os.access(path, os.W_OK) else ""
-    head, mark, listed = text.partition(METRICS)
-    if not mark:
+    if not path.is_file() or not all(os.access(place, os.W_OK) for place in (folder, path)):
         return
-    listed, rest = (text_after := listed.partition("\n#"))[0], "".join(text_after[1:])
+    with alone_in(folder):
+        head, mark, listed = path.read_text(encoding="utf-8").partition(METRICS)
+        if mark:
+            write_text(path, head + mark + _with_metrics(listed, result))
+
+
+def _with_metrics(text: str, result: dict) -> str:
+    """The part of a card that begins with its list of metrics, with those of a result."""
+    listed, rest = (text_after := text.partition("\n#"))[0], "".join(text_after[1:])
     lines = dict(line.rsplit(": ", 1) for line in listed.splitlines() if line.startswith("- ") and ": " in line)
     lines |= {f"- {name}": figure for name, figure in metrics(result).items()}
     body = "".join(f"{name}: {figure}\n" for name, figure in lines.items()) or NONE_YET
-    write_text(path, head + mark + body + rest)
+    return body + rest
 
 
 def changes(plan: list[dict[str, int]]) -> str:

@@ -8,9 +8,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
+from itertools import chain, count
 from pathlib import Path
+from uuid import uuid4
 
 import torch
+from filelock import FileLock
 
 from .cost import peak_memory, reset_peak_memory
 from .errors import UsageError
@@ -29,6 +32,7 @@ PACKAGES = (
 )
 PRUNING_RECORD = "olica_run.json"
 EVALUATION_RECORD = "olica_eval_{time}.json"  # one per evaluation; the names sort by time
+EVALUATION_LOCK = ".olica_eval.lock"
 
 
 def _version(package: str) -> str | None:
@@ -92,13 +96,33 @@ def write_record(path: Path, record: dict) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
+    """Write a file, whole or not at all, also where others write the same one."""
+    partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other evaluation is at work on the records and the card in `folder`."""
+    lock = FileLock(folder / EVALUATION_LOCK)
+    with lock:
+        try:
+            yield
+        finally:
+            Path(lock.lock_file).unlink(missing_ok=True)  # who waits for it notices
+
+
+def add_record(path: Path, record: dict) -> Path:
+    """Write a record to `path` or, where another one has that name, to NAME_2.json and so on; returns its path."""
+    with alone_in(path.parent):
+        others = (path.with_stem(f"{path.stem}_{number}") for number in count(2))
+        path = next(free for free in chain([path], others) if not free.exists())
+        write_record(path, record)
+    return path
 
 
 def read_pruning_record(folder: str | Path) -> dict | None:

@@ -226,9 +226,16 @@ def _measuring(run: Run) -> str:
 def _scoring(run: Run) -> str | None:
     if not (scored := run.result.get("zero_shot")):
         return None
-    rows = "all rows" if scored["limit"] is None else f"the first {scored['limit']} rows of each"
+    rows = limited(scored["limit"])
     start = "yes" if scored["add_bos_token"] else "no"
     return f"Tasks: {scored['harness']}, {rows}, no examples, start token: {start}."
+
+
+def limited(limit: int | float | None) -> str:
+    """Which rows of a task were scored, in words."""
+    if limit is None:
+        return "all rows"
+    return f"the first {100 * limit:g} % of the rows of each" if limit < 1 else f"the first {limit} rows of each"
 
 
 def _calibration(run: Run) -> str | None:

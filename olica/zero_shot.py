@@ -7,9 +7,10 @@ import importlib.util
 import json
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from importlib import metadata
 from pathlib import Path
 
@@ -25,6 +26,9 @@ from .rows import PAPER_METRIC, mean_error, pack_hits
 SOFTMAX_DTYPE = "float32"
 # Metrics that are right or wrong row by row.
 ROW_METRICS = ("acc", "acc_norm")
+# What lm-eval calls of a model, and the mark of what fails there: whatever it is, it is no fault of the rows.
+CALLS = ("loglikelihood", "loglikelihood_rolling", "generate_until", "all_gather", "gather_object", "barrier")
+WHILE_RUNNING = "while lm-eval ran the model"
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class TaskProtocol:
 
     Attributes:
         num_fewshot: examples in a prompt; None is each task's own number.
-        limit: how many rows of every task count, from the first on; None: all.
+        limit: how many rows of every task count, from the first on, or which share of them if below 1; None: all.
         add_bos_token: whether every prompt begins with the tokenizer's start token. The paper's harness (of 2023) never
             put one there; today's default is what the tokenizer does, which for LLaMA is one <s>.
         seed: of the draw of examples.
@@ -61,7 +65,7 @@ class TaskProtocol:
     """
 
     num_fewshot: int | None = 0
-    limit: int | None = None
+    limit: int | float | None = None
     add_bos_token: bool = False
     seed: int = 0
     data_dir: str | Path | None = None
@@ -86,23 +90,26 @@ def zero_shot(
     local file.
     """
     harness = _import_harness()
-    with tempfile.TemporaryDirectory() as folder, _explained(tasks, protocol.data_dir):
-        local = local_tasks(protocol.data_dir, folder) if protocol.data_dir else []
-        manager = _task_manager(tasks, local, folder, protocol.num_fewshot)
+    with tempfile.TemporaryDirectory() as folder:
+        with _explained(tasks, protocol.data_dir):
+            local = local_tasks(protocol.data_dir, folder) if protocol.data_dir else []
+            manager = _task_manager(tasks, local, folder, protocol.num_fewshot)
         fitting = BatchSize(batch_size)
         scored: dict[str, dict] = {}
 
         def score(task: str) -> None:
             """Put the task's scores into `scored`."""
-            results = harness.simple_evaluate(
-                model=_harness_model(model, tokenizer, fitting.size, protocol.add_bos_token, processes),
-                tasks=[task],
-                num_fewshot=protocol.num_fewshot,
-                limit=protocol.limit,
-                fewshot_random_seed=protocol.seed,
-                task_manager=manager,
-                log_samples=True,
-            )
+            wrapped = _harness_model(model, tokenizer, fitting.size, protocol.add_bos_token, processes)
+            with _explained([task], protocol.data_dir):
+                results = harness.simple_evaluate(
+                    model=wrapped,
+                    tasks=[task],
+                    num_fewshot=protocol.num_fewshot,
+                    limit=protocol.limit,
+                    fewshot_random_seed=protocol.seed,
+                    task_manager=manager,
+                    log_samples=True,
+                )
             scored[task] = _scores(results, local) if processes.is_main else {}
 
         for task in tasks:
@@ -113,15 +120,35 @@ def zero_shot(
             yield task, scored.pop(task)
 
 
-def check_tasks(tasks: list[str], protocol: TaskProtocol) -> None:
+def check_tasks(tasks: list[str], protocol: TaskProtocol) -> dict[str, int]:
     """Read the rows of `tasks`, so that what is wrong with them is told before any model is read.
 
-    Raises UsageError as `zero_shot` does.
+    Returns how many tokens those tasks generate that do so, by their names.
+    Raises UsageError as `zero_shot` does, and if a task has fewer rows to draw examples from than are asked for.
     """
     _import_harness()
+    from lm_eval.models.utils import normalize_gen_kwargs
+
     with tempfile.TemporaryDirectory() as folder, _explained(tasks, protocol.data_dir):
         local = local_tasks(protocol.data_dir, folder) if protocol.data_dir else []
-        _task_manager(tasks, local, folder, protocol.num_fewshot).load(tasks)
+        loaded = _task_manager(tasks, local, folder, protocol.num_fewshot).load(tasks)["tasks"]
+        _check_examples(loaded, protocol.num_fewshot)
+        generating = {name: task.config for name, task in loaded.items() if task.OUTPUT_TYPE == "generate_until"}
+        return {
+            name: normalize_gen_kwargs(config.generation_kwargs or {})["max_gen_toks"]
+            for name, config in generating.items()
+        }
+
+
+def _check_examples(tasks: dict, number: int | None) -> None:
+    """Raise UsageError if one of lm-eval's `tasks`, by their names, has fewer rows for examples than `number`."""
+    for name, task in tasks.items() if number else ():
+        if task.get_config("num_fewshot") == 0 or not hasattr(task, "sampler"):  # lm-eval leaves it at none
+            continue
+        # A row that is scored is no example of itself.
+        rows = len(task.sampler.fewshot_docs()) - (task.fewshot_cfg.split == task.config.test_split)
+        if number > rows:
+            raise UsageError(f"--num_fewshot {number}: {name} has {rows} rows to draw examples from; ask for fewer")
 
 
 def local_rows(tasks: list[str], data_dir: str | Path | None) -> dict[str, str]:
@@ -142,9 +169,11 @@ def _explained(tasks: list[str], data_dir: str | Path | None) -> Iterator[None]:
     """Turn the failures of reading and filling in rows into a UsageError, but not those of running the model."""
     try:
         yield
-    except (UsageError, RuntimeError, NameError, AttributeError, AssertionError, MemoryError):
+    except (UsageError, MemoryError):
         raise
     except Exception as error:
+        if WHILE_RUNNING in getattr(error, "__notes__", ()):
+            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         stems = [LOCAL_ROWS[name].stem for name in tasks if name in LOCAL_ROWS]
         missing = [f"{stem}.jsonl" for stem in stems if _find_rows(Path(data_dir or ""), stem) is None]
@@ -239,10 +268,14 @@ def _harness_model(
     """The loaded model as lm-eval wants it."""
     from lm_eval.models.huggingface import HFLM
 
+    tokenizer = copy.deepcopy(tokenizer)
     if add_bos_token:
         # lm-eval leaves the token to the tokenizer, and many tokenizers that have one do not put it there.
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.add_bos_token = True
+        tokenizer.add_bos_token, tokenizer.add_eos_token = True, False
+    # Prompts are padded by what the model knows: tokens that were added to a tokenizer may lie beyond its embedding.
+    special = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id)
+    known = (token for token in special if token is not None and token < model.config.vocab_size)
+    tokenizer.pad_token_id = next(known, 0)
     wrapped = HFLM(
         pretrained=model,
         tokenizer=tokenizer,
@@ -255,7 +288,23 @@ def _harness_model(
         # lm-eval joins the processes of a launch only where it reads the model itself.
         wrapped.accelerator = Accelerator()
         wrapped._rank, wrapped._world_size = processes.index, processes.count
+    for name in CALLS:
+        setattr(wrapped, name, _marked(getattr(wrapped, name)))
     return wrapped
+
+
+def _marked(run: Callable) -> Callable:
+    """`run`, whose failures carry the note `WHILE_RUNNING`."""
+
+    @wraps(run)
+    def marked(*arguments, **settings):
+        try:
+            return run(*arguments, **settings)
+        except Exception as error:
+            error.add_note(WHILE_RUNNING)
+            raise
+
+    return marked
 
 
 def _import_harness():

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     labels = [args.only] if args.only else recorded
     if args.name is None:
         sections = [section(Results(args.results, label), args.output_path.parent) for label in labels]
-        args.output_path.write_text("\n".join([HEAD, *sections]).rstrip() + "\n")
+        args.output_path.write_text("\n".join([HEAD, *sections]).rstrip() + "\n", encoding="utf-8")
         print(f"wrote {args.output_path}")
         return
     models = [Results(args.results, label) for label in labels]

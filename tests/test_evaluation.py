@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_llama, make_tokenizer
-from test_zero_shot import ROWS, write_rows
+from test_zero_shot import ROWS, no_inventory, write_rows  # noqa: F401
+from tokenizers import processors
+from transformers import AutoTokenizer, GenerationMixin
 
 import model_evaluate
 from olica import evaluation, identity
@@ -170,7 +172,7 @@ def test_another_evaluation_in_between_leaves_a_stopped_one(here, monkeypatch, c
 
 def test_start_token_in_windows_and_prompts(here, monkeypatch):
     prompts = []
-    monkeypatch.setattr(evaluation, "continuation", lambda model, subject: prompts.append(subject.prompt.input_ids))
+    monkeypatch.setattr(evaluation, "continuation", lambda model, subject: prompts.append(subject.prompt))
     result = evaluate(*FLAGS, "--prompt=old books", "--add_bos_token")["results"]["model"]
     plain = evaluate(*FLAGS, "--prompt=old books")["results"]["model"]
     started, unstarted = (prompt[0].tolist() for prompt in prompts)
@@ -178,6 +180,140 @@ def test_start_token_in_windows_and_prompts(here, monkeypatch):
     assert result["perplexity"]["one.txt"]["bos"] == "every window" and plain["perplexity"]["one.txt"]["bos"] == "none"
     assert result["zero_shot"]["add_bos_token"] and not plain["zero_shot"]["add_bos_token"]
     assert result["perplexity"]["one.txt"]["value"] != plain["perplexity"]["one.txt"]["value"]
+
+
+def test_a_path_with_a_comma(here):
+    Path("one.txt").rename("one,uno.txt")
+    Path("two,deux").mkdir()
+    Path("two.txt").rename("two,deux/2.txt")
+    names = ["one,uno.txt", "two,deux/2.txt", "three.txt"]
+    assert model_evaluate.listed(",".join(names), "--ppl") == names
+    assert model_evaluate.listed(" one,uno.txt , wikitext2", "--ppl") == ["one,uno.txt", "wikitext2"]
+    measured = evaluate("--checkpoint=tiny", "--ppl=one,uno.txt", "--ppl_seqlen=32")["results"]["model"]
+    assert list(measured["perplexity"]) == names[:1]
+
+
+AT_ONCE = """
+import datetime, sys, model_evaluate
+from olica.command_line import run_command
+class Noon(datetime.datetime):
+    @classmethod
+    def now(cls, zone=None):
+        return cls(2026, 1, 1, 12, tzinfo=zone)
+model_evaluate.datetime = Noon  # so that all records have one name
+sys.exit(run_command(model_evaluate.build_parser(), model_evaluate.run, sys.argv[1:]))
+"""
+
+
+def test_evaluations_that_start_together_all_leave_what_they_measured(here):
+    """Two of them are the same, and share what a stopped one would leave."""
+    pruning = {"model": {"name": "x", "source": "x"}, "parameters": {"before": make_llama().num_parameters()}}
+    Path("tiny/olica_run.json").write_text(json.dumps(pruning))
+    Path("tiny/README.md").write_text("# tiny\n\n## Metrics\n\nNone measured yet.\n")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", AT_ONCE, "--checkpoint=tiny", "--ppl=one.txt", "--ppl_seqlen=32"]
+    calls = [[*command, f"--ppl_windows={windows}"] for windows in (2, 3, 4, 4)]
+    at_work = [subprocess.Popen(call, env=environment, stderr=subprocess.PIPE, text=True) for call in calls]
+    ends = [(process.communicate(timeout=600)[1], process.returncode) for process in at_work]
+    assert [status for _, status in ends] == [0] * 4, ends
+    names = [f"olica_eval_20260101T120000Z{ending}.json" for ending in ("", "_2", "_3", "_4")]
+    assert sorted(path.name for path in Path("tiny").glob("*olica_eval*")) == sorted(names)
+    results = [json.loads((Path("tiny") / name).read_text())["results"]["model"] for name in names]
+    assert sorted(result["perplexity"]["one.txt"]["windows"] for result in results) == [2, 3, 4, 4]
+    for windows in (2, 3, 4):
+        assert Path("tiny/README.md").read_text().count(f"one.txt, {windows} windows of 32") == 1
+
+
+def test_two_models_are_compared_in_one_dtype(here, capsys):
+    """That of the pruned one, unless another is asked for."""
+    make_llama(num_key_value_heads=2).bfloat16().save_pretrained("pruned")
+    make_tokenizer().save_pretrained("pruned")
+    flags = ["--checkpoint=pruned", "--base_model=tiny", "--with_dense", "--ppl=one.txt", "--ppl_seqlen=32"]
+    record = evaluate(*flags)
+    assert record["dtype"] == "bfloat16" and record["settings"]["dtype"] == "auto"
+    dense, pruned = record["results"]["dense"], record["results"]["pruned"]
+    assert dense["dtype"] == pruned["dtype"] == "bfloat16"
+    assert dense["perplexity"] == pruned["perplexity"], "the same weights once rounded"
+    assert dense["cache_bytes_per_token"] == pruned["cache_bytes_per_token"]
+    assert "both models ran in bfloat16, as the pruned one is stored" in capsys.readouterr().out
+    asked = evaluate(*flags, "--dtype=float32")
+    assert {result["dtype"] for result in asked["results"].values()} == {asked["dtype"]} == {"float32"}
+    assert "both models" not in capsys.readouterr().out
+    assert evaluate(*flags[:1], *flags[3:])["dtype"] == "auto"
+
+
+def test_rows_by_their_share(here, capsys):
+    record = evaluate(*FLAGS, "--limit=0.5")
+    zero_shot = record["results"]["model"]["zero_shot"]
+    assert record["settings"]["limit"] == zero_shot["limit"] == 0.5
+    assert {scores["samples"] for scores in zero_shot["tasks"].values()} == {3}, "of five"
+
+
+@pytest.mark.parametrize("limit", ["1.5", "1.0", "-0.1", "0", "-3", "nan", "inf"])
+def test_a_limit_is_a_number_of_rows_or_a_share(here, capsys, limit):
+    assert "must be a whole number of rows, or a share of them between 0 and 1" in refused(
+        capsys, *FLAGS, f"--limit={limit}"
+    )
+
+
+def test_a_task_that_generates_more_than_the_model_has_positions(here, capsys, monkeypatch):
+    monkeypatch.setattr(model_evaluate, "check_tasks", lambda tasks, protocol: {"piqa": 256})
+    message = refused(capsys, *FLAGS)
+    words = "--tasks piqa, which generates 256 tokens from a prompt: 257 tokens do not fit in the 256 positions of tiny"
+    assert message.startswith(words)
+    monkeypatch.setattr(model_evaluate, "check_tasks", lambda tasks, protocol: {"piqa": 255})
+    evaluate(*FLAGS)
+
+
+@pytest.mark.parametrize("generated", [{}, {"piqa": 5}])
+def test_a_tokenizer_without_the_tokens_that_the_harness_needs(here, capsys, monkeypatch, generated):
+    monkeypatch.setattr(model_evaluate, "check_tasks", lambda tasks, protocol: generated)
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    if not generated:
+        tokenizer.bos_token = None
+    tokenizer.save_pretrained("tiny")
+    assert "--checkpoint tiny: its tokenizer has no end token" in refused(capsys, *FLAGS)
+
+
+def given_to(monkeypatch) -> list[dict]:
+    """What the model is asked to continue, in every later call."""
+    given, generate = [], GenerationMixin.generate
+    monkeypatch.setattr(GenerationMixin, "generate", lambda self, **k: given.append(k) or generate(self, **k))
+    return given
+
+
+def test_inputs_that_the_model_does_not_take(here):
+    """A tokenizer that says it gives them, as those made from another family's do."""
+    plain = evaluate(*FLAGS, "--prompt=old books")["results"]
+    settings = json.loads(Path("tiny/tokenizer_config.json").read_text())
+    settings["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+    Path("tiny/tokenizer_config.json").write_text(json.dumps(settings))
+    assert AutoTokenizer.from_pretrained("tiny")("old").keys() == set(settings["model_input_names"])
+    assert evaluate(*FLAGS, "--prompt=old books")["results"] == plain
+
+
+@pytest.mark.parametrize(("template", "flags"), [("<s> $A", []), ("$A </s>", []), ("<s> $A </s>", ["--add_bos_token"])])
+def test_a_prompt_has_no_token_that_was_not_asked_for(here, monkeypatch, template, flags):
+    tokenizer, given = make_tokenizer(), given_to(monkeypatch)
+    added = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(template, special_tokens=added)
+    tokenizer.save_pretrained("tiny")
+    record = evaluate("--checkpoint=tiny", "--ppl=none", "--cost", "--prompt=old books", *flags)
+    letters = [tokenizer.convert_tokens_to_ids("Ġ" if letter == " " else letter) for letter in "old books"]
+    assert given[-1]["input_ids"].tolist() == [[tokenizer.bos_token_id] * len(flags) + letters]
+    assert record["results"]["model"]["continuation"].startswith("old books")
+
+
+def test_a_failure_keeps_what_was_measured(here, monkeypatch, counted):
+    """Whatever fails at last: the same command takes up the rest."""
+    with monkeypatch.context() as patched:
+        patched.setattr(GenerationMixin, "generate", lambda self, **settings: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            evaluate(*FLAGS, "--prompt=old books")
+    assert counted == ["text", "text", "piqa", "hellaswag", "boolq"]
+    evaluate(*FLAGS, "--prompt=old books")
+    assert len(counted) == 5
 
 
 def test_cost_alone(here, capsys):
@@ -210,6 +346,8 @@ def test_a_device_map_gives_the_same_figures(here):
         (["--ppl=none", "--tasks=winogrande,lambada_openai", "--data_dir=rows"], "winogrande_xl_validation.jsonl"),
         (["--ppl=,"], "--ppl , leaves nothing to measure"),
         (["--ppl=none", "--tasks=,"], "leaves nothing to measure"),
+        (["--ppl=one.txt", f"--prompt={'x' * 240}"], "--prompt: 270 tokens do not fit in the 256 positions of tiny"),
+        (["--ppl=one.txt", "--prompt=\udcff"], "--prompt is not in the encoding of the system"),
         (["--ppl=one.txt", "--device_map=auto", "--device=cpu"], "--device_map"),
     ],
 )

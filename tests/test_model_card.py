@@ -1,3 +1,5 @@
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,20 @@ def test_metrics_are_added_with_their_protocol_and_replaced(folder):
     assert text(folder).split("## Metrics")[1].count("\n- ") == 4
     add_metrics(folder, measured(start_token=True))
     assert text(folder).count("- piqa acc,") == 2, "with and without start token are two figures"
+
+
+def test_figures_that_are_added_at_the_same_time_are_all_there(folder):
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda windows: add_metrics(folder, measured(windows=windows)), range(1000, 1040)))
+    assert text(folder).count("\n- perplexity on wikitext2") == 40
+    assert [path.name for path in folder.iterdir()] == [CARD]
+
+
+def test_a_card_that_cannot_be_written_is_left_alone(folder, monkeypatch):
+    before = text(folder)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != folder)
+    add_metrics(folder, measured())
+    assert text(folder) == before
 
 
 def test_what_was_written_into_the_card_by_hand_stays(folder):

@@ -1,5 +1,6 @@
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from olica.records import (
     EVALUATION_RECORD,
     PRUNING_RECORD,
     Stages,
+    add_record,
     environment,
     latest_comparison,
     read_pruning_record,
@@ -26,6 +28,21 @@ def test_a_record_is_whole_or_absent(tmp_path):
         write_record(path, {"a": float("nan")})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in path.parent.iterdir()] == ["record.json"]
+
+
+def test_records_of_one_name_are_all_kept(tmp_path):
+    path = tmp_path / EVALUATION_RECORD.format(time="20260101T090000Z")
+    with ThreadPoolExecutor(8) as pool:
+        paths = list(pool.map(lambda number: add_record(path, {"number": number}), range(24)))
+    assert sorted(json.loads(path.read_text())["number"] for path in paths) == list(range(24))
+    assert path in paths and {*tmp_path.iterdir()} == {*paths} == {*tmp_path.glob("olica_eval_*.json")}
+
+
+def test_writers_of_one_file_do_not_meet(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: write_record(tmp_path / "record.json", {"a": [number] * 5000}), range(64)))
+    assert len(set(json.loads((tmp_path / "record.json").read_text())["a"])) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
 
 
 def test_the_pruning_record_and_the_latest_evaluation_are_found(tmp_path):

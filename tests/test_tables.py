@@ -9,7 +9,7 @@ import torch
 
 from olica.plots import FIGURES, draw
 from olica.rows import PAPER_METRIC, pack_floats, standard_error
-from olica.runs import PAPER, Results
+from olica.runs import PAPER, Results, limited
 from olica.tables import TABLES, TASKS, Measured, Table
 
 NOISE = np.random.default_rng(0).normal(0, 0.1, 30)
@@ -224,6 +224,12 @@ def test_runs_that_were_made_otherwise_are_told_apart(record):
     assert "Calibration: 16 samples of 128 tokens, seed 0 (33%)." in lines
     assert "Calibration texts: bookcorpus + alpaca." in lines
     assert "MLPs with linear calibration: 6, of rank 0.03 of the hidden size (20%)." in lines
+
+
+def test_a_limit_that_is_a_share_is_said_as_one():
+    said = [limited(limit) for limit in (None, 1, 200, 0.1, 0.125)]
+    assert said[:3] == ["all rows", "the first 1 rows of each", "the first 200 rows of each"]
+    assert said[3:] == ["the first 10 % of the rows of each", "the first 12.5 % of the rows of each"]
 
 
 def test_table_5_is_of_one_number_of_calibrated_mlps(record):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_llama, no_memory_for_more_than
+from tokenizers import processors
 
 from olica import zero_shot
 from olica.errors import UsageError
@@ -57,6 +58,12 @@ PROMPTS = [
     "Question: Dry a cup.\nAnswer: Wipe it.",
     "Ice -- Ice is cold.\nQuestion: is ice cold?\nAnswer: yes",
 ]
+
+
+@pytest.fixture(autouse=True)
+def no_inventory(monkeypatch):
+    """Without lm-eval's list of all that is installed, which it makes for seconds and we do not record."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)
 
 
 @pytest.fixture
@@ -254,6 +261,13 @@ def test_limit_scores_the_first_rows(hellaswag, grouped_llama, tokenizer):
     assert (record["acc"], record["acc_norm"]) == pytest.approx(expected)
 
 
+def test_a_limit_below_one_is_a_share(hellaswag, grouped_llama, tokenizer):
+    folder, rows = hellaswag
+    record = score(grouped_llama, tokenizer, ["hellaswag"], folder, limit=0.3)["tasks"]["hellaswag"]
+    assert (record["samples"], record["split_size"]) == (3, 8), "2.4 rows, rounded up"
+    assert (record["acc"], record["acc_norm"]) == pytest.approx(accuracies(grouped_llama, tokenizer, rows[:3]))
+
+
 def test_one_row_leaves_out_the_standard_error(hellaswag, grouped_llama, tokenizer):
     record = score(grouped_llama, tokenizer, ["hellaswag"], hellaswag[0], limit=1)["tasks"]["hellaswag"]
     assert "acc" in record and "acc_stderr" not in record
@@ -365,6 +379,118 @@ def test_seven_tasks_run_on_the_real_rows(shared_data, tokenizer):
         "boolq": 3270,
     }
     assert all(0 <= record[PAPER_METRIC[task]] <= 1 for task, record in result["tasks"].items())
+
+
+# ------------------------------------------------------------------------------------- tasks that generate
+
+
+def greedy(model, tokenizer, question: str, tokens: int) -> str:
+    """What the bare model says next, one prompt at a time and without a cache."""
+    ids = tokenizer.encode(question, add_special_tokens=False)
+    for _ in range(tokens):
+        with torch.no_grad():
+            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+        if ids[-1] == tokenizer.eos_token_id:
+            break
+    return tokenizer.decode(ids[-tokens:], skip_special_tokens=True)
+
+
+@pytest.fixture
+def exact_llama():
+    """A model of just the tokenizer's vocabulary."""
+    return make_llama(num_key_value_heads=2, vocab_size=259)
+
+
+@pytest.fixture
+def generating(monkeypatch, tmp_path, exact_llama, tokenizer):
+    """A data folder with a task `sums` of local rows that generates; every second row asks for what the model says."""
+    stock = {"output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "{{answer}}"}
+    stock |= {"generation_kwargs": {"until": ["Question"], "max_gen_toks": 6}}
+    stock |= {"metric_list": [{"metric": "exact_match"}]}
+    (tmp_path / "sums.yaml").write_text(json.dumps(stock))
+    monkeypatch.setitem(zero_shot.LOCAL_ROWS, "sums", zero_shot.LocalRows(str(tmp_path / "sums.yaml"), "sums", "test"))
+    questions = [f"{'What is ' * index}{index} and {index}?" for index in range(6)]
+    answers = [greedy(exact_llama, tokenizer, question, 6) for question in questions]
+    answers[::2] = ["none"] * 3
+    rows = [{"question": q, "answer": a} for q, a in zip(questions, answers, strict=True)]
+    write_rows(tmp_path / "rows", "sums", rows)
+    return tmp_path / "rows"
+
+
+@pytest.mark.parametrize("pad", ["beyond the vocabulary", "none", "none, nor an unknown one", "its own"])
+def test_prompts_are_padded_by_a_token_that_the_model_has(generating, exact_llama, tokenizer, pad):
+    match pad:
+        case "beyond the vocabulary":
+            tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+            assert tokenizer.pad_token_id == exact_llama.config.vocab_size
+        case "none, nor an unknown one":
+            tokenizer.unk_token = None
+        case "its own":
+            tokenizer.pad_token = "a"
+    before = tokenizer.pad_token
+    result = score(exact_llama, tokenizer, ["sums"], generating, batch_size=4)["tasks"]["sums"]
+    assert (result["exact_match"], result["samples"]) == (0.5, 6) and tokenizer.pad_token == before
+
+
+def test_tasks_that_generate_say_how_much(generating):
+    write_rows(generating, "piqa_validation", [ROWS["piqa_validation"]])
+    assert zero_shot.check_tasks(["piqa", "sums"], TaskProtocol(data_dir=generating)) == {"sums": 6}
+
+
+@pytest.mark.parametrize("error", [AssertionError, KeyError, TypeError])
+def test_what_fails_in_the_model_is_no_fault_of_the_rows(hellaswag, generating, grouped_llama, tokenizer, error):
+    def failing(*arguments):
+        raise error("index out of range in self")
+
+    grouped_llama.register_forward_pre_hook(failing)
+    for task in ("hellaswag", "sums"):
+        with pytest.raises(error, match="index out of range in self"):
+            score(grouped_llama, tokenizer, [task], generating)
+
+
+def test_rows_that_cannot_be_filled_in_are_a_fault_of_the_rows(seven, grouped_llama, tokenizer):
+    """Whatever kind of error the task's own code meets in them."""
+    for stem, row in {"hellaswag_validation": {"ctx_b": None}, "winogrande_xl_validation": {"answer": "3"}}.items():
+        write_rows(seven, stem, [ROWS[stem] | row])
+        task = stem.split("_")[0]
+        with pytest.raises(UsageError, match=f"--tasks {task}: .*whole and in the hub's fields"):
+            score(grouped_llama, tokenizer, [task], seven)
+
+
+def test_an_end_token_of_the_tokenizer_ends_no_prompt(hellaswag, grouped_llama, tokenizer, seen_ids):
+    added = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=added)
+    tokenizer.add_eos_token = True
+    grouped_llama.register_forward_pre_hook(seen_ids, with_kwargs=True)
+    for start in (False, True):
+        score(grouped_llama, tokenizer, ["hellaswag"], hellaswag[0], add_bos_token=start)
+    assert len(seen_ids) == 64 and not any(tokenizer.eos_token_id in ids for ids in seen_ids)
+    assert [ids.count(tokenizer.bos_token_id) for ids in seen_ids] == [0] * 32 + [1] * 32
+
+
+def test_more_examples_than_there_are_rows(monkeypatch, tmp_path):
+    """Drawn from rows of their own, or from those that are scored, but for the one that is asked."""
+    from lm_eval.tasks import TaskManager
+
+    for split in ("train", "test"):
+        write_rows(tmp_path, split, [{"question": f"{split} {index}", "answer": str(index)} for index in range(3)])
+    task = {"output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "{{answer}}"}
+    task |= {"dataset_path": "json", "metric_list": [{"metric": "exact_match"}], "test_split": "test"}
+    task |= {"dataset_kwargs": {"data_files": {s: str(tmp_path / f"{s}.jsonl") for s in ("train", "test")}}}
+    for name, split in {"own": "train", "shared": "test"}.items():
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(task | {"task": name, "fewshot_split": split}))
+    never = task | {"task": "never", "fewshot_split": "train", "num_fewshot": 0}
+    (tmp_path / "never.yaml").write_text(json.dumps(never))
+    manager = TaskManager(include_path=tmp_path, include_defaults=False)
+    monkeypatch.setattr(zero_shot, "_task_manager", lambda *arguments: manager)
+    for name, rows in {"own": 3, "shared": 2}.items():
+        zero_shot.check_tasks([name], TaskProtocol(num_fewshot=rows))
+        task = manager.load([name])["tasks"][name]
+        task.set_fewshot_seed(seed=0)
+        assert task.fewshot_context(task.eval_docs[0], rows).count("\n\n") == rows, "lm-eval draws as many"
+        with pytest.raises(UsageError, match=f"--num_fewshot {rows + 1}: {name} has {rows} rows to draw examples from"):
+            zero_shot.check_tasks([name], TaskProtocol(num_fewshot=rows + 1))
+    zero_shot.check_tasks(["never"], TaskProtocol(num_fewshot=9))
 
 
 # ---------------------------------------------------------------------------------------------- averages

@@ -1,0 +1,67 @@
+"""What is printed may not stop what is done: text is shown as well as the terminal can, and a reader may go."""
+
+import codecs
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import TextIO
+
+# How characters are spelt where the encoding of the output lacks them; all others become a question mark.
+SPELT = {"±": "+-"}
+
+
+def _spell(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(SPELT.get(letter, "?") for letter in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error("olica.spell", _spell)
+
+
+class _Output:
+    """A text stream to which all can be written: what it cannot encode is spelt, what nobody reads any more is lost."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="olica.spell")
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """As that of a text stream."""
+        with self._without_reader():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """As that of a text stream."""
+        with self._without_reader():
+            self._stream.flush()
+
+    @contextmanager
+    def _without_reader(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())  # for what the stream holds still, too
+            os.close(nowhere)
+
+
+@contextmanager
+def forgiving_output() -> Iterator[None]:
+    """Have standard output and error take all that is written meanwhile.
+
+    A pipe whose reader has gone (`| head -1`) is no reason to lose a record, nor is a terminal without a ± sign.
+    """
+    streams = [_Output(stream) if stream else stream for stream in (sys.stdout, sys.stderr)]  # None: it was closed
+    with redirect_stdout(streams[0]), redirect_stderr(streams[1]):
+        try:
+            yield
+        finally:
+            for stream in filter(None, streams):
+                stream.flush()

@@ -1,0 +1,98 @@
+"""Terminals that cannot show all, and readers that go."""
+
+import argparse
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_llama, make_tokenizer
+
+import model_evaluate
+from olica.command_line import run_command
+from olica.errors import UsageError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty current folder with a tiny model and a text."""
+    monkeypatch.chdir(tmp_path)
+    make_llama(num_key_value_heads=2).save_pretrained("tiny")
+    make_tokenizer().save_pretrained("tiny")
+    Path("text.txt").write_text("seven wise owls " * 40)
+    return tmp_path
+
+
+def evaluate(*flags: str) -> dict:
+    flags = ["--checkpoint=tiny", "--ppl=text.txt", "--ppl_seqlen=32", "--output_path=eval.json", *flags]
+    assert run_command(model_evaluate.build_parser(), model_evaluate.run, flags) == 0
+    return json.loads(Path("eval.json").read_text())
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_a_terminal_that_cannot_show_all(here, monkeypatch, encoding):
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding=encoding))
+    measured = evaluate("--prompt=ż ½ 文")["results"]["model"]
+    printed = shown.getvalue().decode(encoding)
+    sign = "+-" if encoding == "ascii" else "±"
+    row = measured["perplexity"]["text.txt"]
+    assert f"{row['value']:,.3f} {sign} {row['standard_error']:.3f}" in printed
+    assert {"ascii": "? ? ?", "cp1252": "? ½ ?", "utf-8": "ż ½ 文"}[encoding] in printed
+    assert printed.endswith("record eval.json\n")
+
+
+def test_an_error_where_not_all_can_be_shown(monkeypatch):
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(shown, encoding="ascii"))
+
+    def run(args: argparse.Namespace) -> None:
+        raise UsageError("--x ½: give 1")
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(argparse.ArgumentParser(prog="x"), run, [])
+    assert ended.value.code == 2 and shown.getvalue() == b"x: error: --x ?: give 1\n"
+
+
+@pytest.mark.parametrize("buffering", [1, 8192])
+def test_a_reader_that_has_gone_costs_nothing(here, monkeypatch, buffering):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", buffering=buffering) as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(sys, "stderr", stream)  # as after 2>&1
+        record = evaluate()
+    assert record["results"]["model"]["perplexity"]["text.txt"]["windows"] == 20
+    assert not list(here.glob(".*"))
+
+
+PRINTING = """
+import argparse, sys
+from olica.command_line import run_command
+def run(args):
+    for number in range(1000):
+        print(number, "x" * 80)
+    print("end", file=sys.stderr)
+sys.exit(run_command(argparse.ArgumentParser(), run, []))
+"""
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_the_first_lines_of_a_command(unbuffered):
+    """The real thing, to the end of the process, where Python writes what is left."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
+    command = ["bash", "-c", 'set -o pipefail; "$0" -c "$1" | head -1; echo status $?', sys.executable, PRINTING]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout == f"0 {'x' * 80}\nstatus 0\n"
+    assert done.stderr == "end\n"
+
+
+def test_a_closed_output(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert run_command(argparse.ArgumentParser(), lambda args: print(torch.pi), []) == 0
