@@ -325,7 +325,8 @@ def grid_of_records(record) -> None:
     values = {name: [3.0, 2.0, 1.0] for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
     folder = record.folder / record.label / "figure2"
     folder.mkdir()
-    (folder / "singular_values.json").write_text(json.dumps({"environment": MACHINE, "layers": {"0": values, "31": values}}))
+    singular_values = {"environment": MACHINE, "layers": {"0": values, "31": values}}
+    (folder / "singular_values.json").write_text(json.dumps(singular_values))
 
 
 @pytest.mark.parametrize("name", FIGURES)
