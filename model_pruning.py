@@ -1,8 +1,12 @@
 """Prune a LLaMA-like checkpoint layer by layer, without retraining, and save it."""
 
+import stopping  # isort: skip  # before what takes seconds to import
+
+if __name__ == "__main__":
+    stopping.at_once()
+
 import argparse
 import math
-import sys
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from os.path import expanduser
@@ -304,4 +308,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(build_parser(), run))
+    stopping.end_with(lambda: run_command(build_parser(), run))
