@@ -1,6 +1,7 @@
 """Both command lines as a user calls them, on a tiny model in the current folder."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -342,6 +343,21 @@ def test_a_token_file_needs_no_other_flags(here, capsys):
     assert "--datasets: samples of 257 tokens" in refused(capsys, prune, "--datasets=long.safetensors")
 
 
+@pytest.mark.parametrize(("umask", "file_mode", "folder_mode"), [(0o022, 0o644, 0o755), (0o027, 0o640, 0o750)])
+def test_all_that_is_written_may_be_read_by_whom_the_umask_says(here, umask, file_mode, folder_mode):
+    before = os.umask(umask)
+    try:
+        assert prune("--save_dir=out") == 0
+        assert evaluate("--base_model=tiny", "--save_dir=out", "--ppl=rows.jsonl", "--ppl_seqlen=64") == 0
+    finally:
+        os.umask(before)
+    written = [path for folder in ("out", "data/calibration") for path in (here / folder).rglob("*")]
+    assert len([path for path in written if path.suffix == ".safetensors"]) == 6
+    assert {path.name for path in written} >= {"README.md", "olica_run.json", "modeling_olica.py", "tokenizer.json"}
+    modes = {path: path.stat().st_mode & 0o777 for path in written}
+    assert modes == {path: folder_mode if path.is_dir() else file_mode for path in written}
+
+
 def test_a_tilde_is_expanded(here, monkeypatch):
     monkeypatch.setenv("HOME", str(here))
     flags = ["--base_model=~/tiny", "--datasets=~/rows.jsonl", "--data_dir=~/cache", "--save_dir=~/out"]
@@ -378,7 +394,7 @@ def test_a_checkpoint_of_another_model_is_not_taken_for_this_one(here, capsys):
 
 
 @pytest.mark.parametrize("error", [SafetensorError, OSError])
-@pytest.mark.parametrize("writer", ["olica.journal.save_file", "olica.checkpoint.custom_object_save"])
+@pytest.mark.parametrize("writer", ["olica.journal.save_tensors", "olica.checkpoint.custom_object_save"])
 def test_a_full_disk_stops_the_run_and_the_same_command_goes_on(here, capsys, monkeypatch, error, writer):
     def full(*arguments, **settings):
         raise error("disk full")
