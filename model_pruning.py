@@ -232,6 +232,7 @@ def prune_and_save(args: argparse.Namespace, job: Job, progress: RunFolder) -> d
         return records.read_pruning_record(job.folder)
     work = (job.recipe, options, progress)
     with stages.stage("survey"):
+        checkpoint.check_description(progress, dense, job.plan, tokenizer)
         survey = survey_layers(dense, calibration.ids, job.plan, *work)
         plan = choose_calibrated(job.plan, survey, job.recipe, options)
     with stages.stage("prune"):

@@ -116,6 +116,22 @@ def test_weights_that_are_not_the_plans_are_refused(tmp_path):
         write_pruned(model, plan, None, tmp_path / "out")
 
 
+def test_what_would_not_load_is_not_published(tmp_path, tokenizer):
+    """A setting that the family does not read, but the cache does; and a tokenizer whose files nobody reads."""
+    model = make_llama()
+    _, plan = prune(model, IDS, "olica", 0.2)
+    model.config.sliding_window = 12.5
+    with pytest.raises(UsageError, match="--base_model: .* would not load .TypeError: .*; correct these files"):
+        write_pruned(model, plan, tokenizer, tmp_path / "out")
+    del model.config.sliding_window
+    tokenizer.save_pretrained = lambda folder: (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(UsageError, match="would not load"):
+        write_pruned(model, plan, tokenizer, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"], "finished layers are kept"
+    write_pruned(model, plan, make_tokenizer(), tmp_path / "out")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").num_parameters() == model.num_parameters()
+
+
 def test_folders_are_named_by_model_sparsity_and_recipe():
     assert checkpoint_folder("out", "7b", 0.2) == Path("out/7b_sparsity-0.2")
     assert checkpoint_folder("out", "7b", 0.2, "olica") == checkpoint_folder("out", "7b", 0.2)

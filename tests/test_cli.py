@@ -328,6 +328,17 @@ def test_bad_weights_leave_nothing_behind(here, capsys):
     assert not Path("out").exists()
 
 
+@pytest.mark.parametrize("window", [12.5, "many", [7]])
+def test_a_checkpoint_that_would_not_load_is_seen_before_layers_are_pruned(here, capsys, monkeypatch, window):
+    """LLaMA has no sliding window, so nothing looks at the setting until a cache is made."""
+    settings = json.loads(Path("tiny/config.json").read_text())
+    Path("tiny/config.json").write_text(json.dumps(settings | {"sliding_window": window}))
+    monkeypatch.setattr(model_pruning, "survey_layers", lambda *arguments: pytest.fail("the survey has begun"))
+    message = refused(capsys, prune, "--save_dir=out")
+    assert "--base_model" in message and "would not load" in message
+    assert not Path("out").exists()
+
+
 def test_a_full_disk_is_seen_before_the_work(here, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 0))
     message = refused(capsys, prune, "--save_dir=out")
