@@ -25,6 +25,7 @@ from olica.allocation import (
 from olica.batch_size import BatchSize
 from olica.calibration import CalibrationSet, build_calibration_set, calibration_shape, is_token_file
 from olica.command_line import run_command
+from olica.configuration_olica import head_dim
 from olica.dense_model import is_streamed, open_dense_model
 from olica.devices import memory_explained, pick_device
 from olica.errors import UsageError
@@ -269,6 +270,7 @@ def make_record(
         "calibration": {**vars(calibration), "ids": list(calibration.ids.shape)},
         "shares_removed": asdict(job.sparsities),
         "plan": [shape.to_dict() for shape in plan],
+        "dense_layer": {"v_head_dim": head_dim(job.config), "intermediate_size": job.config.intermediate_size},
         "calibrated_layers": [index for index, shape in enumerate(plan) if shape.calibration_rank],
         "parameters": job.parameters
         | {"after": after["total"]}
@@ -297,6 +299,8 @@ def run(args: argparse.Namespace) -> None:
     """Plan; unless that was all, check the output folder, prune, save and print what was done."""
     job = prepare(args)
     print_plan(job)
+    if args.mlp_num and not job.options.mlp_num:
+        print(f"no MLP loses a channel, so --mlp_num {args.mlp_num} has no effect")
     if args.dry_run:
         return
     checkpoint.check_folder(job.folder)

@@ -382,6 +382,15 @@ def test_a_ridge_that_is_too_weak(here, capsys):
     assert not Path("out").exists()
 
 
+def test_a_number_of_mlps_that_has_no_effect_is_named(here, capsys):
+    said = "no MLP loses a channel, so --mlp_num 1 has no effect"
+    assert prune("--sparsity=0.0001", "--save_dir=out") == 0
+    assert said in capsys.readouterr().out
+    assert "`--mlp_num 1` had no effect" in Path("out/tiny_sparsity-0.0001/README.md").read_text()
+    assert prune("--dry_run") == 0 and prune("--dry_run", "--sparsity=0", "--mlp_num=0") == 0
+    assert said not in capsys.readouterr().out
+
+
 def test_a_ratio_is_of_no_concern_without_calibration(here):
     assert prune("--mlp_num=0", "--ratio=0.001", "--save_dir=out") == 0
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import cache
@@ -16,6 +17,8 @@ from tiny_families import make_family
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
+import model_pruning
+from olica.command_line import run_command
 from olica.modeling_olica import FAMILIES, CalibratedMLP, LowRankLinear
 
 IDS = torch.randint(3, 250, (6, 20), generator=torch.Generator().manual_seed(0))
@@ -51,8 +54,9 @@ def run_without_olica(tmp_path: Path, *command: str) -> str:
     """Run Python in a fresh process that cannot import olica; returns what it printed."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HOME": str(tmp_path / "home")}
     run = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+        [sys.executable, *map(str, command)], cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True,
+    )  # fmt: skip
     assert run.returncode == 0, run.stderr
     return run.stdout
 
@@ -99,6 +103,23 @@ print("done")
 @pytest.mark.parametrize("family", ["llama", "phi3"])
 def test_saved_again_and_put_into_a_pipeline_without_olica(pruned_folder, family, tmp_path):
     assert run_without_olica(tmp_path, "-c", WITHOUT_OLICA, pruned_folder(family)) == "done\n"
+
+
+@pytest.mark.parametrize("with_tokenizer", [True, False])
+def test_the_lines_of_the_card_work_without_olica_and_ask_nothing(tmp_path, with_tokenizer):
+    """On a terminal AutoTokenizer would ask whether to run the code of the configuration, and wait for an answer."""
+    make_family("llama").save_pretrained(tmp_path / "dense")
+    if with_tokenizer:
+        make_tokenizer().save_pretrained(tmp_path / "dense")
+    save_file({"calibration_ids": IDS}, tmp_path / "ids.safetensors")
+    flags = [f"--base_model={tmp_path / 'dense'}", f"--datasets={tmp_path / 'ids.safetensors'}", "--mlp_num=1"]
+    assert run_command(model_pruning.build_parser(), model_pruning.run, [*flags, f"--save_dir={tmp_path}"]) == 0
+    folder = tmp_path / "dense_sparsity-0.2"
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
+    assert ("AutoTokenizer" in code) == with_tokenizer
+    last = "print(type(model).__name__, type(tokenizer('ab').input_ids).__name__ if 'tokenizer' in vars() else 'none')"
+    printed = run_without_olica(tmp_path, "-c", f"FOLDER = {str(folder)!r}\n{code}\n{last}")
+    assert printed == f"OlicaLlamaForCausalLM {'list' if with_tokenizer else 'none'}\n"
 
 
 @every_family
