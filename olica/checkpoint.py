@@ -23,7 +23,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from .configuration_olica import LayerShape, head_dim
 from .dense_model import DenseModel, StoredWeight, stored_weights
 from .errors import UsageError
-from .modeling_olica import FAMILIES
+from .modeling_olica import FAMILIES, SEQUENCE_CLASSIFIERS, TOKEN_CLASSIFIERS
 from .run_folder import RunFolder
 
 DEFAULT_RECIPE = "olica"
@@ -175,11 +175,16 @@ def _write_index(folder: Path, stored: dict[str, StoredWeight], parameters: int)
 
 def _write_description(pruned: PreTrainedModel, dense: PreTrainedModel, folder: Path) -> None:
     """Write the configuration, the modelling files and the generation settings, as save_pretrained does."""
-    base_class = pruned.base_class
+    family, module = dense.config.model_type, type(pruned).__module__.split(".")[-1]
+    others = {
+        "AutoModel": pruned.base_class,
+        "AutoModelForSequenceClassification": SEQUENCE_CLASSIFIERS.get(family),
+        "AutoModelForTokenClassification": TOKEN_CLASSIFIERS.get(family),
+    }
     pruned.config.dtype = str(dense.dtype).removeprefix("torch.")
     pruned.config.architectures = [type(pruned).__name__]
     # The entries of the configuration and of the class that is saved are added.
-    pruned.config.auto_map = {"AutoModel": f"{base_class.__module__.split('.')[-1]}.{base_class.__name__}"}
+    pruned.config.auto_map = {auto: f"{module}.{model.__name__}" for auto, model in others.items() if model}
     custom_object_save(pruned, folder, config=pruned.config)
     pruned.config.save_pretrained(folder)
     dense.generation_config.save_pretrained(folder)

@@ -74,7 +74,8 @@ def test_a_checkpoint_holds_what_loading_needs(pruned_folder):
     assert {"configuration_olica.py", "modeling_olica.py"} <= names
     config = json.loads((pruned_folder / "config.json").read_text())
     assert config["model_type"] == "olica_llama" and config["architectures"] == ["OlicaLlamaForCausalLM"]
-    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    tasks = {"CausalLM", "SequenceClassification", "TokenClassification"}
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel"} | {f"AutoModelFor{task}" for task in tasks}
     assert len(config["layer_shapes"]) == 3 and config["intermediate_size"] == 176
 
 

@@ -15,11 +15,18 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_families import make_family
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    pipeline,
+)
 
 import model_pruning
 from olica.command_line import run_command
-from olica.modeling_olica import FAMILIES, CalibratedMLP, LowRankLinear
+from olica.modeling_olica import FAMILIES, SEQUENCE_CLASSIFIERS, TOKEN_CLASSIFIERS, CalibratedMLP, LowRankLinear
 
 IDS = torch.randint(3, 250, (6, 20), generator=torch.Generator().manual_seed(0))
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -130,6 +137,68 @@ def test_pipeline(pruned_folder, family):
     found = [row[0]["generated_text"] for row in generate(["ab cd", "x"], **settings)]
     expected = [load(folder).generate(**tokenizer(text, return_tensors="pt"), **settings)[0] for text in ("ab cd", "x")]
     assert found == [tokenizer.decode(ids, skip_special_tokens=True) for ids in expected]
+
+
+CLASSIFIERS = [
+    (family, auto)
+    for auto, models in (
+        (AutoModelForSequenceClassification, SEQUENCE_CLASSIFIERS),
+        (AutoModelForTokenClassification, TOKEN_CLASSIFIERS),
+    )
+    for family in models
+]
+
+
+@pytest.mark.parametrize("auto", [AutoModelForSequenceClassification, AutoModelForTokenClassification])
+def test_every_family_has_the_classifiers_that_the_library_has(auto):
+    offered = {family for family, its in CLASSIFIERS if its is auto}
+    assert offered == {family for family in FAMILIES if CONFIG_MAPPING[family] in auto._model_mapping}
+
+
+@pytest.mark.parametrize(("family", "auto"), CLASSIFIERS)
+def test_classifiers(pruned_folder, family, auto, tmp_path):
+    folder = pruned_folder(family)
+    model, info = auto.from_pretrained(folder, num_labels=3, pad_token_id=0, output_loading_info=True)
+    assert {name.split(".")[0] for name in info["missing_keys"]} == {"score"} and not info["mismatched_keys"]
+    causal = load(folder).model.state_dict()
+    assert causal.keys() == model.model.state_dict().keys()
+    assert all(torch.equal(weight, causal[name]) for name, weight in model.model.state_dict().items())
+    labels = torch.arange(6) % 3 if auto is AutoModelForSequenceClassification else IDS % 3
+    output = model.eval()(IDS, labels=labels)
+    assert output.logits.shape == (*labels.shape, 3)
+    expected = nn.functional.cross_entropy(output.logits.flatten(0, -2), labels.flatten())
+    torch.testing.assert_close(output.loss, expected)
+    output.loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    model.save_pretrained(tmp_path / "again")
+    again = auto.from_pretrained(tmp_path / "again").eval()
+    assert type(again) is type(model) and torch.equal(again(IDS).logits, output.logits)
+
+
+CLASSIFIERS_WITHOUT_OLICA = """
+import sys
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
+code = dict(trust_remote_code=True)
+for folder in sys.argv[1:]:
+    ids = load_file(folder + ".safetensors")["ids"]
+    for auto, shape in ((AutoModelForSequenceClassification, (6, 2)), (AutoModelForTokenClassification, (6, 20, 2))):
+        # Before the causal model is loaded: nothing else has made the base model known.
+        model = auto.from_pretrained(folder, pad_token_id=0, **code).eval()
+        assert model(ids).logits.shape == shape
+        model.save_pretrained(folder + "-again")
+        again = auto.from_pretrained(folder + "-again", **code).eval()
+        assert torch.equal(again(ids).logits, model(ids).logits)
+        causal = AutoModelForCausalLM.from_pretrained(folder, **code)
+        assert all(torch.equal(p, q) for p, q in zip(model.model.parameters(), causal.model.parameters(), strict=True))
+print("done")
+"""
+
+
+def test_classifiers_without_olica(pruned_folder, tmp_path):
+    folders = [pruned_folder(family) for family in TOKEN_CLASSIFIERS]
+    assert run_without_olica(tmp_path, "-c", CLASSIFIERS_WITHOUT_OLICA, *folders) == "done\n"
 
 
 QUESTIONS = [
