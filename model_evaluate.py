@@ -1,8 +1,12 @@
 """Measure a pruned or dense checkpoint: perplexity, zero-shot tasks, parameters, memory."""
 
+import stopping  # isort: skip  # before what takes seconds to import
+
+if __name__ == "__main__":
+    stopping.at_once()
+
 import argparse
 import math
-import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from os.path import exists, expanduser
@@ -295,7 +299,8 @@ def run(args: argparse.Namespace) -> None:
     measures = Measures(path.parent, path.name if args.output_path else None, evaluation, stages, processes)
     if measures.found and processes.is_main:
         print(f"going on after {measures.found} measures of a stopped evaluation")
-    results = {subject.name: measure(subject, protocol, measures, stages, processes) for subject in subjects}
+    with measures.told():
+        results = {subject.name: measure(subject, protocol, measures, stages, processes) for subject in subjects}
     if not processes.is_main:
         return
     if args.with_dense:
@@ -325,4 +330,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(build_parser(), run))
+    stopping.end_with(lambda: run_command(build_parser(), run))

@@ -1,8 +1,12 @@
 """Prune a LLaMA-like checkpoint layer by layer, without retraining, and save it."""
 
+import stopping  # isort: skip  # before what takes seconds to import
+
+if __name__ == "__main__":
+    stopping.at_once()
+
 import argparse
 import math
-import sys
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from os.path import expanduser
@@ -22,6 +26,7 @@ from olica.allocation import (
 from olica.batch_size import BatchSize
 from olica.calibration import CalibrationSet, build_calibration_set, calibration_shape, is_token_file
 from olica.command_line import run_command
+from olica.configuration_olica import head_dim
 from olica.dense_model import is_streamed, open_dense_model
 from olica.devices import memory_explained, pick_device
 from olica.errors import UsageError
@@ -279,6 +284,7 @@ def prune_and_save(args: argparse.Namespace, job: Job, progress: RunFolder) -> d
         return records.read_pruning_record(job.folder)
     work = (job.recipe, options, progress)
     with stages.stage("survey"):
+        checkpoint.check_description(progress, dense, job.plan, tokenizer)
         survey = survey_layers(dense, calibration.ids, job.plan, *work)
         plan = choose_calibrated(job.plan, survey, job.recipe, options)
     with stages.stage("prune"):
@@ -315,6 +321,7 @@ def make_record(
         "calibration": {**vars(calibration), "ids": list(calibration.ids.shape)},
         "shares_removed": asdict(job.sparsities),
         "plan": [shape.to_dict() for shape in plan],
+        "dense_layer": {"v_head_dim": head_dim(job.config), "intermediate_size": job.config.intermediate_size},
         "calibrated_layers": [index for index, shape in enumerate(plan) if shape.calibration_rank],
         "parameters": {
             "before": before["total"],
@@ -350,6 +357,8 @@ def run(args: argparse.Namespace) -> None:
     """Plan; unless that was all, check the output folder, prune, save and print what was done."""
     job = prepare(args)
     print_plan(job, args.sparsity)
+    if args.mlp_num and not job.options.mlp_num:
+        print(f"no MLP loses a channel, so --mlp_num {args.mlp_num} has no effect")
     if args.dry_run:
         return
     checkpoint.check_folder(job.folder)
@@ -362,4 +371,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(build_parser(), run))
+    stopping.end_with(lambda: run_command(build_parser(), run))

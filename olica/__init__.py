@@ -3,10 +3,16 @@
 Importing the package makes pruned checkpoints known to the Auto classes of transformers.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from .configuration_olica import LayerShape
-from .modeling_olica import FAMILIES
+from .modeling_olica import FAMILIES, SEQUENCE_CLASSIFIERS, TOKEN_CLASSIFIERS
 
 __all__ = ["FAMILIES", "LayerShape"]
 
@@ -14,8 +20,14 @@ for _causal_lm in FAMILIES.values():
     _config, _model = _causal_lm.config_class, _causal_lm.base_class
     AutoConfig.register(_config.model_type, _config)
     AutoModel.register(_config, _model)
-    AutoModelForCausalLM.register(_config, _causal_lm)
     # save_pretrained then copies the two modelling files into the checkpoint, which needs no olica to load.
     _config.register_for_auto_class()
     _model.register_for_auto_class("AutoModel")
-    _causal_lm.register_for_auto_class("AutoModelForCausalLM")
+for _auto, _models in (
+    (AutoModelForCausalLM, FAMILIES),
+    (AutoModelForSequenceClassification, SEQUENCE_CLASSIFIERS),
+    (AutoModelForTokenClassification, TOKEN_CLASSIFIERS),
+):
+    for _model in _models.values():
+        _auto.register(_model.config_class, _model)
+        _model.register_for_auto_class(_auto.__name__)

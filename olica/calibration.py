@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .errors import UsageError
+from .tensor_files import save_tensors
 from .text_sources import Rows, read_rows
 
 logger = logging.getLogger(__name__)
@@ -311,7 +311,7 @@ def _write_tokens(drawn: CalibrationSet, path: Path) -> None:
     unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({_IDS: drawn.ids}, unfinished, metadata=metadata)
+        save_tensors({_IDS: drawn.ids}, unfinished, metadata)
         os.replace(unfinished, path)
     except (OSError, SafetensorError) as error:
         if unfinished.exists():

@@ -5,16 +5,25 @@ import os
 import shutil
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from .configuration_olica import LayerShape
+from .configuration_olica import LayerShape, head_dim
 from .dense_model import DenseModel, StoredWeight, stored_weights
 from .errors import UsageError
-from .modeling_olica import FAMILIES
+from .modeling_olica import FAMILIES, SEQUENCE_CLASSIFIERS, TOKEN_CLASSIFIERS
 from .run_folder import RunFolder
 
 DEFAULT_RECIPE = "olica"
@@ -91,9 +100,8 @@ def complete(
     progress.save_shard(1, dense.read(embedding))
     progress.save_shard(len(plan) + 2, dense.read(others))
     stored = stored_weights(sorted(progress.checkpoint.glob("*.safetensors")))
-    pruned = pruned_skeleton(dense.config, plan)
-    planned = {name: tuple(parameter.shape) for name, parameter in pruned.named_parameters()}
-    if planned != {name: weight.shape for name, weight in stored.items()}:
+    loaded = _describe(progress, progress.checkpoint, dense, plan, tokenizer)
+    if loaded != {name: weight.shape for name, weight in stored.items()}:
         raise RuntimeError("the weights written are not those of the plan")
     sizes = {name: prod(weight.shape) for name, weight in stored.items()}
     written = {
@@ -102,10 +110,63 @@ def complete(
     }
     with progress.explained():
         _write_index(progress.checkpoint, stored, written["total"])
-        _write_description(pruned, dense.model, progress.checkpoint)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(progress.checkpoint)
     return written
+
+
+def check_description(
+    progress: RunFolder, dense: DenseModel, plan: list[LayerShape], tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    """Raise UsageError if a checkpoint of these sizes would not load, before layers are pruned in vain."""
+    with TemporaryDirectory(dir=progress.work) as folder:
+        _describe(progress, Path(folder), dense, plan, tokenizer)
+
+
+def _describe(
+    progress: RunFolder,
+    folder: Path,
+    dense: DenseModel,
+    plan: list[LayerShape],
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> dict[str, tuple[int, ...]]:
+    """Write what a checkpoint has beside its weights, and load it again.
+
+    Returns:
+        The sizes of the weights that the Auto classes expect in the folder, by their names.
+
+    Raises:
+        UsageError: it cannot be written, or not be loaded.
+    """
+    try:
+        with progress.explained():
+            _write_description(pruned_skeleton(dense.config, plan), dense.model, folder)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+        if tokenizer is not None:
+            AutoTokenizer.from_pretrained(folder)
+        return {name: tuple(weight.shape) for name, weight in _load_empty(folder).named_parameters()}
+    except (UsageError, MemoryError):
+        raise
+    except Exception as error:  # the libraries share none
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UsageError(
+            "--base_model: a pruned checkpoint with the model's configuration, generation settings and tokenizer would "
+            f"not load ({reason}); correct these files of the model"
+        ) from error
+
+
+def _load_empty(folder: Path) -> PreTrainedModel:
+    """The model that the Auto classes make of a folder, without weights, tried on what pruning never runs: its cache.
+
+    Raises:
+        Exception: it cannot be made or cannot keep keys and values.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        cache, states = DynamicCache(config=config), torch.zeros(1, config.num_key_value_heads, 2, head_dim(config))
+        for layer in range(config.num_hidden_layers):
+            cache.update(states, states, layer)
+    return model
 
 
 def _write_index(folder: Path, stored: dict[str, StoredWeight], parameters: int) -> None:
@@ -119,11 +180,16 @@ def _write_index(folder: Path, stored: dict[str, StoredWeight], parameters: int)
 
 def _write_description(pruned: PreTrainedModel, dense: PreTrainedModel, folder: Path) -> None:
     """Write the configuration, the modelling files and the generation settings, as save_pretrained does."""
-    base_class = pruned.base_class
+    family, module = dense.config.model_type, type(pruned).__module__.split(".")[-1]
+    others = {
+        "AutoModel": pruned.base_class,
+        "AutoModelForSequenceClassification": SEQUENCE_CLASSIFIERS.get(family),
+        "AutoModelForTokenClassification": TOKEN_CLASSIFIERS.get(family),
+    }
     pruned.config.dtype = str(dense.dtype).removeprefix("torch.")
     pruned.config.architectures = [type(pruned).__name__]
     # The entries of the configuration and of the class that is saved are added.
-    pruned.config.auto_map = {"AutoModel": f"{base_class.__module__.split('.')[-1]}.{base_class.__name__}"}
+    pruned.config.auto_map = {auto: f"{module}.{model.__name__}" for auto, model in others.items() if model}
     custom_object_save(pruned, folder, config=pruned.config)
     pruned.config.save_pretrained(folder)
     dense.generation_config.save_pretrained(folder)

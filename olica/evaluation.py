@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -205,6 +205,16 @@ class Measures:
                 write_record(self._path, {"identity": self._identity, "measures": self._rows})
         self._stages.rows[name] = self._rows[name]["stage"]
         return self._rows[name]["value"]
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Say, where a signal stops the evaluation, what the same command takes up."""
+        try:
+            yield
+        except KeyboardInterrupt as stopped:
+            if self._rows:
+                stopped.add_note(f"the same command takes up what was measured, the last being {list(self._rows)[-1]}")
+            raise
 
     def forget(self) -> None:
         """Remove the file, now that the record holds all."""

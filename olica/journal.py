@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import UsageError
+from .tensor_files import save_tensors
 
 
 class Journal:
@@ -78,7 +78,7 @@ class Journal:
         path = self.path.parent / name
         with explained_writing(self.path.parent):
             partial = path.with_suffix(".unfinished")
-            save_file({key: t.cpu().contiguous() for key, t in tensors.items()}, partial, metadata={"format": "pt"})
+            save_tensors({key: t.cpu().contiguous() for key, t in tensors.items()}, partial, {"format": "pt"})
             move_durably(partial, path)
             self.files[name] = _checksum(path)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
+from .calibration import is_token_file
 from .records import alone_in, write_text
 from .rows import with_error
 
@@ -16,34 +17,37 @@ CARD_TEXT = """---
 
 # {name} without {sparsity:.1%} of its parameters
 
-{name}, pruned by Olica (He and Lin, ICML 2025) without retraining: {changes}.
+{model}, pruned by Olica (He and Lin, ICML 2025) without retraining: {changes}.
 
 | | dense | pruned |
 |---|---|---|
 | parameters | {parameters[before]:,} | {parameters[after]:,} |
 | of the decoder layers | {parameters[decoder_layers_before]:,} | {parameters[decoder_layers_after]:,} |
 
-Recipe `{settings[recipe]}` with `--sparsity {settings[sparsity]:g} --k {settings[k]:g} --mlp_num {settings[mlp_num]}
---ratio {settings[ratio]:g} --percdamp {settings[percdamp]:g} --round_to {settings[round_to]}`; corrections beside the
-MLPs of the layers {layers}; calibrated on {samples} samples of {tokens} tokens from {texts},
-seed {settings[seed]}. `olica_run.json` has the rest.
+Recipe `{settings[recipe]}` with `{flags}`;
+{corrections};
+calibrated on {samples} samples of {tokens} tokens from {texts}. `olica_run.json` has the rest.
 
 ## Loading
 
+`FOLDER` is this folder, or the id of the repository that holds its files.
+
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {classes}
 
 model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-```
+{tokenizer}```
 
 Where the package is installed, `import olica` takes the place of `trust_remote_code=True`.
 
 {metrics}"""
 
+# The tokenizer is none of ours, but AutoTokenizer looks into the configuration first, which is.
+TOKENIZER_LINE = "tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)\n"
+
 
 def write_card(folder: Path, record: dict) -> None:
-    """Write the card of a checkpoint from the record of its pruning."""
+    """Write the card of a checkpoint, whose other files lie in `folder`, from the record of its pruning."""
     model, calibration = record["model"], record["calibration"]
     samples, tokens = calibration["ids"]
     # The hub wants an id of its own there, which a model without a revision has not.
@@ -51,15 +55,21 @@ def write_card(folder: Path, record: dict) -> None:
     metadata = ModelCardData(
         base_model=base, library_name="transformers", pipeline_tag="text-generation", tags=["olica", "pruned"]
     )
+    name = base or Path(model["name"]).name
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()
     text = CARD_TEXT.format(
         metadata=metadata.to_yaml(),
-        name=base or Path(model["name"]).name,
+        name=name,
+        model=f"{name} ({model['description']})" if model.get("description") else name,
         sparsity=record["measured_sparsity"],
         samples=samples,
         tokens=tokens,
         texts=" + ".join(Path(source["name"]).name for source in calibration["sources"]),
-        changes=changes(record["plan"]),
-        layers=", ".join(map(str, record["calibrated_layers"])) or "(none)",
+        changes=changes(record["plan"], record["dense_layer"]),
+        flags=flags(record),
+        corrections=corrections(record),
+        classes="AutoModelForCausalLM, AutoTokenizer" if has_tokenizer else "AutoModelForCausalLM",
+        tokenizer=TOKENIZER_LINE if has_tokenizer else "",
         metrics=METRICS + NONE_YET,
         parameters=record["parameters"],
         settings=record["settings"],
@@ -91,17 +101,37 @@ def _with_metrics(text: str, result: dict) -> str:
     return body + rest
 
 
-def changes(plan: list[dict[str, int]]) -> str:
-    """What the sizes of the layers mean, in words."""
+def changes(plan: list[dict[str, int]], dense: dict[str, int]) -> str:
+    """What became of the layers, in words: of their sizes `plan`, those that are not the `dense` ones."""
     factors = {"q_rank": "query", "k_rank": "key", "v_rank": "value", "o_rank": "output"}
     found = [name for size, name in factors.items() if any(shape.get(size) for shape in plan)]
     parts = [f"low-rank {' and '.join(found)} projections"] if found else []
-    if not any(shape.get("v_rank") for shape in plan):
-        parts.append("narrower value heads")
-    parts.append("narrower MLPs")
+    narrower = {"v_head_dim": "narrower value heads", "intermediate_size": "narrower MLPs"}
+    parts += [words for size, words in narrower.items() if any(shape[size] < dense[size] for shape in plan)]
     if any(shape["calibration_rank"] for shape in plan):
         parts.append("low-rank linear corrections beside some MLPs")
-    return ", ".join(parts)
+    return ", ".join(parts) or "no size changed"
+
+
+def flags(record: dict) -> str:
+    """The flags, beside the recipe, that had a part in the result."""
+    settings, parameters = record["settings"], record["parameters"]
+    names = ["sparsity"]
+    if parameters["after"] < parameters["before"]:
+        names += ["k", *(["round_to"] if settings["round_to"] > 1 else [])]
+    if record["calibrated_layers"]:
+        names += ["mlp_num", "ratio", "percdamp"]
+    if not is_token_file(settings["datasets"]):
+        names.append("seed")
+    return " ".join(f"--{name} {settings[name]:g}" for name in names)
+
+
+def corrections(record: dict) -> str:
+    """Beside which MLPs there are corrections; or that there are none, and why where some were asked for."""
+    if record["calibrated_layers"]:
+        return f"corrections beside the MLPs of the layers {', '.join(map(str, record['calibrated_layers']))}"
+    number = record["settings"]["mlp_num"]
+    return "no corrections" + (f" (no MLP lost a channel, so `--mlp_num {number}` had no effect)" if number else "")
 
 
 def metrics(result: dict) -> dict[str, str]:

@@ -12,25 +12,42 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoModel,
     Gemma2ForCausalLM,
+    Gemma2ForSequenceClassification,
+    Gemma2ForTokenClassification,
     Gemma2Model,
     Gemma3ForCausalLM,
+    Gemma3TextForSequenceClassification,
     Gemma3TextModel,
     GraniteForCausalLM,
     GraniteModel,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
     LlamaModel,
     MistralForCausalLM,
+    MistralForSequenceClassification,
+    MistralForTokenClassification,
     MistralModel,
     Olmo2ForCausalLM,
+    Olmo2ForSequenceClassification,
     Olmo2Model,
     Phi3ForCausalLM,
+    Phi3ForSequenceClassification,
+    Phi3ForTokenClassification,
     Phi3Model,
     Qwen2ForCausalLM,
+    Qwen2ForSequenceClassification,
+    Qwen2ForTokenClassification,
     Qwen2Model,
     Qwen3ForCausalLM,
+    Qwen3ForSequenceClassification,
+    Qwen3ForTokenClassification,
     Qwen3Model,
     SmolLM3ForCausalLM,
+    SmolLM3ForSequenceClassification,
+    SmolLM3ForTokenClassification,
     SmolLM3Model,
 )
 
@@ -227,6 +244,15 @@ class PrunedForCausalLM:
         self.post_init()
 
 
+class PrunedClassifier:
+    """Makes a family's classifier, whose base model comes from AutoModel, its pruned form; `base_class` is that one."""
+
+    def __init__(self, config):
+        # Without the package a configuration's class is another for every file that defines it: none is known yet.
+        AutoModel.register(type(config), self.base_class, exist_ok=True)
+        super().__init__(config)
+
+
 class OlicaLlamaModel(PrunedModel, LlamaModel):
     """The base model of a pruned LLaMA."""
 
@@ -235,6 +261,18 @@ class OlicaLlamaModel(PrunedModel, LlamaModel):
 
 class OlicaLlamaForCausalLM(PrunedForCausalLM, LlamaForCausalLM):
     """A pruned LLaMA with its language-model head."""
+
+    config_class, base_class = OlicaLlamaConfig, OlicaLlamaModel
+
+
+class OlicaLlamaForSequenceClassification(PrunedClassifier, LlamaForSequenceClassification):
+    """A pruned LLaMA that classifies sequences."""
+
+    config_class, base_class = OlicaLlamaConfig, OlicaLlamaModel
+
+
+class OlicaLlamaForTokenClassification(PrunedClassifier, LlamaForTokenClassification):
+    """A pruned LLaMA that classifies tokens."""
 
     config_class, base_class = OlicaLlamaConfig, OlicaLlamaModel
 
@@ -251,6 +289,18 @@ class OlicaMistralForCausalLM(PrunedForCausalLM, MistralForCausalLM):
     config_class, base_class = OlicaMistralConfig, OlicaMistralModel
 
 
+class OlicaMistralForSequenceClassification(PrunedClassifier, MistralForSequenceClassification):
+    """A pruned Mistral that classifies sequences."""
+
+    config_class, base_class = OlicaMistralConfig, OlicaMistralModel
+
+
+class OlicaMistralForTokenClassification(PrunedClassifier, MistralForTokenClassification):
+    """A pruned Mistral that classifies tokens."""
+
+    config_class, base_class = OlicaMistralConfig, OlicaMistralModel
+
+
 class OlicaQwen2Model(PrunedModel, Qwen2Model):
     """The base model of a pruned Qwen2."""
 
@@ -259,6 +309,18 @@ class OlicaQwen2Model(PrunedModel, Qwen2Model):
 
 class OlicaQwen2ForCausalLM(PrunedForCausalLM, Qwen2ForCausalLM):
     """A pruned Qwen2 with its language-model head."""
+
+    config_class, base_class = OlicaQwen2Config, OlicaQwen2Model
+
+
+class OlicaQwen2ForSequenceClassification(PrunedClassifier, Qwen2ForSequenceClassification):
+    """A pruned Qwen2 that classifies sequences."""
+
+    config_class, base_class = OlicaQwen2Config, OlicaQwen2Model
+
+
+class OlicaQwen2ForTokenClassification(PrunedClassifier, Qwen2ForTokenClassification):
+    """A pruned Qwen2 that classifies tokens."""
 
     config_class, base_class = OlicaQwen2Config, OlicaQwen2Model
 
@@ -275,6 +337,18 @@ class OlicaQwen3ForCausalLM(PrunedForCausalLM, Qwen3ForCausalLM):
     config_class, base_class = OlicaQwen3Config, OlicaQwen3Model
 
 
+class OlicaQwen3ForSequenceClassification(PrunedClassifier, Qwen3ForSequenceClassification):
+    """A pruned Qwen3 that classifies sequences."""
+
+    config_class, base_class = OlicaQwen3Config, OlicaQwen3Model
+
+
+class OlicaQwen3ForTokenClassification(PrunedClassifier, Qwen3ForTokenClassification):
+    """A pruned Qwen3 that classifies tokens."""
+
+    config_class, base_class = OlicaQwen3Config, OlicaQwen3Model
+
+
 class OlicaSmolLM3Model(PrunedModel, SmolLM3Model):
     """The base model of a pruned SmolLM3."""
 
@@ -283,6 +357,18 @@ class OlicaSmolLM3Model(PrunedModel, SmolLM3Model):
 
 class OlicaSmolLM3ForCausalLM(PrunedForCausalLM, SmolLM3ForCausalLM):
     """A pruned SmolLM3 with its language-model head."""
+
+    config_class, base_class = OlicaSmolLM3Config, OlicaSmolLM3Model
+
+
+class OlicaSmolLM3ForSequenceClassification(PrunedClassifier, SmolLM3ForSequenceClassification):
+    """A pruned SmolLM3 that classifies sequences."""
+
+    config_class, base_class = OlicaSmolLM3Config, OlicaSmolLM3Model
+
+
+class OlicaSmolLM3ForTokenClassification(PrunedClassifier, SmolLM3ForTokenClassification):
+    """A pruned SmolLM3 that classifies tokens."""
 
     config_class, base_class = OlicaSmolLM3Config, OlicaSmolLM3Model
 
@@ -311,6 +397,12 @@ class OlicaOlmo2ForCausalLM(PrunedForCausalLM, Olmo2ForCausalLM):
     config_class, base_class = OlicaOlmo2Config, OlicaOlmo2Model
 
 
+class OlicaOlmo2ForSequenceClassification(PrunedClassifier, Olmo2ForSequenceClassification):
+    """A pruned OLMo 2 that classifies sequences."""
+
+    config_class, base_class = OlicaOlmo2Config, OlicaOlmo2Model
+
+
 class OlicaGemma2Model(PrunedModel, Gemma2Model):
     """The base model of a pruned Gemma 2."""
 
@@ -319,6 +411,18 @@ class OlicaGemma2Model(PrunedModel, Gemma2Model):
 
 class OlicaGemma2ForCausalLM(PrunedForCausalLM, Gemma2ForCausalLM):
     """A pruned Gemma 2 with its language-model head."""
+
+    config_class, base_class = OlicaGemma2Config, OlicaGemma2Model
+
+
+class OlicaGemma2ForSequenceClassification(PrunedClassifier, Gemma2ForSequenceClassification):
+    """A pruned Gemma 2 that classifies sequences."""
+
+    config_class, base_class = OlicaGemma2Config, OlicaGemma2Model
+
+
+class OlicaGemma2ForTokenClassification(PrunedClassifier, Gemma2ForTokenClassification):
+    """A pruned Gemma 2 that classifies tokens."""
 
     config_class, base_class = OlicaGemma2Config, OlicaGemma2Model
 
@@ -335,6 +439,12 @@ class OlicaGemma3TextForCausalLM(PrunedForCausalLM, Gemma3ForCausalLM):
     config_class, base_class = OlicaGemma3TextConfig, OlicaGemma3TextModel
 
 
+class OlicaGemma3TextForSequenceClassification(PrunedClassifier, Gemma3TextForSequenceClassification):
+    """A pruned Gemma 3 (text) that classifies sequences."""
+
+    config_class, base_class = OlicaGemma3TextConfig, OlicaGemma3TextModel
+
+
 class OlicaPhi3Model(PrunedModel, Phi3Model):
     """The base model of a pruned Phi-3."""
 
@@ -343,6 +453,18 @@ class OlicaPhi3Model(PrunedModel, Phi3Model):
 
 class OlicaPhi3ForCausalLM(PrunedForCausalLM, Phi3ForCausalLM):
     """A pruned Phi-3 with its language-model head."""
+
+    config_class, base_class = OlicaPhi3Config, OlicaPhi3Model
+
+
+class OlicaPhi3ForSequenceClassification(PrunedClassifier, Phi3ForSequenceClassification):
+    """A pruned Phi-3 that classifies sequences."""
+
+    config_class, base_class = OlicaPhi3Config, OlicaPhi3Model
+
+
+class OlicaPhi3ForTokenClassification(PrunedClassifier, Phi3ForTokenClassification):
+    """A pruned Phi-3 that classifies tokens."""
 
     config_class, base_class = OlicaPhi3Config, OlicaPhi3Model
 
@@ -359,4 +481,25 @@ FAMILIES = {
     "gemma2": OlicaGemma2ForCausalLM,
     "gemma3_text": OlicaGemma3TextForCausalLM,
     "phi3": OlicaPhi3ForCausalLM,
+}
+# Those of the families that have such a model in the library.
+SEQUENCE_CLASSIFIERS = {
+    "llama": OlicaLlamaForSequenceClassification,
+    "mistral": OlicaMistralForSequenceClassification,
+    "qwen2": OlicaQwen2ForSequenceClassification,
+    "qwen3": OlicaQwen3ForSequenceClassification,
+    "smollm3": OlicaSmolLM3ForSequenceClassification,
+    "olmo2": OlicaOlmo2ForSequenceClassification,
+    "gemma2": OlicaGemma2ForSequenceClassification,
+    "gemma3_text": OlicaGemma3TextForSequenceClassification,
+    "phi3": OlicaPhi3ForSequenceClassification,
+}
+TOKEN_CLASSIFIERS = {
+    "llama": OlicaLlamaForTokenClassification,
+    "mistral": OlicaMistralForTokenClassification,
+    "qwen2": OlicaQwen2ForTokenClassification,
+    "qwen3": OlicaQwen3ForTokenClassification,
+    "smollm3": OlicaSmolLM3ForTokenClassification,
+    "gemma2": OlicaGemma2ForTokenClassification,
+    "phi3": OlicaPhi3ForTokenClassification,
 }

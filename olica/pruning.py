@@ -56,13 +56,19 @@ def _shrink(layer: nn.Module, config, shape: LayerShape) -> None:
 
 
 def _replace_weights(layer: nn.Module, config, shape: LayerShape, weights: dict[str, Tensor]) -> None:
-    """Shrink `layer` to `shape` and fill it with `weights`."""
+    """Shrink `layer` to `shape` and fill it with `weights`, by the names of the projections.
+
+    Raises:
+        RuntimeError: they are more or fewer than the new modules take, or of other sizes.
+    """
     _shrink(layer, config, shape)
     paths, filling = module_paths(layer), {}
     for name, tensor in weights.items():
         module, _, rest = name.partition(".")
-        filling[f"{paths[module]}.{rest}"] = tensor
-    layer.load_state_dict(filling, strict=False, assign=True)
+        filling[f"{paths.get(module, module)}.{rest}"] = tensor
+    placeless = layer.load_state_dict(filling, strict=False, assign=True).unexpected_keys
+    if placeless:
+        raise RuntimeError(f"the pruned layer has no place for {', '.join(placeless)}")
     unfilled = [name for name, parameter in layer.named_parameters() if parameter.is_meta]
     if unfilled:
         raise RuntimeError(f"no weights were computed for {', '.join(unfilled)}")

@@ -77,9 +77,15 @@ class RunFolder(Progress):
         try:
             run._recover()
             run.work.mkdir(exist_ok=True)
-            yield run
+            try:
+                yield run
+            finally:
+                run._writer.shutdown()
+        except KeyboardInterrupt as stopped:
+            if finished := run._finished():
+                stopped.add_note(f"the same command goes on after {finished}")
+            raise
         finally:
-            run._writer.shutdown()
             if not run._journal.path.exists():
                 shutil.rmtree(run.work, ignore_errors=True)
             Path(lock.lock_file).unlink(missing_ok=True)  # who waits for it notices; nothing is touched after this
@@ -87,6 +93,13 @@ class RunFolder(Progress):
             with suppress(OSError):  # not empty
                 for path in made:
                     path.rmdir()
+
+    def _finished(self) -> str:
+        """How far the run is, in words; empty while there is nothing to go on with."""
+        facts = self._journal.facts
+        surveyed, pruned = facts.get("surveyed", {}).get("layers", 0), facts.get("pruned", 0)
+        number, what = (pruned, "") if pruned else (surveyed, " of the survey")
+        return f"{number} of {self._shards - 2} layers{what}" if number else ""
 
     def _recover(self) -> None:
         """Bring to an end what `publish` was killed in."""

@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 import model_pruning  # noqa: E402
 import olica  # noqa: E402, F401
+import stopping  # noqa: E402
 from olica.checkpoint import check_record_path, checkpoint_folder  # noqa: E402
 from olica.command_line import run_command  # noqa: E402
 from olica.errors import UsageError  # noqa: E402
@@ -129,4 +130,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(build_parser(), run))
+    stopping.end_with(lambda: run_command(build_parser(), run))

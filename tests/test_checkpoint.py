@@ -74,7 +74,8 @@ def test_a_checkpoint_holds_what_loading_needs(pruned_folder):
     assert {"configuration_olica.py", "modeling_olica.py"} <= names
     config = json.loads((pruned_folder / "config.json").read_text())
     assert config["model_type"] == "olica_llama" and config["architectures"] == ["OlicaLlamaForCausalLM"]
-    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    tasks = {"CausalLM", "SequenceClassification", "TokenClassification"}
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel"} | {f"AutoModelFor{task}" for task in tasks}
     assert len(config["layer_shapes"]) == 3 and config["intermediate_size"] == 176
 
 
@@ -114,6 +115,22 @@ def test_weights_that_are_not_the_plans_are_refused(tmp_path):
     plan, _ = allocate(RECIPES["olica"], model.config, model.num_parameters(), 0.2, 3.0)
     with pytest.raises(RuntimeError, match="not those of the plan"):
         write_pruned(model, plan, None, tmp_path / "out")
+
+
+def test_what_would_not_load_is_not_published(tmp_path, tokenizer):
+    """A setting that the family does not read, but the cache does; and a tokenizer whose files nobody reads."""
+    model = make_llama()
+    _, plan = prune(model, IDS, "olica", 0.2)
+    model.config.sliding_window = 12.5
+    with pytest.raises(UsageError, match="--base_model: .* would not load .TypeError: .*; correct these files"):
+        write_pruned(model, plan, tokenizer, tmp_path / "out")
+    del model.config.sliding_window
+    tokenizer.save_pretrained = lambda folder: (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(UsageError, match="would not load"):
+        write_pruned(model, plan, tokenizer, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"], "finished layers are kept"
+    write_pruned(model, plan, make_tokenizer(), tmp_path / "out")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").num_parameters() == model.num_parameters()
 
 
 def test_folders_are_named_by_model_sparsity_and_recipe():

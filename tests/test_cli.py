@@ -1,6 +1,7 @@
 """Both command lines as a user calls them, on a tiny model in the current folder."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -378,6 +379,17 @@ def test_bad_weights_leave_nothing_behind(here, capsys):
     assert not Path("out").exists()
 
 
+@pytest.mark.parametrize("window", [12.5, "many", [7]])
+def test_a_checkpoint_that_would_not_load_is_seen_before_layers_are_pruned(here, capsys, monkeypatch, window):
+    """LLaMA has no sliding window, so nothing looks at the setting until a cache is made."""
+    settings = json.loads(Path("tiny/config.json").read_text())
+    Path("tiny/config.json").write_text(json.dumps(settings | {"sliding_window": window}))
+    monkeypatch.setattr(model_pruning, "survey_layers", lambda *arguments: pytest.fail("the survey has begun"))
+    message = refused(capsys, prune, "--save_dir=out")
+    assert "--base_model" in message and "would not load" in message
+    assert not Path("out").exists()
+
+
 def test_a_full_disk_is_seen_before_the_work(here, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 0))
     message = refused(capsys, prune, "--save_dir=out")
@@ -393,6 +405,21 @@ def test_a_token_file_needs_no_other_flags(here, capsys):
     assert "--datasets: samples of 257 tokens" in refused(capsys, prune, "--datasets=long.safetensors")
 
 
+@pytest.mark.parametrize(("umask", "file_mode", "folder_mode"), [(0o022, 0o644, 0o755), (0o027, 0o640, 0o750)])
+def test_all_that_is_written_may_be_read_by_whom_the_umask_says(here, umask, file_mode, folder_mode):
+    before = os.umask(umask)
+    try:
+        assert prune("--save_dir=out") == 0
+        assert evaluate("--base_model=tiny", "--save_dir=out", "--ppl=rows.jsonl", "--ppl_seqlen=64") == 0
+    finally:
+        os.umask(before)
+    written = [path for folder in ("out", "data/calibration") for path in (here / folder).rglob("*")]
+    assert len([path for path in written if path.suffix == ".safetensors"]) == 6
+    assert {path.name for path in written} >= {"README.md", "olica_run.json", "modeling_olica.py", "tokenizer.json"}
+    modes = {path: path.stat().st_mode & 0o777 for path in written}
+    assert modes == {path: folder_mode if path.is_dir() else file_mode for path in written}
+
+
 def test_a_tilde_is_expanded(here, monkeypatch):
     monkeypatch.setenv("HOME", str(here))
     flags = ["--base_model=~/tiny", "--datasets=~/rows.jsonl", "--data_dir=~/cache", "--save_dir=~/out"]
@@ -404,6 +431,15 @@ def test_a_ridge_that_is_too_weak(here, capsys):
     message = refused(capsys, prune, "--percdamp=1e-14", "--num_samples=1", "--seqlen=8", "--save_dir=out")
     assert all(word in message for word in ("--percdamp 1e-14", "layer 0", "singular"))
     assert not Path("out").exists()
+
+
+def test_a_number_of_mlps_that_has_no_effect_is_named(here, capsys):
+    said = "no MLP loses a channel, so --mlp_num 1 has no effect"
+    assert prune("--sparsity=0.0001", "--save_dir=out") == 0
+    assert said in capsys.readouterr().out
+    assert "`--mlp_num 1` had no effect" in Path("out/tiny_sparsity-0.0001/README.md").read_text()
+    assert prune("--dry_run") == 0 and prune("--dry_run", "--sparsity=0", "--mlp_num=0") == 0
+    assert said not in capsys.readouterr().out
 
 
 def test_a_ratio_is_of_no_concern_without_calibration(here):
@@ -429,7 +465,7 @@ def test_a_checkpoint_of_another_model_is_not_taken_for_this_one(here, capsys):
 
 
 @pytest.mark.parametrize("error", [SafetensorError, OSError])
-@pytest.mark.parametrize("writer", ["olica.journal.save_file", "olica.checkpoint.custom_object_save"])
+@pytest.mark.parametrize("writer", ["olica.journal.save_tensors", "olica.checkpoint.custom_object_save"])
 def test_a_full_disk_stops_the_run_and_the_same_command_goes_on(here, capsys, monkeypatch, error, writer):
     def full(*arguments, **settings):
         raise error("disk full")

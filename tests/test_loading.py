@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import cache
@@ -14,9 +15,18 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_families import make_family
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    pipeline,
+)
 
-from olica.modeling_olica import FAMILIES, CalibratedMLP, LowRankLinear
+import model_pruning
+from olica.command_line import run_command
+from olica.modeling_olica import FAMILIES, SEQUENCE_CLASSIFIERS, TOKEN_CLASSIFIERS, CalibratedMLP, LowRankLinear
 
 IDS = torch.randint(3, 250, (6, 20), generator=torch.Generator().manual_seed(0))
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -51,8 +61,9 @@ def run_without_olica(tmp_path: Path, *command: str) -> str:
     """Run Python in a fresh process that cannot import olica; returns what it printed."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HOME": str(tmp_path / "home")}
     run = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+        [sys.executable, *map(str, command)], cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True,
+    )  # fmt: skip
     assert run.returncode == 0, run.stderr
     return run.stdout
 
@@ -101,6 +112,23 @@ def test_saved_again_and_put_into_a_pipeline_without_olica(pruned_folder, family
     assert run_without_olica(tmp_path, "-c", WITHOUT_OLICA, pruned_folder(family)) == "done\n"
 
 
+@pytest.mark.parametrize("with_tokenizer", [True, False])
+def test_the_lines_of_the_card_work_without_olica_and_ask_nothing(tmp_path, with_tokenizer):
+    """On a terminal AutoTokenizer would ask whether to run the code of the configuration, and wait for an answer."""
+    make_family("llama").save_pretrained(tmp_path / "dense")
+    if with_tokenizer:
+        make_tokenizer().save_pretrained(tmp_path / "dense")
+    save_file({"calibration_ids": IDS}, tmp_path / "ids.safetensors")
+    flags = [f"--base_model={tmp_path / 'dense'}", f"--datasets={tmp_path / 'ids.safetensors'}", "--mlp_num=1"]
+    assert run_command(model_pruning.build_parser(), model_pruning.run, [*flags, f"--save_dir={tmp_path}"]) == 0
+    folder = tmp_path / "dense_sparsity-0.2"
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
+    assert ("AutoTokenizer" in code) == with_tokenizer
+    last = "print(type(model).__name__, type(tokenizer('ab').input_ids).__name__ if 'tokenizer' in vars() else 'none')"
+    printed = run_without_olica(tmp_path, "-c", f"FOLDER = {str(folder)!r}\n{code}\n{last}")
+    assert printed == f"OlicaLlamaForCausalLM {'list' if with_tokenizer else 'none'}\n"
+
+
 @every_family
 def test_pipeline(pruned_folder, family):
     folder, settings = pruned_folder(family), dict(max_new_tokens=6, do_sample=False)
@@ -109,6 +137,68 @@ def test_pipeline(pruned_folder, family):
     found = [row[0]["generated_text"] for row in generate(["ab cd", "x"], **settings)]
     expected = [load(folder).generate(**tokenizer(text, return_tensors="pt"), **settings)[0] for text in ("ab cd", "x")]
     assert found == [tokenizer.decode(ids, skip_special_tokens=True) for ids in expected]
+
+
+CLASSIFIERS = [
+    (family, auto)
+    for auto, models in (
+        (AutoModelForSequenceClassification, SEQUENCE_CLASSIFIERS),
+        (AutoModelForTokenClassification, TOKEN_CLASSIFIERS),
+    )
+    for family in models
+]
+
+
+@pytest.mark.parametrize("auto", [AutoModelForSequenceClassification, AutoModelForTokenClassification])
+def test_every_family_has_the_classifiers_that_the_library_has(auto):
+    offered = {family for family, its in CLASSIFIERS if its is auto}
+    assert offered == {family for family in FAMILIES if CONFIG_MAPPING[family] in auto._model_mapping}
+
+
+@pytest.mark.parametrize(("family", "auto"), CLASSIFIERS)
+def test_classifiers(pruned_folder, family, auto, tmp_path):
+    folder = pruned_folder(family)
+    model, info = auto.from_pretrained(folder, num_labels=3, pad_token_id=0, output_loading_info=True)
+    assert {name.split(".")[0] for name in info["missing_keys"]} == {"score"} and not info["mismatched_keys"]
+    causal = load(folder).model.state_dict()
+    assert causal.keys() == model.model.state_dict().keys()
+    assert all(torch.equal(weight, causal[name]) for name, weight in model.model.state_dict().items())
+    labels = torch.arange(6) % 3 if auto is AutoModelForSequenceClassification else IDS % 3
+    output = model.eval()(IDS, labels=labels)
+    assert output.logits.shape == (*labels.shape, 3)
+    expected = nn.functional.cross_entropy(output.logits.flatten(0, -2), labels.flatten())
+    torch.testing.assert_close(output.loss, expected)
+    output.loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    model.save_pretrained(tmp_path / "again")
+    again = auto.from_pretrained(tmp_path / "again").eval()
+    assert type(again) is type(model) and torch.equal(again(IDS).logits, output.logits)
+
+
+CLASSIFIERS_WITHOUT_OLICA = """
+import sys
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
+code = dict(trust_remote_code=True)
+for folder in sys.argv[1:]:
+    ids = load_file(folder + ".safetensors")["ids"]
+    for auto, shape in ((AutoModelForSequenceClassification, (6, 2)), (AutoModelForTokenClassification, (6, 20, 2))):
+        # Before the causal model is loaded: nothing else has made the base model known.
+        model = auto.from_pretrained(folder, pad_token_id=0, **code).eval()
+        assert model(ids).logits.shape == shape
+        model.save_pretrained(folder + "-again")
+        again = auto.from_pretrained(folder + "-again", **code).eval()
+        assert torch.equal(again(ids).logits, model(ids).logits)
+        causal = AutoModelForCausalLM.from_pretrained(folder, **code)
+        assert all(torch.equal(p, q) for p, q in zip(model.model.parameters(), causal.model.parameters(), strict=True))
+print("done")
+"""
+
+
+def test_classifiers_without_olica(pruned_folder, tmp_path):
+    folders = [pruned_folder(family) for family in TOKEN_CLASSIFIERS]
+    assert run_without_olica(tmp_path, "-c", CLASSIFIERS_WITHOUT_OLICA, *folders) == "done\n"
 
 
 QUESTIONS = [

@@ -7,12 +7,14 @@ from conftest import make_llama, prune, pruning_options
 
 from olica.allocation import allocate
 from olica.batch_size import BatchSize
+from olica.configuration_olica import LayerShape
 from olica.dense_model import DenseModel
 from olica.errors import UsageError
+from olica.modeling_olica import projections_of, shrink_layer
 from olica.moments import diagonal, full, needs
 from olica.options import check_mlp_num
 from olica.progress import Progress
-from olica.pruning import prune_layers
+from olica.pruning import _replace_weights, prune_layers
 from olica.recipes import RECIPES
 from olica.survey import survey_layers
 
@@ -114,3 +116,32 @@ def test_mlp_num_is_checked_against_the_layers():
     for number, recipe in ((3, "olica"), (4, "olica-paper"), (-1, "olica")):
         with pytest.raises(UsageError, match=f"--mlp_num {number} .*3 layers"):
             check_mlp_num(number, 3, RECIPES[recipe])
+
+
+@pytest.mark.parametrize(
+    ("lacking", "added", "message"),
+    [
+        ([], ["v_proj.linear.bias"], "no place for self_attn.v_proj.linear.bias"),
+        ([], ["q_proj.weight"], "no place for self_attn.q_proj.weight"),
+        ([], ["correction.reduce.weight"], "no place for correction.reduce.weight"),
+        (["q_proj.expand.weight"], [], "no weights were computed for self_attn.q_proj.expand.weight"),
+        (["up_proj.weight", "k_proj.reduce.weight"], [], "k_proj.reduce.weight, mlp.up_proj.weight"),
+        ([], [], None),
+    ],
+)
+def test_every_computed_weight_finds_its_place_and_every_place_its_weight(lacking, added, message):
+    layer, shape = make_llama().model.layers[0], LayerShape(5, 6, 7, 100)
+    target = copy.deepcopy(layer)
+    shrink_layer(target, make_llama().config, shape)
+    weights = {
+        f"{name}.{rest}": torch.randn_like(weight)
+        for name, module in projections_of(target)._asdict().items()
+        for rest, weight in module.named_parameters()
+        if f"{name}.{rest}" not in lacking
+    } | {name: torch.ones(5, 64) for name in added}
+    if message is None:
+        _replace_weights(layer, make_llama().config, shape, weights)
+        assert layer.self_attn.v_proj.linear.weight is not None and layer.mlp.up_proj.weight.shape == (100, 64)
+        return
+    with pytest.raises(RuntimeError, match=message):
+        _replace_weights(layer, make_llama().config, shape, weights)

@@ -1,0 +1,55 @@
+"""The lists of packages name all that is imported, at the versions that were tested."""
+
+import ast
+import re
+import sys
+from collections.abc import Iterable
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CODE = [path for pattern in ("*.py", "olica/*.py", "scripts/*.py", "benchmarks/*.py") for path in ROOT.glob(pattern)]
+TESTS = list(ROOT.glob("tests/*.py"))
+OURS = {path.stem for path in [*CODE, *TESTS]} | {"olica", "benchmarks"}
+
+
+def normal(name: str) -> str:
+    return name.lower().replace("_", "-")
+
+
+def versions(file: str, sign: str) -> dict[str, str]:
+    """The version behind `sign` that each line of a list gives, by package."""
+    lines = (ROOT / file).read_text().splitlines()
+    found = [re.match(rf"([\w.-]+){sign}([\w.]+)", line) for line in lines if line and not line.startswith("#")]
+    return {normal(match[1]): match[2] for match in found}
+
+
+def imported(files: Iterable[Path]) -> set[str]:
+    """The packages that files import, wherever in them."""
+    modules = set()
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                modules |= {name.name.split(".")[0] for name in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                modules.add(node.module.split(".")[0])
+    distributions = packages_distributions()
+    return {normal(distributions.get(name, [name])[0]) for name in modules - OURS - sys.stdlib_module_names}
+
+
+@pytest.mark.parametrize(
+    ("files", "lists"), [(CODE, ["requirements.txt"]), (TESTS, ["requirements.txt", "requirements-dev.txt"])]
+)
+def test_every_imported_package_is_listed(files, lists):
+    found = imported(files)
+    assert {"torch", "transformers", "safetensors"} <= found
+    assert found <= {name for file in lists for name in versions(file, ">=")}
+
+
+@pytest.mark.parametrize("file", ["requirements.txt", "requirements-dev.txt"])
+def test_the_lower_bounds_are_the_tested_versions(file):
+    tested = versions("constraints.txt", "==")
+    bounds = versions(file, ">=")
+    assert bounds and bounds == {name: tested[name] for name in bounds}

@@ -1,0 +1,128 @@
+"""The real command lines, stopped by Ctrl-C and SIGTERM at every stage."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import FLAGS, FOLDER, LAYERS, WORK, contents, journal, prune
+
+import model_evaluate
+from olica.command_line import run_command
+
+ROOT = Path(__file__).parents[1]
+PRUNING, EVALUATION = str(ROOT / "model_pruning.py"), str(ROOT / "model_evaluate.py")
+# A disk that takes its time, every layer being written in the background, as beside a GPU; and pauses between measures.
+SLOW_WRITING = """
+import time
+from olica.journal import Journal
+from olica.run_folder import RunFolder
+begin, write = RunFolder.begin, Journal.write
+RunFolder.begin = lambda self, *args, **settings: begin(self, *args, **settings | {"in_background": True})
+Journal.write = lambda self, *args: time.sleep(0.2) or write(self, *args)
+"""
+SLOW_MEASURES = """
+import time
+from olica.evaluation import Measures
+take = Measures.take
+Measures.take = lambda self, *args: (take(self, *args), time.sleep(1))[0]
+"""
+RUN = "import runpy, sys; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
+both_signals = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+
+
+def start(*command: str, on_ctrl_c=signal.SIG_DFL, **environment: str) -> subprocess.Popen:
+    """Start a process in a group of its own, in which Ctrl-C does what it does in a terminal."""
+    return subprocess.Popen(
+        command,
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, on_ctrl_c),
+    )
+
+
+def wait_for(process: subprocess.Popen, moment: Callable[[], object]) -> None:
+    while not moment():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+
+
+def stop(process: subprocess.Popen, number: int) -> str:
+    """Send a signal and return the one line that the process must end with, dying of that signal."""
+    process.send_signal(number)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == -number, errors
+    said = [line for line in errors.splitlines() if "stopped by" in line]
+    assert "Traceback" not in errors and len(said) == 1 and errors.splitlines()[-1] == said[0], errors
+    return said[0].split(f"stopped by {signal.Signals(number).name}; ", 1)[1]
+
+
+@both_signals
+def test_a_stopped_pruning_says_after_which_layer_it_goes_on(here, number):
+    prune()
+    undisturbed = contents(FOLDER)
+    shutil.rmtree("out")
+    process = start(sys.executable, "-c", SLOW_WRITING + RUN, PRUNING, *FLAGS)
+    wait_for(process, lambda: len(list(WORK.glob("checkpoint/*.safetensors"))) >= 2)
+    how = stop(process, number)
+    finished = journal()["pruned"]
+    assert how == f"the same command goes on after {finished} of {LAYERS} layers" and 2 <= finished < LAYERS
+    assert [path.name for path in Path("out").iterdir()] == [WORK.name], "the lock is released"
+    assert prune() == 0
+    assert contents(FOLDER) == undisturbed
+
+
+@both_signals
+def test_a_stopped_evaluation_takes_up_what_was_measured(here, capsys, number):
+    Path("held.txt").write_text("seven wise owls read old books by candle light\n" * 20)
+    flags = [EVALUATION, "--checkpoint=tiny", "--ppl=held.txt", "--ppl_seqlen=64", "--output_path=out.json"]
+    process = start(sys.executable, "-c", SLOW_MEASURES + RUN, *flags)
+    wait_for(process, Path(".out.json.measures").exists)
+    assert stop(process, number) == "the same command takes up what was measured, the last being model: sizes"
+    assert run_command(model_evaluate.build_parser(), model_evaluate.run, flags[1:]) == 0
+    assert "going on after 1 measures" in capsys.readouterr().out
+    assert Path("out.json").exists() and not Path(".out.json.measures").exists()
+
+
+@pytest.mark.parametrize("script", [PRUNING, EVALUATION])
+@pytest.mark.parametrize("seconds", [0.2, 1.0])
+def test_a_stop_while_libraries_are_imported_says_a_line_too(here, script, seconds):
+    process = start(sys.executable, script, *(FLAGS if script == PRUNING else []))
+    time.sleep(seconds)
+    assert stop(process, signal.SIGINT) == "give the same command again to go on"
+    assert not Path("out").exists()
+
+
+def test_of_several_processes_one_speaks(here):
+    process = start(sys.executable, EVALUATION, RANK="1")
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate() == ("", "") and process.returncode == -signal.SIGINT
+
+
+WAITING = "import stopping, time; stopping.end_with(lambda: print('at work', flush=True) or time.sleep({seconds}) or 0)"
+
+
+def test_ctrl_c_stops_a_shell_script_that_calls_the_command(here):
+    script = 'for sparsity in 0.2 0.3; do "$@"; echo "status $?"; done'
+    process = start("bash", "-c", script, "script", sys.executable, "-c", WAITING.format(seconds=60))
+    assert process.stdout.readline() == "at work\n"
+    os.killpg(process.pid, signal.SIGINT)
+    printed, errors = process.communicate(timeout=60)
+    assert printed == "" and errors.count("stopped by SIGINT") == 1, (printed, errors)
+
+
+def test_a_command_in_the_background_goes_on_ignoring_ctrl_c(here):
+    process = start(sys.executable, "-c", WAITING.format(seconds=0.5), on_ctrl_c=signal.SIG_IGN)
+    assert process.stdout.readline() == "at work\n"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0
