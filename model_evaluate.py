@@ -9,12 +9,13 @@ import argparse
 import math
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from functools import partial
 from os.path import exists, expanduser
 from pathlib import Path
 
 from olica import checkpoint, identity, model_source, records
 from olica.command_line import run_command
-from olica.devices import pick_device
+from olica.devices import memory_explained, pick_device
 from olica.errors import UsageError
 from olica.evaluation import CONTINUATION_TOKENS, LATENCY, Measures, Protocol, TestText, measure, prepare
 from olica.model_card import add_metrics
@@ -283,6 +284,16 @@ def make_protocol(args: argparse.Namespace, dtype: str) -> Protocol:
     )
 
 
+def memory_advice(args: argparse.Namespace, count: int, of_host: bool) -> str:
+    """What to do when memory, of the host or of a GPU, runs out; batches are single by then, unless `count` share."""
+    ways = ["a --dtype of half the width"]
+    if count > 1:
+        ways.insert(0, "a lower --batch_size")
+    if pick_device(args.device).type == "cuda" and not of_host:
+        ways += [*([] if args.device_map or count > 1 else ["--device_map auto"]), "--device cpu"]
+    return f"give {' or '.join(ways)}"
+
+
 def run(args: argparse.Namespace) -> None:
     """Find the models, the texts and the tasks, measure, print a table and write the record."""
     check_numbers(args)
@@ -299,7 +310,7 @@ def run(args: argparse.Namespace) -> None:
     measures = Measures(path.parent, path.name if args.output_path else None, evaluation, stages, processes)
     if measures.found and processes.is_main:
         print(f"going on after {measures.found} measures of a stopped evaluation")
-    with measures.told():
+    with measures.told(), memory_explained(partial(memory_advice, args, processes.count)):
         results = {subject.name: measure(subject, protocol, measures, stages, processes) for subject in subjects}
     if not processes.is_main:
         return

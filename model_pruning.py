@@ -9,6 +9,7 @@ import argparse
 import math
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from os.path import expanduser
 from pathlib import Path
 
@@ -93,11 +94,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def memory_advice(args: argparse.Namespace) -> str:
-    """What to do when memory runs out with a single sample at a time, or outside of batches."""
+def memory_advice(args: argparse.Namespace, of_host: bool) -> str:
+    """What to do when memory, the host's or a GPU's, runs out with a single sample at a time, or outside of batches."""
     ways = ["a --dtype of half the width", "a smaller calibration set (--num_samples, --seqlen)"]
     if pick_device(args.device).type == "cuda":
-        ways = [*(["--cache_dev cpu"] if args.cache_dev != "cpu" else []), *ways, "--device cpu"]
+        if of_host == (args.cache_dev == "cpu"):  # hidden states live where there is no room
+            ways.insert(0, f"--cache_dev {'cuda' if of_host else 'cpu'}")
+        if not of_host:
+            ways.append("--device cpu")
     return f"give {', '.join(ways[:-1])} or {ways[-1]}"
 
 
@@ -365,7 +369,7 @@ def run(args: argparse.Namespace) -> None:
     with RunFolder.locked(job.folder) as progress:
         needed = 0 if progress.is_published else job.disk_bytes - progress.written_bytes
         checkpoint.check_room(job.folder, needed, args.overwrite or progress.is_published)
-        with memory_explained(memory_advice(args)):
+        with memory_explained(partial(memory_advice, args)):
             record = prune_and_save(args, job, progress)
     print_result(job, record)
 

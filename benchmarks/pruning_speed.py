@@ -3,6 +3,7 @@
     python benchmarks/pruning_speed.py --base_model pruned_models/plain --datasets ids.safetensors
     python benchmarks/pruning_speed.py --shape 7b --dtype bfloat16 --cache_dev cpu      on a GPU
     python benchmarks/pruning_speed.py --shape 7b --scale 8 --layers 8                  its stand-in on a CPU
+    python benchmarks/pruning_speed.py --shape 30b --dtype bfloat16 --dry_run           sizes and expected memory alone
 
 With --shape a LLaMA of that shape with random weights is written first, shard by shard, into --work_dir; nothing is
 downloaded. The dense pass is measured before and after pruning, in the same process.
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from functools import wraps
+from math import prod
 from pathlib import Path
 from unittest.mock import patch
 
@@ -47,6 +49,7 @@ SHAPES = {
     "65b": (8192, 22016, 64, 80),
 }
 VOCABULARY, HEAD_DIM = 32000, 128
+SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 # Flags that go to model_pruning.py as they are, and the batches of the dense pass, whatever those of pruning are.
 PRUNING_FLAGS = ("dtype", "device", "cache_dev", "batch_size", "sparsity", "recipe", "mlp_num")
 DENSE_BATCH_SIZE = 16
@@ -81,33 +84,53 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--sparsity", type=float, default=0.2, help="default: 0.2")
     parser.add_argument("--recipe", default="olica", help="default: olica")
     parser.add_argument("--mlp_num", type=int, default=6, help="default: 6")
+    parser.add_argument("--dry_run", action="store_true", help="print what is expected of --shape, no weight written")
     parser.add_argument("--work_dir", type=Path, default=Path("pruning_speed"), help="receives models and tokens")
     parser.add_argument("--output_path", type=Path, help="file of the record")
     return parser
 
 
-def write_random_model(folder: Path, config: LlamaConfig, dtype: torch.dtype) -> None:
-    """Write a LLaMA with random weights, one decoder layer in memory at a time."""
+def start_model(folder: Path, config: LlamaConfig, dtype: torch.dtype) -> dict[str, torch.Size]:
+    """Write the configuration of a LLaMA into an empty folder; returns the sizes of its weights by name."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    config.dtype = dtype
+    config.save_pretrained(folder)
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}
+        return {name: p.shape for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}
+
+
+def write_hollow_model(folder: Path, config: LlamaConfig, dtype: torch.dtype) -> None:
+    """Write a LLaMA whose weights are a hole in a file: it can be planned with and takes no room on the disk."""
+    header, end = {}, 0
+    for name, shape in start_model(folder, config, dtype).items():
+        start, end = end, end + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(file.tell() + end)
+
+
+def write_random_model(folder: Path, config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """Write a LLaMA with random weights, drawn on `device`, one decoder layer in memory at a time."""
+    shapes = start_model(folder, config, dtype)
+    torch.manual_seed(0)
     groups: dict[str, list[str]] = {}
     for name in shapes:
         groups.setdefault(name.split(".")[2] if ".layers." in name else name.split(".")[-2], []).append(name)
-    generator, index = torch.Generator().manual_seed(0), {}
+    index: dict[str, str] = {}
     for number, names in enumerate(groups.values(), 1):
         file = f"model-{number:05}-of-{len(groups):05}.safetensors"
-        weights = {name: _random_weight(name, shapes[name], generator).to(dtype) for name in names}
+        weights = {name: _random_weight(shapes[name], device).to(dtype).cpu() for name in names}
         save_file(weights, folder / file, metadata={"format": "pt"})
         index |= dict.fromkeys(names, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    config.dtype = dtype
-    config.save_pretrained(folder)
 
 
-def _random_weight(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    return torch.ones(shape) if len(shape) == 1 else torch.empty(shape).normal_(0, 0.02, generator=generator)
+def _random_weight(shape: torch.Size, device: torch.device) -> torch.Tensor:
+    weight = torch.ones(shape, device=device)
+    return weight if len(shape) == 1 else weight.normal_(0, 0.02)
 
 
 def shape_config(args: argparse.Namespace) -> LlamaConfig:
@@ -174,11 +197,15 @@ def run(args: argparse.Namespace) -> None:
         check_record_path(args.output_path, "--output_path")
     if args.datasets and not is_token_file(args.datasets):
         raise UsageError(f"--datasets {args.datasets}: this benchmark takes a token file")
+    if args.dry_run and not args.shape:
+        raise UsageError("--dry_run goes with --shape; for --base_model give it to model_pruning.py")
     device = pick_device(args.device)
     cache_device = device if args.cache_dev == "auto" else pick_device(args.cache_dev, "--cache_dev")
     name = args.base_model or str(args.work_dir / f"{args.shape}-{args.scale}-{args.layers or 'all'}")
-    if args.shape:
-        write_random_model(Path(name), shape_config(args), DTYPES[args.dtype])
+    if args.dry_run:
+        write_hollow_model(Path(name), shape_config(args), DTYPES[args.dtype])
+    elif args.shape:
+        write_random_model(Path(name), shape_config(args), DTYPES[args.dtype], device)
     location = locate(name)
     tokens = Path(args.datasets or args.work_dir / "ids.safetensors")
     if not args.datasets:
@@ -189,6 +216,9 @@ def run(args: argparse.Namespace) -> None:
     flags = {name: getattr(args, name) for name in PRUNING_FLAGS}
     flags |= {"base_model": name, "datasets": tokens, "save_dir": args.work_dir / "pruned"}
     arguments = [*(f"--{flag}={value}" for flag, value in flags.items()), "--overwrite"]
+    if args.dry_run:
+        run_command(model_pruning.build_parser(), model_pruning.run, [*arguments, "--dry_run"])
+        return
     ids = read_token_file(tokens).ids
 
     def dense(ids: torch.Tensor) -> float:

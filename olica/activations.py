@@ -156,10 +156,9 @@ def calibrate(
             finally:
                 activations = dict(seen)
                 seen.clear()  # kept any longer, they would stand beside those of the next batch
-            moved = output.to(hidden.device) if advance else None  # before the sums: it may find no memory
             moments.update(activations)
-            if advance:
-                hidden[rows] = moved
+            if advance:  # takes no memory, also from a device to the host: what is summed is not done again
+                hidden[rows] = output
 
         batch_size.run(work, len(hidden))
 
@@ -170,6 +169,6 @@ def propagate(layer: nn.Module, hidden: Tensor, call: dict, batch_size: BatchSiz
     call = _to_device(call, device)
 
     def work(rows: slice) -> None:
-        hidden[rows] = _forward(layer, hidden[rows].to(device), call).to(hidden.device)
+        hidden[rows] = _forward(layer, hidden[rows].to(device), call)
 
     batch_size.run(work, len(hidden))

@@ -42,7 +42,7 @@ def run_command(
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        with memory_explained("lower --batch_size, or give --device cpu or a --dtype of half the width"):
+        with memory_explained(memory_advice):
             run(args)
     except UsageError as error:
         if os.environ.get("OLICA_DEBUG"):
@@ -54,6 +54,11 @@ def run_command(
         reason = f"{error.filename}: {error.strerror}; give another file or folder"
         parser.exit(2, explained(f"{parser.prog}: error: {reason}\n"))
     return 0
+
+
+def memory_advice(of_host: bool) -> str:
+    """What to do when memory runs out, where a command knows no better."""
+    return "lower --batch_size, or give a --dtype of half the width" + ("" if of_host else " or --device cpu")
 
 
 def explained(message: str) -> str | None:

@@ -2,7 +2,7 @@
 
 import ctypes
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -36,16 +36,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def is_of_host(error: BaseException) -> bool:
+    """Whether the memory that ran out is the host's, not a GPU's."""
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 @contextmanager
-def memory_explained(advice: str) -> Iterator[None]:
-    """Turn memory that runs out into a UsageError that ends in `advice`."""
+def memory_explained(advice: Callable[[bool], str]) -> Iterator[None]:
+    """Turn memory that runs out into a UsageError that ends in `advice`, which is told whether it was the host's."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         reason = (str(error).strip() or "the host has none left").splitlines()[0]
-        raise UsageError(f"out of memory ({reason}); {advice}") from error
+        raise UsageError(f"out of memory ({reason}); {advice(is_of_host(error))}") from error
 
 
 def hand_back_memory() -> None:

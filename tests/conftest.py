@@ -5,10 +5,13 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported
 
 # ruff: noqa: E402
+import ctypes
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from pretended_gpu import PretendedGpu, compiled_guard
 from safetensors.torch import load_file, save_file
 from tiny_run import LAYERS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -116,6 +119,24 @@ def no_memory_for_more_than(samples: int, error: str = "cuda"):
                     torch.empty(2**60)
 
     return hook
+
+
+@pytest.fixture(scope="session")
+def gpu_guard(tmp_path_factory) -> ctypes.CDLL:
+    """What torch lacks of a GPU, compiled once."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU, which one that is pretended would hide")
+    guard = compiled_guard(tmp_path_factory.mktemp("guard"))
+    if guard is None:
+        pytest.skip("wants a C++ compiler: g++ or clang++")
+    return guard
+
+
+@pytest.fixture
+def gpu(gpu_guard) -> Iterator[PretendedGpu]:
+    """A pretended GPU, there for torch, the libraries and the command lines."""
+    with PretendedGpu().installed(gpu_guard) as gpu:
+        yield gpu
 
 
 @pytest.fixture

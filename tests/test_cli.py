@@ -517,8 +517,12 @@ def test_memory_that_runs_out_names_the_flags(here, capsys, monkeypatch, place, 
         assert "--cache_dev" not in message, "hidden states are on the CPU already"
         patched.setattr(torch.cuda, "is_available", lambda: True)
         gpu = model_pruning.build_parser().parse_args(["--cache_dev=auto"])
-        assert "--cache_dev cpu" in model_pruning.memory_advice(gpu)
-        assert "--device cpu" in model_pruning.memory_advice(gpu)
+        assert "--cache_dev cpu" in model_pruning.memory_advice(gpu, of_host=False)
+        assert "--device cpu" in model_pruning.memory_advice(gpu, of_host=False)
+        assert "--cache_dev" not in model_pruning.memory_advice(gpu, of_host=True)
+        assert "--device" not in model_pruning.memory_advice(gpu, of_host=True), "the host would have to hold more"
+        gpu.cache_dev = "cpu"
+        assert "--cache_dev cuda" in model_pruning.memory_advice(gpu, of_host=True)
     assert prune("--save_dir=out") == 0
 
 

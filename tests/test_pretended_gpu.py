@@ -1,0 +1,622 @@
+"""What a GPU shows of where tensors are, on one that is pretended (pretended_gpu.py); test_gpu.py wants a real one."""
+
+import ast
+import importlib
+import inspect
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial, wraps
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import load_weights, make_llama, make_tokenizer, pruning_options
+from pretended_gpu import DeviceMismatch, DeviceTensor
+from safetensors.torch import save_file
+from test_evaluation import WORDS
+from test_zero_shot import ROWS, write_rows
+
+import model_evaluate
+import model_pruning
+from olica import dense_model, evaluation, run_folder
+from olica import pruning as pruning_module
+from olica.activations import propagate, record_layer_calls
+from olica.allocation import allocate
+from olica.batch_size import BatchSize
+from olica.command_line import run_command
+from olica.cost import forward_latency
+from olica.dense_model import open_dense_model
+from olica.model_source import locate, read_model
+from olica.perplexity import perplexity
+from olica.processes import Processes
+from olica.progress import Progress
+from olica.recipes import RECIPES
+from olica.run_folder import RunFolder
+from olica.survey import survey_layers
+
+ROOT = Path(__file__).parents[1]
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+SAMPLES, TOKENS, LAYERS = 12, 16, 2
+MEASURES = ["--checkpoint=tiny", "--ppl=text.txt", "--ppl_seqlen=16", "--ppl_windows=10", "--tasks=piqa", "--cost",
+            "--prompt=old books", "--data_dir=rows", "--batch_size=5"]  # fmt: skip
+
+
+class Killed(BaseException):
+    """Stands for a signal that no code handles."""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """An empty current folder with a tiny model in shards, a calibration set, a text and the rows of a task."""
+    monkeypatch.chdir(tmp_path)
+    sizes = dict(hidden_size=48, intermediate_size=104, num_attention_heads=3, num_key_value_heads=1)
+    make_llama(num_hidden_layers=LAYERS, **sizes).save_pretrained("tiny", max_shard_size="40KB")
+    make_tokenizer().save_pretrained("tiny")
+    ids = torch.randint(3, 259, (SAMPLES, TOKENS), generator=torch.Generator().manual_seed(0))
+    save_file({"calibration_ids": ids}, "ids.safetensors")
+    Path("text.txt").write_text(" ".join(WORDS * 3))
+    write_rows(tmp_path / "rows", "piqa_validation", [ROWS["piqa_validation"] | {"idx": index} for index in range(3)])
+    monkeypatch.setattr(evaluation, "LATENCY", dict(sequences=1, prompt_tokens=8, new_tokens=2, repeats=1))
+    monkeypatch.setattr(model_evaluate, "LATENCY", evaluation.LATENCY)
+    return tmp_path
+
+
+def prune(save_dir: str, *flags: str) -> dict:
+    """Prune on the device that is there; returns the record, whose checkpoint is alone in its folder."""
+    common = ["--base_model=tiny", "--datasets=ids.safetensors", "--mlp_num=1", "--ratio=0.1", f"--save_dir={save_dir}"]
+    assert run_command(model_pruning.build_parser(), model_pruning.run, [*common, *flags]) == 0
+    return json.loads((checkpoint(save_dir) / "olica_run.json").read_text())
+
+
+def checkpoint(save_dir: str) -> Path:
+    (folder,) = Path(save_dir).iterdir()
+    return folder
+
+
+def evaluate(*flags: str) -> dict:
+    """What was measured of the model, on the device that is there."""
+    flags = [*flags, "--output_path=eval.json"]
+    assert run_command(model_evaluate.build_parser(), model_evaluate.run, flags) == 0
+    return json.loads(Path("eval.json").read_text())["results"]["model"]
+
+
+def perplexity_in(result: dict) -> float:
+    return result["perplexity"]["text.txt"]["value"]
+
+
+def refused(capsys, command: Callable, *flags: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        command(*flags)
+    assert ended.value.code == 2
+    return capsys.readouterr().err.rsplit("error: ", 1)[1]
+
+
+def assert_same_weights(save_dir: str, expected: str) -> None:
+    """Two checkpoints are the same but for rounding: on the CPU attention takes another kernel."""
+    found, wanted = load_weights(checkpoint(save_dir)), load_weights(checkpoint(expected))
+    assert found.keys() == wanted.keys()
+    for name, weight in wanted.items():
+        assert (found[name] - weight).abs().max() <= 1e-4 * weight.abs().max(), name
+
+
+def device_peak(record: dict) -> int:
+    return max(stage["device_bytes"] for stage in record["stages"].values())
+
+
+# ---------------------------------------------------------------------------------------------- the double itself
+
+
+@pytest.mark.parametrize(
+    "meeting",
+    [
+        lambda host, device: host + device,
+        lambda host, device: device.addmm_(device, host),
+        lambda host, device: torch.cat([host, device]),
+        lambda host, device: host[device[0].long()],
+        lambda host, device: device.index_put_((torch.tensor([0]),), host[:1]),
+        lambda host, device: torch.nn.functional.linear(host, device),
+        lambda host, device: host.numpy() + device.numpy(),
+        lambda host, device: device.normal_(generator=torch.Generator()),
+    ],
+)
+def test_tensors_of_host_and_device_refuse_to_meet(gpu, meeting):
+    with pytest.raises((DeviceMismatch, TypeError)):
+        meeting(torch.zeros(3, 3), torch.zeros(3, 3, device="cuda"))
+
+
+def test_what_a_gpu_takes_from_the_host(gpu):
+    device, host = torch.zeros(3, device="cuda"), torch.arange(3.0)
+    device[:2] = host[1:]
+    device[2] = 5.0
+    host.copy_(device)
+    assert host.tolist() == device.tolist() == [1, 2, 5]
+    assert (device * torch.tensor(2.0))[torch.tensor([2, 0])].tolist() == [10, 2]
+    assert torch.tensor([1, 2], device="cuda").sum().item() == 3
+    assert {device.device, torch.ones(2, device=0).device, host.to("cuda").device} == {torch.device("cuda:0")}
+
+
+def test_memory_is_counted_and_runs_out(gpu):
+    gpu.memory = 1000
+    block = torch.zeros(100, device="cuda")
+    view, other = block[10:].view(9, 10), torch.zeros(50, device="cuda")
+    assert gpu.allocated == 600 and torch.cuda.mem_get_info()[0] == 400
+    del block
+    assert gpu.allocated == 600, "a view holds all of it"
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.zeros(101, device="cuda")
+    del view, other
+    assert (gpu.allocated, torch.cuda.max_memory_allocated()) == (0, 600)
+    torch.cuda.reset_peak_memory_stats()
+    assert torch.cuda.max_memory_allocated() == 0
+
+
+def test_modules_move_and_stay_tied(gpu):
+    model = make_llama(tie_word_embeddings=True)
+    model.to("cuda")
+    assert model.lm_head.weight is model.model.embed_tokens.weight and model.device == torch.device("cuda:0")
+    assert gpu.allocated >= sum(parameter.nbytes for parameter in model.parameters())
+    model.to("cpu")
+    assert gpu.allocated == 0 and not isinstance(model.lm_head.weight, DeviceTensor)
+
+
+def test_threads_see_the_device(gpu):
+    def on_device() -> bool:
+        return torch.zeros(1).to("cuda").is_cuda
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(on_device).result()
+    found = []
+    thread = threading.Thread(target=lambda: found.append(on_device()))
+    thread.start()
+    thread.join()
+    assert found == [True]
+
+
+# ---------------------------------------------------------------------------------------------- pruning
+
+
+def check_pruning(gpu, monkeypatch, recipe: str = "olica") -> None:
+    """Pruning on the device gives the weights of the CPU, in the memory that it expected, and leaves nothing there."""
+    prune("expected", f"--recipe={recipe}", "--device=cpu")
+    peaks = {}
+    for cache_dev in ("cuda", "cpu"):
+        record = prune(cache_dev, f"--recipe={recipe}", f"--cache_dev={cache_dev}", "--batch_size=6")
+        assert record["environment"]["device"] == "pretended GPU"
+        assert_same_weights(cache_dev, "expected")
+        peaks[cache_dev] = device_peak(record)
+        assert 0.5 < peaks[cache_dev] / record["expected_peak_memory"]["device_bytes"] < 1.02
+        assert gpu.allocated == 0
+    states = SAMPLES * TOKENS * 48 * 4
+    assert states / 3 < peaks["cuda"] - peaks["cpu"] <= states
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_prunes_as_on_the_cpu(here, gpu, monkeypatch, recipe):
+    check_pruning(gpu, monkeypatch, recipe)
+
+
+def check_threads(gpu, monkeypatch) -> None:
+    """While the device works on a layer the next one is read and the last one, on the host by then, is written."""
+    seen, read, save = [], dense_model.StreamedModel._read_layer, RunFolder._save_layer
+
+    def reading(self, index):
+        seen.append(("read", index, threading.current_thread().name.split("_")[0]))
+        return read(self, index)
+
+    def saving(self, index, weights, facts):
+        assert all(weight.device.type == "cpu" for weight in weights.values())
+        seen.append(("write", index, threading.current_thread().name.split("_")[0]))
+        save(self, index, weights, facts)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(dense_model.StreamedModel, "_read_layer", reading)
+        patched.setattr(RunFolder, "_save_layer", saving)
+        prune("streamed")
+    layers = range(LAYERS)
+    assert [entry for entry in seen if entry[0] == "write"] == [("write", index, "write") for index in layers]
+    assert [entry for entry in seen if entry[0] == "read"] == [("read", index, "read") for index in [*layers, *layers]]
+
+
+def test_reading_ahead_and_writing_in_the_background(here, gpu, monkeypatch):
+    check_threads(gpu, monkeypatch)
+
+
+def check_layers(gpu, monkeypatch) -> None:
+    """The device holds one layer at a time, whether the model is streamed or in host memory as a whole."""
+    for dense in (open_dense_model(locate("./tiny")), dense_model.DenseModel(read_model(locate("./tiny")))):
+        size = sum(parameter.nbytes for parameter in make_layer().parameters())
+        for _, layer in dense.layers(CUDA, "test"):
+            assert next(layer.parameters()).is_cuda
+            assert torch.cuda.memory_allocated() == size
+        del layer
+        assert torch.cuda.memory_allocated() == 0
+
+
+def make_layer() -> torch.nn.Module:
+    return read_model(locate("./tiny")).model.layers[0]
+
+
+def test_one_layer_at_a_time_is_on_the_device(here, gpu, monkeypatch):
+    check_layers(gpu, monkeypatch)
+
+
+def check_embedding(gpu, monkeypatch) -> None:
+    """A model that is on the device embeds there; hidden states live where they are told."""
+    model, ids = read_model(locate("./tiny")), torch.arange(3, 35).view(2, 16)
+    expected, _ = record_layer_calls(model.model, ids, CPU)
+    model.to(CUDA)
+    for cache_device in (CPU, CUDA):
+        hidden, calls = record_layer_calls(model.model, ids, cache_device)
+        assert hidden.device.type == cache_device.type
+        torch.testing.assert_close(hidden.cpu(), expected)
+    with torch.no_grad():
+        propagate(model.model.layers[0], hidden, calls[0], BatchSize(1))
+
+
+def test_a_model_on_the_device_embeds_there(here, gpu, monkeypatch):
+    check_embedding(gpu, monkeypatch)
+
+
+def check_survey(gpu, monkeypatch) -> None:
+    """What a survey keeps of a layer is on the host."""
+    dense, recipe = open_dense_model(locate("./tiny")), RECIPES["olica"]
+    plan, _ = allocate(recipe, dense.config, dense.model.num_parameters(), 0.2, 3.0)
+    ids = torch.arange(3, 67).view(4, 16)
+    survey = survey_layers(dense, ids, plan, recipe, pruning_options(device=CUDA, cache_device=CUDA), Progress())
+    kept = [tensor for layer in survey for tensor in layer.moments.state().values()]
+    assert kept and not any(tensor.is_cuda for tensor in kept)
+
+
+def test_a_survey_is_kept_on_the_host(here, gpu, monkeypatch):
+    check_survey(gpu, monkeypatch)
+
+
+def interrupt(monkeypatch, save_dir: str, *flags: str) -> None:
+    """A run that is killed when it has kept a layer."""
+    save = RunFolder._save_layer
+
+    def dying(self, index, *arguments):
+        if index == 1:
+            raise Killed
+        save(self, index, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunFolder, "_save_layer", dying)
+        with pytest.raises(Killed):
+            prune(save_dir, *flags)
+
+
+def check_resuming(gpu, monkeypatch, recipe: str = "olica", seconds: float = run_folder.SAVED_EVERY) -> None:
+    """A run that is killed goes on, on the device, to the same bits."""
+    flag = f"--recipe={recipe}"
+    prune("undisturbed", flag)
+
+    def on_device(work: Callable) -> Callable:
+        def checked(layer, hidden, *arguments, **settings):
+            assert next(layer.parameters()).is_cuda and hidden.is_cuda
+            work(layer, hidden, *arguments, **settings)
+
+        return checked
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_folder, "SAVED_EVERY", seconds)
+        for name in ("calibrate", "propagate"):
+            patched.setattr(pruning_module, name, on_device(getattr(pruning_module, name)))
+        interrupt(monkeypatch, "resumed", flag)
+        assert prune("resumed", flag)["went_on_after"] == [1]
+    found, wanted = (load_weights(checkpoint(folder)) for folder in ("resumed", "undisturbed"))
+    assert all(torch.equal(found[name], weight) for name, weight in wanted.items())
+
+
+@pytest.mark.parametrize(("recipe", "seconds"), [("olica", run_folder.SAVED_EVERY), ("olica-paper", -1.0)])
+def test_a_killed_run_goes_on_there(here, gpu, monkeypatch, recipe, seconds):
+    check_resuming(gpu, monkeypatch, recipe, seconds)
+
+
+# ---------------------------------------------------------------------------------------------- evaluation
+
+
+def check_evaluation(*flags: str, of_device: tuple[str, ...] = ()) -> dict:
+    """All measures on the device are those of the CPU, and the model was there."""
+    expected = evaluate(*MEASURES, *flags, "--device=cpu")
+    found = evaluate(*MEASURES, *flags, *of_device)
+    assert perplexity_in(found) == pytest.approx(perplexity_in(expected), rel=1e-5)
+    assert found.get("zero_shot") == expected.get("zero_shot")
+    assert found["continuation"] == expected["continuation"]
+    assert found["parameters"] == expected["parameters"]
+    return found
+
+
+def test_all_measures_are_those_of_the_cpu(here, gpu):
+    found = check_evaluation()
+    assert found["cost"]["peak_memory"]["device_bytes"] > found["weight_bytes"] and gpu.allocated == 0
+
+
+def test_a_device_map_spreads_a_model_over_device_and_host(here, gpu):
+    gpu.memory = 280_000  # the weights take 293 kB
+    found = check_evaluation("--batch_size=1", "--tasks=", of_device=("--device_map=auto",))
+    assert 61_440 < found["cost"]["peak_memory"]["device_bytes"] < found["weight_bytes"], "the embedding, not all of it"
+
+
+def check_perplexity(gpu, monkeypatch) -> None:
+    """A model that is on the device is measured there, and several processes sum there."""
+
+    class Summed(Processes):
+        def sum(self, tensor):
+            assert tensor.is_cuda
+            return tensor
+
+    windows = torch.randint(3, 259, (7, 16), generator=torch.Generator().manual_seed(1))
+    model = read_model(locate("./tiny"))
+    expected = perplexity(model, windows, 3)
+    assert perplexity(model.to(CUDA), windows, 3, Summed()).value == pytest.approx(expected.value, rel=1e-5)
+
+
+def test_perplexity_of_a_model_on_the_device(here, gpu, monkeypatch):
+    check_perplexity(gpu, monkeypatch)
+
+
+def check_latencies(gpu, monkeypatch) -> None:
+    """Times, and a continuation, of a model on the device."""
+    model = read_model(locate("./tiny")).to(CUDA)
+    assert forward_latency({"model": model}, torch.arange(3, 19)[None], 1)["model"]["median_s"] > 0
+    check_evaluation("--tasks=")
+
+
+def test_times_of_a_model_on_the_device(here, gpu, monkeypatch):
+    check_latencies(gpu, monkeypatch)
+
+
+def check_that_the_model_is_moved(gpu, monkeypatch) -> None:
+    """A model is measured on the device that the flags name."""
+    found = evaluate(*MEASURES, "--tasks=")
+    assert found["cost"]["peak_memory"]["device_bytes"] > found["weight_bytes"]
+
+
+# ---------------------------------------------------------------------------------------------- memory that runs out
+
+
+@pytest.mark.parametrize(("recipe", "cache_dev"), [("olica", "cpu"), ("olica-paper", "cuda")])
+def test_a_device_that_is_too_small_halves_the_batch(here, gpu, caplog, recipe, cache_dev):
+    flags = [f"--recipe={recipe}", f"--cache_dev={cache_dev}"]
+    peaks = [device_peak(prune(f"{size}", *flags, f"--batch_size={size}")) for size in (1, 12)]
+    gpu.memory = sum(peaks) // 2
+    record = prune("out", *flags, "--batch_size=12")
+    assert record["batch_size"] < 12 and "going on with --batch_size" in caplog.text
+    assert_same_weights("out", "1")
+    caplog.clear()
+    gpu.memory = int(1.3 * sum(peaks) / 2)
+    chosen = prune("auto", *flags, "--batch_size=auto")["batch_size"]
+    assert 1 <= chosen < 12 and "out of memory" not in caplog.text
+    assert_same_weights("auto", "1")
+
+
+def no_memory_in(monkeypatch, gpu, place: str, above: int = 0) -> list:
+    """Let the device have no room while the function at `place` runs with more than `above` rows; returns its calls."""
+    owner, _, name = place.rpartition(".")
+    module, _, last = owner.rpartition(".")
+    owner = getattr(importlib.import_module(module), last) if last[0].isupper() else importlib.import_module(owner)
+    original, calls = getattr(owner, name), []
+
+    def rows(value) -> int:
+        tensors = value.values() if isinstance(value, dict) else [value]
+        return max((len(t) for t in tensors if isinstance(t, torch.Tensor) and t.ndim > 1), default=0)
+
+    @wraps(original)
+    def without_memory(*arguments, **settings):
+        calls.append(place)
+        if above and max(map(rows, [*arguments, settings])) <= above:
+            return original(*arguments, **settings)
+        with gpu.full():
+            return original(*arguments, **settings)
+
+    monkeypatch.setattr(owner, name, without_memory)
+    return calls
+
+
+@pytest.mark.parametrize("recipe", ["olica", "olica-paper"])
+@pytest.mark.parametrize("place", ["olica.activations._forward", "olica.moments.Moments.update"])
+def test_no_memory_in_a_batch_halves_it(here, gpu, monkeypatch, caplog, place, recipe):
+    prune("expected", f"--recipe={recipe}")
+    with monkeypatch.context() as patched:
+        no_memory_in(patched, gpu, place, above=3)
+        assert prune("out", f"--recipe={recipe}", "--batch_size=12")["batch_size"] == 3
+    assert "going on with --batch_size 3" in caplog.text
+    assert_same_weights("out", "expected")
+
+
+@pytest.mark.parametrize(
+    ("place", "recipe"),
+    [
+        ("olica.activations.record_layer_calls", "olica"),
+        ("olica.survey.calibrate", "olica"),
+        ("olica.survey.ridge_regression", "olica"),
+        ("olica.survey.multiple_correlation", "olica"),
+        ("olica.pruning.calibrate", "olica-paper"),
+        ("olica.pruning._compress_feed_forward", "olica"),
+        ("olica.linear_calibration.residual_sums", "olica"),
+        ("olica.linear_calibration.low_rank_correction", "olica-paper"),
+        ("olica.pruning._compress_query_key", "olica"),
+        ("olica.pruning._compress_value_output", "olica"),
+        ("olica.pruning._compress_value_output", "olica-ond"),
+        ("olica.pruning.cast_weights", "olica"),
+        ("olica.pruning.propagate", "olica"),
+        ("torch.nn.Module.to", "olica"),
+    ],
+)
+def test_no_memory_elsewhere_names_the_flags(here, gpu, capsys, monkeypatch, place, recipe):
+    no_memory_in(monkeypatch, gpu, place)
+    message = refused(capsys, prune, "out", f"--recipe={recipe}", "--batch_size=1")
+    ways = "a --dtype of half the width, a smaller calibration set (--num_samples, --seqlen) or --device cpu"
+    assert message.startswith("out of memory (CUDA out of memory. Tried to allocate")
+    assert message.endswith(f"; give --cache_dev cpu, {ways}\n") and message.count("\n") == 1
+
+
+@pytest.mark.parametrize("place", ["olica.run_folder.RunFolder.save_layer", "olica.journal.Journal.write"])
+def test_no_memory_of_the_host_for_a_layer_that_is_kept(here, gpu, capsys, monkeypatch, place):
+    def failing(*arguments):
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(place, failing)
+        message = refused(capsys, prune, "out", "--cache_dev=cpu")
+    assert message.endswith("; give --cache_dev cuda, a --dtype of half the width or a smaller calibration set "
+                            "(--num_samples, --seqlen)\n")  # fmt: skip
+    prune("out", "--cache_dev=cpu")
+
+
+def test_no_memory_for_a_finished_layer_that_is_read_again(here, gpu, capsys, monkeypatch):
+    prune("expected")
+    interrupt(monkeypatch, "out")
+    with monkeypatch.context() as patched:
+        no_memory_in(patched, gpu, "olica.pruning._restore")
+        assert "give --cache_dev cpu" in refused(capsys, prune, "out")
+    assert prune("out")["went_on_after"] == [1]
+    assert_same_weights("out", "expected")
+
+
+def test_no_memory_for_batches_of_an_evaluation_halves_them(here, gpu, caplog):
+    flags = [*MEASURES[:4], "--tasks=piqa", "--data_dir=rows"]
+    expected = evaluate(*flags, "--batch_size=1")
+    gpu.memory = int(1.05 * gpu.peak)
+    found = evaluate(*flags, "--batch_size=10")
+    assert caplog.text.count("going on with --batch_size") >= 2
+    assert perplexity_in(found) == pytest.approx(perplexity_in(expected), rel=1e-5)
+    assert found["zero_shot"]["tasks"] == expected["zero_shot"]["tasks"]
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "torch.nn.Module.to",
+        "olica.evaluation.perplexity",
+        "lm_eval.models.huggingface.HFLM._model_call",
+        "olica.evaluation.latencies",
+        "olica.evaluation.continuation",
+    ],
+)
+def test_no_memory_for_a_measure_names_the_flags(here, gpu, capsys, monkeypatch, place):
+    no_memory_in(monkeypatch, gpu, place)
+    message = refused(capsys, evaluate, *MEASURES, "--batch_size=1")
+    assert message.startswith("out of memory (CUDA out of memory. Tried to allocate")
+    assert message.endswith("; give a --dtype of half the width or --device_map auto or --device cpu\n")
+
+
+# ---------------------------------------------------------------------------------------------- whole commands
+
+
+@pytest.mark.timeout(900)
+def test_the_check_of_a_gpu_runs_with_tiny_sizes(gpu_guard, tmp_path):
+    python = f"{sys.executable} {ROOT / 'tests/on_pretended_gpu.py'} {tmp_path}"
+    sizes = dict(SCALE=16, DRY_SHAPE="7b", LAYERS=2, NUM_SAMPLES=4, TOKENS=16, MLP_NUM=1, NEW_TOKENS=2, REPEATS=1)
+    settings = dict(PYTHON=python, WORK=tmp_path / "work", RESULTS=tmp_path / "results", OMP_NUM_THREADS=1, MINUTES=14)
+    command = ["bash", ROOT / "scripts/gpu_check.sh", "tests/test_cost.py"]
+    environment = os.environ | {name: str(value) for name, value in (sizes | settings).items()}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "1 passed" in done.stdout and not (tmp_path / "work").exists()
+    on_device, on_host, speed = (
+        json.loads((tmp_path / f"results/{name}.json").read_text())
+        for name in ("cache_on_device", "cache_on_host", "generation_speed")
+    )
+    peaks = [on_device["peak_memory"]["device_bytes"], device_peak(on_host)]
+    expected = [record["expected_peak_memory"]["device_bytes"] for record in (on_device, on_host)]
+    assert all(0.5 < found / wanted < 1.02 for found, wanted in zip(peaks, expected, strict=True))
+    assert {record["environment"]["device"] for record in (on_device, on_host, speed)} == {"pretended GPU"}
+    assert len(speed["models"]) == 2 and on_host["settings"]["dtype"] == "bfloat16"
+    assert ", device " in (tmp_path / "results/dry_run.txt").read_text()
+    steps = [line.split()[0] for line in (tmp_path / "results/seconds.txt").read_text().splitlines()]
+    assert steps == ["dry_run", "tests", "cache_on_device", "cache_on_host", "generation_speed"]
+
+
+# ---------------------------------------------------------------------------------------------- planted mistakes
+
+# What shows that tensors are where they should be, by the modules that place them.
+CHECKS = {
+    "activations": [check_embedding, check_pruning, partial(check_resuming, seconds=-1.0)],
+    "cost": [check_latencies],
+    "dense_model": [check_layers],
+    "evaluation": [check_that_the_model_is_moved],
+    "moments": [check_survey],
+    "perplexity": [check_perplexity],
+    "pruning": [check_resuming],
+    "run_folder": [check_threads],
+}
+# The library's generate moves what it is given by itself.
+HARMLESS = {("evaluation", "continuation", 0)}
+
+
+def is_placing(node: ast.AST) -> bool:
+    """Whether a call moves a tensor or a module to a device, or makes one there."""
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+        return False
+    to_device = node.func.attr == "to" and "dtype" not in ast.unparse(node.args[0])
+    made_there = ast.unparse(node.func) in ("torch.empty", "torch.zeros") and "device" in {k.arg for k in node.keywords}
+    return to_device or made_there or node.func.attr == "cpu"
+
+
+class Without(ast.NodeTransformer):
+    """Leaves out the placing of this number."""
+
+    def __init__(self, number: int):
+        self.left = number
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:  # noqa: N802
+        self.generic_visit(node)
+        if not is_placing(node):
+            return node
+        self.left -= 1
+        if self.left != -1:
+            return node
+        if node.func.attr in ("to", "cpu"):
+            return node.func.value
+        node.keywords = [keyword for keyword in node.keywords if keyword.arg != "device"]
+        return node
+
+
+def functions_of(module) -> dict[str, Callable]:
+    """The functions and methods that a module defines, by their names."""
+    classes = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__]
+    functions = [f for owner in [module, *classes] for f in vars(owner).values() if inspect.isfunction(f)]
+    # What dataclasses and imports add has its code elsewhere.
+    return {f.__qualname__: f for f in functions if inspect.unwrap(f).__code__.co_filename == module.__file__}
+
+
+def mistakes() -> list[tuple[str, str, int]]:
+    """Module, function and number of every placing that could be forgotten."""
+    found = []
+    for name in CHECKS:
+        for qualified, function in functions_of(importlib.import_module(f"olica.{name}")).items():
+            tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+            found += [(name, qualified, number) for number in range(sum(map(is_placing, ast.walk(tree))))]
+    return found
+
+
+def plant(monkeypatch, module, qualified: str, number: int) -> None:
+    """Put the function without its placing of this number in the place of the function, wherever it is called."""
+    function = functions_of(module)[qualified]
+    tree = Without(number).visit(ast.parse(textwrap.dedent(inspect.getsource(function))))
+    made: dict[str, Callable] = {}
+    exec(compile(ast.fix_missing_locations(tree), module.__file__, "exec"), vars(module), made)  # noqa: S102
+    if "." in qualified:
+        monkeypatch.setattr(getattr(module, qualified.split(".")[0]), function.__name__, made[function.__name__])
+        return
+    callers = [m for name, m in sys.modules.items() if name.split(".")[0] in ("olica", "model_evaluate", __name__)]
+    for caller in callers:
+        for name, value in list(vars(caller).items()):
+            if value is function:
+                monkeypatch.setattr(caller, name, made[function.__name__])
+
+
+@pytest.mark.parametrize(("module", "function", "number"), [m for m in mistakes() if m not in HARMLESS])
+def test_a_placing_that_is_forgotten_is_noticed(here, gpu, monkeypatch, module, function, number):
+    plant(monkeypatch, importlib.import_module(f"olica.{module}"), function, number)
+    with pytest.raises((DeviceMismatch, AssertionError, TypeError)):
+        for check in CHECKS[module]:
+            check(gpu, monkeypatch)
