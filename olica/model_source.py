@@ -239,18 +239,20 @@ def _refuse_padding(location: Location, config: PreTrainedConfig) -> None:
         )
 
 
-@cache
 def leaves_out_adapter(location: Location) -> bool:
     """Whether an adapter lies beside the model: neither command reads it, which is said once."""
     found = file_of(location, ADAPTER_CONFIG_NAME) is not None
     if found:
-        logger.warning(
-            "%s %s: the adapter beside the model is left out; to have it in, merge it, by peft's %s, and give FOLDER",
-            location.flag,
-            location.name,
-            MERGE,
+        _say_once(
+            f"{location.flag} {location.name}: the adapter beside the model is left out; to have it in, merge it, by "
+            f"peft's {MERGE}, and give FOLDER"
         )
     return found
+
+
+@cache
+def _say_once(message: str) -> None:
+    logger.warning(message)
 
 
 def _refuse_lost_settings(location: Location, config: PreTrainedConfig) -> None:
