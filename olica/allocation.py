@@ -82,7 +82,7 @@ def grouped_sparsities(sizes: Sizes, sparsity: float, k: float) -> Sparsities:
     A grouped key is read by H/K query heads: its projection is small, so factors save little, and what they lose is
     lost to all of these heads. The queries lose as much as both would have lost, but half at the least, since a pair of
     factors that saves little has lost much rank already. Where the MLPs would have to grow for that, the queries stay
-    dense too. The limits are those that served SmolLM2-135M best (README, "Grouped heads").
+    dense too. The limits are those that served SmolLM2-135M-Instruct best (README, "Grouped heads").
     """
     released = released_sparsities(sizes, sparsity, k)
     least, most = QUERY_ALONE

@@ -356,3 +356,11 @@ def test_figure_3_has_the_figures_of_the_records(record):
     left, right = FIGURES["figure3"](record.results).figure.axes
     np.testing.assert_allclose(left.lines[0].get_xydata(), [[0, 20], [4, 16], [8, 12]])
     assert [bar.get_height() for bar in right.patches] == [0.5, 0.25]
+
+
+def test_a_model_has_its_full_name_in_headings(tmp_path):
+    assert Results(tmp_path, "7b").title == "LLaMA-7B"
+    assert Results(tmp_path, "smollm2").title == "SmolLM2-135M-Instruct, dequantised from Q4_1"
+    assert Results(tmp_path, "mine").title == "mine"
+    headings = [line for line in (PAPER.parents[1] / "RESULTS.md").read_text().splitlines() if line.startswith("## ")]
+    assert set(headings) <= {f"## {Results(tmp_path, path.name).title}" for path in PAPER.parent.iterdir()}
