@@ -19,6 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .errors import UsageError
+from .model_files import refuse_pointers
 from .tensor_files import save_tensors
 from .text_sources import Rows, read_rows
 
@@ -158,6 +159,7 @@ def read_token_file(path: Path) -> CalibrationSet:
     """
     if not path.is_file():
         raise UsageError(f"--datasets names {path}, which does not exist: give an existing token file")
+    refuse_pointers([path])
     try:
         with safe_open(path, "pt") as file:
             names, metadata = list(file.keys()), file.metadata() or {}

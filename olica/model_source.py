@@ -243,22 +243,19 @@ def _refuse_padding(location: Location, config: PreTrainedConfig) -> None:
         )
 
 
-@cache
 def leaves_out_adapter(location: Location) -> bool:
     """Whether an adapter lies beside the model: neither command reads it, which is said once."""
     found = file_of(location, ADAPTER_CONFIG_NAME) is not None
     if found:
-        logger.warning(
-            "%s %s: the adapter beside the model is left out; to have it in, merge it, by peft's %s, and give FOLDER",
-            location.flag,
-            location.name,
-            MERGE,
+        _say_once(
+            f"{location.flag} {location.name}: the adapter beside the model is left out; to have it in, merge it, by "
+            f"peft's {MERGE}, and give FOLDER"
         )
     return found
 
 
 def has_another_head(location: Location) -> bool:
-    """Whether the weights, as far as they are here, hold another head than the embedding; said once of each model."""
+    """Whether the weights, as far as they are here, hold another head than the embedding, which is said once."""
     if location.gguf_file:
         return False  # by the presence of a head transformers tells that a GGUF file does not tie it
     with explained(location, "its weights cannot be read"):
@@ -268,14 +265,12 @@ def has_another_head(location: Location) -> bool:
 
 @cache
 def _has_another_head(location: Location, files: tuple[tuple[Path, int], ...]) -> bool:
-    """Compared, and said, once of every state of the files: `files` has when each was last changed."""
+    """Compared once for every state of the files: `files` has when each was last changed."""
     found = holds_another_head(path for path, _ in files)
     if found:
-        logger.warning(
-            "%s %s: its configuration ties the head to the embedding, but the checkpoint holds another lm_head: it "
-            "counts, and is saved, as a head of its own",
-            location.flag,
-            location.name,
+        _say_once(
+            f"{location.flag} {location.name}: its configuration ties the head to the embedding, but the checkpoint "
+            "holds another lm_head: it counts, and is saved, as a head of its own"
         )
     return found
 
@@ -291,6 +286,11 @@ def _weight_files_here(location: Location) -> list[Path]:
         return weight_files(Path(config).parent) if config else []
     except UsageError:  # the index came without its files
         return []
+
+
+@cache
+def _say_once(message: str) -> None:
+    logger.warning(message)
 
 
 def _refuse_lost_settings(location: Location, config: PreTrainedConfig) -> None:

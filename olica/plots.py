@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from .errors import UsageError
 from .rows import paired_difference, unpack_floats
-from .runs import PAPER_MODELS, Results, Run, in_common, linear_calibration, newest_alike, origin, told_apart
+from .runs import Results, Run, in_common, linear_calibration, newest_alike, origin, told_apart
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,10 +35,6 @@ def _panels(columns: int, rows: int = 1) -> "tuple[Figure, list[Axes]]":
         raise UsageError("figures need the package matplotlib: pip install matplotlib") from error
     figure = Figure(figsize=(5.2 * columns, 4 * rows), layout="constrained", dpi=130)
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
-
-
-def _name(results: Results) -> str:
-    return PAPER_MODELS.get(results.label, results.label)
 
 
 def _ratio(run: Run) -> float:
@@ -82,7 +78,7 @@ def singular_values(results: Results) -> Drawing | None:
                 label=f"{PROJECTIONS[name]} ({len(values)})",
             )
         axes.set(
-            title=f"{_name(results)}, layer {index}",
+            title=f"{results.title}, layer {index}",
             xlabel="position of the singular value, as a share of their number",
             ylabel="singular value, as a share of the largest",
         )
@@ -98,11 +94,11 @@ def calibrated_layers(results: Results) -> Drawing | None:
     figure, (left, right) = _panels(2)
     _draw_perplexity(left, runs, lambda run: run.mlp_num)
     sparsity = runs[0].sparsity
-    left.set(title=f"{_name(results)} at {sparsity:.0%}", xlabel="calibrated MLPs")
+    left.set(title=f"{results.title} at {sparsity:.0%}", xlabel="calibrated MLPs")
     correlations = next(r for run in runs if (r := run.pruning["multiple_correlation"]) and r[0] is not None)
     known = [value for value in correlations if value is not None]
     right.bar(range(len(known)), known)
-    right.set(title=_name(results), xlabel="decoder layer", ylabel="mean multiple correlation of the MLP")
+    right.set(title=results.title, xlabel="decoder layer", ylabel="mean multiple correlation of the MLP")
     right.grid(alpha=0.3, axis="y")
     return Drawing(figure, in_common(runs))
 
@@ -138,7 +134,7 @@ def rank_grid(results: Results) -> Drawing | None:
         axes.set_xticks(range(len(numbers)), [str(number) for number in numbers])
         axes.set_yticks(range(len(ratios)), [f"{ratio:g}" for ratio in ratios])
         axes.set(title=heading, xlabel="calibrated MLPs", ylabel="rank, as a share of the hidden size")
-    figure.suptitle(f"{_name(results)} at {plain.sparsity:.0%}")
+    figure.suptitle(f"{results.title} at {plain.sparsity:.0%}")
     return Drawing(figure, in_common(runs))
 
 
@@ -153,7 +149,7 @@ def calibration_set(results: Results) -> Drawing | None:
         _draw_perplexity(axes, runs, lambda run, axis=axis: run.pruning["calibration"]["ids"][axis])
         samples, tokens = runs[0].pruning["calibration"]["ids"]
         rest = f"samples of {tokens} tokens" if axis == 0 else f"{samples} samples"
-        title = f"{_name(results)} at {runs[0].sparsity:.0%}: {rest}\nfrom {runs[0].texts}"
+        title = f"{results.title} at {runs[0].sparsity:.0%}: {rest}\nfrom {runs[0].texts}"
         axes.set_title(title, fontsize="medium")
         axes.set_xlabel(f"{label}{'' if axis == 0 else ' per sample'}")
         axes.set_xscale("log", base=2)
@@ -172,7 +168,7 @@ def calibration_mixes(results: Results) -> Drawing | None:
 
     for mix in dict.fromkeys(run.texts for run in runs):
         _draw_perplexity(axes, [r for r in runs if r.texts == mix], lambda run: 100 * run.sparsity, mix)
-    axes.set(title=_name(results), xlabel="sparsity, %")
+    axes.set(title=results.title, xlabel="sparsity, %")
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_minor_locator(NullLocator())

@@ -23,6 +23,8 @@ PAPER_MODELS = {
     "vicuna-7b": "Vicuna-7B",
     "vicuna-13b": "Vicuna-13B",
 }
+# What readers are told of other models; the paper has none of them.
+OTHER_MODELS = {"smollm2": "SmolLM2-135M-Instruct, dequantised from Q4_1"}
 
 
 # What a pruning was asked for, beside its calibration set.
@@ -117,6 +119,11 @@ class Results:
 
     results: Path
     label: str
+
+    @property
+    def title(self) -> str:
+        """The model's name for readers."""
+        return (PAPER_MODELS | OTHER_MODELS).get(self.label, self.label)
 
     def run(self, name: str) -> Run | None:
         """A run by its name; None where it is not recorded as a whole."""

@@ -4,22 +4,37 @@ A row is prose (one text) or a prompt (instruction, input, output); its columns 
 Splits: "train" is what calibrates, "test" is what measures.
 """
 
+import errno
 import glob
+import gzip
 import hashlib
+import json
+import logging
 import platform
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 
 import datasets
+from pyarrow import parquet
 
 from .errors import UsageError
+from .model_files import refuse_pointers
 from .pydoc_text import pydoc_passages
 
+logger = logging.getLogger(__name__)
+
 PYDOC = "pydoc"
+
+# What no text is to blame for whose file has been opened before.
+CACHE_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT}
+# All columns that are ever read: of prose, and of prompts.
+COLUMNS = ("text", "sentence", "instruction", "input", "output")
 
 _FORMATS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}
 # A file named after one split must not match the wildcard of the other.
@@ -156,7 +171,7 @@ def _named_rows(name: str, split: str, data_dir: Path | None, flag: str) -> Rows
         table = datasets.load_dataset(**source.hub, data_files=data_files, split=hub_split)
     place = f"{source.hub['path']}@{source.hub.get('revision', 'main')}"
     origin = " ".join(filter(None, [place, source.hub.get("name"), files, hub_split]))
-    return Rows(name, origin, table._fingerprint, table, *_columns(table, origin))
+    return _rows(name, origin, table._fingerprint, table)
 
 
 def _local_copy(name: str, split: str, data_dir: Path, flag: str) -> Path | None:
@@ -204,11 +219,19 @@ def _path_rows(name: str, path: Path, saved_splits: tuple[str, ...], row_of_line
         fingerprint, table = _load_file(path, row_of_line)
     if not len(table):
         raise UsageError(f"{path} holds no rows: give a file or folder with at least one")
-    return Rows(name, str(path), fingerprint, table, *_columns(table, str(path)))
+    return _rows(name, str(path), fingerprint, table)
+
+
+def _rows(name: str, origin: str, fingerprint: str, table: datasets.Dataset) -> Rows:
+    """The rows of a table, without the columns that are never read, which may hold what cannot be decoded here."""
+    prose, has_prompts = _columns(table, origin)
+    table = table.select_columns([name for name in table.column_names if name in COLUMNS])
+    return Rows(name, origin, fingerprint, table, prose, has_prompts)
 
 
 def _load_folder(path: Path, saved_splits: tuple[str, ...]) -> tuple[Path, datasets.Dataset]:
-    with _explained(f"{path} cannot be read as a folder made by save_to_disk", "save it again"):
+    refuse_pointers(path.rglob("*.arrow"))
+    with _explained(f"{path} cannot be read as a folder made by save_to_disk", "save it again", cached=False):
         saved = datasets.load_from_disk(str(path))
     if isinstance(saved, datasets.Dataset):
         return path, saved
@@ -227,19 +250,102 @@ def _load_file(path: Path, row_of_line: Callable | None) -> tuple[str, datasets.
         raise UsageError(f"{path} is of an unknown kind: give .jsonl, .json, .txt, .gz of one, or .parquet")
     if not path.stat().st_size:
         raise UsageError(f"{path} is empty: give a file with at least one row")
-    options = {}
-    if kind == "text":
-        options = {"sample_by": "line" if row_of_line else "paragraph", "keep_linebreaks": bool(row_of_line)}
+    refuse_pointers([path])
+    with path.open("rb") as file:
+        fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
+    # Named by content: the cache of datasets would serve old rows to a new file with the old time stamp.
+    cached = {"config_name": fingerprint[:16], "cache_dir": _cache_dir()}
     with _explained(f"{path} cannot be read as {kind}", "give a complete file with some rows"), _quiet():
-        with path.open("rb") as file:
-            fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
-        # Not load_dataset, which tells the hub of every call and so waits for the network here too.
-        read = getattr(datasets.Dataset, f"from_{kind}")
-        # Named by content: the cache of datasets would serve old rows to a new file with the old time stamp.
-        table = read(glob.escape(str(path.absolute())), config_name=fingerprint[:16], **options)
-    if kind == "text" and row_of_line:
-        table = datasets.Dataset.from_dict({"text": [row_of_line(line) for line in table["text"]]})
-    return fingerprint, table
+        # None is load_dataset, which tells the hub of every call and so waits for the network here too.
+        if kind == "text":
+            return fingerprint, _read_text(path, row_of_line, cached)
+        return fingerprint, _read_json(path, cached) if kind == "json" else _read_parquet(path, cached)
+
+
+def _pattern(path: Path) -> str:
+    """The pattern for datasets, which takes every path for one, that only this path fits."""
+    return glob.escape(str(path.absolute()))
+
+
+def _read_text(path: Path, row_of_line: Callable | None, cached: dict) -> datasets.Dataset:
+    options = {"sample_by": "line" if row_of_line else "paragraph", "keep_linebreaks": bool(row_of_line)}
+    table = datasets.Dataset.from_text(_pattern(path), **options, **cached)
+    if not row_of_line:
+        return table
+    return datasets.Dataset.from_dict({"text": [row_of_line(line) for line in table["text"]]})
+
+
+def _read_parquet(path: Path, cached: dict) -> datasets.Dataset:
+    """The columns that may be needed of a .parquet file; all of them if none is, for the message."""
+    schema = parquet.read_schema(path)
+    columns = [name for name in schema.names if name in COLUMNS] or schema.names
+    if len(columns) < len(schema.names):
+        needed = schema.empty_table().select(columns).schema
+        cached = cached | {"columns": columns, "features": datasets.Features.from_arrow_schema(needed)}
+    return datasets.Dataset.from_parquet(_pattern(path), **cached)
+
+
+def _read_json(path: Path, cached: dict) -> datasets.Dataset:
+    """The rows of a file of JSON, one a line or all in one list.
+
+    datasets takes the kind of every column from the beginning of the file. Where a later row has something else, the
+    columns that may be needed are read alone, which takes 20 times as long.
+    """
+    try:
+        return datasets.Dataset.from_json(_pattern(path), **cached)
+    except datasets.exceptions.DatasetGenerationError:
+        table = datasets.Dataset.from_generator(
+            _needed_columns,
+            datasets.Features(dict.fromkeys(COLUMNS, datasets.Value("string"))),
+            cache_dir=cached["cache_dir"],
+            gen_kwargs={"path": path.absolute(), "content": cached["config_name"]},
+        )
+        held = [name for name in COLUMNS if table.data.column(name).null_count < len(table)]
+        if not held:
+            raise
+        return table.select_columns(held)
+
+
+def _needed_columns(path: Path, content: str) -> Iterator[dict[str, str | None]]:
+    """The rows of a .jsonl file, gzipped or not, with all of `COLUMNS` and no other; `content` tells files apart."""
+    with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number}: {error.msg}") from error
+            needed = {name: row.get(name) for name in COLUMNS}
+            for name, value in needed.items():
+                if not isinstance(value, str | None):
+                    raise ValueError(f"line {number} has a {type(value).__name__} in the column {name}")
+            yield needed
+
+
+def _cache_dir() -> str:
+    """Where datasets may put its copies of files: its cache, or, where that cannot be, a temporary folder."""
+    folder = Path(datasets.config.HF_DATASETS_CACHE)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        return _temporary_cache(str(error)).name
+    return str(folder)
+
+
+@cache
+def _temporary_cache(reason: str) -> tempfile.TemporaryDirectory:
+    """A folder that goes with this process; `reason` says why the cache of datasets cannot be written to."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="olica-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise UsageError(
+            f"the cache of datasets (HF_DATASETS_CACHE, HF_HOME) cannot be written to ({reason}), nor can a temporary "
+            f"folder be made ({error}): name a folder for one of them"
+        ) from error
+    logger.warning("the cache of datasets (HF_DATASETS_CACHE, HF_HOME) is not used, since it cannot be: %s", reason)
+    return folder
 
 
 def _columns(table: datasets.Dataset, origin: str) -> tuple[str | None, bool]:
@@ -260,12 +366,17 @@ def _columns(table: datasets.Dataset, origin: str) -> tuple[str | None, bool]:
 
 
 @contextmanager
-def _explained(what: str, remedy: str) -> Iterator[None]:
-    """Turn any failure inside into a UsageError: datasets, pyarrow, gzip and the hub share no exception."""
+def _explained(what: str, remedy: str, cached: bool = True) -> Iterator[None]:
+    """Turn any failure inside into a UsageError: datasets, pyarrow, gzip and the hub share no exception.
+
+    `cached` says that a copy is kept in a cache, which may be what is at fault.
+    """
     try:
         yield
     except Exception as error:
         cause = error.__cause__ or error  # where datasets keeps the telling message
+        if cached and getattr(cause, "errno", None) in CACHE_ERRORS:
+            remedy = "a cache cannot be written to; name a folder with room for it by HF_HOME or HF_DATASETS_CACHE"
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise UsageError(f"{what} ({reason}): {remedy}") from error
 

@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import glob
 import hashlib
 import importlib.util
 import json
@@ -250,7 +251,7 @@ def _local_task(name: str, rows: Path, cache: Path) -> dict:
         "dataset_path": "json",
         "dataset_name": None,
         # The cache goes with the temporary folder, and no edited file is answered from an old one.
-        "dataset_kwargs": {"data_files": {local.split: str(rows.resolve())}, "cache_dir": str(cache)},
+        "dataset_kwargs": {"data_files": {local.split: glob.escape(str(rows.resolve()))}, "cache_dir": str(cache)},
         "training_split": None,
         "validation_split": None,
         "test_split": None,

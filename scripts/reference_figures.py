@@ -1,4 +1,4 @@
-"""Repeat the released code's run on SmolLM2-135M and print its figures beside ours.
+"""Repeat the released code's run on SmolLM2-135M-Instruct and print its figures beside ours.
 
 The released code knows neither grouped heads nor tied embeddings, so the model is made plain first, which changes
 no output. The folder `--reference_dir` holds `smollm2_ids.safetensors`: calibration tokens and perplexity windows.

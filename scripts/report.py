@@ -15,7 +15,7 @@ import stopping  # noqa: E402
 from olica.command_line import run_command  # noqa: E402
 from olica.errors import UsageError  # noqa: E402
 from olica.plots import FIGURES, draw  # noqa: E402
-from olica.runs import PAPER_MODELS, Results  # noqa: E402
+from olica.runs import Results  # noqa: E402
 from olica.tables import TABLES  # noqa: E402
 
 TITLES = {
@@ -43,7 +43,7 @@ def section(results: Results, folder: Path) -> str:
         if drawing := draw(name, results):
             path, notes = drawing
             parts.append("\n".join([f"### {title}", "", f"![{title}]({relpath(path, folder)})", "", *notes]).rstrip())
-    return "\n\n".join([f"## {PAPER_MODELS.get(results.label, results.label)}", *parts])
+    return "\n\n".join([f"## {results.title}", *parts])
 
 
 def drawn(name: str, results: Results) -> str | None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_weights, make_llama, make_tokenizer
+from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -592,3 +593,33 @@ def test_a_dense_model_can_be_measured_alone(here, capsys):
     assert "model: the quick" in printed
     assert evaluate("--checkpoint=tiny", "--ppl=held.txt", "--ppl_windows=1", "--output_path=eval.json") == 0
     assert "±" in printed and "±" not in capsys.readouterr().out, "one window has no standard error"
+
+
+def test_signs_of_patterns_in_paths_stand_for_themselves(here):
+    Path("tiny").rename("tiny [1]?*")
+    for folder, text in {"data [1]?*": prose(1, 400), "data 1xy": prose(2, 400)}.items():
+        Path(folder).mkdir()
+        (Path(folder) / "ptb_test.txt").write_text(text)
+    assert prune("--base_model=tiny [1]?*", "--data_dir=data [1]?*", "--save_dir=out [1]?*") == 0
+    assert list(Path("data [1]?*/calibration").iterdir())
+    flags = ["--base_model=tiny [1]?*", "--data_dir=data [1]?*", "--save_dir=out [1]?*", "--with_dense"]
+    assert evaluate(*flags, "--ppl=ptb", "--ppl_seqlen=64", "--output_path=e [1]?*.json") == 0
+    results = json.loads(Path("e [1]?*.json").read_text())["results"]
+    assert {result["perplexity"]["ptb"]["origin"] for result in results.values()} == {"data [1]?*/ptb_test.txt"}
+    assert results["pruned"]["parameters"]["total"] < results["dense"]["parameters"]["total"]
+
+
+def test_both_commands_leave_out_an_adapter_beside_the_model(here, caplog):
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained("tiny"), LoraConfig(target_modules=["q_proj"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    adapted.save_pretrained("tiny")
+    assert prune("--save_dir=out", "--sparsity=0") == 0
+    flags = ["--base_model=tiny", "--save_dir=out", "--sparsity=0", "--with_dense"]
+    assert evaluate(*flags, "--ppl=rows.jsonl", "--ppl_seqlen=64", "--output_path=e.json") == 0
+    dense, pruned = json.loads(Path("e.json").read_text())["results"].values()
+    assert dense["perplexity"]["rows.jsonl"]["value"] == pytest.approx(pruned["perplexity"]["rows.jsonl"]["value"])
+    record = json.loads(Path("out/tiny_sparsity-0/olica_run.json").read_text())
+    assert record["model"]["description"] == "tiny, without the adapter beside it" == dense["model"]["description"]
+    assert len([line for line in caplog.messages if "the adapter beside the model is left out" in line]) == 1

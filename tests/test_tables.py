@@ -394,3 +394,11 @@ def test_a_run_with_the_former_shares_of_grouped_heads_says_so_and_joins_no_othe
     grouped = pruning(recipe="olica-grouped") | {"shares_removed": former}  # whose keys do lose less than its queries
     record("tables/grouped", evaluation(15.0, 63.0), grouped)
     assert record.results.run("tables/grouped").recipe == "olica-grouped"
+
+
+def test_a_model_has_its_full_name_in_headings(tmp_path):
+    assert Results(tmp_path, "7b").title == "LLaMA-7B"
+    assert Results(tmp_path, "smollm2").title == "SmolLM2-135M-Instruct, dequantised from Q4_1"
+    assert Results(tmp_path, "mine").title == "mine"
+    headings = [line for line in (PAPER.parents[1] / "RESULTS.md").read_text().splitlines() if line.startswith("## ")]
+    assert set(headings) <= {f"## {Results(tmp_path, path.name).title}" for path in PAPER.parent.iterdir()}

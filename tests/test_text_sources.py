@@ -1,5 +1,7 @@
 """Sources of text: python -m pytest tests/test_text_sources.py"""
 
+import errno
+import gc
 import gzip
 import hashlib
 import json
@@ -7,11 +9,15 @@ import os
 import platform
 import socket
 import sys
+import tempfile
 
 import datasets
 import huggingface_hub
+import pyarrow
 import pytest
+from pyarrow import parquet
 
+from olica import text_sources
 from olica.errors import UsageError
 from olica.pydoc_text import pydoc_passages
 from olica.text_sources import SOURCES, evaluation_text, read_rows
@@ -60,6 +66,13 @@ def test_a_path_is_no_pattern(tmp_path):
     path = write_json(tmp_path / "odd [1]+*.jsonl", sentences("one"))
     write_json(tmp_path / "odd 1+2.jsonl", sentences("two"))
     assert texts(read_rows(str(path), "train", None)) == ["one"]
+    folder = tmp_path / "data [1]?*"
+    datasets.DatasetDict(test=datasets.Dataset.from_list(sentences("three"))).save_to_disk(folder / "wikitext2")
+    (folder / "ptb_test.txt").write_text(" four \n")
+    datasets.Dataset.from_list(sentences("five")).to_parquet(str(folder / "c4.parquet"))
+    assert texts(read_rows("wikitext2", "test", folder)) == ["three"]
+    assert texts(read_rows("ptb", "test", folder)) == ["four"]
+    assert texts(read_rows("c4", "train", folder)) == ["five"]
 
 
 def test_new_content_with_the_old_time_stamp_is_read(tmp_path):
@@ -456,3 +469,136 @@ def test_the_plain_wikitext_file_gives_the_same_text(shared_data, tmp_path):
 def test_the_articles_of_wikitext_lack_a_column_text(shared_data):
     with pytest.raises(UsageError, match="has the columns page"):
         read_rows(str(shared_data / "wikitext2_raw_test_documents.jsonl.gz"), "test", None)
+
+
+# Columns that nobody needs
+
+
+LONG = {"text": "one plain row " * 800}  # 1,000 of them are more than datasets looks at
+
+
+@pytest.mark.parametrize(
+    ("first", "last"),
+    [
+        ({"meta": 1}, {"meta": "later a word"}),
+        ({}, {"meta": 1}),
+        ({"meta": None}, {"meta": {"a": [1]}}),
+        ({"meta": {"a": 1}}, {"meta": [1, "x"]}),
+    ],
+)
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz"])
+def test_a_column_that_nobody_needs_does_no_harm(tmp_path, first, last, ending):
+    path, count = tmp_path / f"rows{ending}", 1000
+    lines = (json.dumps(LONG | first) + "\n") * count + "\n" + json.dumps({"text": "the last"} | last) + "\n"
+    path.write_bytes(gzip.compress(lines.encode(), 1) if ending.endswith("gz") else lines.encode())
+    for _ in range(2):  # the second time from the cache
+        rows = read_rows(str(path), "train", None)
+        assert (len(rows.table), rows.table[0], rows.table[count]) == (count + 1, LONG, {"text": "the last"})
+        assert (rows.text_field, rows.has_prompts) == ("text", False)
+    with pytest.raises(UsageError, match="cannot be read as json .line 1003 has a int in the column text"):
+        path.write_bytes(path.read_bytes() + compressed_like(path, b'{"text": 1}\n'))
+        read_rows(str(path), "train", None)
+
+
+def compressed_like(path, content):
+    return gzip.compress(content) if path.suffix == ".gz" else content
+
+
+def test_a_name_that_comes_twice_in_a_row_does_no_harm(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "m": 1, "m": 2}\n{"instruction": "Add.", "output": "2"}\n')
+    rows = read_rows(str(tmp_path / "a.jsonl"), "train", None)
+    assert rows.table[1] == {"text": None, "instruction": "Add.", "output": "2"}
+    assert rows.has_prompts
+
+
+def test_a_column_of_parquet_that_datasets_does_not_know_does_no_harm(tmp_path):
+    texts_column = pyarrow.array(["one", "two"], pyarrow.large_string())
+    odd = {
+        "map": pyarrow.array([[("a", 1)], []], pyarrow.map_(pyarrow.string(), pyarrow.int64())),
+        "uuid": pyarrow.array([b"0" * 16] * 2, pyarrow.uuid()),
+    }
+    parquet.write_table(pyarrow.table(odd | {"text": texts_column}), tmp_path / "a.parquet")
+    rows = read_rows(str(tmp_path / "a.parquet"), "train", None)
+    assert (rows.table.column_names, texts(rows)) == (["text"], ["one", "two"])
+    parquet.write_table(pyarrow.table({"page": texts_column, "url": texts_column}), tmp_path / "b.parquet")
+    with pytest.raises(UsageError, match="has the columns page, url: prose needs"):
+        read_rows(str(tmp_path / "b.parquet"), "train", None)
+
+
+def test_a_column_of_a_saved_folder_that_nobody_needs_is_not_decoded(tmp_path):
+    features = datasets.Features({"text": datasets.Value("string"), "picture": datasets.Image()})
+    pictures = {"text": ["one"], "picture": [{"bytes": b"no picture", "path": None}]}
+    datasets.Dataset.from_dict(pictures, features).save_to_disk(tmp_path / "saved")
+    assert read_rows(str(tmp_path / "saved"), "train", None).table[0] == {"text": "one"}
+
+
+# The cache of datasets
+
+
+@pytest.fixture
+def no_cache(tmp_path, monkeypatch):
+    """A cache of datasets that cannot be made, and a folder for temporary files of its own."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    text_sources._temporary_cache.cache_clear()
+    yield tmp_path
+    text_sources._temporary_cache.cache_clear()
+
+
+def test_without_a_cache_a_local_file_is_read_all_the_same(no_cache, caplog):
+    plain = write_json(no_cache / "a.jsonl", sentences("one"))
+    (no_cache / "b.txt.gz").write_bytes(gzip.compress(b"one"))
+    datasets.Dataset.from_list(sentences("one")).to_parquet(str(no_cache / "c.parquet"))
+    for path in (plain, no_cache / "b.txt.gz", no_cache / "c.parquet"):
+        assert texts(read_rows(str(path), "train", None)) == ["one"]
+    (said,) = caplog.messages
+    assert "HF_DATASETS_CACHE" in said and f"{no_cache / 'file'}" in said
+    assert list((no_cache / "temporary").iterdir())
+    text_sources._temporary_cache.cache_clear()  # as at the end of the process
+    gc.collect()
+    assert not list((no_cache / "temporary").iterdir())
+
+
+def test_without_any_place_for_a_copy_the_cache_is_named_and_not_the_file(no_cache, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(no_cache / "nowhere"))
+    path = write_json(no_cache / "a.jsonl", sentences("one"))
+    with pytest.raises(UsageError) as caught:
+        read_rows(str(path), "train", None)
+    assert str(caught.value).startswith("the cache of datasets (HF_DATASETS_CACHE, HF_HOME) cannot be written to")
+
+
+def test_a_full_disk_is_the_fault_of_the_cache(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(datasets.arrow_writer.ArrowWriter, "__init__", full)
+    path = write_json(tmp_path / "a.jsonl", sentences("one"))
+    with pytest.raises(UsageError, match="No space left.*: a cache cannot be written to; name a folder .*HF_HOME"):
+        read_rows(str(path), "train", None)
+
+
+def test_a_cache_that_the_hub_cannot_use_is_named(tmp_path, monkeypatch):
+    def load_dataset(**kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", "/some/cache")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(UsageError, match="/some/cache.*: a cache cannot be written to"):
+        read_rows("wikitext2", "test", tmp_path)
+
+
+# Pointers of git-lfs
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 12345\n"
+
+
+def test_a_pointer_of_git_lfs_in_place_of_text(tmp_path):
+    datasets.Dataset.from_list(sentences("one")).save_to_disk(tmp_path / "saved")
+    files = [tmp_path / name for name in ("a.jsonl", "b.txt", "c.parquet", "d.jsonl.gz")]
+    arrow = tmp_path / "saved/data-00000-of-00001.arrow"
+    for file in [*files, arrow]:
+        file.write_text(POINTER)
+        with pytest.raises(UsageError, match=f"{file.name} is a pointer of git-lfs .*run git lfs pull"):
+            read_rows(str(tmp_path / "saved" if file == arrow else file), "train", None)

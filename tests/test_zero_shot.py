@@ -96,8 +96,8 @@ def score(model, tokenizer, tasks, data_dir, batch_size=3, **settings):
 
 @pytest.fixture
 def seven(tmp_path):
-    """A data folder with one row for each of the seven tasks, some of them gzipped, some in eval/."""
-    folder = tmp_path / "data"
+    """A data folder with one row for each of the seven tasks, some of them gzipped, some in eval/; its name is odd."""
+    folder = tmp_path / "data [1]?*"
     for stem, row in ROWS.items():
         write_rows(folder, stem, [row, row])
     (folder / "eval").mkdir()
