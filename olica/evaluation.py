@@ -108,7 +108,10 @@ def prepare(name: str, location: model_source.Location, protocol: Protocol) -> S
         # Without the tokens added to it, such as one for padding, which models often lack and prompts do not have.
         check_vocabulary(tokenizer.vocab_size - 1, config, location)
         if tokenizer.eos_token_id is None and (protocol.generated or tokenizer.bos_token_id is None):
-            raise UsageError(f"{location.flag} {location.name}: its tokenizer has no end token, which --tasks need")
+            raise UsageError(
+                f"{location.flag} {location.name}: its tokenizer has no end token, which --tasks need; name one as "
+                "eos_token in its tokenizer_config.json"
+            )
     prompt = prompt_ids(tokenizer, protocol.prompt, protocol.of_tasks.add_bos_token) if protocol.prompt else None
     needed = {f"--ppl_seqlen {protocol.seqlen}": protocol.seqlen} if protocol.texts else {}
     for task, tokens in protocol.generated.items():
@@ -135,7 +138,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, add_bos_token: b
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
-        raise UsageError("--prompt is not in the encoding of the system, or no UTF-8; give it as such") from error
+        raise UsageError("--prompt is not in the encoding of the system; give it in UTF-8") from error
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     if not ids:
         raise UsageError(f"--prompt {prompt!r}: the model's tokenizer makes no token of it; give a longer text")

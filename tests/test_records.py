@@ -1,4 +1,5 @@
 import json
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -38,11 +39,17 @@ def test_records_of_one_name_are_all_kept(tmp_path):
     assert path in paths and {*tmp_path.iterdir()} == {*paths} == {*tmp_path.glob("olica_eval_*.json")}
 
 
-def test_writers_of_one_file_do_not_meet(tmp_path):
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda number: write_record(tmp_path / "record.json", {"a": [number] * 5000}), range(64)))
-    assert len(set(json.loads((tmp_path / "record.json").read_text())["a"])) == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
+def test_a_file_that_another_writes_meanwhile_is_whole(tmp_path, monkeypatch):
+    path, replace = tmp_path / "record.json", os.replace
+
+    def replace_after_another(*paths):
+        monkeypatch.setattr(os, "replace", replace)
+        write_record(path, {"a": 2})
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", replace_after_another)
+    write_record(path, {"a": 1})
+    assert json.loads(path.read_text()) == {"a": 1} and [path.name for path in tmp_path.iterdir()] == ["record.json"]
 
 
 def test_the_pruning_record_and_the_latest_evaluation_are_found(tmp_path):
