@@ -90,42 +90,45 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def start_model(folder: Path, config: LlamaConfig, dtype: torch.dtype) -> dict[str, torch.Size]:
-    """Write the configuration of a LLaMA into an empty folder; returns the sizes of its weights by name."""
+def start_model(folder: Path, config: LlamaConfig, dtype: torch.dtype) -> dict[str, dict[str, torch.Size]]:
+    """Write all of a LLaMA but its weights into an empty folder; returns their sizes, by name, for each file of theirs.
+
+    Every decoder layer has a file of its own.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     config.dtype = dtype
     config.save_pretrained(folder)
     with torch.device("meta"):
-        return {name: p.shape for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}
+        shapes = {name: p.shape for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}
+    groups: dict[str, list[str]] = {}
+    for name in shapes:
+        groups.setdefault(name.split(".")[2] if ".layers." in name else name.split(".")[-2], []).append(name)
+    files = {f"model-{n:05}-of-{len(groups):05}.safetensors": names for n, names in enumerate(groups.values(), 1)}
+    index = {name: file for file, names in files.items() for name in names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return {file: {name: shapes[name] for name in names} for file, names in files.items()}
 
 
 def write_hollow_model(folder: Path, config: LlamaConfig, dtype: torch.dtype) -> None:
-    """Write a LLaMA whose weights are a hole in a file: it can be planned with and takes no room on the disk."""
-    header, end = {}, 0
-    for name, shape in start_model(folder, config, dtype).items():
-        start, end = end, end + prod(shape) * dtype.itemsize
-        header[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    with open(folder / "model.safetensors", "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(file.tell() + end)
+    """Write a LLaMA whose weights are holes in files: it can be planned with and takes no room on the disk."""
+    for file, shapes in start_model(folder, config, dtype).items():
+        header, end = {}, 0
+        for name, shape in shapes.items():
+            start, end = end, end + prod(shape) * dtype.itemsize
+            header[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        text = json.dumps(header).encode()
+        with open(folder / file, "wb") as opened:
+            opened.write(len(text).to_bytes(8, "little") + text)
+            opened.truncate(opened.tell() + end)
 
 
 def write_random_model(folder: Path, config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> None:
     """Write a LLaMA with random weights, drawn on `device`, one decoder layer in memory at a time."""
-    shapes = start_model(folder, config, dtype)
     torch.manual_seed(0)
-    groups: dict[str, list[str]] = {}
-    for name in shapes:
-        groups.setdefault(name.split(".")[2] if ".layers." in name else name.split(".")[-2], []).append(name)
-    index: dict[str, str] = {}
-    for number, names in enumerate(groups.values(), 1):
-        file = f"model-{number:05}-of-{len(groups):05}.safetensors"
-        weights = {name: _random_weight(shapes[name], device).to(dtype).cpu() for name in names}
+    for file, shapes in start_model(folder, config, dtype).items():
+        weights = {name: _random_weight(shape, device).to(dtype).cpu() for name, shape in shapes.items()}
         save_file(weights, folder / file, metadata={"format": "pt"})
-        index |= dict.fromkeys(names, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
 def _random_weight(shape: torch.Size, device: torch.device) -> torch.Tensor:

@@ -12,9 +12,12 @@ import pytest
 import torch
 from conftest import make_llama, make_tokenizer
 from safetensors.torch import save_file
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import model_pruning
 from olica.command_line import run_command
+from olica.dense_model import is_streamed
+from olica.model_source import locate
 from olica.records import EVALUATION_RECORD, PRUNING_RECORD, write_record
 
 ROOT = Path(__file__).parents[1]
@@ -253,3 +256,26 @@ def test_a_fetched_model_is_checked(tmp_path):
 def test_models_are_not_fetched_into_the_repository():
     done = subprocess.run([*FETCH, str(ROOT / "tests")], capture_output=True, text=True)
     assert done.returncode == 2 and "outside of it" in done.stderr
+
+
+def test_a_hollow_model_is_planned_with_as_a_whole_one(tmp_path, capsys):
+    script = load("benchmarks/pruning_speed.py")
+
+    def planned(command, *flags: str) -> list[str]:
+        capsys.readouterr()
+        run_command(command.build_parser(), command.run, [*flags, "--mlp_num=1", "--dtype=bfloat16", "--dry_run"])
+        return [line for line in capsys.readouterr().out.splitlines() if not line.startswith("peak memory")]
+
+    shape = ["--shape=7b", "--scale=16", "--layers=2", f"--work_dir={tmp_path}", "--num_samples=4", "--seqlen=16"]
+    hollow = planned(script, *shape)
+    files = [path.stat() for path in tmp_path.glob("7b-16-2/*.safetensors")]
+    assert sum(file.st_size for file in files) > 5e6 > 50 * 512 * sum(file.st_blocks for file in files)
+    assert is_streamed(locate(str(tmp_path / "7b-16-2")))
+    config = LlamaConfig.from_pretrained(tmp_path / "7b-16-2")
+    script.write_random_model(tmp_path / "whole", config, torch.bfloat16, torch.device("cpu"))
+    tokens = f"--datasets={tmp_path / 'ids.safetensors'}"
+    assert planned(model_pruning, f"--base_model={tmp_path / 'whole'}", tokens) == hollow
+    assert any(line.startswith("weights") and "0.005 GB" in line for line in hollow)
+    with pytest.raises(SystemExit):
+        planned(script, f"--base_model={tmp_path / 'whole'}", tokens)
+    assert "--dry_run goes with --shape" in capsys.readouterr().err
