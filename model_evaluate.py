@@ -309,7 +309,7 @@ def run(args: argparse.Namespace) -> None:
     evaluation = identity.of_evaluation(vars(args), locations, configs, protocol.data, device)
     measures = Measures(path.parent, path.name if args.output_path else None, evaluation, stages, processes)
     if measures.found and processes.is_main:
-        print(f"going on after {measures.found} measures of a stopped evaluation")
+        print(f"going on with a stopped evaluation; measured before: {measures.found}")
     with measures.told(), memory_explained(partial(memory_advice, args, processes.count)):
         results = {subject.name: measure(subject, protocol, measures, stages, processes) for subject in subjects}
     if not processes.is_main:

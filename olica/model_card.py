@@ -60,7 +60,7 @@ def write_card(folder: Path, record: dict) -> None:
     text = CARD_TEXT.format(
         metadata=metadata.to_yaml(),
         name=name,
-        model=f"{name} ({model['description']})" if model.get("description") else name,
+        model=model.get("description", name),
         sparsity=record["measured_sparsity"],
         samples=samples,
         tokens=tokens,
@@ -116,14 +116,15 @@ def changes(plan: list[dict[str, int]], dense: dict[str, int]) -> str:
 def flags(record: dict) -> str:
     """The flags, beside the recipe, that had a part in the result."""
     settings, parameters = record["settings"], record["parameters"]
-    names = ["sparsity"]
+    names = ["sparsity", "sparsity_of"]
     if parameters["after"] < parameters["before"]:
         names += ["k", *(["round_to"] if settings["round_to"] > 1 else [])]
     if record["calibrated_layers"]:
         names += ["mlp_num", "ratio", "percdamp"]
     if not is_token_file(settings["datasets"]):
         names.append("seed")
-    return " ".join(f"--{name} {settings[name]:g}" for name in names)
+    values = {name: settings[name] for name in names}
+    return " ".join(f"--{name} {value if isinstance(value, str) else f'{value:g}'}" for name, value in values.items())
 
 
 def corrections(record: dict) -> str:

@@ -109,7 +109,7 @@ def test_a_stopped_evaluation_goes_on(here, capsys, monkeypatch, counted, after)
     assert not Path("eval.json").exists() and len(counted) == after - 1
     capsys.readouterr()
     record = evaluate(*flags)
-    assert f"going on after {after} measures" in capsys.readouterr().out
+    assert f"measured before: {after}" in capsys.readouterr().out
     assert counted == ["text", "text", "piqa", "hellaswag", "boolq"]
     assert record["results"] == undisturbed
     assert set(record["stages"]) == {"model: read", *(f"model: {name}" for name in [*MEASURES, "continuation"])}

@@ -13,11 +13,12 @@ RECORD = {
     "measured_sparsity": 0.1981,
     "parameters": {"before": 10, "after": 8, "decoder_layers_before": 9, "decoder_layers_after": 7},
     "settings": {"recipe": "olica", "sparsity": 0.2, "k": 3.0, "mlp_num": 6, "ratio": 0.03, "percdamp": 0.5, "seed": 0}
-    | {"round_to": 1, "datasets": "bookcorpus+alpaca"},
+    | {"sparsity_of": "model", "round_to": 1, "datasets": "bookcorpus+alpaca"},
     "calibrated_layers": [0, 4],
     "dense_layer": {"v_head_dim": 10, "intermediate_size": 12},
     "plan": [{"q_rank": 5, "k_rank": 0, "v_head_dim": 9, "intermediate_size": 9, "calibration_rank": 3}],
 }
+ASKED = "--sparsity 0.2 --sparsity_of model"
 PERPLEXITY = {"value": 15.351, "standard_error": 0.123, "windows": 2000, "seqlen": 128, "bos": "first window"}
 SCORES = {"acc": 0.7, "acc_stderr": 0.01, "acc_norm": 0.75, "metrics": ["acc", "acc_norm"]}
 SCORES |= {"samples": 200, "split_size": 1838, "num_fewshot": 0}
@@ -46,7 +47,7 @@ def test_the_card_says_what_was_pruned_and_how(folder):
         "pipeline_tag": "text-generation",
         "tags": ["olica", "pruned"],
     }
-    for words in ("without 19.8%", "`olica`", "--sparsity 0.2 --k 3 --mlp_num 6 --ratio 0.03 --percdamp 0.5 --seed 0`",
+    for words in ("without 19.8%", "`olica`", f"{ASKED} --k 3 --mlp_num 6 --ratio 0.03 --percdamp 0.5 --seed 0`",
                   "layers 0, 4;", "256 samples of 128 tokens", "huggyllama/llama-7b, pruned by",
                   "bookcorpus + alpaca", "trust_remote_code=True", "None measured yet."):  # fmt: skip
         assert words in body, words
@@ -61,19 +62,19 @@ def test_a_model_that_is_not_of_the_hub_is_no_base_model_of_it(tmp_path):
 
 def test_the_card_says_which_model_a_name_stands_for(tmp_path):
     write_card(tmp_path, RECORD | {"model": RECORD["model"] | {"description": "The Model, dequantised"}})
-    assert "huggyllama/llama-7b (The Model, dequantised), pruned by" in text(tmp_path)
+    assert "The Model, dequantised, pruned by" in text(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
-        ({"calibrated_layers": []}, "`--sparsity 0.2 --k 3 --seed 0`;\nno corrections (no MLP lost a channel, so "
+        ({"calibrated_layers": []}, f"`{ASKED} --k 3 --seed 0`;\nno corrections (no MLP lost a channel, so "
                                     "`--mlp_num 6` had no effect);"),
-        ({"calibrated_layers": [], "settings": {"mlp_num": 0}}, "`--sparsity 0.2 --k 3 --seed 0`;\nno corrections;"),
+        ({"calibrated_layers": [], "settings": {"mlp_num": 0}}, f"`{ASKED} --k 3 --seed 0`;\nno corrections;"),
         ({"settings": {"round_to": 8}}, "--k 3 --round_to 8 --mlp_num 6"),
         ({"settings": {"datasets": "ids.safetensors"}}, "--percdamp 0.5`;"),
         ({"settings": {"sparsity": 0.0, "round_to": 8}, "parameters": {"after": 10}, "calibrated_layers": []},
-         "`--sparsity 0 --seed 0`;"),
+         "`--sparsity 0 --sparsity_of model --seed 0`;"),
     ],
 )  # fmt: skip
 def test_the_card_names_the_flags_that_had_an_effect(tmp_path, changed, expected):

@@ -89,7 +89,7 @@ def test_a_stopped_evaluation_takes_up_what_was_measured(here, capsys, number):
     wait_for(process, Path(".out.json.measures").exists)
     assert stop(process, number) == "the same command takes up what was measured, the last being model: sizes"
     assert run_command(model_evaluate.build_parser(), model_evaluate.run, flags[1:]) == 0
-    assert "going on after 1 measures" in capsys.readouterr().out
+    assert "measured before: 1" in capsys.readouterr().out
     assert Path("out.json").exists() and not Path(".out.json.measures").exists()
 
 
