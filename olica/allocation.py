@@ -18,7 +18,7 @@ RELEASED_SPLIT = 0.4
 # The fields of `Sparsities` in the words of messages.
 PARTS = {"query": "queries", "key": "keys", "value_output": "value and output projections", "feed_forward": "MLPs"}
 # Where heads are grouped: the least and the most that the query projections lose while the key projections stay dense.
-LEAST_ALONE, MOST_ALONE = 0.5, 0.6
+LEAST_ALONE, MOST_ALONE = 0.5, 0.7
 # Two sparsities so far apart should give much the same sizes: none may change by this share of its dense size.
 NEIGHBOURS, JUMP = 0.01, 0.15
 
