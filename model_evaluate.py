@@ -310,7 +310,7 @@ def run(args: argparse.Namespace) -> None:
     measures = Measures(path.parent, path.name if args.output_path else None, evaluation, stages, processes)
     if measures.found and processes.is_main:
         print(f"going on with a stopped evaluation; measured before: {measures.found}")
-    with measures.told(), memory_explained(partial(memory_advice, args, processes.count)):
+    with measures.says_how_to_go_on(), memory_explained(partial(memory_advice, args, processes.count)):
         results = {subject.name: measure(subject, protocol, measures, stages, processes) for subject in subjects}
     if not processes.is_main:
         return

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-GO_ON = "give the same command again to go on"
+GO_ON = "give the same command again"
 
 
 class Stopped(KeyboardInterrupt):

@@ -2,7 +2,7 @@
 
     python benchmarks/forward_speed.py --dense smollm2 --checkpoints pruned_models/smollm2_sparsity-0.33
 
-About a minute on 2 cores for SmolLM2-135M. Compare the ratios: absolute times are the machine's.
+About a minute on 2 cores for SmolLM2. Compare the ratios: absolute times are the machine's.
 """
 
 import argparse
@@ -11,6 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import stopping  # noqa: E402
 from benchmarks.comparison import check_flags, draw_ids, parser_of_models, read_models, write_comparison  # noqa: E402
 from olica.command_line import run_command  # noqa: E402
 from olica.cost import forward_latency  # noqa: E402
@@ -41,4 +42,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(build_parser(), run))
+    stopping.end_with(lambda: run_command(build_parser(), run))

@@ -2,7 +2,7 @@
 
     python benchmarks/generation_speed.py --dense smollm2 --checkpoints pruned_models/smollm2_sparsity-{0.2,0.33,0.5}
 
-About two minutes on 2 cores for SmolLM2-135M and three checkpoints. Compare the ratios: absolute times are the
+About two minutes on 2 cores for SmolLM2 and three checkpoints. Compare the ratios: absolute times are the
 machine's. Beside each ratio stands the one that the weights promise: the multiplications of a token with them, which
 pruning leaves in the head and does not count in attention itself. Decoding one sequence reads every weight once for
 each token, so the same ratio is promised to a machine that is bound by its memory.
@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from transformers import PreTrainedModel  # noqa: E402
 
+import stopping  # noqa: E402
 from benchmarks.comparison import check_flags, draw_ids, parser_of_models, read_models, write_comparison  # noqa: E402
 from olica.command_line import run_command  # noqa: E402
 from olica.cost import count_parameters, generation_latency  # noqa: E402
@@ -85,4 +86,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(build_parser(), run))
+    stopping.end_with(lambda: run_command(build_parser(), run))

@@ -20,6 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import stopping  # noqa: E402
 from olica.allocation import Sizes, Sparsities, allocate, calibration_rank, released_sparsities, spend_rest  # noqa: E402
 from olica.batch_size import BatchSize  # noqa: E402
 from olica.calibration import CalibrationSet, build_calibration_set  # noqa: E402
@@ -177,4 +178,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(build_parser(), run))
+    stopping.end_with(lambda: run_command(build_parser(), run))

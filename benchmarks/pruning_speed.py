@@ -23,12 +23,12 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import model_pruning  # noqa: E402
+import stopping  # noqa: E402
 from olica.activations import propagate, record_layer_calls  # noqa: E402
 from olica.batch_size import BatchSize  # noqa: E402
 from olica.calibration import is_token_file, read_token_file  # noqa: E402
@@ -64,6 +64,7 @@ STAGES = {
     "prune: MLP, correction": ("olica.pruning._compress_feed_forward",),
     "prune: pruned layers": ("olica.pruning.propagate",),
 }
+from olica.tensor_files import save_tensors  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -128,7 +129,7 @@ def write_random_model(folder: Path, config: LlamaConfig, dtype: torch.dtype, de
     torch.manual_seed(0)
     for file, shapes in start_model(folder, config, dtype).items():
         weights = {name: _random_weight(shape, device).to(dtype).cpu() for name, shape in shapes.items()}
-        save_file(weights, folder / file, metadata={"format": "pt"})
+        save_tensors(weights, folder / file, metadata={"format": "pt"})
 
 
 def _random_weight(shape: torch.Size, device: torch.device) -> torch.Tensor:
@@ -215,7 +216,7 @@ def run(args: argparse.Namespace) -> None:
         generator = torch.Generator().manual_seed(0)
         drawn = torch.randint(read_config(location).vocab_size, (args.num_samples, args.seqlen), generator=generator)
         tokens.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"calibration_ids": drawn}, tokens)
+        save_tensors({"calibration_ids": drawn}, tokens, metadata={})
     flags = {name: getattr(args, name) for name in PRUNING_FLAGS}
     flags |= {"base_model": name, "datasets": tokens, "save_dir": args.work_dir / "pruned"}
     arguments = [*(f"--{flag}={value}" for flag, value in flags.items()), "--overwrite"]
@@ -274,4 +275,4 @@ def report(args: argparse.Namespace, passes: list[float], seconds: dict[str, flo
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(build_parser(), run))
+    stopping.end_with(lambda: run_command(build_parser(), run))

@@ -157,7 +157,7 @@ def calibrate(
                 activations = dict(seen)
                 seen.clear()  # kept any longer, they would stand beside those of the next batch
             moments.update(activations)
-            if advance:  # takes no memory, also from a device to the host: what is summed is not done again
+            if advance:  # last: a batch that finds no memory is done again, and must not have replaced its input
                 hidden[rows] = output
 
         batch_size.run(work, len(hidden))

@@ -19,8 +19,8 @@ RELEASED_SPLIT = 0.4
 PARTS = {"query": "queries", "key": "keys", "value_output": "value and output projections", "feed_forward": "MLPs"}
 # Where heads are grouped: the least and the most that the query projections lose while the key projections stay dense.
 LEAST_ALONE, MOST_ALONE = 0.5, 0.7
-# Two sparsities so far apart should give much the same sizes: none may change by this share of its dense size.
-NEIGHBOURS, JUMP = 0.01, 0.15
+# Two sparsities so far apart should give much the same sizes: none so many times as large at one as at the other.
+NEIGHBOURS, JUMP = 0.01, 1.25
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,8 @@ def _attempt(
 def jumps(recipe, config, total: int, sparsity: float, k: float) -> list[str]:
     """Sizes that are quite others at a neighbouring sparsity, in words; empty where the recipe's rule is smooth.
 
-    Factors that save next to nothing have lost rank already, so that every rule jumps where it begins with them.
+    Factors that save next to nothing have lost rank already, so that every rule jumps where it begins with them; the
+    released one jumps at RELEASED_SPLIT too.
     Arguments as of `allocate`, which does not refuse them.
     """
     sizes, found = _effective_sizes(config, _attempt(recipe, config, total, sparsity, k)[0]), []
@@ -267,11 +268,10 @@ def jumps(recipe, config, total: int, sparsity: float, k: float) -> list[str]:
             there = _effective_sizes(config, _attempt(recipe, config, total, neighbour, k)[0])
         except ValueError:  # impossible
             continue
-        dense = _effective_sizes(config, uniform_shape(config, Sparsities(0, 0, 0, 0), recipe.kept))
         changed = [
             f"{name} is {there[name]}, here {size}"
             for name, size in sizes.items()
-            if abs(there[name] - size) > JUMP * dense[name]
+            if max(there[name], size) > JUMP * min(there[name], size)
         ]
         if changed:
             found.append(f"at --sparsity {neighbour:g} {', '.join(changed)}")

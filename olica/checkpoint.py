@@ -12,7 +12,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    DynamicCache,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -20,9 +19,10 @@ from transformers import (
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from .configuration_olica import LayerShape, head_dim
+from .configuration_olica import LayerShape
 from .dense_model import DenseModel, StoredWeight, stored_weights
 from .errors import UsageError
+from .model_source import try_out
 from .modeling_olica import FAMILIES, SEQUENCE_CLASSIFIERS, TOKEN_CLASSIFIERS
 from .run_folder import RunFolder
 
@@ -155,17 +155,14 @@ def _describe(
 
 
 def _load_empty(folder: Path) -> PreTrainedModel:
-    """The model that the Auto classes make of a folder, without weights, tried on what pruning never runs: its cache.
+    """The model that the Auto classes make of a folder, without weights, tried out on what pruning never runs.
 
     Raises:
-        Exception: it cannot be made or cannot keep keys and values.
+        Exception: it cannot be made, or fails when it is run.
     """
-    config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-        cache, states = DynamicCache(config=config), torch.zeros(1, config.num_key_value_heads, 2, head_dim(config))
-        for layer in range(config.num_hidden_layers):
-            cache.update(states, states, layer)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    try_out(model)
     return model
 
 

@@ -211,7 +211,7 @@ def is_streamed(location: Location) -> bool:
 def _streamed(location: Location, dtype: str) -> StreamedModel | None:
     """The model, if its safetensors hold its weights under their own names."""
     with explained(location, "its weights cannot be read"):
-        stored = stored_weights(weight_files(location))
+        stored = stored_weights(safetensors_files(location))
         stored = {name: weight for name, weight in stored.items() if not name.endswith(IGNORED_WEIGHTS)}
         if not stored:
             return None
@@ -223,7 +223,7 @@ def _streamed(location: Location, dtype: str) -> StreamedModel | None:
         return StreamedModel(model, location, {name: weight.path for name, weight in stored.items()})
 
 
-def weight_files(location: Location) -> list[str]:
+def safetensors_files(location: Location) -> list[str]:
     """The model's safetensors files, downloaded if need be; none where it comes in another form."""
     if location.gguf_file:
         return []

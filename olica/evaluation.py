@@ -210,7 +210,7 @@ class Measures:
         return self._rows[name]["value"]
 
     @contextmanager
-    def told(self) -> Iterator[None]:
+    def says_how_to_go_on(self) -> Iterator[None]:
         """Say, where a signal stops the evaluation, what the same command takes up."""
         try:
             yield

@@ -259,7 +259,7 @@ def has_another_head(location: Location) -> bool:
     if location.gguf_file:
         return False  # by the presence of a head transformers tells that a GGUF file does not tie it
     with explained(location, "its weights cannot be read"):
-        files = [path.resolve() for path in _weight_files_here(location)]
+        files = [path.absolute() for path in _weight_files_here(location)]
         return _has_another_head(location, tuple((path, path.stat().st_mtime_ns) for path in files))
 
 

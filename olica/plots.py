@@ -175,7 +175,8 @@ def calibration_mixes(results: Results) -> Drawing | None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.legend(title="calibration texts", fontsize="small")
     calibrated = told_apart(linear_calibration, {f"{run.sparsity:.0%}": run for run in runs})
-    return Drawing(figure, list(dict.fromkeys(in_common(runs) + calibrated)))
+    *said, origin_line = in_common(runs)
+    return Drawing(figure, [*dict.fromkeys(said + calibrated), origin_line])
 
 
 FIGURES: dict[str, Callable[[Results], Drawing | None]] = {

@@ -131,7 +131,7 @@ RECIPES = {
     )
 }
 
-# Other names of recipes: this one was once another row.
+# Other names of recipes. While `olica` had shares of its own for grouped heads, this was the row of the released ones.
 ALIASES = {"olica-released": "olica"}
 
 

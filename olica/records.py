@@ -145,10 +145,13 @@ def read_pruning_record(folder: str | Path) -> dict | None:
 def has_former_shares(record: dict) -> bool:
     """Whether a pruning was made when `olica`, and what is built on it, had shares of its own for grouped heads.
 
-    Its keys then lost less than its queries, which the released rule, now that of these recipes, never has.
+    Its keys then lost less than its queries, or neither lost anything; by the released rule, which these recipes have
+    now, both lose the same share.
     """
-    shares = record.get("shares_removed", {})
-    return shares.get("query") != shares.get("key") and record["settings"]["recipe"] != "olica-grouped"
+    shares, settings = record.get("shares_removed", {}), record.get("settings", {})
+    if "query" not in shares or settings["recipe"] == "olica-grouped":
+        return False
+    return shares["query"] != shares["key"] or (shares["query"] == 0 and settings["sparsity"] > 0)
 
 
 def latest_comparison(folder: str | Path) -> dict | None:

@@ -267,12 +267,10 @@ def linear_calibration(run: Run) -> str | None:
 def _shares(run: Run) -> str | None:
     if not run.pruning or not has_former_shares(run.pruning):
         return None
-    shares = run.pruning["shares_removed"]
-    return (
-        f"Recorded when `{run.pruning['settings']['recipe']}` had other shares for grouped heads, chosen on the text "
-        f"of this table: q {shares['query']:.0%}, k {shares['key']:.0%}, v and o {shares['value_output']:.0%}, MLPs "
-        f"{shares['feed_forward']:.0%}."
-    )
+    names = {"query": "q", "key": "k", "value_output": "v and o", "feed_forward": "MLPs"}
+    lost = ", ".join(f"{name} {run.pruning['shares_removed'][part]:.0%}" for part, name in names.items())
+    recipe = run.pruning["settings"]["recipe"]
+    return f"Recorded when `{recipe}` had other shares for grouped heads, chosen on WikiText-2's test text: {lost}."
 
 
 # What is to be said of every run.

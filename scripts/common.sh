@@ -50,6 +50,18 @@ recorded() {
     echo "${2%/*} is recorded"
 }
 
+# recorded_before FLAGS RUN: the same of flags from before --sparsity_of, unless `olica` then had other shares for this model:
+# its queries and keys lost different ones, or none.
+recorded_before() {
+    [ -f "$2/pruning.json" ] || return
+    local shares query key
+    shares=$(sed -n '/"shares_removed"/,/}/p' "$2/pruning.json")
+    query=$(sed -n 's/.*"query": \([^,]*\).*/\1/p' <<< "$shares")
+    key=$(sed -n 's/.*"key": \([^,]*\).*/\1/p' <<< "$shares")
+    [ "$query" = "$key" ] && [ "$query" != 0.0 ] || return
+    recorded "${1/ --sparsity_of model/}" "$2/flags" "$2/evaluation.json"
+}
+
 # dense NAME MEASURES: measure the dense model.
 dense() {
     local out=$RECORDS/$1 flags="--base_model $MODEL --dtype $DTYPE $2"
@@ -62,10 +74,10 @@ dense() {
 # pruned NAME MEASURES FLAGS...: prune with these flags, unless that is done for another table, and measure the result.
 pruned() {
     local out=$RECORDS/$1 measures=$2; shift 2
-    # What the sparsity is a share of is named, since flags of before it could be meant other shares of grouped heads.
     local pruning="--base_model $MODEL --datasets $DATASETS --num_samples $NUM_SAMPLES --sparsity_of model $*"
     local flags="$pruning --dtype $DTYPE $measures" keep=${KEEP:-yes}
     recorded "$flags" "$out/flags" "$out/evaluation.json" "$out/pruning.json" && return
+    recorded_before "$flags" "$out" && return
     rm -f "$out/flags"
     local folder; folder=$SAVE_DIR/${RECORDS##*/}$(printf '%s' "$*" | tr -cs 'A-Za-z0-9._+' '-')
     if ! recorded "$pruning" "$folder/flags"; then

@@ -2,7 +2,7 @@
 # What only a GPU shows: seconds of every stage of pruning, measured against expected device memory with hidden states on
 #   either side, what LLaMA-30B is expected to take, prefill and decoding of dense and pruned, the tests marked gpu. The
 #   model has the shape of LLaMA-7B and random weights; no network and no data are needed. For pytest: arguments.
-# Command: bash scripts/gpu_check.sh; variables of scripts/common.sh, and SHAPE (7b), SCALE (1, divides its widths), LAYERS
+# Command: bash scripts/gpu_check.sh; variables of scripts/common.sh but MODEL and SAVE_DIR, and SHAPE (7b), SCALE (1, divides its widths), LAYERS
 #   (its own), TOKENS of a sample (128), DRY_SHAPE (30b), NEW_TOKENS (32), REPEATS (3), WORK (gpu_check, receives the
 #   models), MINUTES (10).
 # Expected: each measured peak of device memory within a fifth of the expected one (7B: 2.2 GB with hidden states on the

@@ -12,6 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import stopping  # noqa: E402
 from olica.checkpoint import check_record_path  # noqa: E402
 from olica.command_line import run_command  # noqa: E402
 from olica.dense_model import open_dense_model  # noqa: E402
@@ -77,4 +78,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(build_parser(), run))
+    stopping.end_with(lambda: run_command(build_parser(), run))

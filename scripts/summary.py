@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import stopping  # noqa: E402
 from olica.command_line import run_command  # noqa: E402
 from olica.errors import UsageError  # noqa: E402
 from olica.records import latest_comparison, read_pruning_record  # noqa: E402
@@ -71,4 +72,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(build_parser(), run))
+    stopping.end_with(lambda: run_command(build_parser(), run))

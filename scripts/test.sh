@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Installs and runs the tests: no hub, no GPU, no data needed. About 11 minutes on 2 cores after installing.
-# Variables: OLICA_DATA, a folder of real text and evaluation sets, lets the tests that want it run.
+# Variables: OLICA_DATA, a folder of real text and evaluation sets, lets the tests that want it run; WORKERS (2), how many
+#   processes share the tests.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 bash scripts/install.sh
 export HF_HUB_OFFLINE=1
+export OMP_NUM_THREADS=1  # tiny matrices gain nothing from a second thread
 .venv/bin/python -m ruff check .
-.venv/bin/python -m pytest -rs "$@"
+.venv/bin/python -m pytest -rs -n "${WORKERS:-2}" --dist loadfile "$@"

@@ -95,7 +95,7 @@ def test_grouped_queries_lose_for_the_keys_while_they_can(sparsity, query, key):
 
 
 def test_a_hair_too_much_makes_no_factors_of_the_keys():
-    config = make_llama(num_key_value_heads=2).config  # half as many as query heads, so that q loses three times the sparsity
+    config = make_llama(num_key_value_heads=2).config  # half as many as query heads: q loses three times the sparsity
     plan, shares = allocate(RECIPES["olica-grouped"], config, dense_parameters(config), MOST_ALONE / 3, 3.0)
     assert plan[0].k_rank == 0 and shares.query == pytest.approx(MOST_ALONE)
 
@@ -127,6 +127,8 @@ def test_sizes_that_jump_are_named():
     assert words == "at --sparsity 0.04 the rank of q is 144, here 576"
     (words,) = jumps(grouped, SMOLLM2, total, 0.26, 3.0)  # next, queries lose MOST_ALONE and keys what is missing
     assert words.startswith("at --sparsity 0.27 the rank of k is ") and words.endswith(", here 192")
+    (words,) = jumps(OLICA, SMOLLM2, total, RELEASED_SPLIT, 3.0)
+    assert words == "at --sparsity 0.41 the rank of q is 111, here 58, the rank of k is 56, here 29"
     assert jumps(OLICA, SMOLLM2, total, 0.0, 3.0)[0].startswith("at --sparsity 0.01 the rank of q is 283, here 576")
 
 

@@ -381,7 +381,7 @@ def prepare(folder: Path) -> model_pruning.Job:
     ],
 )
 def test_settings_that_only_the_pruned_model_would_meet_are_told_at_once(saved_llama, changes, words):
-    assert prepare(saved_llama).parameters["before"]
+    assert prepare(saved_llama).parameters.before["total"]
     edit_config(saved_llama, **changes)
     (saved_llama / "model.safetensors").unlink()
     with pytest.raises(UsageError, match=words):
@@ -392,7 +392,7 @@ def test_settings_that_only_the_pruned_model_would_meet_are_told_at_once(saved_l
                                      {"auto_map": {"AutoModel": "other.Model"}}])  # fmt: skip
 def test_settings_that_do_no_harm_are_left_alone(saved_llama, changes):
     edit_config(saved_llama, **changes)
-    assert prepare(saved_llama).parameters["before"]
+    assert prepare(saved_llama).parameters.before["total"]
 
 
 def test_descriptions_say_what_a_model_is(saved_llama):

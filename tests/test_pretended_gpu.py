@@ -614,6 +614,12 @@ def plant(monkeypatch, module, qualified: str, number: int) -> None:
                 monkeypatch.setattr(caller, name, made[function.__name__])
 
 
+@pytest.mark.parametrize("module", CHECKS)
+def test_the_checks_pass_where_nothing_is_forgotten(here, gpu, monkeypatch, module):
+    for check in CHECKS[module]:
+        check(gpu, monkeypatch)
+
+
 @pytest.mark.parametrize(("module", "function", "number"), [m for m in mistakes() if m not in HARMLESS])
 def test_a_placing_that_is_forgotten_is_noticed(here, gpu, monkeypatch, module, function, number):
     plant(monkeypatch, importlib.import_module(f"olica.{module}"), function, number)

@@ -13,6 +13,7 @@ from olica.records import (
     Stages,
     add_record,
     environment,
+    has_former_shares,
     latest_comparison,
     read_pruning_record,
     write_record,
@@ -92,3 +93,23 @@ def test_environment_names_versions_and_device():
     assert found["packages"]["torch"] == torch.__version__
     assert found["device"] == "cpu" and found["cpu_threads"] == torch.get_num_threads()
     json.dumps(found)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sparsity", "query", "key", "expected"),
+    [
+        ("olica", 0.2, 0.4, 0.4, False),
+        ("olica", 0.2, 8 / 15, 0.0, True),
+        ("olica-wanda", 0.1, 0.5, 0.0, True),
+        ("olica", 0.03, 0.0, 0.0, True),  # the MLPs would have had to grow
+        ("olica", 0.0, 0.0, 0.0, False),
+        ("olica-grouped", 0.2, 8 / 15, 0.0, False),
+    ],
+)
+def test_former_shares_of_grouped_heads_are_known_by_queries_and_keys(recipe, sparsity, query, key, expected):
+    settings = {"recipe": recipe, "sparsity": sparsity}
+    assert has_former_shares({"settings": settings, "shares_removed": {"query": query, "key": key}}) is expected
+
+
+def test_older_records_have_one_share_for_both():
+    assert not has_former_shares({"settings": {}, "shares_removed": {"query_key": 0.4}}) and not has_former_shares({})

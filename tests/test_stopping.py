@@ -98,7 +98,7 @@ def test_a_stopped_evaluation_takes_up_what_was_measured(here, capsys, number):
 def test_a_stop_while_libraries_are_imported_says_a_line_too(here, script, seconds):
     process = start(sys.executable, script, *(FLAGS if script == PRUNING else []))
     time.sleep(seconds)
-    assert stop(process, signal.SIGINT) == "give the same command again to go on"
+    assert stop(process, signal.SIGINT) == "give the same command again"
     assert not Path("out").exists()
 
 

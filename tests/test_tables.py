@@ -386,8 +386,8 @@ def test_a_run_with_the_former_shares_of_grouped_heads_says_so_and_joins_no_othe
     record("tables/dense", evaluation(12.63, 66.09))
     record("tables/sparsity-0.2", evaluation(15.0, 63.0), pruning() | {"shares_removed": former})
     record("tables/sparsity-0.25", evaluation(16.0, 62.0), pruning(sparsity=0.25))
-    words = "Recorded when `olica` had other shares for grouped heads, chosen on the text of this table: q 50%, k 0%, "
-    assert words + "v and o 5%, MLPs 10% (20%)." in TABLES["table2"](record.results)
+    words = "Recorded when `olica` had other shares for grouped heads, chosen on WikiText-2's test text: q 50%, "
+    assert words + "k 0%, v and o 5%, MLPs 10% (20%)." in TABLES["table2"](record.results)
     former_run, run = (record.results.run(f"tables/sparsity-{sparsity}") for sparsity in ("0.2", "0.25"))
     assert former_run.recipe == "olica, former shares" and run.recipe == "olica"
     assert former_run.setup("sparsity") != run.setup("sparsity")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import load_weights, make_llama
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from transformers import AutoModelForCausalLM
 
 import model_evaluate
@@ -18,7 +18,7 @@ from olica.model_source import count_dense_parameters, locate, read_config, read
 from olica.tied_head import holds_another_head
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-FORMS = ["safetensors", "shards", "bin", "old bin", "no prefix"]
+FORMS = ["safetensors", "shards", "bin", "old bin", "no prefix", "links"]
 
 
 def write_head(form: str, head: torch.Tensor | None) -> None:
@@ -40,6 +40,9 @@ def write_head(form: str, head: torch.Tensor | None) -> None:
             path.with_name("model.safetensors.index.json").write_text(json.dumps(index))
         case "bin" | "old bin":
             torch.save(weights, "tied/pytorch_model.bin", _use_new_zipfile_serialization=form == "bin")
+        case "links":  # as in the hub's cache, to files without a suffix
+            Path("blob").write_bytes(save(weights, metadata={"format": "pt"}))
+            path.symlink_to(Path("blob").absolute())
         case "no prefix":  # as a base model is saved
             save_file({name.removeprefix("model."): w for name, w in weights.items()}, path, metadata={"format": "pt"})
 
