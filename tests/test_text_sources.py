@@ -140,7 +140,7 @@ def test_columns_tell_prompts_from_prose(tmp_path):
     [
         ("a.jsonl", b"", "is empty"),
         ("a.jsonl", b'{"text": "one"}\n{"text": "tw', "cannot be read as json"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "one"}\n' * 1000)[:-20], "cannot be read as json"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "one"}\n' * 1000, mtime=0)[:-20], "cannot be read as json"),
         ("a.jsonl.gz", b"not gzip", "cannot be read as json"),
         ("a.parquet", b"PAR1 not really", "cannot be read as parquet"),
         ("a.txt", b"\n\n", "cannot be read as text"),
