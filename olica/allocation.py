@@ -17,8 +17,9 @@ from .errors import UsageError
 RELEASED_SPLIT = 0.4
 # The fields of `Sparsities` in the words of messages.
 PARTS = {"query": "queries", "key": "keys", "value_output": "value and output projections", "feed_forward": "MLPs"}
-# Where heads are grouped: the least and the most that the query projections lose while the key projections stay dense.
-LEAST_ALONE, MOST_ALONE = 0.5, 0.7
+# Where heads are grouped, what the query projections lose while the key projections stay dense: no less, no more; and
+# the share below which factors lose more than they save.
+LEAST_ALONE, MOST_ALONE, FEWEST_ALONE = 0.6, 0.7, 0.2
 # Two sparsities so far apart should give much the same sizes: none so many times as large at one as at the other.
 NEIGHBOURS, JUMP = 0.01, 1.25
 
@@ -82,19 +83,23 @@ def grouped_sparsities(sizes: Sizes, sparsity: float, k: float) -> Sparsities:
     """The released allocation; with grouped heads the keys stay dense as long as the queries can lose their part.
 
     A grouped key is read by H/K query heads: its projection is small, so factors save little, and what they lose is
-    lost to all of these heads. So the queries lose as much as both would have lost: no less than LEAST_ALONE, since
-    factors that save little have lost much rank already, which spares the MLPs; and no more than MOST_ALONE, above
-    which the keys take over what is missing until both lose the released share. Where the MLPs would have to grow for
-    LEAST_ALONE, the queries stay dense too. `results/choices` has the records by which both limits were chosen.
+    lost to all of these heads. So the queries lose as much as both would have lost: no less than LEAST_ALONE, or what
+    there is to lose, since factors that save little have lost much rank already, which spares the MLPs; and no more
+    than MOST_ALONE, above which the keys take over what is missing until both lose the released share. Where there is
+    less to lose than FEWEST_ALONE, the MLPs lose it. `results/choices` has the records by which the limits were chosen.
     """
     released = released_sparsities(sizes, sparsity, k)
     if sizes.key == sizes.query:
         return released
     alone = released.query * (1 + sizes.key / sizes.query)
-    query = max(LEAST_ALONE, min(alone, MOST_ALONE), released.query)
+    # What queries can lose without the MLPs growing for it.
+    affordable = spend_rest(sizes, sparsity, 0.0, 0.0, released.value_output).feed_forward * sizes.feed_forward
+    query = max(min(LEAST_ALONE, affordable / sizes.query), min(alone, MOST_ALONE), released.query)
+    if query < FEWEST_ALONE:
+        return spend_rest(sizes, sparsity, 0.0, 0.0, released.value_output)
     key = max(0.0, alone - query) * sizes.query / sizes.key
     shares = spend_rest(sizes, sparsity, query, key, released.value_output)
-    return shares if shares.feed_forward >= 0 else spend_rest(sizes, sparsity, 0.0, 0.0, released.value_output)
+    return replace(shares, feed_forward=max(0.0, shares.feed_forward))  # nothing, but for rounding
 
 
 def paper_sparsities(sizes: Sizes, sparsity: float, k: float) -> Sparsities:
