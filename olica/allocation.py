@@ -18,8 +18,8 @@ RELEASED_SPLIT = 0.4
 # The fields of `Sparsities` in the words of messages.
 PARTS = {"query": "queries", "key": "keys", "value_output": "value and output projections", "feed_forward": "MLPs"}
 # Where heads are grouped, what the query projections lose while the key projections stay dense: no less, no more; and
-# the share below which factors lose more than they save.
-LEAST_ALONE, MOST_ALONE, FEWEST_ALONE = 0.6, 0.7, 0.2
+# the share below which nobody has looked whether factors lose more than they save.
+LEAST_ALONE, MOST_ALONE, FEWEST_ALONE = 0.6, 0.7, 0.15
 # Two sparsities so far apart should give much the same sizes: none so many times as large at one as at the other.
 NEIGHBOURS, JUMP = 0.01, 1.25
 
