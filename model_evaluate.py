@@ -209,7 +209,7 @@ def check_numbers(args: argparse.Namespace) -> None:
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise UsageError(f"--{flag} {getattr(args, flag)} must be at least 1")
     if args.limit is not None and not (0 < args.limit < 1 or (isinstance(args.limit, int) and args.limit >= 1)):
-        raise UsageError(f"--limit {args.limit:g} must be a whole number of rows, or a share of them between 0 and 1")
+        raise UsageError(f"--limit {args.limit} must be a number of rows without a point, or a share of them below 1")
     if args.num_fewshot < 0:
         raise UsageError(f"--num_fewshot {args.num_fewshot} must be at least 0")
     if not math.isfinite(args.sparsity):

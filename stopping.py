@@ -16,6 +16,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 GO_ON = "give the same command again"
 
 
+# The signals that came while a command ran.
+_seen: list[int] = []
+
+
 class Stopped(KeyboardInterrupt):
     """A signal; what a note (`add_note`) says is how to go on."""
 
@@ -29,14 +33,19 @@ def at_once() -> None:
 
 
 def end_with(command: Callable[[], int]) -> NoReturn:
-    """Exit with the status that `command` returns; a signal is raised in it, so that it leaves what it holds."""
+    """Exit with the status that `command` returns; a signal is raised in it, so that it leaves what it holds.
+
+    A library may take what is raised for an error of its own, or drop it: then the end is by the signal all the same.
+    """
     _handle(_raise)
     try:
         sys.exit(command())
-    except KeyboardInterrupt as stopped:
+    except (KeyboardInterrupt, SystemExit) as ended:
         _handle(signal.SIG_IGN)
-        how = "; ".join(getattr(stopped, "__notes__", [GO_ON]))
-        _end(getattr(stopped, "number", signal.SIGINT), how)
+        number = getattr(ended, "number", _seen[0] if _seen else None)
+        if number is None and isinstance(ended, SystemExit):
+            raise
+        _end(number or signal.SIGINT, "; ".join(getattr(ended, "__notes__", [GO_ON])))
 
 
 def _handle(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
@@ -47,6 +56,7 @@ def _handle(handler: Callable[[int, FrameType | None], None] | signal.Handlers) 
 
 
 def _raise(number: int, frame: FrameType | None) -> NoReturn:
+    _seen.append(number)
     raise Stopped(number)
 
 

@@ -199,8 +199,9 @@ def open_dense_model(location: Location, dtype: str = "auto") -> DenseModel:
     """
     if streamed := _streamed(location, dtype):
         return streamed
+    dense = DenseModel(read_model(location, dtype))
     logger.warning("%s: no safetensors under the model's own names, so read into memory as a whole", location.name)
-    return DenseModel(read_model(location, dtype))
+    return dense
 
 
 def is_streamed(location: Location) -> bool:

@@ -487,6 +487,8 @@ def read_model(location: Location, dtype: str = "auto", device_map: str | None =
     if location.gguf_file:
         arguments["quantization_config"] = GgufConfig(dequantize=True)
         dtype = "float32" if dtype == "auto" else dtype
+    else:
+        arguments["config"] = read_config(location)  # which knows whether the head is tied
     with explained(location, "its weights cannot be read"):
         model, info = AutoModelForCausalLM.from_pretrained(
             location.path,
@@ -507,8 +509,6 @@ def read_model(location: Location, dtype: str = "auto", device_map: str | None =
     refuse_weights(location, "lacks", info["missing_keys"])
     refuse_weights(location, "holds in another size", (key[0] for key in info["mismatched_keys"]))
     refuse_weights(location, "holds, but its configuration has no place for,", info["unexpected_keys"])
-    if has_another_head(location):
-        model.config.tie_word_embeddings = False
     # Layers that a device map left on the disk are read when they are run.
     read = ((name, parameter) for name, parameter in model.named_parameters() if not parameter.is_meta)
     bad = (name for name, parameter in read if not torch.isfinite(parameter).all())

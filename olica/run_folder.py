@@ -99,7 +99,8 @@ class RunFolder(Progress):
         facts = self._journal.facts
         surveyed, pruned = facts.get("surveyed", {}).get("layers", 0), facts.get("pruned", 0)
         number, what = (pruned, "") if pruned else (surveyed, " of the survey")
-        return f"{number} of {self._shards - 2} layers{what}" if number else ""
+        of = f" of {self._shards - 2}" if self._shards else ""  # not known before `begin`
+        return f"{number}{of} layers{what}" if number else ""
 
     def _recover(self) -> None:
         """Bring to an end what `publish` was killed in."""
@@ -180,7 +181,8 @@ class RunFolder(Progress):
         """Whether there is an unfinished run to go on with, now told so."""
         try:
             facts = self._journal.read()
-            if not facts or (overwrite and not facts["overwrite"]):
+            nothing_finished = "survey" not in facts and not facts.get("pruned")
+            if nothing_finished or (overwrite and not facts["overwrite"]):
                 return False
             self._check_identity(facts["identity"], identity)
             self._journal.check_files()

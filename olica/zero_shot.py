@@ -235,7 +235,10 @@ def _find_rows(data_dir: Path, stem: str) -> Path | None:
         for folder in (data_dir, data_dir / "eval")
         for suffix in (".jsonl", ".jsonl.gz")
     )
-    return next((path for path in candidates if path.is_file()), None)
+    found = next((path for path in candidates if path.is_file()), None)
+    if found and not found.stat().st_size:
+        raise UsageError(f"--data_dir: {found} is empty; take it away, or put the rows of its task there")
+    return found
 
 
 def _local_task(name: str, rows: Path, cache: Path) -> dict:
@@ -295,15 +298,21 @@ def _harness_model(
 
 
 def _marked(run: Callable) -> Callable:
-    """`run`, whose failures carry the note `WHILE_RUNNING`."""
+    """`run`, whose failures carry the note `WHILE_RUNNING`; log-likelihoods that are NaN are one."""
 
     @wraps(run)
     def marked(*arguments, **settings):
         try:
-            return run(*arguments, **settings)
+            results = run(*arguments, **settings)
         except Exception as error:
             error.add_note(WHILE_RUNNING)
             raise
+        answers = results if isinstance(results, list) else []  # of a choice: log-likelihood, and whether it is greedy
+        if any(isinstance(answer, tuple) and math.isnan(answer[0]) for answer in answers):
+            raise UsageError(
+                "a log-likelihood is NaN: the checkpoint yields NaN or infinite logits, or its dtype overflows"
+            )
+        return results
 
     return marked
 

@@ -251,7 +251,7 @@ def test_rows_by_their_share(here, capsys):
 
 @pytest.mark.parametrize("limit", ["1.5", "1.0", "-0.1", "0", "-3", "nan", "inf"])
 def test_a_limit_is_a_number_of_rows_or_a_share(here, capsys, limit):
-    assert "must be a whole number of rows, or a share of them between 0 and 1" in refused(
+    assert "must be a number of rows without a point, or a share of them below 1" in refused(
         capsys, *FLAGS, f"--limit={limit}"
     )
 

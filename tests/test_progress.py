@@ -387,3 +387,20 @@ def test_the_batch_size_that_was_left_is_kept(here):
             batch_size.size = size // 2
             progress.save_survey({"layers": 1}, {"1": ids}, None)
     assert sizes == [8, 4]
+
+
+def test_a_run_that_finished_nothing_is_no_run_to_go_on_with(here):
+    with RunFolder.locked(here / "out/x") as progress:
+        progress.begin({"a": 1}, False, "model.layers.", 3, BatchSize(8))
+        progress._journal.commit({})
+    with RunFolder.locked(here / "out/x") as progress:
+        progress.begin({"a": 2}, False, "model.layers.", 3, BatchSize(8))
+        assert progress.interruptions == []
+
+
+def test_a_run_that_is_stopped_before_it_begins_anew_says_how_far_it_was(here, monkeypatch):
+    interrupted_after(2, monkeypatch)
+    with pytest.raises(KeyboardInterrupt) as stopped, RunFolder.locked(here / FOLDER) as progress:
+        assert not progress.is_published  # which reads the journal
+        raise KeyboardInterrupt
+    assert stopped.value.__notes__ == ["the same command goes on after 2 layers"]

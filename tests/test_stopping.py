@@ -126,3 +126,18 @@ def test_a_command_in_the_background_goes_on_ignoring_ctrl_c(here):
     assert process.stdout.readline() == "at work\n"
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 0
+
+
+def test_a_signal_that_a_library_takes_for_an_error_of_its_own_ends_the_command(tmp_path):
+    """Code in C may replace what the handler raises, and a reader then blames its file."""
+    (tmp_path / "command.py").write_text(
+        "import os, signal, sys, stopping\n"
+        "def command():\n"
+        "    try:\n        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    except KeyboardInterrupt:\n        sys.exit(2)\n"
+        "stopping.end_with(command)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(tmp_path / "command.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == -signal.SIGINT and "stopped by SIGINT" in done.stderr

@@ -113,6 +113,21 @@ def test_dense_and_pruned_by_nothing_have_one_perplexity(embedding, tokenizer):
     assert pruned == pytest.approx(dense, rel=1e-6)
 
 
+def test_a_head_of_another_size_is_refused_by_its_name(embedding, capsys):
+    """As of an adapter with tokens of its own, merged without them."""
+    write_head("safetensors", torch.cat([embedding, embedding[:10]]))
+    with pytest.raises(SystemExit) as ended:
+        prune()
+    assert ended.value.code == 2 and "holds in another size 1 weights (lm_head.weight)" in capsys.readouterr().err
+
+
+def test_nothing_is_said_of_a_head_that_is_not_tied(here, caplog):
+    make_llama(num_key_value_heads=2, tie_word_embeddings=False).save_pretrained("untied")
+    with caplog.at_level(logging.WARNING):
+        read_model(locate("untied"))
+    assert "lm_head" not in caplog.text
+
+
 def test_a_model_without_both_matrices_has_no_other_head(embedding):
     assert not holds_another_head([])
     assert not holds_another_head([Path("tied/model.safetensors")])

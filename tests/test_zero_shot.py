@@ -448,6 +448,18 @@ def test_what_fails_in_the_model_is_no_fault_of_the_rows(hellaswag, generating, 
             score(grouped_llama, tokenizer, [task], generating)
 
 
+def test_log_likelihoods_that_are_nan_choose_nothing(hellaswag, generating, grouped_llama, tokenizer):
+    torch.nn.init.constant_(grouped_llama.lm_head.weight, float("nan"))
+    with pytest.raises(UsageError, match="a log-likelihood is NaN"):
+        score(grouped_llama, tokenizer, ["hellaswag"], generating)
+
+
+def test_an_empty_file_of_rows_is_named(tmp_path):
+    (tmp_path / "hellaswag_validation.jsonl").touch()
+    with pytest.raises(UsageError, match="hellaswag_validation.jsonl is empty"):
+        zero_shot.check_tasks(["hellaswag"], TaskProtocol(data_dir=tmp_path))
+
+
 def test_rows_that_cannot_be_filled_in_are_a_fault_of_the_rows(seven, grouped_llama, tokenizer):
     """Whatever kind of error the task's own code meets in them."""
     for stem, row in {"hellaswag_validation": {"ctx_b": None}, "winogrande_xl_validation": {"answer": "3"}}.items():
