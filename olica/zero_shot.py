@@ -280,7 +280,9 @@ def _harness_model(
     special = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id)
     known = (token for token in special if token is not None and token < model.config.vocab_size)
     tokenizer.pad_token_id = next(known, 0)
-    wrapped = HFLM(
+    # A class of its own: methods that were replaced on the instance would refer to it, and keep the model in memory.
+    marked = type("Marked", (HFLM,), {name: _marked(getattr(HFLM, name)) for name in CALLS})
+    wrapped = marked(
         pretrained=model,
         tokenizer=tokenizer,
         backend="causal",
@@ -292,8 +294,6 @@ def _harness_model(
         # lm-eval joins the processes of a launch only where it reads the model itself.
         wrapped.accelerator = Accelerator()
         wrapped._rank, wrapped._world_size = processes.index, processes.count
-    for name in CALLS:
-        setattr(wrapped, name, _marked(getattr(wrapped, name)))
     return wrapped
 
 

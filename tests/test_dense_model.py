@@ -75,7 +75,7 @@ def test_a_configuration_that_names_no_dtype_leaves_it_to_the_weights(saved_llam
 
 
 def test_what_only_transformers_understands_is_read_as_a_whole(saved_llama):
-    """Names of a base model; a tied head that is stored too; no safetensors."""
+    """Names of a base model; no safetensors."""
     file = saved_llama / "model.safetensors"
     weights = load_file(file)
     expected = {name: tensor.clone() for name, tensor in weights.items()}
@@ -88,12 +88,18 @@ def test_what_only_transformers_understands_is_read_as_a_whole(saved_llama):
 
     save_file({name.removeprefix("model."): t for name, t in weights.items()}, file, metadata={"format": "pt"})
     check()
-    both = weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}
-    save_file(both, file, metadata={"format": "pt"})
-    check()
     file.unlink()
     torch.save(weights, saved_llama / "pytorch_model.bin")
     check()
+
+
+def test_a_copy_of_the_embedding_in_place_of_a_tied_head_is_left_on_the_disk(saved_llama):
+    file = saved_llama / "model.safetensors"
+    weights = load_file(file)
+    both = weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}
+    save_file(both, file, metadata={"format": "pt"})
+    model = opened(saved_llama)
+    assert type(model) is StreamedModel and model.files.keys() == weights.keys()
 
 
 def test_what_is_going_to_be_streamed_is_known_from_names(saved_llama):

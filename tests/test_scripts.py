@@ -164,8 +164,9 @@ def test_grouped_heads_measures_every_point(tmp_path, capsys):
     assert second["shares_removed"]["value_output"] == pytest.approx(0.1)
     assert second["shares_removed"]["query"] == second["shares_removed"]["key"] == 0.4
     assert second["shape"]["q_rank"] > second["shape"]["k_rank"] > 0
-    assert second["parameters"] < first["parameters"]
-    assert all(1 < row["perplexity"]["value"] < 1e5 and row["perplexity"]["windows"] == 4 for row in (first, second))
+    assert second["parameters"]["total"] < first["parameters"]["total"]
+    measured = [row["perplexity"]["text.txt"] for row in (first, second)]
+    assert all(1 < text["value"] < 1e5 and text["windows"] == 4 for text in measured)
     assert len(capsys.readouterr().out.splitlines()) == 3
     for wrong, words in (("0.02:0.5,0", "would have to lose"), ("0.0:0,0", "leaves nothing for the MLPs")):
         with pytest.raises(SystemExit):
