@@ -176,8 +176,10 @@ def _explained(tasks: list[str], data_dir: str | Path | None) -> Iterator[None]:
         if WHILE_RUNNING in getattr(error, "__notes__", ()):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        stems = [LOCAL_ROWS[name].stem for name in tasks if name in LOCAL_ROWS]
-        missing = [f"{stem}.jsonl" for stem in stems if _find_rows(Path(data_dir or ""), stem) is None]
+        files = {name: _find_rows(Path(data_dir or ""), LOCAL_ROWS[name].stem) for name in tasks if name in LOCAL_ROWS}
+        missing = [f"{LOCAL_ROWS[name].stem}.jsonl" for name, path in files.items() if path is None]
+        if empty := [path for path in files.values() if path and not path.stat().st_size]:
+            reason = f"{empty[0]} is empty"
         names = f" as {', '.join(missing)}" if missing else ""
         advice = f"their rows must lie in --data_dir {data_dir}{names}, whole and in the hub's fields"
         if any(name not in LOCAL_ROWS for name in tasks):
@@ -235,10 +237,7 @@ def _find_rows(data_dir: Path, stem: str) -> Path | None:
         for folder in (data_dir, data_dir / "eval")
         for suffix in (".jsonl", ".jsonl.gz")
     )
-    found = next((path for path in candidates if path.is_file()), None)
-    if found and not found.stat().st_size:
-        raise UsageError(f"--data_dir: {found} is empty; take it away, or put the rows of its task there")
-    return found
+    return next((path for path in candidates if path.is_file()), None)
 
 
 def _local_task(name: str, rows: Path, cache: Path) -> dict:

@@ -511,6 +511,7 @@ def test_no_memory_for_a_measure_names_the_flags(here, gpu, capsys, monkeypatch,
 # ---------------------------------------------------------------------------------------------- whole commands
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_check_of_a_gpu_runs_with_tiny_sizes(gpu_guard, tmp_path):
     python = f"{sys.executable} {ROOT / 'tests/on_pretended_gpu.py'} {tmp_path}"
@@ -548,6 +549,8 @@ CHECKS = {
     "pruning": [check_resuming],
     "run_folder": [check_threads],
 }
+# Modules that do little but place tensors; what others might forget is tried among the slow tests.
+MOSTLY_PLACING = ("activations", "perplexity", "pruning")
 # The library's generate moves what it is given by itself.
 HARMLESS = {("evaluation", "continuation", 0)}
 
@@ -620,7 +623,14 @@ def test_the_checks_pass_where_nothing_is_forgotten(here, gpu, monkeypatch, modu
         check(gpu, monkeypatch)
 
 
-@pytest.mark.parametrize(("module", "function", "number"), [m for m in mistakes() if m not in HARMLESS])
+@pytest.mark.parametrize(
+    ("module", "function", "number"),
+    [
+        pytest.param(*mistake, marks=() if mistake[0] in MOSTLY_PLACING else pytest.mark.slow)
+        for mistake in mistakes()
+        if mistake not in HARMLESS
+    ],
+)
 def test_a_placing_that_is_forgotten_is_noticed(here, gpu, monkeypatch, module, function, number):
     plant(monkeypatch, importlib.import_module(f"olica.{module}"), function, number)
     with pytest.raises((DeviceMismatch, AssertionError, TypeError)):

@@ -196,6 +196,7 @@ def test_one_label_is_one_model(stubbed):
     assert "LABEL=x cannot be the folder of two models" in stubbed.done.stderr and stubbed.done.returncode == 2
 
 
+@pytest.mark.slow
 def test_figures_keep_no_checkpoints(here):
     printed = run(here, "figure3.sh", NUMBERS="0 2", SPARSITY="0.2")
     assert str(here / "results/tiny/figure3.png") in printed

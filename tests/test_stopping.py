@@ -133,11 +133,11 @@ def test_a_signal_that_a_library_takes_for_an_error_of_its_own_ends_the_command(
     (tmp_path / "command.py").write_text(
         "import os, signal, sys, stopping\n"
         "def command():\n"
-        "    try:\n        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    try:\n        os.kill(os.getpid(), signal.SIGTERM)\n"
         "    except KeyboardInterrupt:\n        sys.exit(2)\n"
         "stopping.end_with(command)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(tmp_path / "command.py")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == -signal.SIGINT and "stopped by SIGINT" in done.stderr
+    assert done.returncode == -signal.SIGTERM and "stopped by SIGTERM" in done.stderr
