@@ -13,16 +13,17 @@ from functools import partial
 from os.path import exists, expanduser
 from pathlib import Path
 
-from olica import checkpoint, identity, model_source, records
 from olica.command_line import run_command
 from olica.devices import memory_explained, pick_device
 from olica.errors import UsageError
-from olica.evaluation import CONTINUATION_TOKENS, LATENCY, Measures, Protocol, TestText, measure, prepare
-from olica.model_card import add_metrics
+from olica.evaluation.evaluation import CONTINUATION_TOKENS, LATENCY, Measures, Protocol, TestText, measure, prepare
+from olica.evaluation.paired import compare, with_error
+from olica.evaluation.zero_shot import TaskProtocol, check_tasks
+from olica.outputs import checkpoint, identity, records
+from olica.outputs.model_card import add_metrics
 from olica.processes import join_processes
-from olica.rows import compare, with_error
-from olica.text_sources import evaluation_text
-from olica.zero_shot import TaskProtocol, check_tasks
+from olica.sources import model_source
+from olica.sources.text_sources import evaluation_text
 
 DEFAULT_BASE_MODEL = "7b"
 

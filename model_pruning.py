@@ -15,8 +15,13 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from olica import LayerShape, checkpoint, cost, identity, model_source, records
-from olica.allocation import (
+from olica import LayerShape
+from olica.batch_size import BatchSize
+from olica.command_line import run_command
+from olica.devices import memory_explained, pick_device
+from olica.errors import UsageError
+from olica.evaluation import cost
+from olica.methods.allocation import (
     Sparsities,
     allocate,
     calibration_rank,
@@ -24,20 +29,18 @@ from olica.allocation import (
     jumps,
     with_calibration,
 )
-from olica.batch_size import BatchSize
-from olica.calibration import CalibrationSet, build_calibration_set, calibration_shape, is_token_file
-from olica.command_line import run_command
-from olica.configuration_olica import head_dim
-from olica.dense_model import is_streamed, open_dense_model
-from olica.devices import memory_explained, pick_device
-from olica.errors import UsageError
-from olica.memory import Task, expected_peaks, fit_batch_size
-from olica.model_card import write_card
-from olica.options import PruningOptions, check_mlp_num
-from olica.pruning import prune_layers
-from olica.recipes import RECIPES, Recipe, recipe_name
-from olica.run_folder import RunFolder
-from olica.survey import choose_calibrated, survey_layers
+from olica.methods.recipes import RECIPES, Recipe, recipe_name
+from olica.model.configuration_olica import head_dim
+from olica.outputs import checkpoint, identity, records
+from olica.outputs.model_card import write_card
+from olica.outputs.run_folder import RunFolder
+from olica.pruning.layers import prune_layers
+from olica.pruning.memory import Task, expected_peaks, fit_batch_size
+from olica.pruning.options import PruningOptions, check_mlp_num
+from olica.pruning.survey import choose_calibrated, survey_layers
+from olica.sources import model_source
+from olica.sources.calibration_set import CalibrationSet, build_calibration_set, calibration_shape, is_token_file
+from olica.sources.dense_model import is_streamed, open_dense_model
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -7,11 +7,11 @@ import torch
 from transformers import PreTrainedModel
 
 import olica  # noqa: F401
-from olica.checkpoint import check_record_path
-from olica.cost import count_parameters, weight_bytes
 from olica.errors import UsageError
-from olica.model_source import DTYPES, locate, read_model
-from olica.records import environment, write_record
+from olica.evaluation.cost import count_parameters, weight_bytes
+from olica.outputs.checkpoint import check_record_path
+from olica.outputs.records import environment, write_record
+from olica.sources.model_source import DTYPES, locate, read_model
 
 
 def parser_of_models(description: str, batch_size: int) -> argparse.ArgumentParser:

@@ -21,17 +21,24 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import stopping  # noqa: E402
-from olica.allocation import Sizes, Sparsities, allocate, calibration_rank, released_sparsities, spend_rest  # noqa: E402
 from olica.batch_size import BatchSize  # noqa: E402
-from olica.calibration import CalibrationSet, build_calibration_set  # noqa: E402
-from olica.checkpoint import check_record_path  # noqa: E402
 from olica.command_line import run_command  # noqa: E402
-from olica.configuration_olica import LayerShape  # noqa: E402
-from olica.cost import count_parameters  # noqa: E402
-from olica.dense_model import DenseModel  # noqa: E402
 from olica.devices import pick_device  # noqa: E402
 from olica.errors import UsageError  # noqa: E402
-from olica.model_source import (  # noqa: E402
+from olica.evaluation.cost import count_parameters  # noqa: E402
+from olica.evaluation.perplexity import perplexity, token_windows  # noqa: E402
+from olica.methods.allocation import Sizes, Sparsities, allocate, calibration_rank, released_sparsities, spend_rest  # noqa: E402
+from olica.methods.recipes import OLICA  # noqa: E402
+from olica.model.configuration_olica import LayerShape  # noqa: E402
+from olica.outputs.checkpoint import check_record_path  # noqa: E402
+from olica.outputs.records import environment, write_record  # noqa: E402
+from olica.pruning.layers import prune_layers  # noqa: E402
+from olica.pruning.options import PruningOptions, check_mlp_num  # noqa: E402
+from olica.pruning.progress import Progress  # noqa: E402
+from olica.pruning.survey import choose_calibrated, survey_layers  # noqa: E402
+from olica.sources.calibration_set import CalibrationSet, build_calibration_set  # noqa: E402
+from olica.sources.dense_model import DenseModel  # noqa: E402
+from olica.sources.model_source import (  # noqa: E402
     DTYPES,
     count_dense_parameters,
     describe_source,
@@ -41,14 +48,7 @@ from olica.model_source import (  # noqa: E402
     read_tokenizer,
     refuse_unprunable,
 )
-from olica.options import PruningOptions, check_mlp_num  # noqa: E402
-from olica.perplexity import perplexity, token_windows  # noqa: E402
-from olica.progress import Progress  # noqa: E402
-from olica.pruning import prune_layers  # noqa: E402
-from olica.recipes import OLICA  # noqa: E402
-from olica.records import environment, write_record  # noqa: E402
-from olica.survey import choose_calibrated, survey_layers  # noqa: E402
-from olica.text_sources import evaluation_text  # noqa: E402
+from olica.sources.text_sources import evaluation_text  # noqa: E402
 
 K, PERCDAMP, RATIO, BATCH_SIZE = 3.0, 0.5, 0.03, 16
 

@@ -29,17 +29,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import model_pruning  # noqa: E402
 import stopping  # noqa: E402
-from olica.activations import propagate, record_layer_calls  # noqa: E402
 from olica.batch_size import BatchSize  # noqa: E402
-from olica.calibration import is_token_file, read_token_file  # noqa: E402
-from olica.checkpoint import check_record_path, checkpoint_folder  # noqa: E402
 from olica.command_line import run_command  # noqa: E402
-from olica.cost import synchronize  # noqa: E402
-from olica.dense_model import open_dense_model  # noqa: E402
 from olica.devices import pick_device  # noqa: E402
 from olica.errors import UsageError  # noqa: E402
-from olica.model_source import DTYPES, locate, read_config  # noqa: E402
-from olica.records import read_pruning_record, write_record  # noqa: E402
+from olica.evaluation.cost import synchronize  # noqa: E402
+from olica.outputs.checkpoint import check_record_path, checkpoint_folder  # noqa: E402
+from olica.outputs.records import read_pruning_record, write_record  # noqa: E402
+from olica.pruning.activations import propagate, record_layer_calls  # noqa: E402
+from olica.sources.calibration_set import is_token_file, read_token_file  # noqa: E402
+from olica.sources.dense_model import open_dense_model  # noqa: E402
+from olica.sources.model_source import DTYPES, locate, read_config  # noqa: E402
 
 # Hidden size, channels, heads, layers.
 SHAPES = {
@@ -55,14 +55,14 @@ PRUNING_FLAGS = ("dtype", "device", "cache_dev", "batch_size", "sparsity", "reci
 DENSE_BATCH_SIZE = 16
 # What is timed, and under which names: functions of the library, by the modules that call them.
 STAGES = {
-    "embed": ("olica.survey.enter_layers", "olica.pruning.enter_layers"),
-    "survey: dense layers, sums": ("olica.survey.calibrate",),
-    "survey: regressions": ("olica.survey.ridge_regression", "olica.survey.multiple_correlation"),
-    "prune: dense layers, sums": ("olica.pruning.calibrate",),
-    "prune: query, key": ("olica.pruning._compress_query_key",),
-    "prune: value, output": ("olica.pruning._compress_value_output",),
-    "prune: MLP, correction": ("olica.pruning._compress_feed_forward",),
-    "prune: pruned layers": ("olica.pruning.propagate",),
+    "embed": ("olica.pruning.survey.enter_layers", "olica.pruning.layers.enter_layers"),
+    "survey: dense layers, sums": ("olica.pruning.survey.calibrate",),
+    "survey: regressions": ("olica.pruning.survey.ridge_regression", "olica.pruning.survey.multiple_correlation"),
+    "prune: dense layers, sums": ("olica.pruning.layers.calibrate",),
+    "prune: query, key": ("olica.pruning.layers._compress_query_key",),
+    "prune: value, output": ("olica.pruning.layers._compress_value_output",),
+    "prune: MLP, correction": ("olica.pruning.layers._compress_feed_forward",),
+    "prune: pruned layers": ("olica.pruning.layers.propagate",),
 }
 from olica.tensor_files import save_tensors  # noqa: E402
 

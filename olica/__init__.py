@@ -11,8 +11,8 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from .configuration_olica import LayerShape
-from .modeling_olica import FAMILIES, SEQUENCE_CLASSIFIERS, TOKEN_CLASSIFIERS
+from .model.configuration_olica import LayerShape
+from .model.modeling_olica import FAMILIES, SEQUENCE_CLASSIFIERS, TOKEN_CLASSIFIERS
 
 __all__ = ["FAMILIES", "LayerShape"]
 

@@ -13,7 +13,9 @@ PYTHON=${PYTHON:-.venv/bin/python}  # made by scripts/install.sh
 # Where the commands themselves put the checkpoint.
 folder=$("$PYTHON" -c '
 import sys
-from olica import checkpoint, errors, model_source
+from olica.outputs import checkpoint
+from olica import errors
+from olica.sources import model_source
 save_dir, model, sparsity = sys.argv[1:]
 try:
     print(checkpoint.checkpoint_folder(save_dir, model_source.locate(model).label, float(sparsity)))

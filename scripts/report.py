@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import stopping  # noqa: E402
 from olica.command_line import run_command  # noqa: E402
 from olica.errors import UsageError  # noqa: E402
-from olica.plots import FIGURES, draw  # noqa: E402
-from olica.runs import Results  # noqa: E402
-from olica.tables import TABLES  # noqa: E402
+from olica.report.plots import FIGURES, draw  # noqa: E402
+from olica.report.runs import Results  # noqa: E402
+from olica.report.tables import TABLES  # noqa: E402
 
 TITLES = {
     "figure2": "Figure 2: singular values of the attention projections",

@@ -18,18 +18,18 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from olica.allocation import allocate
 from olica.batch_size import BatchSize
-from olica.checkpoint import complete
-from olica.configuration_olica import LayerShape
-from olica.dense_model import DenseModel
-from olica.modeling_olica import Projections, projections_of
-from olica.options import PruningOptions
-from olica.progress import Progress
-from olica.pruning import prune_layers
-from olica.recipes import RECIPES
-from olica.run_folder import RunFolder
-from olica.survey import LayerSurvey, choose_calibrated, survey_layers
+from olica.methods.allocation import allocate
+from olica.methods.recipes import RECIPES
+from olica.model.configuration_olica import LayerShape
+from olica.model.modeling_olica import Projections, projections_of
+from olica.outputs.checkpoint import complete
+from olica.outputs.run_folder import RunFolder
+from olica.pruning.layers import prune_layers
+from olica.pruning.options import PruningOptions
+from olica.pruning.progress import Progress
+from olica.pruning.survey import LayerSurvey, choose_calibrated, survey_layers
+from olica.sources.dense_model import DenseModel
 
 CPU = torch.device("cpu")
 TEST_DATA = Path(__file__).parent / "data"

@@ -2,9 +2,9 @@ import pytest
 import torch
 from conftest import make_llama, no_memory_for_more_than
 
-from olica.activations import calibrate, propagate, record_layer_calls, recording
 from olica.batch_size import BatchSize
-from olica.moments import TAPS, Moments, cross, diagonal, full, total
+from olica.methods.moments import TAPS, Moments, cross, diagonal, full, total
+from olica.pruning.activations import calibrate, propagate, record_layer_calls, recording
 
 CPU = torch.device("cpu")
 STATISTICS = [

@@ -2,7 +2,8 @@ import pytest
 from conftest import make_llama
 from transformers import Gemma3TextConfig, LlamaConfig
 
-from olica.allocation import (
+from olica.errors import UsageError
+from olica.methods.allocation import (
     FEWEST_ALONE,
     LEAST_ALONE,
     MOST_ALONE,
@@ -21,11 +22,10 @@ from olica.allocation import (
     uniform_shape,
     with_calibration,
 )
-from olica.checkpoint import pruned_skeleton
-from olica.configuration_olica import LayerShape
-from olica.errors import UsageError
-from olica.model_source import Location, count_dense_parameters
-from olica.recipes import RECIPES
+from olica.methods.recipes import RECIPES
+from olica.model.configuration_olica import LayerShape
+from olica.outputs.checkpoint import pruned_skeleton
+from olica.sources.model_source import Location, count_dense_parameters
 
 LLAMA_7B = LlamaConfig()  # the defaults of the class are LLaMA-7B
 OLICA = RECIPES["olica"]

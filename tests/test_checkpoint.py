@@ -10,10 +10,10 @@ from conftest import load_weights, make_llama, make_tokenizer, prune, write_prun
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from olica.allocation import allocate
-from olica.checkpoint import check_folder, check_room, checkpoint_folder
 from olica.errors import UsageError
-from olica.recipes import RECIPES
+from olica.methods.allocation import allocate
+from olica.methods.recipes import RECIPES
+from olica.outputs.checkpoint import check_folder, check_room, checkpoint_folder
 
 ROOT = Path(__file__).parents[1]
 IDS = torch.randint(0, 320, (6, 20), generator=torch.Generator().manual_seed(0))
@@ -64,7 +64,7 @@ def test_loads_in_a_fresh_process_with_and_without_olica(pruned_folder, installe
         env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "PATH": "/usr/bin:/bin"},
     )
     assert done.returncode == 0, done.stderr
-    expected = "olica.modeling_olica" if installed else "transformers_modules"
+    expected = "olica.model.modeling_olica" if installed else "transformers_modules"
     assert done.stdout.strip().startswith(expected)
 
 

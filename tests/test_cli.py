@@ -467,7 +467,9 @@ def test_a_checkpoint_of_another_model_is_not_taken_for_this_one(here, capsys):
 
 
 @pytest.mark.parametrize("error", [SafetensorError, OSError])
-@pytest.mark.parametrize("writer", ["olica.journal.save_tensors", "olica.checkpoint.custom_object_save"])
+@pytest.mark.parametrize("writer", [
+    "olica.outputs.journal.save_tensors", "olica.outputs.checkpoint.custom_object_save"
+])
 def test_a_full_disk_stops_the_run_and_the_same_command_goes_on(here, capsys, monkeypatch, error, writer):
     def full(*arguments, **settings):
         raise error("disk full")
@@ -498,7 +500,7 @@ def test_the_disk_has_to_hold_hidden_states_too(here, capsys, monkeypatch):
     assert prune("--save_dir=other") == 0
 
 
-@pytest.mark.parametrize("place", ["olica.pruning._compress_query_key", "olica.pruning.propagate"])
+@pytest.mark.parametrize("place", ["olica.pruning.layers._compress_query_key", "olica.pruning.layers.propagate"])
 @pytest.mark.parametrize(
     "error",
     [

@@ -11,7 +11,7 @@ from conftest import make_llama, prune
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from olica import cost
+from olica.evaluation import cost
 
 # The grouped tiny LLaMA, by hand: D 64, F 176, 4 query and 2 key/value heads of width 16, 3 layers, V 320.
 GROUPED_LAYER = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 176 + 2 * 64

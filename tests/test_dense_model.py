@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from tiny_families import make_family
 from transformers import AutoModelForCausalLM
 
-from olica.dense_model import DenseModel, StreamedModel, is_streamed, open_dense_model
 from olica.errors import UsageError
-from olica.model_source import locate
-from olica.modeling_olica import FAMILIES, SideBySide
+from olica.model.modeling_olica import FAMILIES, SideBySide
+from olica.sources.dense_model import DenseModel, StreamedModel, is_streamed, open_dense_model
+from olica.sources.model_source import locate
 
 CPU = torch.device("cpu")
 

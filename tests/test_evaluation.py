@@ -15,9 +15,10 @@ from tokenizers import processors
 from transformers import AutoTokenizer, GenerationMixin
 
 import model_evaluate
-from olica import evaluation, identity
 from olica.command_line import run_command
-from olica.rows import unpack_floats
+from olica.evaluation import evaluation
+from olica.evaluation.paired import unpack_floats
+from olica.outputs import identity
 
 ROOT = Path(__file__).parents[1]
 WORDS = "seven wise owls read old books by candle light and hoot at every quick brown fox".split()

@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM
 
 import model_evaluate
 import model_pruning
-from olica.allocation import allocate, with_calibration
-from olica.checkpoint import pruned_skeleton
 from olica.command_line import run_command
-from olica.configuration_olica import LayerShape
-from olica.modeling_olica import FAMILIES, projections_of, separate_projections
-from olica.recipes import RECIPES
+from olica.methods.allocation import allocate, with_calibration
+from olica.methods.recipes import RECIPES
+from olica.model.configuration_olica import LayerShape
+from olica.model.modeling_olica import FAMILIES, projections_of, separate_projections
+from olica.outputs.checkpoint import pruned_skeleton
 
 ROOT = Path(__file__).parents[1]
 CASES = [(family, grouped, tied) for family in FAMILIES for grouped in (True, False) for tied in (True, False)]

@@ -2,14 +2,14 @@ import numpy as np
 import pytest
 import torch
 
-from olica.feed_forward import (
+from olica.methods.feed_forward import (
     RELEASED_PROTECTED_FRACTION,
     kept_channels,
     paper_importance,
     prune_feed_forward,
     released_importance,
 )
-from olica.moments import Moments, diagonal
+from olica.methods.moments import Moments, diagonal
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ def steps() -> int:
 
 # The command line, as it is, and keeping surveys and hidden states after every layer.
 COMMAND = [sys.executable, str(ROOT / "model_pruning.py")]
-SAVING = "import runpy, sys, olica.run_folder as r; r.SAVED_EVERY = -1.0; sys.argv.pop(0); "
+SAVING = "import runpy, sys, olica.outputs.run_folder as r; r.SAVED_EVERY = -1.0; sys.argv.pop(0); "
 SAVING_COMMAND = [sys.executable, "-c", SAVING + "runpy.run_path(sys.argv[0], run_name='__main__')", COMMAND[1]]
 
 

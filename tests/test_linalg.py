@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from olica import linalg
-from olica.linalg import (
+from olica.methods import linalg
+from olica.methods.linalg import (
     RegressionSums,
     SingularError,
     by_rows,

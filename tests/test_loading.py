@@ -26,7 +26,7 @@ from transformers import (
 
 import model_pruning
 from olica.command_line import run_command
-from olica.modeling_olica import FAMILIES, SEQUENCE_CLASSIFIERS, TOKEN_CLASSIFIERS, CalibratedMLP, LowRankLinear
+from olica.model.modeling_olica import FAMILIES, SEQUENCE_CLASSIFIERS, TOKEN_CLASSIFIERS, CalibratedMLP, LowRankLinear
 
 IDS = torch.randint(3, 250, (6, 20), generator=torch.Generator().manual_seed(0))
 every_family = pytest.mark.parametrize("family", FAMILIES)

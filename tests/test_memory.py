@@ -10,11 +10,11 @@ from conftest import make_llama, pruning_options
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from olica import memory
-from olica.allocation import allocate
 from olica.batch_size import BatchSize
-from olica.memory import MOST_TOKENS, Task, expected_peaks, fit_batch_size, left_by_control_groups
-from olica.recipes import OLICA, RECIPES
+from olica.methods.allocation import allocate
+from olica.methods.recipes import OLICA, RECIPES
+from olica.pruning import memory
+from olica.pruning.memory import MOST_TOKENS, Task, expected_peaks, fit_batch_size, left_by_control_groups
 
 ROOT = Path(__file__).parents[1]
 

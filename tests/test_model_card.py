@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from olica.model_card import CARD, add_metrics, write_card
+from olica.outputs.model_card import CARD, add_metrics, write_card
 
 RECORD = {
     "model": {"name": "7b", "source": "huggyllama/llama-7b", "revision": "0" * 40},

@@ -12,10 +12,12 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from transformers.utils import is_peft_available
 
 import model_pruning
-from olica import identity, model_source
-from olica.allocation import allocate
 from olica.errors import UsageError
-from olica.model_source import (
+from olica.methods.allocation import allocate
+from olica.methods.recipes import RECIPES
+from olica.outputs import identity
+from olica.sources import model_source
+from olica.sources.model_source import (
     MODEL_NAMES,
     bytes_per_weight,
     count_dense_parameters,
@@ -26,7 +28,6 @@ from olica.model_source import (
     read_tokenizer,
     refuse_unprunable,
 )
-from olica.recipes import RECIPES
 
 IDS = torch.arange(120).view(6, 20)
 

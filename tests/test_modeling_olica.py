@@ -4,8 +4,8 @@ from conftest import make_llama
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from tiny_families import make_family
 
-from olica.configuration_olica import LayerShape, OlicaLlamaConfig
-from olica.modeling_olica import (
+from olica.model.configuration_olica import LayerShape, OlicaLlamaConfig
+from olica.model.modeling_olica import (
     CalibratedMLP,
     CroppedHeadsLinear,
     LowRankLinear,

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from olica.moments import Moments, Statistic, cross, diagonal, full, needs, per_head, total
+from olica.methods.moments import Moments, Statistic, cross, diagonal, full, needs, per_head, total
 
 X, Y = "mlp_input", "intermediate"
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from conftest import make_llama, no_memory_for_more_than
 
-from olica.cost import peak_memory, reset_peak_memory
 from olica.errors import UsageError
-from olica.perplexity import perplexity, token_windows
+from olica.evaluation.cost import peak_memory, reset_peak_memory
+from olica.evaluation.paired import unpack_floats
+from olica.evaluation.perplexity import perplexity, token_windows
 from olica.processes import Processes
-from olica.rows import unpack_floats
 
 
 @pytest.fixture

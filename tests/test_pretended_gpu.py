@@ -24,21 +24,23 @@ from test_zero_shot import ROWS, write_rows
 
 import model_evaluate
 import model_pruning
-from olica import dense_model, evaluation, run_folder
-from olica import pruning as pruning_module
-from olica.activations import propagate, record_layer_calls
-from olica.allocation import allocate
 from olica.batch_size import BatchSize
 from olica.command_line import run_command
-from olica.cost import forward_latency
-from olica.dense_model import open_dense_model
-from olica.model_source import locate, read_model
-from olica.perplexity import perplexity
+from olica.evaluation import evaluation
+from olica.evaluation.cost import forward_latency
+from olica.evaluation.perplexity import perplexity
+from olica.methods.allocation import allocate
+from olica.methods.recipes import RECIPES
+from olica.outputs import run_folder
+from olica.outputs.run_folder import RunFolder
 from olica.processes import Processes
-from olica.progress import Progress
-from olica.recipes import RECIPES
-from olica.run_folder import RunFolder
-from olica.survey import survey_layers
+from olica.pruning import layers as pruning_module
+from olica.pruning.activations import propagate, record_layer_calls
+from olica.pruning.progress import Progress
+from olica.pruning.survey import survey_layers
+from olica.sources import dense_model
+from olica.sources.dense_model import open_dense_model
+from olica.sources.model_source import locate, read_model
 
 ROOT = Path(__file__).parents[1]
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -421,7 +423,7 @@ def no_memory_in(monkeypatch, gpu, place: str, above: int = 0) -> list:
 
 
 @pytest.mark.parametrize("recipe", ["olica", "olica-paper"])
-@pytest.mark.parametrize("place", ["olica.activations._forward", "olica.moments.Moments.update"])
+@pytest.mark.parametrize("place", ["olica.pruning.activations._forward", "olica.methods.moments.Moments.update"])
 def test_no_memory_in_a_batch_halves_it(here, gpu, monkeypatch, caplog, place, recipe):
     prune("expected", f"--recipe={recipe}")
     with monkeypatch.context() as patched:
@@ -434,19 +436,19 @@ def test_no_memory_in_a_batch_halves_it(here, gpu, monkeypatch, caplog, place, r
 @pytest.mark.parametrize(
     ("place", "recipe"),
     [
-        ("olica.activations.record_layer_calls", "olica"),
-        ("olica.survey.calibrate", "olica"),
-        ("olica.survey.ridge_regression", "olica"),
-        ("olica.survey.multiple_correlation", "olica"),
-        ("olica.pruning.calibrate", "olica-paper"),
-        ("olica.pruning._compress_feed_forward", "olica"),
-        ("olica.linear_calibration.residual_sums", "olica"),
-        ("olica.linear_calibration.low_rank_correction", "olica-paper"),
-        ("olica.pruning._compress_query_key", "olica"),
-        ("olica.pruning._compress_value_output", "olica"),
-        ("olica.pruning._compress_value_output", "olica-ond"),
-        ("olica.pruning.cast_weights", "olica"),
-        ("olica.pruning.propagate", "olica"),
+        ("olica.pruning.activations.record_layer_calls", "olica"),
+        ("olica.pruning.survey.calibrate", "olica"),
+        ("olica.pruning.survey.ridge_regression", "olica"),
+        ("olica.pruning.survey.multiple_correlation", "olica"),
+        ("olica.pruning.layers.calibrate", "olica-paper"),
+        ("olica.pruning.layers._compress_feed_forward", "olica"),
+        ("olica.methods.correction.residual_sums", "olica"),
+        ("olica.methods.correction.low_rank_correction", "olica-paper"),
+        ("olica.pruning.layers._compress_query_key", "olica"),
+        ("olica.pruning.layers._compress_value_output", "olica"),
+        ("olica.pruning.layers._compress_value_output", "olica-ond"),
+        ("olica.pruning.layers.cast_weights", "olica"),
+        ("olica.pruning.layers.propagate", "olica"),
         ("torch.nn.Module.to", "olica"),
     ],
 )
@@ -458,7 +460,9 @@ def test_no_memory_elsewhere_names_the_flags(here, gpu, capsys, monkeypatch, pla
     assert message.endswith(f"; give --cache_dev cpu, {ways}\n") and message.count("\n") == 1
 
 
-@pytest.mark.parametrize("place", ["olica.run_folder.RunFolder.save_layer", "olica.journal.Journal.write"])
+@pytest.mark.parametrize("place", [
+    "olica.outputs.run_folder.RunFolder.save_layer", "olica.outputs.journal.Journal.write"
+])
 def test_no_memory_of_the_host_for_a_layer_that_is_kept(here, gpu, capsys, monkeypatch, place):
     def failing(*arguments):
         raise MemoryError
@@ -475,7 +479,7 @@ def test_no_memory_for_a_finished_layer_that_is_read_again(here, gpu, capsys, mo
     prune("expected")
     interrupt(monkeypatch, "out")
     with monkeypatch.context() as patched:
-        no_memory_in(patched, gpu, "olica.pruning._restore")
+        no_memory_in(patched, gpu, "olica.pruning.layers._restore")
         assert "give --cache_dev cpu" in refused(capsys, prune, "out")
     assert prune("out")["went_on_after"] == [1]
     assert_same_weights("out", "expected")
@@ -495,10 +499,10 @@ def test_no_memory_for_batches_of_an_evaluation_halves_them(here, gpu, caplog):
     "place",
     [
         "torch.nn.Module.to",
-        "olica.evaluation.perplexity",
+        "olica.evaluation.evaluation.perplexity",
         "lm_eval.models.huggingface.HFLM._model_call",
-        "olica.evaluation.latencies",
-        "olica.evaluation.continuation",
+        "olica.evaluation.evaluation.latencies",
+        "olica.evaluation.evaluation.continuation",
     ],
 )
 def test_no_memory_for_a_measure_names_the_flags(here, gpu, capsys, monkeypatch, place):
@@ -540,19 +544,19 @@ def test_the_check_of_a_gpu_runs_with_tiny_sizes(gpu_guard, tmp_path):
 
 # What shows that tensors are where they should be, by the modules that place them.
 CHECKS = {
-    "activations": [check_embedding, check_pruning, partial(check_resuming, seconds=-1.0)],
-    "cost": [check_latencies],
-    "dense_model": [check_layers],
-    "evaluation": [check_that_the_model_is_moved],
-    "moments": [check_survey],
-    "perplexity": [check_perplexity],
-    "pruning": [check_resuming],
-    "run_folder": [check_threads],
+    "pruning.activations": [check_embedding, check_pruning, partial(check_resuming, seconds=-1.0)],
+    "evaluation.cost": [check_latencies],
+    "sources.dense_model": [check_layers],
+    "evaluation.evaluation": [check_that_the_model_is_moved],
+    "methods.moments": [check_survey],
+    "evaluation.perplexity": [check_perplexity],
+    "pruning.layers": [check_resuming],
+    "outputs.run_folder": [check_threads],
 }
 # Modules that do little but place tensors; what others might forget is tried among the slow tests.
-MOSTLY_PLACING = ("activations", "perplexity", "pruning")
+MOSTLY_PLACING = ("pruning.activations", "evaluation.perplexity", "pruning.layers")
 # The library's generate moves what it is given by itself.
-HARMLESS = {("evaluation", "continuation", 0)}
+HARMLESS = {("evaluation.evaluation", "continuation", 0)}
 
 
 def is_placing(node: ast.AST) -> bool:

@@ -13,18 +13,18 @@ from conftest import make_llama, pruning_options
 from safetensors.torch import save_file
 from tiny_run import FOLDER, LAYERS, WORK, contents, journal, prune
 
-from olica import pruning as pruning_module
-from olica import run_folder as run_folder_module
-from olica import survey as survey_module
-from olica.allocation import allocate
 from olica.batch_size import BatchSize
-from olica.dense_model import open_dense_model
-from olica.journal import Journal
-from olica.model_source import locate
-from olica.pruning import prune_layers
-from olica.recipes import RECIPES
-from olica.run_folder import RunFolder
-from olica.survey import survey_layers
+from olica.methods.allocation import allocate
+from olica.methods.recipes import RECIPES
+from olica.outputs import run_folder as run_folder_module
+from olica.outputs.journal import Journal
+from olica.outputs.run_folder import RunFolder
+from olica.pruning import layers as pruning_module
+from olica.pruning import survey as survey_module
+from olica.pruning.layers import prune_layers
+from olica.pruning.survey import survey_layers
+from olica.sources.dense_model import open_dense_model
+from olica.sources.model_source import locate
 
 
 class Killed(BaseException):
@@ -175,9 +175,9 @@ def test_another_run_is_refused_unless_it_is_to_start_afresh(here, capsys, monke
             case "weights":
                 make_llama(1, num_key_value_heads=2, num_hidden_layers=LAYERS).save_pretrained("tiny")
             case "code":
-                monkeypatch.setattr("olica.identity._code", lambda: "other")
+                monkeypatch.setattr("olica.outputs.identity._code", lambda: "other")
             case "packages":
-                monkeypatch.setattr("olica.records._version", lambda package: "0.1")
+                monkeypatch.setattr("olica.outputs.records._version", lambda package: "0.1")
             case "threads":
                 torch.set_num_threads(1)
         message = refused(capsys, *arguments)
@@ -309,7 +309,7 @@ def test_a_kill_while_the_checkpoint_is_put_in_its_place(here, undisturbed, caps
         publish = RunFolder.publish
 
         def dying(self):
-            patched.setattr("olica.run_folder.move_durably", counted(run_folder_module.move_durably))
+            patched.setattr("olica.outputs.run_folder.move_durably", counted(run_folder_module.move_durably))
             patched.setattr(Path, "replace", counted(Path.replace))
             patched.setattr(RunFolder, "_recover", lambda self: None)
             patched.setattr(RunFolder, "tidy", lambda self: None)

@@ -2,10 +2,10 @@ import numpy as np
 import torch
 from conftest import make_llama
 
-from olica.configuration_olica import LayerShape
-from olica.modeling_olica import projections_of
-from olica.moments import Moments, diagonal
-from olica.query_key import low_rank_query_key
+from olica.methods.moments import Moments, diagonal
+from olica.methods.query_key import low_rank_query_key
+from olica.model.configuration_olica import LayerShape
+from olica.model.modeling_olica import projections_of
 
 
 def factors_of(layer, shape):

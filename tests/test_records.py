@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from olica.errors import UsageError
-from olica.records import (
+from olica.outputs.records import (
     EVALUATION_RECORD,
     PRUNING_RECORD,
     Stages,

@@ -8,14 +8,14 @@ from conftest import TEST_DATA
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from olica.allocation import allocate, calibration_rank
 from olica.batch_size import BatchSize
-from olica.dense_model import DenseModel
-from olica.options import PruningOptions
-from olica.progress import Progress
-from olica.pruning import prune_layers
-from olica.recipes import RECIPES
-from olica.survey import choose_calibrated, survey_layers
+from olica.methods.allocation import allocate, calibration_rank
+from olica.methods.recipes import RECIPES
+from olica.pruning.layers import prune_layers
+from olica.pruning.options import PruningOptions
+from olica.pruning.progress import Progress
+from olica.pruning.survey import choose_calibrated, survey_layers
+from olica.sources.dense_model import DenseModel
 
 FOLDER = TEST_DATA / "reference_tiny_llama"
 FIGURES = json.loads((FOLDER / "figures.json").read_text())

@@ -12,8 +12,8 @@ import torch
 from conftest import make_llama, make_tokenizer
 from test_zero_shot import ROWS, write_rows
 
-from olica.plots import FIGURES
-from olica.tables import TABLES
+from olica.report.plots import FIGURES
+from olica.report.tables import TABLES
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CODE = [path for pattern in ("*.py", "olica/*.py", "scripts/*.py", "benchmarks/*.py") for path in ROOT.glob(pattern)]
+CODE = [path for pattern in ("*.py", "olica/**/*.py", "scripts/*.py", "benchmarks/*.py") for path in ROOT.glob(pattern)]
 TESTS = list(ROOT.glob("tests/*.py"))
 OURS = {path.stem for path in [*CODE, *TESTS]} | {"olica", "benchmarks"}
 

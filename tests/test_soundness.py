@@ -7,8 +7,8 @@ from conftest import make_llama, prune
 
 from olica.batch_size import BatchSize
 from olica.errors import UsageError
-from olica.recipes import RECIPES
-from olica.soundness import cast_weights
+from olica.methods.recipes import RECIPES
+from olica.pruning.soundness import cast_weights
 
 IDS = torch.randint(3, 259, (8, 24), generator=torch.Generator().manual_seed(0))
 ALL_RECIPES = pytest.mark.parametrize("recipe", list(RECIPES))
@@ -107,9 +107,9 @@ def test_activations_that_overflow_name_the_layer_and_the_projection(projection,
 @pytest.mark.parametrize(
     ("place", "projections"),
     [
-        ("olica.linalg", "in layer 0 the decomposition of q_proj or k_proj"),
-        ("olica.value_output", "in layer 0 the decomposition of v_proj and o_proj"),
-        ("olica.linear_calibration", "in layer [01] the decomposition of the correction beside down_proj"),
+        ("olica.methods.linalg", "in layer 0 the decomposition of q_proj or k_proj"),
+        ("olica.methods.value_output", "in layer 0 the decomposition of v_proj and o_proj"),
+        ("olica.methods.correction", "in layer [01] the decomposition of the correction beside down_proj"),
     ],
 )
 def test_a_decomposition_that_fails_names_the_layer_and_the_projections(monkeypatch, place, projections):

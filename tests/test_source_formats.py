@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer, Pr
 import model_pruning
 from olica.batch_size import BatchSize
 from olica.command_line import run_command
-from olica.configuration_olica import LayerShape
 from olica.errors import UsageError
-from olica.model_source import (
+from olica.model.configuration_olica import LayerShape
+from olica.sources.model_source import (
     count_dense_parameters,
     describe_source,
     locate,

@@ -21,15 +21,15 @@ PRUNING, EVALUATION = str(ROOT / "model_pruning.py"), str(ROOT / "model_evaluate
 # A disk that takes its time, every layer being written in the background, as beside a GPU; and pauses between measures.
 SLOW_WRITING = """
 import time
-from olica.journal import Journal
-from olica.run_folder import RunFolder
+from olica.outputs.journal import Journal
+from olica.outputs.run_folder import RunFolder
 begin, write = RunFolder.begin, Journal.write
 RunFolder.begin = lambda self, *args, **settings: begin(self, *args, **settings | {"in_background": True})
 Journal.write = lambda self, *args: time.sleep(0.2) or write(self, *args)
 """
 SLOW_MEASURES = """
 import time
-from olica.evaluation import Measures
+from olica.evaluation.evaluation import Measures
 take = Measures.take
 Measures.take = lambda self, *args: (take(self, *args), time.sleep(1))[0]
 """

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from olica.plots import FIGURES, draw
-from olica.rows import PAPER_METRIC, pack_floats, standard_error
-from olica.runs import PAPER, Results, limited
-from olica.tables import TABLES, TASKS, Measured, Table
+from olica.evaluation.paired import PAPER_METRIC, pack_floats, standard_error
+from olica.report.plots import FIGURES, draw
+from olica.report.runs import PAPER, Results, limited
+from olica.report.tables import TABLES, TASKS, Measured, Table
 
 NOISE = np.random.default_rng(0).normal(0, 0.1, 30)
 ERROR = standard_error(NOISE, consecutive=True)  # of every perplexity here, as a share of it

@@ -17,10 +17,10 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from olica import text_sources
 from olica.errors import UsageError
-from olica.pydoc_text import pydoc_passages
-from olica.text_sources import SOURCES, evaluation_text, read_rows
+from olica.sources import text_sources
+from olica.sources.pydoc_text import pydoc_passages
+from olica.sources.text_sources import SOURCES, evaluation_text, read_rows
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,8 @@ import model_evaluate
 import model_pruning
 import olica  # noqa: F401
 from olica.command_line import run_command
-from olica.model_source import _say_once, count_dense_parameters, locate, read_config, read_model
-from olica.tied_head import holds_another_head
+from olica.sources.model_source import _say_once, count_dense_parameters, locate, read_config, read_model
+from olica.sources.tied_head import holds_another_head
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 FORMS = ["safetensors", "shards", "bin", "old bin", "no prefix", "links"]

@@ -3,10 +3,8 @@ import pytest
 import torch
 from conftest import make_llama
 
-from olica.configuration_olica import LayerShape
-from olica.modeling_olica import projections_of
-from olica.moments import Moments, diagonal, per_head
-from olica.value_output import (
+from olica.methods.moments import Moments, diagonal, per_head
+from olica.methods.value_output import (
     FactorisedProjections,
     NarrowedHeads,
     given_directions,
@@ -16,6 +14,8 @@ from olica.value_output import (
     released_importance,
     value_directions,
 )
+from olica.model.configuration_olica import LayerShape
+from olica.model.modeling_olica import projections_of
 
 H, D, WIDTH = 4, 64, 16
 

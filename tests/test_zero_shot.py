@@ -11,10 +11,10 @@ import torch
 from conftest import make_llama, no_memory_for_more_than
 from tokenizers import processors
 
-from olica import zero_shot
 from olica.errors import UsageError
-from olica.rows import PAPER_METRIC
-from olica.zero_shot import TaskProtocol
+from olica.evaluation import zero_shot
+from olica.evaluation.paired import PAPER_METRIC
+from olica.evaluation.zero_shot import TaskProtocol
 
 TASKS = ["openbookqa", "arc_easy", "arc_challenge", "winogrande", "hellaswag", "piqa", "boolq"]
 

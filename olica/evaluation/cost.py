@@ -1,0 +1,188 @@
+"""What a model costs: parameters, products, bytes, seconds per forward pass and per generated token, and peak memory.
+
+B sequences, T tokens of each
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import Cache, PreTrainedModel
+
+from ..model.configuration_olica import head_dim
+from ..sources.model_files import weight_files
+
+# Linux: RESET_PEAK written to the first makes the kernel start VmHWM, a line of the second, from the present
+# resident size again (proc(5)).
+CLEAR_REFS = Path("/proc/self/clear_refs")
+STATUS = Path("/proc/self/status")
+RESET_PEAK = "5"
+
+
+def count_parameters(model: PreTrainedModel) -> dict[str, int]:
+    """Count the distinct parameters, tied ones once: `total`, and `decoder_layers` alone.
+
+    `total` includes embeddings, head and norms; the linear corrections of a pruned model are in both.
+    """
+    return {
+        "total": sum(parameter.numel() for parameter in model.parameters()),
+        "decoder_layers": sum(parameter.numel() for parameter in model.get_decoder().layers.parameters()),
+    }
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of the distinct parameters of `model` in their dtypes, tied ones counted once."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def count_macs(model: PreTrainedModel, tokens: int) -> int:
+    """Multiply-accumulates of one forward pass of a sequence of T = `tokens` tokens; no weight is read.
+
+    Every linear map of (in, out) features takes T in out, and the attention of H heads of width d in each of L layers
+    2 L H T^2 d: scores and mixed values of all pairs of tokens, the masked ones too. Norms, activations and rotary
+    embeddings are left out, as is usual.
+    """
+    linear = sum(
+        module.in_features * module.out_features for module in model.modules() if isinstance(module, nn.Linear)
+    )
+    config = model.config
+    heads = config.num_attention_heads * head_dim(config)
+    return tokens * linear + 2 * config.num_hidden_layers * heads * tokens**2
+
+
+def cache_bytes_per_token(model: PreTrainedModel) -> int:
+    """Bytes that the key/value cache takes for every token: keys and values of all layers, in the model's dtype.
+
+    Values of narrowed heads are cached zero-padded. A layer with a sliding window caches no more than its window.
+    """
+    config = model.config
+    width = config.num_key_value_heads * head_dim(config)
+    return 2 * config.num_hidden_layers * width * model.dtype.itemsize
+
+
+def folder_weight_bytes(folder: str | Path) -> int:
+    """Bytes on disk of the files that hold a model's weights, headers included; 0 if `folder` holds no model."""
+    return sum(path.stat().st_size for path in weight_files(folder))
+
+
+@torch.no_grad()
+def forward_latency(
+    models: dict[str, nn.Module], ids: torch.Tensor, repeats: int
+) -> dict[str, dict[str, float]]:
+    """Time a forward pass over `ids` (B, T), `repeats` times for each of `models`, in seconds.
+
+    Returns `median_s`, `min_s`, `max_s` and `ratio`, the median over that of the first model, by the names
+    of `models`. The models take turns within one process, so that a clock or a neighbour that changes speed
+    meets all of them alike. One pass of each is left out of the count: the first allocates and picks kernels.
+    """
+    seconds = {name: [] for name in models}
+    for _ in range(1 + repeats):
+        for name, model in models.items():
+            seconds[name].append(_timed(model.device, model, ids.to(model.device), use_cache=False)[0])
+    return _compared(seconds, uncounted=1)
+
+
+@torch.no_grad()
+def generation_latency(
+    models: dict[str, PreTrainedModel], prompts: torch.Tensor, new_tokens: int, repeats: int
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Time greedy generation through the cache; the models take turns at every step.
+
+    Args:
+        models: causal language models by name, the one to compare with first.
+        prompts: (B, T) token ids.
+        new_tokens: steps of one token for each of the B sequences, after the one that the prompts give.
+        repeats: rounds of one prefill and `new_tokens` steps, beside a first one that is not counted.
+
+    Returns:
+        By the names of `models` two rows as `forward_latency` gives them: `prefill`, the forward pass of the
+        prompts that fills the cache, with the logits of the last position only, and `decode`, one step.
+    """
+    prefill, decode = ({name: [] for name in models} for _ in range(2))
+    for _ in range(1 + repeats):
+        states = dict.fromkeys(models, (prompts, None))
+        for step in range(1 + new_tokens):
+            for name, model in models.items():
+                taken, states[name] = _timed(model.device, _greedy_step, model, *states[name])
+                (decode if step else prefill)[name].append(taken)
+    prefill, decode = _compared(prefill, uncounted=1), _compared(decode, uncounted=new_tokens)
+    return {name: {"prefill": prefill[name], "decode": decode[name]} for name in models}
+
+
+def reset_peak_memory(device: torch.device | str) -> bool:
+    """Start the peaks that `peak_memory` reports from the memory in use now.
+
+    Returns whether the host's peak was reset too; where the system does not offer it, that peak stays the one
+    of the whole process.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        CLEAR_REFS.write_text(RESET_PEAK)
+    except OSError:
+        return False
+    return True
+
+
+def peak_memory(device: torch.device | str) -> dict[str, int | None]:
+    """Peak memory since `reset_peak_memory`, in bytes: `host_bytes` and `device_bytes`.
+
+    The host's is the resident size of this process; the device's is what torch allocated for tensors on
+    `device`, and None unless that is a CUDA device.
+    """
+    on_cuda = torch.device(device).type == "cuda"
+    return {
+        "host_bytes": _host_peak(),
+        "device_bytes": torch.cuda.max_memory_allocated(device) if on_cuda else None,
+    }
+
+
+def _greedy_step(model: PreTrainedModel, ids: torch.Tensor, cache: Cache | None) -> tuple[torch.Tensor, Cache]:
+    """The likeliest next token (B, 1) after `ids` (B, T) and what `cache` holds, and the cache with `ids` in it."""
+    output = model(ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return output.logits[:, -1:].argmax(-1), output.past_key_values
+
+
+def _timed(device: torch.device, work: Callable, *args, **kwargs) -> tuple[float, object]:
+    """Wall-clock seconds of `work`, to the end of what it started on a GPU, and what it returned."""
+    synchronize(device)
+    start = time.perf_counter()
+    result = work(*args, **kwargs)
+    synchronize(device)
+    return time.perf_counter() - start, result
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for all that was started on a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _compared(seconds: dict[str, list[float]], uncounted: int) -> dict[str, dict[str, float]]:
+    """Median, extremes and ratio to the first model's median, by model, without the first `uncounted` values."""
+    timed = {}
+    for name, values in seconds.items():
+        counted = values[uncounted:]
+        timed[name] = {"median_s": statistics.median(counted), "min_s": min(counted), "max_s": max(counted)}
+    first = next(iter(timed.values()))["median_s"]
+    return {name: row | {"ratio": row["median_s"] / first} for name, row in timed.items()}
+
+
+def _host_peak() -> int:
+    """Peak resident bytes: since the last reset, or of the whole process where the system has no VmHWM."""
+    try:
+        lines = STATUS.read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024  # "VmHWM:    123456 kB"
+    # Imported here because Windows does not have it.
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB on Linux

@@ -1,0 +1,421 @@
+"""Zero-shot accuracy through lm-evaluation-harness, on rows of the hub or of local files."""
+
+import copy
+import difflib
+import glob
+import hashlib
+import importlib.util
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from importlib import metadata
+from pathlib import Path
+
+from accelerate import Accelerator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..batch_size import BatchSize
+from ..errors import UsageError
+from ..processes import ALONE, Processes
+from .paired import PAPER_METRIC, mean_error, pack_hits
+
+# lm-eval's default is the model's dtype: in bfloat16 a log-likelihood near -40 comes in steps of 0.25, and answers tie.
+SOFTMAX_DTYPE = "float32"
+# Metrics that are right or wrong row by row.
+ROW_METRICS = ("acc", "acc_norm")
+# What lm-eval calls of a model, and the mark of what fails there: whatever it is, it is no fault of the rows.
+CALLS = ("loglikelihood", "loglikelihood_rolling", "generate_until", "all_gather", "gather_object", "barrier")
+WHILE_RUNNING = "while lm-eval ran the model"
+
+
+@dataclass(frozen=True)
+class LocalRows:
+    """Where the rows of a task may lie in a data folder, and which lm-eval task file they are put through."""
+
+    stock: str  # task file, relative to lm-eval's own folder of tasks
+    stem: str  # file name without .jsonl or .jsonl.gz
+    split: str  # the split that is scored, the only one in the file
+
+
+LOCAL_ROWS = {
+    "openbookqa": LocalRows("openbookqa/openbookqa.yaml", "openbookqa_main_test", "test"),
+    "arc_easy": LocalRows("arc/arc_easy.yaml", "arc_easy_test", "test"),
+    "arc_challenge": LocalRows("arc/arc_challenge.yaml", "arc_challenge_test", "test"),
+    "winogrande": LocalRows("winogrande/default.yaml", "winogrande_xl_validation", "validation"),
+    "hellaswag": LocalRows("hellaswag/hellaswag.yaml", "hellaswag_validation", "validation"),
+    "piqa": LocalRows("piqa/piqa.yaml", "piqa_validation", "validation"),
+    "boolq": LocalRows("super_glue/boolq/default.yaml", "boolq_validation", "validation"),
+}
+
+
+@dataclass(frozen=True)
+class TaskProtocol:
+    """How tasks are scored.
+
+    Attributes:
+        num_fewshot: examples in a prompt; None is each task's own number.
+        limit: how many rows of every task count, from the first on, or which share of them if below 1; None: all.
+        add_bos_token: whether every prompt begins with the tokenizer's start token. The paper's harness (of 2023) never
+            put one there; today's default is what the tokenizer does, which for LLaMA is one <s>.
+        seed: of the draw of examples.
+        data_dir: folder whose local rows take the place of the hub's, see `local_tasks`; None: the hub alone.
+    """
+
+    num_fewshot: int | None = 0
+    limit: int | float | None = None
+    add_bos_token: bool = False
+    seed: int = 0
+    data_dir: str | Path | None = None
+
+
+def zero_shot(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: list[str],
+    protocol: TaskProtocol,
+    batch_size: int,
+    processes: Processes = ALONE,
+) -> Iterator[tuple[str, dict[str, dict]]]:
+    """Score `model` on lm-eval `tasks` (names of tasks, groups or tags), one after the other.
+
+    Yields each name with the scores of its tasks, by name: metrics as shares of 1, their standard errors, the protocol,
+    and `hits`, by metric, of the single rows; what a JSON record can hold. A group whose tasks lm-eval averages (mmlu)
+    has scores of its own, without `hits`. Processes other than the main one get empty scores. A task whose batches do
+    not fit into memory is scored again in smaller ones, unless several processes share it. Resets the generators of
+    random, numpy and torch.
+    Raises UsageError if lm-eval is missing, a task is unknown, its rows cannot be had, or shots are asked of a
+    local file.
+    """
+    harness = _import_harness()
+    with tempfile.TemporaryDirectory() as folder:
+        with _explained(tasks, protocol.data_dir):
+            local = local_tasks(protocol.data_dir, folder) if protocol.data_dir else []
+            manager = _task_manager(tasks, local, folder, protocol.num_fewshot)
+        fitting = BatchSize(batch_size)
+        scored: dict[str, dict] = {}
+
+        def score(task: str) -> None:
+            """Put the task's scores into `scored`."""
+            wrapped = _harness_model(model, tokenizer, fitting.size, protocol.add_bos_token, processes)
+            with _explained([task], protocol.data_dir):
+                results = harness.simple_evaluate(
+                    model=wrapped,
+                    tasks=[task],
+                    num_fewshot=protocol.num_fewshot,
+                    limit=protocol.limit,
+                    fewshot_random_seed=protocol.seed,
+                    task_manager=manager,
+                    log_samples=True,
+                )
+            scored[task] = _scores(results, local) if processes.is_main else {}
+
+        for task in tasks:
+            if processes.count > 1:
+                score(task)  # the others would wait for one that begins anew
+            else:
+                fitting.run(lambda _, task=task: score(task), samples=1)
+            yield task, scored.pop(task)
+
+
+def check_tasks(tasks: list[str], protocol: TaskProtocol) -> dict[str, int]:
+    """Read the rows of `tasks`, so that what is wrong with them is told before any model is read.
+
+    Returns how many tokens those tasks generate that do so, by their names.
+    Raises UsageError as `zero_shot` does, and if a task has fewer rows to draw examples from than are asked for.
+    """
+    _import_harness()
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    with tempfile.TemporaryDirectory() as folder, _explained(tasks, protocol.data_dir):
+        local = local_tasks(protocol.data_dir, folder) if protocol.data_dir else []
+        loaded = _task_manager(tasks, local, folder, protocol.num_fewshot).load(tasks)["tasks"]
+        _check_examples(loaded, protocol.num_fewshot)
+        generating = {name: task.config for name, task in loaded.items() if task.OUTPUT_TYPE == "generate_until"}
+        return {
+            name: normalize_gen_kwargs(config.generation_kwargs or {})["max_gen_toks"]
+            for name, config in generating.items()
+        }
+
+
+def _check_examples(tasks: dict, number: int | None) -> None:
+    """Raise UsageError if one of lm-eval's `tasks`, by their names, has fewer rows for examples than `number`."""
+    for name, task in tasks.items() if number else ():
+        if task.get_config("num_fewshot") == 0 or not hasattr(task, "sampler"):  # lm-eval leaves it at none
+            continue
+        # A row that is scored is no example of itself.
+        rows = len(task.sampler.fewshot_docs()) - (task.fewshot_cfg.split == task.config.test_split)
+        if number > rows:
+            raise UsageError(f"--num_fewshot {number}: {name} has {rows} rows to draw examples from; ask for fewer")
+
+
+def local_rows(tasks: list[str], data_dir: str | Path | None) -> dict[str, str]:
+    """sha256 of the local files of rows that `tasks` may read, by the names of the tasks."""
+    if not data_dir or not tasks:
+        return {}
+    found = {name: _find_rows(Path(data_dir), rows.stem) for name, rows in LOCAL_ROWS.items()}
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in found.items() if path}
+
+
+def harness_version() -> str:
+    """The harness and its version, for records."""
+    return f"lm-eval {metadata.version('lm_eval')}"
+
+
+@contextmanager
+def _explained(tasks: list[str], data_dir: str | Path | None) -> Iterator[None]:
+    """Turn the failures of reading and filling in rows into a UsageError, but not those of running the model."""
+    try:
+        yield
+    except (UsageError, MemoryError):
+        raise
+    except Exception as error:
+        if WHILE_RUNNING in getattr(error, "__notes__", ()):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        files = {name: _find_rows(Path(data_dir or ""), LOCAL_ROWS[name].stem) for name in tasks if name in LOCAL_ROWS}
+        missing = [f"{LOCAL_ROWS[name].stem}.jsonl" for name, path in files.items() if path is None]
+        if empty := [path for path in files.values() if path and not path.stat().st_size]:
+            reason = f"{empty[0]} is empty"
+        names = f" as {', '.join(missing)}" if missing else ""
+        advice = f"their rows must lie in --data_dir {data_dir}{names}, whole and in the hub's fields"
+        if any(name not in LOCAL_ROWS for name in tasks):
+            advice += f", and only {', '.join(LOCAL_ROWS)} can have rows there"
+        raise UsageError(
+            f"--tasks {','.join(tasks)}: lm-eval cannot score them ({reason}); without a hub {advice}"
+        ) from error
+
+
+def local_tasks(data_dir: str | Path, folder: str | Path) -> list[str]:
+    """Write into `folder` a task file for each of the paper's tasks whose rows lie under `data_dir`.
+
+    Looked for in `data_dir` and `data_dir`/eval: the stems of `LOCAL_ROWS` as .jsonl or .jsonl.gz. With
+    `folder` as lm-eval's include path the files take the place of the stock tasks of the same names: they
+    include the stock file, its prompts and metrics, and change only where the rows come from.
+    Returns the names of the tasks.
+    """
+    found = {name: _find_rows(Path(data_dir), local.stem) for name, local in LOCAL_ROWS.items()}
+    names = [name for name, rows in found.items() if rows is not None]
+    for name in names:
+        task = _local_task(name, found[name], Path(folder) / "rows")
+        # JSON is YAML.
+        (Path(folder) / f"{name}.yaml").write_text(json.dumps(task, indent=2), encoding="utf-8")
+    return names
+
+
+def averages(results: dict[str, dict]) -> dict:
+    """Mean accuracies in percent over those of the paper's tasks that `results` (task -> metrics) holds.
+
+    `paper_rule` takes each task's `PAPER_METRIC`, as the paper's tables do; `max_rule` takes the larger of
+    acc and acc_norm, which is the mean the released script prints. `standard_error` is that of `paper_rule`. `tasks`
+    lists what was averaged; without any, all three are None.
+    """
+    present = [task for task, metric in PAPER_METRIC.items() if metric in results.get(task, {})]
+    paper = [results[task][PAPER_METRIC[task]] for task in present]
+    larger = [max(results[task].get(metric, 0.0) for metric in ("acc", "acc_norm")) for task in present]
+    errors = [{"standard_error": results[task].get(f"{PAPER_METRIC[task]}_stderr")} for task in present]
+    error = mean_error(errors)
+    return {
+        "paper_rule": _mean_percent(paper),
+        "standard_error": None if error is None else 100 * error,
+        "max_rule": _mean_percent(larger),
+        "tasks": present,
+    }
+
+
+def _mean_percent(shares: list[float]) -> float | None:
+    return 100 * sum(shares) / len(shares) if shares else None
+
+
+def _find_rows(data_dir: Path, stem: str) -> Path | None:
+    """The first file of this stem in `data_dir` or its folder eval, plain before gzipped; None without."""
+    candidates = (
+        folder / f"{stem}{suffix}"
+        for folder in (data_dir, data_dir / "eval")
+        for suffix in (".jsonl", ".jsonl.gz")
+    )
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _local_task(name: str, rows: Path, cache: Path) -> dict:
+    """The task file that puts the local `rows` through lm-eval's stock task `name`."""
+    from lm_eval import tasks
+
+    local = LOCAL_ROWS[name]
+    return {
+        "include": str(Path(tasks.__file__).parent / local.stock),
+        "task": name,
+        # A tag named here would stand for the local tasks alone, and hide the stock tag's other tasks.
+        "tag": None,
+        "dataset_path": "json",
+        "dataset_name": None,
+        # The cache goes with the temporary folder, and no edited file is answered from an old one.
+        "dataset_kwargs": {"data_files": {local.split: glob.escape(str(rows.resolve()))}, "cache_dir": str(cache)},
+        "training_split": None,
+        "validation_split": None,
+        "test_split": None,
+        f"{local.split}_split": local.split,
+    }
+
+
+def _harness_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    add_bos_token: bool,
+    processes: Processes,
+):
+    """The loaded model as lm-eval wants it."""
+    from lm_eval.models.huggingface import HFLM
+
+    tokenizer = copy.deepcopy(tokenizer)
+    if add_bos_token:
+        # lm-eval leaves the token to the tokenizer, and many tokenizers that have one do not put it there.
+        tokenizer.add_bos_token, tokenizer.add_eos_token = True, False
+    # Prompts are padded by what the model knows: tokens that were added to a tokenizer may lie beyond its embedding.
+    special = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id)
+    known = (token for token in special if token is not None and token < model.config.vocab_size)
+    tokenizer.pad_token_id = next(known, 0)
+    # A class of its own: methods that were replaced on the instance would refer to it, and keep the model in memory.
+    marked = type("Marked", (HFLM,), {name: _marked(getattr(HFLM, name)) for name in CALLS})
+    wrapped = marked(
+        pretrained=model,
+        tokenizer=tokenizer,
+        backend="causal",
+        batch_size=batch_size,
+        add_bos_token=add_bos_token,
+        softmax_dtype=SOFTMAX_DTYPE,
+    )
+    if processes.state is not None:
+        # lm-eval joins the processes of a launch only where it reads the model itself.
+        wrapped.accelerator = Accelerator()
+        wrapped._rank, wrapped._world_size = processes.index, processes.count
+    return wrapped
+
+
+def _marked(run: Callable) -> Callable:
+    """`run`, whose failures carry the note `WHILE_RUNNING`; log-likelihoods that are NaN are one."""
+
+    @wraps(run)
+    def marked(*arguments, **settings):
+        try:
+            results = run(*arguments, **settings)
+        except Exception as error:
+            error.add_note(WHILE_RUNNING)
+            raise
+        answers = results if isinstance(results, list) else []  # of a choice: log-likelihood, and whether it is greedy
+        if any(isinstance(answer, tuple) and math.isnan(answer[0]) for answer in answers):
+            raise UsageError(
+                "a log-likelihood is NaN: the checkpoint yields NaN or infinite logits, or its dtype overflows"
+            )
+        return results
+
+    return marked
+
+
+def _import_harness():
+    """The package lm_eval, imported where it is used: it takes seconds, and perplexity does without it."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UsageError("--tasks needs the package lm-eval: pip install lm-eval")
+    import lm_eval
+
+    return lm_eval
+
+
+def _task_manager(tasks: list[str], local: list[str], folder: str, num_fewshot: int | None):
+    """lm-eval's index of tasks, those `local` in `folder` first; checks that `tasks` and shots can be had."""
+    from lm_eval.tasks import TaskManager
+
+    # Indexing the thousands of stock tasks takes seconds, and the local ones need none of them.
+    manager = TaskManager(include_path=folder, include_defaults=not set(tasks) <= set(local))
+    for name in tasks:
+        if name not in manager.task_index:
+            nearest = difflib.get_close_matches(name, manager.all_tasks)
+            names = f"; nearest: {', '.join(nearest)}" if nearest else ", nor one of a name near it"
+            raise UsageError(f"--tasks {name}: lm-eval has no such task{names}")
+    if num_fewshot and local:
+        # lm-eval would quietly draw the shots from the rows it scores. Loading resolves groups and tags.
+        for name in sorted(manager.load(tasks)["tasks"].keys() & set(local)):
+            raise UsageError(
+                f"--num_fewshot {num_fewshot}: the local file of {name} has no training rows to draw shots "
+                "from; use --num_fewshot 0, or a --data_dir without that file, so that the hub is asked"
+            )
+    return manager
+
+
+def _scores(results: dict, local: list[str]) -> dict[str, dict]:
+    """The records of all tasks in lm-eval's results, and behind them those of their groups."""
+    tasks = {name: _task_record(results, name, local) for name in results["n-samples"]}
+    return tasks | {name: _group_record(results, name) for name in results.get("groups", ())}
+
+
+def _metrics(row: dict) -> dict[str, float]:
+    """The figures in a row of lm-eval's results.
+
+    Its keys are "metric,filter" and "metric_stderr,filter"; a filter other than "none", which all tasks of the paper
+    have, becomes part of the metric's name. A standard error that lm-eval cannot give is the string "N/A".
+    """
+    found = {}
+    for key, value in row.items():
+        if "," in key and isinstance(value, int | float) and math.isfinite(value):
+            metric, of_filter = key.split(",", maxsplit=1)
+            name = metric.removesuffix("_stderr")
+            ending = metric[len(name) :]
+            found[name + (f",{of_filter}" if of_filter != "none" else "") + ending] = value
+    return found
+
+
+def _group_record(results: dict, name: str) -> dict:
+    """A group's metrics and protocol; its rows are in the records of its tasks."""
+    metrics, tasks = _metrics(results["groups"][name]), _tasks_of(name, results["group_subtasks"])
+    samples = [results["n-samples"][task] for task in tasks]
+    return metrics | {
+        "metrics": [name for name in metrics if not name.endswith("_stderr")],
+        "hits": {},
+        "hash": None,
+        "samples": sum(counts["effective"] for counts in samples),
+        "split_size": sum(counts["original"] for counts in samples),
+        "num_fewshot": results["n-shot"].get(name),
+        "version": results["versions"].get(name),
+        "origin": f"{len(tasks)} tasks",
+    }
+
+
+def _tasks_of(name: str, children: dict[str, list[str]]) -> list[str]:
+    """The tasks of a group and of the groups in it; of a task, itself."""
+    if name not in children:
+        return [name]
+    return [task for child in children[name] for task in _tasks_of(child, children)]
+
+
+def _task_record(results: dict, name: str, local: list[str]) -> dict:
+    """One task's metrics and protocol out of lm-eval's results."""
+    metrics = _metrics(results["results"][name])
+    config, samples = results["configs"][name], results["n-samples"][name]
+    origin = f"hub {config.get('dataset_path')}"
+    if name in local:
+        rows = Path(config["dataset_kwargs"]["data_files"][LOCAL_ROWS[name].split])
+        origin = f"local {rows.name}"
+    rows = sorted((row for row in results["samples"][name] if row["filter"] == "none"), key=lambda row: row["doc_id"])
+    answers = {metric: [row.get(metric) for row in rows] for metric in ROW_METRICS}
+    whole = (metric for metric, right in answers.items() if rows and all(hit in (0, 1) for hit in right))
+    hits = {metric: pack_hits(answers[metric]) for metric in whole}
+    return metrics | {
+        "metrics": [name for name in metrics if not name.endswith("_stderr")],
+        "hits": hits,
+        "hash": _hash_rows(rows) if hits else None,
+        "samples": samples["effective"],
+        "split_size": samples["original"],
+        "num_fewshot": results["n-shot"][name],
+        "version": results["versions"][name],
+        "origin": origin,
+    }
+
+
+def _hash_rows(rows: list[dict]) -> str:
+    """Digest of the rows, their prompts and their answers: equal for two runs that were asked the same."""
+    parts = (row[key] for row in rows for key in ("doc_hash", "prompt_hash", "target_hash"))
+    return hashlib.sha256("".join(parts).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""What is computed of a layer, from its weights and moments: tensors in, tensors out."""

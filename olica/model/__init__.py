@@ -1,0 +1,1 @@
+"""The pruned model: its configuration and modules. Two files are copied into every checkpoint."""

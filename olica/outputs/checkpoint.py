@@ -1,0 +1,192 @@
+"""Write a pruned model as a checkpoint that the Auto classes load, whole or not at all."""
+
+import json
+import os
+import shutil
+from math import prod
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from ..errors import UsageError
+from ..model.configuration_olica import LayerShape
+from ..model.modeling_olica import FAMILIES, SEQUENCE_CLASSIFIERS, TOKEN_CLASSIFIERS
+from ..sources.dense_model import DenseModel, StoredWeight, stored_weights
+from ..sources.model_source import try_out
+from .run_folder import RunFolder
+
+DEFAULT_RECIPE = "olica"
+# What `--sparsity` is a share of: the whole model, as in the paper, or the decoder layers alone.
+SPARSITY_OF = ("model", "layers")
+
+
+def checkpoint_folder(
+    save_dir: str, label: str, sparsity: float, recipe: str = DEFAULT_RECIPE, sparsity_of: str = SPARSITY_OF[0]
+) -> Path:
+    """Where a pruned model is saved; defaults are not named, so that evaluation finds it by two flags."""
+    of = "" if sparsity_of == SPARSITY_OF[0] else f"_of-{sparsity_of}"
+    suffix = "" if recipe == DEFAULT_RECIPE else f"_{recipe}"
+    return Path(save_dir) / f"{label}_sparsity-{sparsity:g}{of}{suffix}"
+
+
+def check_writable(path: Path, flag: str) -> Path:
+    """The nearest folder above `path` that exists; raises UsageError, naming `flag`, unless it can be written to."""
+    parent = next(p for p in path.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UsageError(f"{flag}: {parent} is not a folder that can be written to")
+    return parent
+
+
+def check_record_path(path: Path, flag: str) -> None:
+    """Raise UsageError unless a record can be written to `path`, in place of a file at the most."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise UsageError(f"{flag} {path} is a folder, a link or a device; give the name of a file")
+    check_writable(path, flag)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise UsageError unless a checkpoint's folder can be made at `folder`, or is one."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise UsageError(f"--save_dir: {folder} is a file or a link; give another --save_dir")
+    check_writable(folder, "--save_dir")
+
+
+def check_room(folder: Path, needed_bytes: int, overwrite: bool) -> None:
+    """Raise UsageError if `folder` exists and may not be replaced, or the disk has no room for `needed_bytes`."""
+    if folder.exists() and not overwrite:
+        raise UsageError(f"--save_dir: {folder} exists already; give --overwrite to replace it, or another --save_dir")
+    free = shutil.disk_usage(check_writable(folder, "--save_dir")).free
+    if free < needed_bytes:
+        raise UsageError(
+            f"--save_dir: the pruned model, with what the run keeps meanwhile, takes {needed_bytes / 1e9:.2f} GB more "
+            f"and {folder.parent} has {free / 1e9:.2f} GB free; make room or give another --save_dir"
+        )
+
+
+def pruned_skeleton(config: PreTrainedConfig, plan: list[LayerShape]) -> PreTrainedModel:
+    """The pruned form, without weights, of a dense model of `config` whose layers get the sizes `plan`."""
+    pruned_class = FAMILIES[config.model_type]
+    settings = config.to_dict()
+    for key in ("model_type", "architectures", "transformers_version"):
+        settings.pop(key, None)
+    with torch.device("meta"):
+        return pruned_class(pruned_class.config_class(**settings, layer_shapes=[shape.to_dict() for shape in plan]))
+
+
+def complete(
+    progress: RunFolder, dense: DenseModel, plan: list[LayerShape], tokenizer: PreTrainedTokenizerBase | None
+) -> dict[str, int]:
+    """Write what a checkpoint has beside its decoder layers, all of which are written.
+
+    Returns:
+        The parameters that were written: `total`, and `decoder_layers` alone.
+
+    Raises:
+        RuntimeError: the weights are not those of the plan.
+        UsageError: the disk is full or fails.
+    """
+    embedding, others = dense.other_names()
+    progress.save_shard(1, dense.read(embedding))
+    progress.save_shard(len(plan) + 2, dense.read(others))
+    stored = stored_weights(sorted(progress.checkpoint.glob("*.safetensors")))
+    loaded = _describe(progress, progress.checkpoint, dense, plan, tokenizer)
+    if loaded != {name: weight.shape for name, weight in stored.items()}:
+        raise RuntimeError("the weights written are not those of the plan")
+    sizes = {name: prod(weight.shape) for name, weight in stored.items()}
+    written = {
+        "total": sum(sizes.values()),
+        "decoder_layers": sum(size for name, size in sizes.items() if name.startswith(dense.layers_prefix)),
+    }
+    with progress.explained():
+        _write_index(progress.checkpoint, stored, written["total"])
+    return written
+
+
+def check_description(
+    progress: RunFolder, dense: DenseModel, plan: list[LayerShape], tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    """Raise UsageError if a checkpoint of these sizes would not load, before layers are pruned in vain."""
+    with TemporaryDirectory(dir=progress.work) as folder:
+        _describe(progress, Path(folder), dense, plan, tokenizer)
+
+
+def _describe(
+    progress: RunFolder,
+    folder: Path,
+    dense: DenseModel,
+    plan: list[LayerShape],
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> dict[str, tuple[int, ...]]:
+    """Write what a checkpoint has beside its weights, and load it again.
+
+    Returns:
+        The sizes of the weights that the Auto classes expect in the folder, by their names.
+
+    Raises:
+        UsageError: it cannot be written, or not be loaded.
+    """
+    try:
+        with progress.explained():
+            _write_description(pruned_skeleton(dense.config, plan), dense.model, folder)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+        if tokenizer is not None:
+            AutoTokenizer.from_pretrained(folder)
+        return {name: tuple(weight.shape) for name, weight in _load_empty(folder).named_parameters()}
+    except (UsageError, MemoryError):
+        raise
+    except Exception as error:  # the libraries share none
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UsageError(
+            "--base_model: a pruned checkpoint with the model's configuration, generation settings and tokenizer would "
+            f"not load ({reason}); correct these files of the model"
+        ) from error
+
+
+def _load_empty(folder: Path) -> PreTrainedModel:
+    """The model that the Auto classes make of a folder, without weights, tried out on what pruning never runs.
+
+    Raises:
+        Exception: it cannot be made, or fails when it is run.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    try_out(model)
+    return model
+
+
+def _write_index(folder: Path, stored: dict[str, StoredWeight], parameters: int) -> None:
+    size = sum(prod(weight.shape) * weight.dtype.itemsize for weight in stored.values())
+    index = {
+        "metadata": {"total_parameters": parameters, "total_size": size},
+        "weight_map": {name: weight.path.name for name, weight in sorted(stored.items())},
+    }
+    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_description(pruned: PreTrainedModel, dense: PreTrainedModel, folder: Path) -> None:
+    """Write the configuration, the modelling files and the generation settings, as save_pretrained does."""
+    family, module = dense.config.model_type, type(pruned).__module__.split(".")[-1]
+    others = {
+        "AutoModel": pruned.base_class,
+        "AutoModelForSequenceClassification": SEQUENCE_CLASSIFIERS.get(family),
+        "AutoModelForTokenClassification": TOKEN_CLASSIFIERS.get(family),
+    }
+    pruned.config.dtype = str(dense.dtype).removeprefix("torch.")
+    pruned.config.architectures = [type(pruned).__name__]
+    # The entries of the configuration and of the class that is saved are added.
+    pruned.config.auto_map = {auto: f"{module}.{model.__name__}" for auto, model in others.items() if model}
+    custom_object_save(pruned, folder, config=pruned.config)
+    pruned.config.save_pretrained(folder)
+    dense.generation_config.save_pretrained(folder)

@@ -1,0 +1,74 @@
+"""What decides a result: a run that goes on must not differ in any of it from the run that began."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from ..sources.model_source import Location, describe_source
+from .records import EVALUATION_RECORD, environment
+
+# These say where something is, choose the calibration set, which goes by its tokens, or decide nothing.
+NOT_COMPARED = ("base_model", "datasets", "data_dir", "num_samples", "seqlen", "seed", "cache_dev")
+NOT_COMPARED += ("save_dir", "overwrite", "dry_run")
+
+
+def of_run(settings: dict, location: Location, config, token_hash: str, device: torch.device) -> dict:
+    """The settings, the dense model, the calibration set, the code and the machine of a run, by names for messages.
+
+    Args:
+        settings: values of the flags by their names.
+        location: of the dense model.
+        config: its configuration.
+        token_hash: of the calibration set.
+        device: where layers run.
+    """
+    machine = environment(device)
+    return {
+        "calibration set": token_hash,
+        **{f"--{name}": value for name, value in settings.items() if name not in NOT_COMPARED},
+        **_source(location, config),
+        "version of the code": _code(),
+        "version of Python": machine["python"],
+        **{f"version of {name}": version for name, version in machine["packages"].items()},
+        "device": machine["device"],
+        "number of threads": machine["cpu_threads"],
+    }
+
+
+def of_evaluation(
+    settings: dict, locations: dict[str, Location], configs: dict, data: dict[str, str], device: torch.device
+) -> dict:
+    """The settings, models, texts and rows, code and machine of an evaluation: figures of another are not taken up.
+
+    Args:
+        settings: values of the flags by their names.
+        locations: of the models, by their names in the record.
+        configs: their configurations.
+        data: digests of texts and local rows, by their names.
+        device: where the models run.
+    """
+    return {
+        "settings": {name: value for name, value in settings.items() if name != "output_path"},
+        "models": {name: _source(location, configs[name]) for name, location in locations.items()},
+        "data": data,
+        "code": _code(),
+        # What the commit changed in the code, the digest of the code knows.
+        "environment": {name: value for name, value in environment(device).items() if name != "git_commit"},
+    }
+
+
+def _source(location: Location, config) -> dict:
+    """Size and time of the last change of every file of a local model; the commit of one of the hub."""
+    if not location.is_local:
+        return {"revision of the model": describe_source(location, config)["revision"]}
+    files = [path for path in location.files if not path.match(EVALUATION_RECORD.format(time="*"))]
+    return {f"{path.name} of the model": [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+
+
+def _code() -> str:
+    digest = hashlib.sha256()
+    library = Path(__file__).parents[1]
+    for path in [*sorted(library.rglob("*.py")), *sorted(library.parent.glob("model_*.py"))]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

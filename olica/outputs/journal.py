@@ -1,0 +1,133 @@
+"""What a folder holds for good: facts, and files of tensors with their checksums.
+
+A file is written under another name, forced to the disk and moved to its place; then the journal, in the same way,
+names it. So whenever the power goes, what the journal names is there as a whole, and all else can be thrown away.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ..errors import UsageError
+from ..tensor_files import save_tensors
+
+
+class Journal:
+    """The journal of a folder.
+
+    Attributes:
+        path: its file.
+        facts: plain values, as they are on the disk or the next `commit` is going to write them.
+        files: SHA-256 of every file written, by its path within the folder; those since the last `commit` too.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.forget()
+
+    def forget(self) -> None:
+        """Start anew: nothing is there."""
+        self.facts: dict = {}
+        self.files: dict[str, str] = {}
+
+    def read(self) -> dict:
+        """The facts on the disk; none where there is no journal.
+
+        Raises:
+            UsageError: the journal is not as it was written.
+        """
+        self.forget()
+        try:
+            stored = json.loads(self.path.read_text())
+            if stored["sha256"] != _text_checksum(stored["facts"], stored["files"]):
+                raise ValueError("its checksum is another one")
+        except FileNotFoundError:
+            return self.facts
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"--save_dir: {self.path} is damaged; give --overwrite to start afresh") from error
+        self.facts, self.files = stored["facts"], stored["files"]
+        return self.facts
+
+    def check_files(self) -> None:
+        """Raise UsageError if a file is not as it was written."""
+        for name, checksum in self.files.items():
+            path = self.path.parent / name
+            if not path.is_file() or _checksum(path) != checksum:
+                raise UsageError(
+                    f"--save_dir: {path} of the unfinished run was altered or cut short; "
+                    "give --overwrite to start afresh"
+                )
+
+    def remove_others(self, kept: Iterable[Path]) -> None:
+        """Remove what lies in the folder, and in the folders `kept` in it, without being named."""
+        named = {self.path, *kept, *(self.path.parent / name for name in self.files)}
+        for folder in (self.path.parent, *kept):
+            for path in folder.iterdir():
+                if path not in named:
+                    path.unlink() if path.is_file() else shutil.rmtree(path)
+
+    def write(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Write a file of safetensors, which the next `commit` is going to name."""
+        path = self.path.parent / name
+        with explained_writing(self.path.parent):
+            partial = path.with_suffix(".unfinished")
+            save_tensors({key: t.cpu().contiguous() for key, t in tensors.items()}, partial, {"format": "pt"})
+            move_durably(partial, path)
+            self.files[name] = _checksum(path)
+
+    def commit(self, facts: dict, without: Iterable[str] = ()) -> None:
+        """Have the journal say `facts` too, name what has been written, and remove the files `without`."""
+        self.facts = self.facts | facts
+        self.files = {name: checksum for name, checksum in self.files.items() if name not in without}
+        stored = {"sha256": _text_checksum(self.facts, self.files), "facts": self.facts, "files": self.files}
+        with explained_writing(self.path.parent):
+            partial = self.path.with_suffix(".unfinished")
+            partial.write_text(json.dumps(stored, indent=1))
+            move_durably(partial, self.path)
+            for name in without:
+                (self.path.parent / name).unlink()
+
+
+@contextmanager
+def explained_writing(folder: Path) -> Iterator[None]:
+    """Tell the user of a disk that is full or fails under `folder`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UsageError(
+            f"--save_dir: {folder} cannot be written to ({error}); make room and give the same command again, "
+            "which goes on from the last finished layer, or give another --save_dir"
+        ) from error
+
+
+def move_durably(source: Path, target: Path) -> None:
+    """Move a file or a folder such that after a power cut the target is there as a whole, or not at all."""
+    for path in [*source.rglob("*"), source]:
+        force_to_disk(path)
+    os.replace(source, target)
+    force_to_disk(target.parent)
+
+
+def force_to_disk(path: Path) -> None:
+    """Return when a file, or the list of files in a folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _text_checksum(facts: dict, files: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps([facts, files], sort_keys=True).encode()).hexdigest()

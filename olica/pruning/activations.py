@@ -1,0 +1,174 @@
+"""Record the call of every decoder layer once, and replay it over the hidden states in batches.
+
+The keyword arguments that a decoder layer is given (masks, rotary embeddings, whatever a release of transformers
+passes) are kept and replayed unread: naming them is what broke older pruners on newer releases.
+
+    N samples, T tokens, D hidden size
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..batch_size import BatchSize
+from ..methods.moments import TAPS, Moments
+from ..model.modeling_olica import projections_of
+from ..sources.dense_model import DenseModel
+
+
+class _SeenEnough(Exception):
+    """Ends a forward pass of which nothing more is wanted."""
+
+
+@contextmanager
+def _pass_through(layers: nn.ModuleList) -> Iterator[tuple[list[Tensor], list[dict]]]:
+    """Let every decoder layer return its input, and note the inputs of the first and the first call of each.
+
+    The last one ends the pass by `_SeenEnough`. Only `forward` is replaced, on the instance: whatever else
+    transformers reads from its layers is still there.
+    """
+    inputs: list[Tensor] = []
+    calls: list[dict] = [{} for _ in layers]
+
+    def forward(index: int, hidden_states: Tensor, **kwargs) -> Tensor:
+        calls[index] = calls[index] or kwargs
+        if index == 0:
+            inputs.append(hidden_states)
+        if index == len(layers) - 1:
+            raise _SeenEnough
+        return hidden_states
+
+    for index, layer in enumerate(layers):
+        layer.forward = partial(forward, index)
+    try:
+        yield inputs, calls
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _to_device(value, device):
+    """`value` with every tensor in it moved to `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple | list):
+        return type(value)(_to_device(item, device) for item in value)
+    if isinstance(value, dict):
+        return {key: _to_device(item, device) for key, item in value.items()}
+    return value
+
+
+@torch.no_grad()
+def record_layer_calls(
+    decoder: nn.Module, calibration_ids: Tensor, cache_device: torch.device
+) -> tuple[Tensor, list[dict]]:
+    """Embed the calibration set and learn how the base model calls its decoder layers.
+
+    Args:
+        decoder: the base model, of which only the embedding needs its weights.
+        calibration_ids: (N, T).
+        cache_device: where the hidden states are to live.
+
+    Returns:
+        Hidden states (N, T, D) that enter the first layer, and for each layer the keyword arguments of a call with one
+        sample: leading dimensions of 1, which broadcast over any batch. They stay where the model was run.
+    """
+    embedding = decoder.embed_tokens.weight
+    hidden = torch.empty(*calibration_ids.shape, embedding.shape[1], dtype=embedding.dtype, device=cache_device)
+    with _pass_through(decoder.layers) as (inputs, calls):
+        for row, sample in zip(hidden, calibration_ids.split(1), strict=True):
+            try:
+                decoder(sample.to(embedding.device), use_cache=False)
+            except _SeenEnough:
+                row.copy_(inputs.pop()[0])
+    return hidden, calls
+
+
+def enter_layers(
+    dense: DenseModel, calibration_ids: Tensor, hidden: Tensor | None, cache_device: torch.device
+) -> tuple[Tensor, list[dict]]:
+    """As `record_layer_calls`, but with the hidden states (N, T, D) that an earlier run kept, if there are any."""
+    with dense.embedding():
+        ids = calibration_ids if hidden is None else calibration_ids[:1]
+        embedded, calls = record_layer_calls(dense.decoder, ids, cache_device)
+    return embedded if hidden is None else hidden.to(cache_device), calls
+
+
+@contextmanager
+def recording(layer: nn.Module, taps: set[str], stop: bool) -> Iterator[dict[str, Tensor]]:
+    """Keep the activations of a forward of `layer` at each of `taps` (keys of TAPS), in the dictionary yielded.
+
+    With `stop` the forward ends by `_SeenEnough` when the last of them has been seen.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def keep(tap: str, activations: Tensor) -> None:
+        seen[tap] = activations
+        if stop and len(seen) == len(taps):
+            raise _SeenEnough
+
+    def hook(tap: str, side: str):
+        if side == "input":
+            return lambda module, args: keep(tap, args[0])
+        return lambda module, args, output: keep(tap, output)
+
+    projections, handles = projections_of(layer), []
+    for tap in taps:
+        name, side = TAPS[tap]
+        module = getattr(projections, name)
+        register = module.register_forward_pre_hook if side == "input" else module.register_forward_hook
+        handles.append(register(hook(tap, side)))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _forward(layer: nn.Module, hidden: Tensor, call: dict) -> Tensor:
+    output = layer(hidden, **call)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def calibrate(
+    layer: nn.Module, hidden: Tensor, call: dict, moments: Moments, batch_size: BatchSize, advance: bool
+) -> None:
+    """Fill `moments` while the hidden states (N, T, D) stream through `layer`: hooks on.
+
+    With `advance` the hidden states are replaced by the layer's outputs on the way; without, what comes behind the last
+    of the taps is not computed.
+    """
+    if not (moments.taps or advance):
+        return
+    device = next(layer.parameters()).device
+    call = _to_device(call, device)
+    with recording(layer, moments.taps, stop=not advance) as seen:
+
+        def work(rows: slice) -> None:
+            output = None
+            try:
+                output = _forward(layer, hidden[rows].to(device), call)
+            except _SeenEnough:
+                pass
+            finally:
+                activations = dict(seen)
+                seen.clear()  # kept any longer, they would stand beside those of the next batch
+            moments.update(activations)
+            if advance:  # last: a batch that finds no memory is done again, and must not have replaced its input
+                hidden[rows] = output
+
+        batch_size.run(work, len(hidden))
+
+
+def propagate(layer: nn.Module, hidden: Tensor, call: dict, batch_size: BatchSize) -> None:
+    """Replace the hidden states (N, T, D) by the outputs of `layer`: hooks off."""
+    device = next(layer.parameters()).device
+    call = _to_device(call, device)
+
+    def work(rows: slice) -> None:
+        hidden[rows] = _forward(layer, hidden[rows].to(device), call)
+
+    batch_size.run(work, len(hidden))

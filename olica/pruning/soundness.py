@@ -1,0 +1,67 @@
+"""What can go wrong in the numbers, said in a sentence that names the layer and the projection."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ..errors import UsageError
+from ..methods.linalg import SingularError, all_finite
+from ..methods.moments import TAPS, Moments
+
+
+def _wider(dtype: torch.dtype) -> str:
+    """What a user can do whose numbers leave the range of `dtype`."""
+    if dtype == torch.float16:
+        return "--dtype bfloat16 or float32 has a wider range"
+    return f"no --dtype has a wider range than {str(dtype).removeprefix('torch.')}: look at the weights of --base_model"
+
+
+def check_finite(moments: Moments, index: int, dtype: torch.dtype) -> None:
+    """Raise UsageError if activations that were summed in layer `index`, computed in `dtype`, are NaN or infinite."""
+    overflown = moments.not_finite()
+    if overflown:
+        places = ", ".join("{1} of {0}".format(*TAPS[tap]) for tap in overflown)
+        raise UsageError(
+            f"in layer {index} the activations at the {places} are NaN or infinite; {_wider(dtype)}"
+        )
+
+
+@contextmanager
+def regression(percdamp: float, index: int) -> Iterator[None]:
+    """Tell the user of a fit that the ridge is too weak for."""
+    try:
+        yield
+    except SingularError as error:
+        raise UsageError(
+            f"--percdamp {percdamp:g} is too small for the calibration set: in layer {index} the regression on the "
+            "MLP's input (that of gate_proj) is singular; raise it, or --num_samples, unless that input is always zero"
+        ) from error
+
+
+@contextmanager
+def decomposition(index: int, projections: str) -> Iterator[None]:
+    """Tell the user in which layer, and of which projections, a decomposition fails."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:
+        raise UsageError(
+            f"--base_model: in layer {index} the decomposition of {projections} does not converge; "
+            "another calibration set (--datasets, --num_samples) may help"
+        ) from error
+
+
+def cast_weights(weights: dict[str, Tensor], index: int, like: Tensor) -> dict[str, Tensor]:
+    """Computed weights of layer `index` in the dtype and on the device of `like`.
+
+    Raises:
+        UsageError: the dtype cannot hold them.
+    """
+    cast = {name: weight.to(like).contiguous() for name, weight in weights.items()}
+    overflown = [name for name, weight in cast.items() if not all_finite(weight)]
+    if overflown:
+        raise UsageError(
+            f"in layer {index} the new {', '.join(overflown)} cannot be held; {_wider(like.dtype)}"
+        )
+    return cast

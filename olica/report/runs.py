@@ -1,0 +1,277 @@
+"""The records of runs, and the paper's own figures, as tables and figures are made from them.
+
+A run is a folder of records: `pruning.json` (unless it is the dense model's), `evaluation.json` and, when it is whole,
+`flags`; scripts/common.sh writes them.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from ..outputs.records import has_former_shares
+
+PAPER = Path(__file__).parents[2] / "results/paper"
+TEXT = "wikitext2"
+# Names of models in `MODEL_NAMES` and in the paper.
+PAPER_MODELS = {
+    "7b": "LLaMA-7B",
+    "13b": "LLaMA-13B",
+    "llama2-7b": "LLaMA-2-7B",
+    "llama2-13b": "LLaMA-2-13B",
+    "vicuna-7b": "Vicuna-7B",
+    "vicuna-13b": "Vicuna-13B",
+}
+# What readers are told of other models; the paper has none of them.
+OTHER_MODELS = {"smollm2": "SmolLM2-135M-Instruct, dequantised from Q4_1"}
+
+
+# What a pruning was asked for, beside its calibration set.
+PRUNING_SETTINGS = ("sparsity", "k", "mlp_num", "ratio", "percdamp", "round_to", "seed")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The records of one run."""
+
+    folder: Path
+
+    @cached_property
+    def pruning(self) -> dict | None:
+        """The record of the pruning; None for a dense model."""
+        path = self.folder / "pruning.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    @cached_property
+    def evaluation(self) -> dict:
+        """The record of the evaluation."""
+        return json.loads((self.folder / "evaluation.json").read_text())
+
+    @property
+    def result(self) -> dict:
+        """What was measured."""
+        return self.evaluation["results"]["model"]
+
+    @property
+    def perplexity(self) -> dict:
+        """On the paper's text."""
+        return self.result["perplexity"][TEXT]
+
+    def setup(self, *but: str) -> dict:
+        """What was pruned and measured, and how, without what varies in a table or figure.
+
+        A value that the record does not have is None.
+        """
+        settings, (samples, tokens) = self.pruning["settings"], self.pruning["calibration"]["ids"]
+        measured, result = self.evaluation["settings"], self.result
+        made = {name: settings.get(name) for name in PRUNING_SETTINGS}
+        made |= {"recipe": self.recipe, "samples": samples, "tokens": tokens, "texts": self.texts}
+        made |= {name: self.perplexity[name] for name in ("windows", "seqlen", "bos", "fingerprint")}
+        made |= {"dtype": result["dtype"], "limit": measured["limit"]}
+        return {name: value for name, value in made.items() if name not in but}
+
+    @property
+    def texts(self) -> str:
+        """Names of the calibration texts."""
+        return " + ".join(Path(source["name"]).name for source in self.pruning["calibration"]["sources"])
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all windows and all rows were measured, as by the paper."""
+        settings = self.evaluation["settings"]
+        return settings["ppl_windows"] is None and settings["limit"] is None
+
+    @property
+    def recipe(self) -> str:
+        """Of the pruning; one whose shares of grouped heads were others then is named apart."""
+        recipe = self.pruning["settings"]["recipe"]
+        return f"{recipe}, former shares" if has_former_shares(self.pruning) else recipe
+
+    @property
+    def sparsity(self) -> float:
+        """Asked for; 0 of a dense model."""
+        return self.pruning["settings"]["sparsity"] if self.pruning else 0.0
+
+    @property
+    def mlp_num(self) -> int:
+        """How many MLPs were to be calibrated."""
+        return self.pruning["settings"]["mlp_num"]
+
+    @property
+    def seconds(self) -> float:
+        """Time of the pruning, from the opening of the model on: whether the calibration set had been drawn is luck.
+
+        Of a run that was interrupted, that of its last part.
+        """
+        stages = self.pruning["stages"].items()
+        return 60 * sum(stage["minutes"] for name, stage in stages if name != "calibration set")
+
+    @property
+    def peak_bytes(self) -> int:
+        """Peak memory of the pruning: the device's on a GPU, else the host's."""
+        return max(stage["device_bytes"] or stage["host_bytes"] for stage in self.pruning["stages"].values())
+
+
+@dataclass(frozen=True)
+class Results:
+    """The runs of one model, in the folder `results`/`label`, and what the paper says of it."""
+
+    results: Path
+    label: str
+
+    @property
+    def title(self) -> str:
+        """The model's name for readers."""
+        return (PAPER_MODELS | OTHER_MODELS).get(self.label, self.label)
+
+    def run(self, name: str) -> Run | None:
+        """A run by its name; None where it is not recorded as a whole."""
+        folder = self.results / self.label / name
+        files = ["flags", "evaluation.json", *([] if folder.name == "dense" else ["pruning.json"])]
+        return Run(folder) if all((folder / file).is_file() for file in files) else None
+
+    def runs(self, folder: str) -> list[Run]:
+        """The runs within a folder of runs."""
+        found = sorted((self.results / self.label / folder).glob("*/flags"))
+        runs = (self.run(f"{folder}/{path.parent.name}") for path in found)
+        return [run for run in runs if run is not None]
+
+    def paper(self, table: int) -> list[dict]:
+        """The paper's rows of this model; none for a model that it does not have.
+
+        Tables 1, 4, 5 and 6 are all of LLaMA-7B. Rows that cannot be what they say are left out.
+        """
+        rows = json.loads((PAPER / f"table{table}.json").read_text())["rows"]
+        name = PAPER_MODELS.get(self.label)
+        return [row for row in rows if row.get("model", "LLaMA-7B") == name and not row.get("misprint")]
+
+    def belongs_elsewhere(self, table: int) -> bool:
+        """Whether the paper has this model, but not in that table."""
+        return self.is_of_the_paper and not self.paper(table)
+
+    def papers_notes(self, table: int) -> list[str]:
+        """What is to be known of the paper's rows of this model; nothing if there are none."""
+        notes = json.loads((PAPER / f"table{table}.json").read_text())["notes"]
+        return [f"The paper: {note}" for note in notes] if self.paper(table) else []
+
+    @property
+    def is_of_the_paper(self) -> bool:
+        """Whether the paper has this model."""
+        return self.label in PAPER_MODELS
+
+
+def newest_alike(runs: list[Run], *but: str) -> list[Run]:
+    """Those of `runs` whose setup is that of the one that was measured last, `but` for these; empty without any."""
+    if not runs:
+        return []
+    newest = max(runs, key=lambda run: run.evaluation["date"])
+    return [run for run in runs if run.setup(*but) == newest.setup(*but)]
+
+
+def protocol(runs: dict[str, Run]) -> list[str]:
+    """Lines that say how the runs of a table were made, by what it calls them; where they differ, which is which."""
+    lines = [
+        f"Interrupted, so that its time is that of its last part: {name}."
+        for name, run in runs.items()
+        if run.pruning and run.pruning["went_on_after"]
+    ]
+    for describe in MADE:
+        lines += told_apart(describe, runs)
+    return lines + _reservations(runs.values()) + origins(runs.values())
+
+
+def origins(runs: Iterable[Run]) -> list[str]:
+    """A line that says where the records of the runs are, by which commits they were made, and on what machines."""
+    runs = list(runs)
+    made = [record["environment"] for run in runs for record in (run.pruning, run.evaluation) if record]
+    return [origin({run.folder.parent.as_posix() for run in runs}, made)]
+
+
+def origin(folders: Iterable[str], environments: Iterable[dict]) -> str:
+    """The same line, of records in `folders` that were made in these `records.environment`s."""
+    environments = list(environments)
+    commits = {environment.get("git_commit") or "unknown" for environment in environments}
+    machines = {
+        f"{environment['device']}, {environment.get('cpu_threads')} threads, {environment.get('platform')}"
+        for environment in environments
+    }
+    return (
+        f"Records: {', '.join(f'`{folder}`' for folder in sorted(folders))}, each beside the flags of its command. "
+        f"Commits: {', '.join(sorted(commits))}. Machines: {'; '.join(sorted(machines))}."
+    )
+
+
+def told_apart(describe: Callable[[Run], str | None], runs: dict[str, Run]) -> list[str]:
+    """What is to be said of the runs, each thing once, with the names of the runs where it does not hold of all."""
+    said = {name: line for name, run in runs.items() if (line := describe(run))}
+    asked = [name for name, run in runs.items() if name in said or run.pruning]
+    lines = []
+    for line in dict.fromkeys(said.values()):
+        names = [name for name, of_run in said.items() if of_run == line]
+        lines.append(line if len(names) == len(asked) else f"{line[:-1]} ({', '.join(names)}).")
+    return lines
+
+
+def in_common(runs: Sequence[Run]) -> list[str]:
+    """Lines that say how all runs of a figure were made; what differs is on its axes."""
+    said = [{describe(run) for run in runs} for describe in MADE]
+    common = [line for lines in said if len(lines) == 1 and (line := lines.pop())]
+    return common + _reservations(runs) + origins(runs)
+
+
+def _reservations(runs: Iterable[Run]) -> list[str]:
+    return [] if all(run.is_whole for run in runs) else ["The paper measured all windows and all rows."]
+
+
+def _measuring(run: Run) -> str:
+    measured, device = run.perplexity, run.evaluation["environment"]["device"]
+    windows = f"{measured['windows']} windows of {measured['seqlen']} tokens, start token: {measured['bos']}"
+    return f"Perplexity: {windows}; run in {run.result['dtype']} on {device}."
+
+
+def _scoring(run: Run) -> str | None:
+    if not (scored := run.result.get("zero_shot")):
+        return None
+    rows = limited(scored["limit"])
+    start = "yes" if scored["add_bos_token"] else "no"
+    return f"Tasks: {scored['harness']}, {rows}, no examples, start token: {start}."
+
+
+def limited(limit: int | float | None) -> str:
+    """Which rows of a task were scored, in words."""
+    if limit is None:
+        return "all rows"
+    return f"the first {100 * limit:g} % of the rows of each" if limit < 1 else f"the first {limit} rows of each"
+
+
+def _calibration(run: Run) -> str | None:
+    if not run.pruning:
+        return None
+    samples, tokens = run.pruning["calibration"]["ids"]
+    return f"Calibration: {samples} samples of {tokens} tokens, seed {run.pruning['settings']['seed']}."
+
+
+def _texts(run: Run) -> str | None:
+    return f"Calibration texts: {run.texts}." if run.pruning else None
+
+
+def linear_calibration(run: Run) -> str | None:
+    """How many MLPs have it, of which rank."""
+    if not run.pruning:
+        return None
+    number, ratio = len(run.pruning["calibrated_layers"]), run.pruning["settings"]["ratio"]
+    return f"MLPs with linear calibration: {number}{f', of rank {ratio:g} of the hidden size' if number else ''}."
+
+
+def _shares(run: Run) -> str | None:
+    if not run.pruning or not has_former_shares(run.pruning):
+        return None
+    names = {"query": "q", "key": "k", "value_output": "v and o", "feed_forward": "MLPs"}
+    lost = ", ".join(f"{name} {run.pruning['shares_removed'][part]:.0%}" for part, name in names.items())
+    recipe = run.pruning["settings"]["recipe"]
+    return f"Recorded when `{recipe}` had other shares for grouped heads, chosen on WikiText-2's test text: {lost}."
+
+
+# What is to be said of every run.
+MADE = (_measuring, _scoring, _calibration, _texts, linear_calibration, _shares)

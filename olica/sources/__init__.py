@@ -1,0 +1,1 @@
+"""All that is read: models, tokenizers, text and the calibration set."""

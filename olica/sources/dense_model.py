@@ -1,0 +1,249 @@
+"""The dense model as pruning sees it: its decoder layers one at a time, wherever the weights are.
+
+This is the only place that moves weights between disk, host and device.
+"""
+
+import copy
+import logging
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import get_checkpoint_shard_files
+
+from ..devices import hand_back_memory
+from ..methods.linalg import all_finite
+from ..model.modeling_olica import separate_projections
+from .model_source import (
+    DTYPES,
+    IGNORED_WEIGHTS,
+    Location,
+    explained,
+    file_of,
+    read_config,
+    read_model,
+    refuse_weights,
+)
+from .tied_head import HEAD
+
+logger = logging.getLogger(__name__)
+
+
+class DenseModel:
+    """A dense model that is in host memory as a whole; pruning a layer changes it in place.
+
+    Attributes:
+        model: the causal language model.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """Configuration of the dense model."""
+        return self.model.config
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The base model: embedding, decoder layers, final norm."""
+        return self.model.get_decoder()
+
+    @property
+    def layers_prefix(self) -> str:
+        """What the names of the decoder layers' weights begin with; the index of the layer follows."""
+        return f"{self.model.base_model_prefix}.layers."
+
+    @contextmanager
+    def embedding(self) -> Iterator[None]:
+        """Have the weights of the embedding in host memory meanwhile."""
+        yield
+
+    def layers(self, device: torch.device, title: str, first: int = 0) -> Iterator[tuple[int, nn.Module]]:
+        """Yield the decoder layers from the one of index `first` on, each on `device` while it is worked on.
+
+        Fused projections are separated for good: what is measured and pruned is what they hold.
+        """
+        for index in _counted(first, len(self.decoder.layers), title):
+            layer = self.decoder.layers[index]
+            home = next(layer.parameters()).device
+            separate_projections(layer, self.config)
+            yield index, layer.to(device)
+            layer.to(home)
+
+    def other_names(self) -> tuple[list[str], list[str]]:
+        """Names of the weights that are in no decoder layer, tied ones once: the embedding's, and all else."""
+        parameters = self.model.named_parameters()  # tied ones once, under their first name
+        names = [name for name, _ in parameters if not name.startswith(self.layers_prefix)]
+        embedding = [name for name in names if "embed_tokens" in name]
+        return embedding, [name for name in names if name not in embedding]
+
+    def read(self, names: list[str]) -> dict[str, Tensor]:
+        """The weights of these names, in host memory."""
+        state = self.model.state_dict()
+        return {name: state[name] for name in names}
+
+
+class StreamedModel(DenseModel):
+    """A dense model that stays on disk: what is not worked on has no weights, and no work on a layer changes it."""
+
+    def __init__(self, model: PreTrainedModel, location: Location, files: dict[str, Path]):
+        """Wrap `model`, whose parameters are on the meta device and lie under their names in safetensors `files`."""
+        super().__init__(model)
+        self.location = location
+        self.files = files
+
+    @contextmanager
+    def embedding(self) -> Iterator[None]:
+        """Have the weights of the embedding in host memory meanwhile."""
+        module = self.decoder.embed_tokens
+        empty, (name,) = module.weight, self.other_names()[0]
+        module.weight = nn.Parameter(self.read([name])[name], requires_grad=False)
+        try:
+            yield
+        finally:
+            module.weight = empty
+
+    def layers(self, device: torch.device, title: str, first: int = 0) -> Iterator[tuple[int, nn.Module]]:
+        """Yield the decoder layers from the one of index `first` on, each on `device` and gone afterwards.
+
+        While a GPU works on one the next is read. On the CPU they would compete for its cores: measured on two of
+        them, with a fast disk, that took a fifth longer.
+        """
+        with ThreadPoolExecutor(1, "read") as reader:
+            weights = self._read_ahead(first, reader) if device.type == "cuda" else self._read_in_turn(first)
+            for index in _counted(first, len(self.decoder.layers), title):
+                # A copy, since work on it changes its modules.
+                layer = copy.deepcopy(self.decoder.layers[index])
+                layer.load_state_dict(next(weights), assign=True)
+                layer.to(device)
+                separate_projections(layer, self.config)
+                yield index, layer
+                layer.to_empty(device="meta")  # whoever worked on it may hold it still
+                hand_back_memory()
+
+    def _read_in_turn(self, first: int) -> Iterator[dict[str, Tensor]]:
+        return map(self._read_layer, range(first, len(self.decoder.layers)))
+
+    def _read_ahead(self, first: int, reader: ThreadPoolExecutor) -> Iterator[dict[str, Tensor]]:
+        count = len(self.decoder.layers)
+        coming = reader.submit(self._read_layer, first)
+        for following in range(first + 1, count + 1):
+            read = [coming.result()]
+            coming = reader.submit(self._read_layer, following) if following < count else None
+            yield read.pop()  # not to be held here while the layer is worked on
+
+    def _read_layer(self, index: int) -> dict[str, Tensor]:
+        prefix = f"{self.layers_prefix}{index}."
+        names = [name for name in self.files if name.startswith(prefix)]
+        return {name.removeprefix(prefix): tensor for name, tensor in self.read(names).items()}
+
+    def read(self, names: list[str]) -> dict[str, Tensor]:
+        """The weights of these names, from the disk."""
+        weights = {}
+        with explained(self.location, "its weights cannot be read"):
+            for path in dict.fromkeys(self.files[name] for name in names):
+                # A file is mapped as a whole: opened anew, it does not pile up in memory what was read before.
+                with safe_open(path, framework="pt") as file:
+                    for name in (name for name in names if self.files[name] == path):
+                        weights[name] = file.get_tensor(name).to(self.model.dtype, copy=True)
+        bad = (name for name, weight in weights.items() if not all_finite(weight))
+        refuse_weights(self.location, "holds NaN or infinite values in", bad)
+        return weights
+
+
+def _counted(first: int, count: int, title: str) -> Iterator[int]:
+    return iter(tqdm(range(first, count), desc=title, unit="layer", initial=first, total=count))
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """Where a tensor is, and what it is."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def stored_weights(paths: Iterable[str | Path]) -> dict[str, StoredWeight]:
+    """What safetensors files hold, by the names of the tensors."""
+    stored = {}
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                view = file.get_slice(name)
+                stored[name] = StoredWeight(Path(path), tuple(view.get_shape()), view[:0].dtype)
+    return stored
+
+
+def open_dense_model(location: Location, dtype: str = "auto") -> DenseModel:
+    """The dense model at `location`, read layer by layer where it lies in safetensors under its own names.
+
+    Otherwise (.bin, GGUF, names or a tie that only transformers understands) it is read into host memory as a whole.
+
+    Args:
+        location: from `model_source.locate`.
+        dtype: a key of DTYPES, or "auto" for that of the checkpoint (float32 for GGUF).
+
+    Raises:
+        UsageError: as `model_source.read_model`.
+    """
+    if streamed := _streamed(location, dtype):
+        return streamed
+    dense = DenseModel(read_model(location, dtype))
+    logger.warning("%s: no safetensors under the model's own names, so read into memory as a whole", location.name)
+    return dense
+
+
+def is_streamed(location: Location) -> bool:
+    """Whether `open_dense_model` reads layer by layer; of a model of the hub it is expected."""
+    return not location.is_local or _streamed(location, "auto") is not None
+
+
+def _streamed(location: Location, dtype: str) -> StreamedModel | None:
+    """The model, if its safetensors hold its weights under their own names."""
+    with explained(location, "its weights cannot be read"):
+        stored = stored_weights(safetensors_files(location))
+        stored = {name: weight for name, weight in stored.items() if not name.endswith(IGNORED_WEIGHTS)}
+        if not stored:
+            return None
+        model = _skeleton(location, DTYPES.get(dtype), next(iter(stored.values())).dtype)
+        if model.config.tie_word_embeddings:
+            stored.pop(HEAD, None)  # a copy
+        if {name: tuple(p.shape) for name, p in model.named_parameters()} != {n: w.shape for n, w in stored.items()}:
+            return None
+        return StreamedModel(model, location, {name: weight.path for name, weight in stored.items()})
+
+
+def safetensors_files(location: Location) -> list[str]:
+    """The model's safetensors files, downloaded if need be; none where it comes in another form."""
+    if location.gguf_file:
+        return []
+    if whole := file_of(location, SAFE_WEIGHTS_NAME):
+        return [whole]
+    index = file_of(location, SAFE_WEIGHTS_INDEX_NAME)
+    return get_checkpoint_shard_files(location.path, index)[0] if index else []
+
+
+def _skeleton(location: Location, dtype: torch.dtype | None, stored: torch.dtype) -> PreTrainedModel:
+    """The model without weights, but with the buffers that it computes, in `dtype` or as the checkpoint says."""
+    config = read_config(location)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or stored)
+    model.tie_weights()  # which the context undoes
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(location.path)
+    except OSError:  # there is none: what an old config.json says of generation
+        model.generation_config = GenerationConfig.from_pretrained(
+            location.path, config_file_name="config.json", _from_model_config=True
+        )
+    return model.eval()
