@@ -16,9 +16,7 @@ from olica.sources.model_source import DTYPES, locate, read_model
 
 def parser_of_models(description: str, batch_size: int) -> argparse.ArgumentParser:
     """A parser with the flags that every benchmark of speed has; `batch_size` is the default of its flag."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--dense", required=True, help="dense model: name, hub id, folder or .gguf file")
     parser.add_argument("--checkpoints", required=True, nargs="+", help="folders of pruned checkpoints")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="dtype to run in; auto: as stored")
@@ -40,9 +38,7 @@ def check_flags(args: argparse.Namespace, *numbers: str) -> None:
         check_record_path(args.output_path, "--output_path")
 
 
-def read_models(
-    args: argparse.Namespace, device: torch.device
-) -> tuple[dict[str, PreTrainedModel], dict[str, dict]]:
+def read_models(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, PreTrainedModel], dict[str, dict]]:
     """The models that the flags name, the dense one first, and what their records say of their sizes."""
     locations = {args.dense: locate(args.dense, "--dense")}
     locations |= {name: locate(name, "--checkpoints") for name in args.checkpoints}

@@ -1,7 +1,7 @@
 """Make tables and figures of the recorded runs: one of them, or RESULTS.md with all.
 
-    python scripts/report.py                            all models, all tables and figures, written to RESULTS.md
-    python scripts/report.py table2 --only smollm2      one table, printed; a figure is drawn and its file named
+python scripts/report.py                            all models, all tables and figures, written to RESULTS.md
+python scripts/report.py table2 --only smollm2      one table, printed; a figure is drawn and its file named
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Record the singular values of the attention projections of some layers of a dense model, for Figure 2.
 
-    python scripts/singular_values.py --base_model smollm2 --output_path results/smollm2/figure2/singular_values.json
+python scripts/singular_values.py --base_model smollm2 --output_path results/smollm2/figure2/singular_values.json
 """
 
 import argparse

@@ -64,9 +64,7 @@ def prose(count=40, seed=0):
 
 
 def prompts(count=20):
-    return [
-        {"instruction": f"Say {number}.", "input": "", "output": f"{number}!" * number} for number in range(count)
-    ]
+    return [{"instruction": f"Say {number}.", "input": "", "output": f"{number}!" * number} for number in range(count)]
 
 
 @pytest.fixture

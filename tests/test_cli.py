@@ -467,9 +467,9 @@ def test_a_checkpoint_of_another_model_is_not_taken_for_this_one(here, capsys):
 
 
 @pytest.mark.parametrize("error", [SafetensorError, OSError])
-@pytest.mark.parametrize("writer", [
-    "olica.outputs.journal.save_tensors", "olica.outputs.checkpoint.custom_object_save"
-])
+@pytest.mark.parametrize(
+    "writer", ["olica.outputs.journal.save_tensors", "olica.outputs.checkpoint.custom_object_save"]
+)
 def test_a_full_disk_stops_the_run_and_the_same_command_goes_on(here, capsys, monkeypatch, error, writer):
     def full(*arguments, **settings):
         raise error("disk full")

@@ -68,9 +68,9 @@ def test_auto_takes_what_fits(task, monkeypatch, free):
 
 def test_the_recipe_decides_what_is_summed(task):
     """The paper's survey sums products of all channels with all, the code's does not."""
-    released, paper = (memory.estimate(replace(task, recipe=RECIPES[name]), pruning_options()) for name in (
-        "olica", "olica-paper"
-    ))
+    released, paper = (
+        memory.estimate(replace(task, recipe=RECIPES[name]), pruning_options()) for name in ("olica", "olica-paper")
+    )
     channels = task.config.intermediate_size
     assert paper.survey - released.survey > 4 * channels**2
     without = memory.estimate(task, pruning_options(mlp_num=0))

@@ -460,9 +460,9 @@ def test_no_memory_elsewhere_names_the_flags(here, gpu, capsys, monkeypatch, pla
     assert message.endswith(f"; give --cache_dev cpu, {ways}\n") and message.count("\n") == 1
 
 
-@pytest.mark.parametrize("place", [
-    "olica.outputs.run_folder.RunFolder.save_layer", "olica.outputs.journal.Journal.write"
-])
+@pytest.mark.parametrize(
+    "place", ["olica.outputs.run_folder.RunFolder.save_layer", "olica.outputs.journal.Journal.write"]
+)
 def test_no_memory_of_the_host_for_a_layer_that_is_kept(here, gpu, capsys, monkeypatch, place):
     def failing(*arguments):
         raise MemoryError

@@ -105,9 +105,7 @@ class Stubbed:
         environment = os.environ | {name: str(self.folder / path) for name, path in paths.items()}
         environment |= {"REAL": sys.executable, "MODEL": "m"}
         command = ["bash", str(SCRIPTS / script)]
-        self.done = subprocess.run(
-            command, env=environment | variables, capture_output=True, text=True
-        )
+        self.done = subprocess.run(command, env=environment | variables, capture_output=True, text=True)
         assert (self.done.returncode == 0) == ("FAIL" not in variables), self.done.stderr
         found = [line.split() for line in calls.read_text().splitlines()]
         return [

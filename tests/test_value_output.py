@@ -88,9 +88,7 @@ def test_output_basis_diagonalises_the_groups_weighted_outputs(layer, activation
     norms = (activations["attention_output"].double() ** 2).sum((0, 1)).numpy()
     group = H // num_kv_heads
     for kv in range(num_kv_heads):
-        summed = sum(
-            weight[:, h].T @ np.diag(norms) @ weight[:, h] for h in range(kv * group, (kv + 1) * group)
-        )
+        summed = sum(weight[:, h].T @ np.diag(norms) @ weight[:, h] for h in range(kv * group, (kv + 1) * group))
         rotated = basis[kv].T @ summed @ basis[kv]
         off_diagonal = rotated - np.diag(np.diag(rotated))
         assert np.abs(off_diagonal).max() < 1e-6 * np.abs(rotated).max()

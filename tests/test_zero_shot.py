@@ -227,9 +227,7 @@ def test_near_ties_of_a_bfloat16_model(hellaswag, grouped_llama, tokenizer):
     folder, rows = hellaswag
     model = grouped_llama.bfloat16()
     # Endings alike but for the last letter: log-likelihoods near -100, which bfloat16 rounds to steps of 0.5.
-    close = [
-        row | {"endings": [ending + last for last in "aeio"]} for row in rows for ending in row["endings"][2:]
-    ]
+    close = [row | {"endings": [ending + last for last in "aeio"]} for row in rows for ending in row["endings"][2:]]
     for row in close:
         row["label"] = str(np.argmax(log_likelihoods(model, tokenizer, row)))
     write_rows(folder, "hellaswag_validation", close)
@@ -346,9 +344,7 @@ def test_seed_draws_the_shots(monkeypatch, seven, grouped_llama, tokenizer):
     import lm_eval
 
     given, real = {}, lm_eval.simple_evaluate
-    monkeypatch.setattr(
-        lm_eval, "simple_evaluate", lambda **settings: given.update(settings) or real(**settings)
-    )
+    monkeypatch.setattr(lm_eval, "simple_evaluate", lambda **settings: given.update(settings) or real(**settings))
     score(grouped_llama, tokenizer, ["piqa"], seven, seed=7)
     assert given["fewshot_random_seed"] == 7
 
@@ -531,9 +527,7 @@ def test_averages_of_dense_llama_7b():
     """The paper's own row: its mean is that of the seven numbers, in its order of columns."""
     columns = ["boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
     row = [75.08, 79.16, 76.20, 70.00, 72.89, 44.88, 44.40]
-    results = {
-        task: {PAPER_METRIC[task]: value / 100} for task, value in zip(columns, row, strict=True)
-    }
+    results = {task: {PAPER_METRIC[task]: value / 100} for task, value in zip(columns, row, strict=True)}
     assert zero_shot.averages(results)["paper_rule"] == pytest.approx(66.09, abs=0.006)
 
 
@@ -569,5 +563,3 @@ def test_rows_are_told_apart_by_their_hash(hellaswag, grouped_llama, tokenizer):
 def test_rows_that_are_not_there_are_named(grouped_llama, tokenizer, tmp_path):
     with pytest.raises(UsageError, match=f"--data_dir {tmp_path}.* as hellaswag_validation.jsonl"):
         score(grouped_llama, tokenizer, ["hellaswag"], tmp_path)
-
-

@@ -70,9 +70,7 @@ def folder_weight_bytes(folder: str | Path) -> int:
 
 
 @torch.no_grad()
-def forward_latency(
-    models: dict[str, nn.Module], ids: torch.Tensor, repeats: int
-) -> dict[str, dict[str, float]]:
+def forward_latency(models: dict[str, nn.Module], ids: torch.Tensor, repeats: int) -> dict[str, dict[str, float]]:
     """Time a forward pass over `ids` (B, T), `repeats` times for each of `models`, in seconds.
 
     Returns `median_s`, `min_s`, `max_s` and `ratio`, the median over that of the first model, by the names

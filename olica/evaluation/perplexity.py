@@ -54,9 +54,7 @@ def token_windows(
     of_text = seqlen - add_bos_token
     windows = len(ids) // of_text
     if windows == 0:
-        raise UsageError(
-            f"--ppl_seqlen {seqlen}: the text has only {len(ids)} tokens; give a smaller one or more text"
-        )
+        raise UsageError(f"--ppl_seqlen {seqlen}: the text has only {len(ids)} tokens; give a smaller one or more text")
     cut = ids[: windows * of_text].view(windows, of_text)[:limit]
     return torch.cat([torch.full((len(cut), 1), start_token(tokenizer)), cut], dim=1) if add_bos_token else cut
 

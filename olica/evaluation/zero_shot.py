@@ -233,9 +233,7 @@ def _mean_percent(shares: list[float]) -> float | None:
 def _find_rows(data_dir: Path, stem: str) -> Path | None:
     """The first file of this stem in `data_dir` or its folder eval, plain before gzipped; None without."""
     candidates = (
-        folder / f"{stem}{suffix}"
-        for folder in (data_dir, data_dir / "eval")
-        for suffix in (".jsonl", ".jsonl.gz")
+        folder / f"{stem}{suffix}" for folder in (data_dir, data_dir / "eval") for suffix in (".jsonl", ".jsonl.gz")
     )
     return next((path for path in candidates if path.is_file()), None)
 

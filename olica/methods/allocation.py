@@ -251,9 +251,7 @@ def allocate(
     return [shape] * config.num_hidden_layers, sparsities
 
 
-def _attempt(
-    recipe, config, total: int, sparsity: float, k: float, round_to: int = 1
-) -> tuple[LayerShape, Sparsities]:
+def _attempt(recipe, config, total: int, sparsity: float, k: float, round_to: int = 1) -> tuple[LayerShape, Sparsities]:
     """The sizes of every layer and their shares; raises ValueError where they are impossible."""
     sparsities = recipe.sparsities(Sizes.of(config, total), sparsity, k)
     shape = uniform_shape(config, sparsities, recipe.kept, recipe.value_output.is_factorised)

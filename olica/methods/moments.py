@@ -177,9 +177,7 @@ class Moments:
                 return self._sums[statistic] + self.count * self.centre(tap)
             case "full" | "cross":
                 sums = self._sums[total(tap)], self._sums[total(other)]
-                return about_zero(
-                    self.about_centre(statistic), *sums, self.centre(tap), self.centre(other), self.count
-                )
+                return about_zero(self.about_centre(statistic), *sums, self.centre(tap), self.centre(other), self.count)
             case "diagonal" if tap in self._centres:
                 squares, centre = self.about_centre(statistic), self.centre(tap)
                 return squares + 2 * centre * self._sums[total(tap)] + self.count * centre.square()

@@ -1,6 +1,6 @@
 """What pruning takes in memory, from the model's sizes alone, and the batch that fits into what is free.
 
-    n tokens of a batch, D hidden size, H query heads, K key/value heads, d head width, F intermediate channels
+n tokens of a batch, D hidden size, H query heads, K key/value heads, d head width, F intermediate channels
 """
 
 from dataclasses import dataclass

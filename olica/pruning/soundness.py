@@ -23,9 +23,7 @@ def check_finite(moments: Moments, index: int, dtype: torch.dtype) -> None:
     overflown = moments.not_finite()
     if overflown:
         places = ", ".join("{1} of {0}".format(*TAPS[tap]) for tap in overflown)
-        raise UsageError(
-            f"in layer {index} the activations at the {places} are NaN or infinite; {_wider(dtype)}"
-        )
+        raise UsageError(f"in layer {index} the activations at the {places} are NaN or infinite; {_wider(dtype)}")
 
 
 @contextmanager
@@ -61,7 +59,5 @@ def cast_weights(weights: dict[str, Tensor], index: int, like: Tensor) -> dict[s
     cast = {name: weight.to(like).contiguous() for name, weight in weights.items()}
     overflown = [name for name, weight in cast.items() if not all_finite(weight)]
     if overflown:
-        raise UsageError(
-            f"in layer {index} the new {', '.join(overflown)} cannot be held; {_wider(like.dtype)}"
-        )
+        raise UsageError(f"in layer {index} the new {', '.join(overflown)} cannot be held; {_wider(like.dtype)}")
     return cast

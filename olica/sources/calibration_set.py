@@ -129,9 +129,7 @@ def calibration_shape(datasets: str, num_samples: int, seqlen: int) -> tuple[int
 def format_prompt(row: dict) -> str:
     """The Alpaca template filled with a row's instruction and, where there is one, input; then its output."""
     template = _PROMPT_WITH_INPUT if row.get("input") else _PROMPT_WITHOUT_INPUT
-    return template.format(
-        instruction=row["instruction"], input=row.get("input"), output=row["output"] or ""
-    )
+    return template.format(instruction=row["instruction"], input=row.get("input"), output=row["output"] or "")
 
 
 def hash_tokens(ids: torch.Tensor) -> str:
@@ -244,9 +242,7 @@ def _draw_or_reuse(
     return drawn
 
 
-def _draw_windows(
-    rows: Rows, tokenizer: PreTrainedTokenizerBase, request: _Request
-) -> tuple[list[list[int]], dict]:
+def _draw_windows(rows: Rows, tokenizer: PreTrainedTokenizerBase, request: _Request) -> tuple[list[list[int]], dict]:
     """Windows of `seqlen` tokens from distinct random rows that are long enough, and the source's record.
 
     Prose is cropped at random, a prompt keeps its beginning. As in the released code every source starts from

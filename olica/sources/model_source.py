@@ -279,9 +279,7 @@ def _weight_files_here(location: Location) -> list[Path]:
     """The weight files of a local model, or of one of the hub that was downloaded before; none if they are not here."""
     if location.is_local:
         return weight_files(location.path)
-    config = cached_file(
-        location.path, CONFIG_NAME, local_files_only=True, _raise_exceptions_for_missing_entries=False
-    )
+    config = cached_file(location.path, CONFIG_NAME, local_files_only=True, _raise_exceptions_for_missing_entries=False)
     try:
         return weight_files(Path(config).parent) if config else []
     except UsageError:  # the index came without its files
@@ -433,8 +431,11 @@ def _in_place_of_empty_tokens(location: Location) -> dict[str, str]:
     settings = get_tokenizer_config(location.path)
     if file := file_of(location, SPECIAL_TOKENS_MAP_FILE):
         settings |= json.loads(Path(file).read_text(encoding="utf-8"))
-    named = {name: token["content"] if isinstance(token, dict) else token for name, token in settings.items()
-             if name in USUAL_TOKENS}
+    named = {
+        name: token["content"] if isinstance(token, dict) else token
+        for name, token in settings.items()
+        if name in USUAL_TOKENS
+    }
     if "" not in named.values():
         return {}
     return {name: token for name, token in _own_tokens(location).items() if named.get(name) == ""}
