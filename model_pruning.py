@@ -24,10 +24,10 @@ from olica.evaluation import cost
 from olica.methods.allocation import (
     Sparsities,
     allocate,
-    calibration_rank,
+    correction_rank,
     describe_plan,
     jumps,
-    with_calibration,
+    with_corrections,
 )
 from olica.methods.recipes import RECIPES, Recipe, recipe_name
 from olica.model.configuration_olica import head_dim
@@ -37,7 +37,7 @@ from olica.outputs.run_folder import RunFolder
 from olica.pruning.layers import prune_layers
 from olica.pruning.memory import Task, expected_peaks, fit_batch_size
 from olica.pruning.options import PruningOptions, check_mlp_num
-from olica.pruning.survey import choose_calibrated, survey_layers
+from olica.pruning.survey import choose_corrected, survey_layers
 from olica.sources import model_source
 from olica.sources.calibration_set import CalibrationSet, build_calibration_set, calibration_shape, is_token_file
 from olica.sources.dense_model import is_streamed, open_dense_model
@@ -172,7 +172,7 @@ def make_options(
     return PruningOptions(
         percdamp=args.percdamp,
         mlp_num=mlp_num,
-        calibration_rank=calibration_rank(config, args.ratio, args.round_to) if mlp_num else 0,
+        correction_rank=correction_rank(config, args.ratio, args.round_to) if mlp_num else 0,
         batch_size=BatchSize(1 if args.batch_size == "auto" else args.batch_size),
         device=device,
         cache_device=device if args.cache_dev == "auto" else pick_device(args.cache_dev, "--cache_dev"),
@@ -200,7 +200,7 @@ def prepare(args: argparse.Namespace) -> Job:
     plan, sparsities = allocate(recipe, config, whole, args.sparsity, args.k, args.round_to)
     options = make_options(args, config, recipe, plan)
     # Which layers are calibrated is not known yet, but all corrections have one size.
-    sized = with_calibration(plan, list(range(options.mlp_num)), options.calibration_rank)
+    sized = with_corrections(plan, list(range(options.mlp_num)), options.correction_rank)
     bytes_per_weight = model_source.bytes_per_weight(location, config, args.dtype)
     task = Task(config, dense["total"], plan[0], ids_shape, bytes_per_weight, recipe, is_streamed(location))
     if args.batch_size == "auto":
@@ -230,7 +230,7 @@ def prepare(args: argparse.Namespace) -> Job:
 def print_plan(job: Job, sparsity: float) -> None:
     """Print the sizes of the layers, the parameters and the expected peak memory; warn where layers lose far more."""
     before, after = job.parameters.before["total"], job.parameters.planned["total"]
-    rank, number = job.options.calibration_rank, job.options.mlp_num
+    rank, number = job.options.correction_rank, job.options.mlp_num
     size = job.bytes_per_weight / 1e9
     print(describe_plan(job.plan))
     if number:
@@ -293,7 +293,7 @@ def prune_and_save(args: argparse.Namespace, job: Job, progress: RunFolder) -> d
     with stages.stage("survey"):
         checkpoint.check_description(progress, dense, job.plan, tokenizer)
         survey = survey_layers(dense, calibration.ids, job.plan, *work)
-        plan = choose_calibrated(job.plan, survey, job.recipe, options)
+        plan = choose_corrected(job.plan, survey, job.recipe, options)
     with stages.stage("prune"):
         prune_layers(dense, calibration.ids, plan, survey, *work)
     with stages.stage("write"):
@@ -329,7 +329,7 @@ def make_record(
         "shares_removed": asdict(job.sparsities),
         "plan": [shape.to_dict() for shape in plan],
         "dense_layer": {"v_head_dim": head_dim(job.config), "intermediate_size": job.config.intermediate_size},
-        "calibrated_layers": [index for index, shape in enumerate(plan) if shape.calibration_rank],
+        "corrected_layers": [index for index, shape in enumerate(plan) if shape.correction_rank],
         "parameters": {
             "before": before["total"],
             "planned": job.parameters.planned["total"],
@@ -348,7 +348,7 @@ def make_record(
 def print_result(job: Job, record: dict) -> None:
     """Print what was done, and how long and how much memory each stage took."""
     parameters = record["parameters"]
-    print(f"calibrated layers {record['calibrated_layers']}")
+    print(f"corrected layers {record['corrected_layers']}")
     print(f"parameters   {parameters['before']:,} -> {parameters['after']:,} (whole model)")
     print(f"             {parameters['decoder_layers_before']:,} -> {parameters['decoder_layers_after']:,} (layers)")
     asked = f"{record['settings']['sparsity']:g} of the {record['settings']['sparsity_of']}"

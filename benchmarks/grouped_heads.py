@@ -27,7 +27,7 @@ from olica.devices import pick_device  # noqa: E402
 from olica.errors import UsageError  # noqa: E402
 from olica.evaluation.cost import count_parameters  # noqa: E402
 from olica.evaluation.perplexity import perplexity, token_windows  # noqa: E402
-from olica.methods.allocation import Sizes, Sparsities, allocate, calibration_rank, released_sparsities, spend_rest  # noqa: E402
+from olica.methods.allocation import Sizes, Sparsities, allocate, correction_rank, released_sparsities, spend_rest  # noqa: E402
 from olica.methods.recipes import OLICA  # noqa: E402
 from olica.model.configuration_olica import LayerShape  # noqa: E402
 from olica.outputs.checkpoint import check_record_path  # noqa: E402
@@ -35,7 +35,7 @@ from olica.outputs.records import environment, write_record  # noqa: E402
 from olica.pruning.layers import prune_layers  # noqa: E402
 from olica.pruning.options import PruningOptions, check_mlp_num  # noqa: E402
 from olica.pruning.progress import Progress  # noqa: E402
-from olica.pruning.survey import choose_calibrated, survey_layers  # noqa: E402
+from olica.pruning.survey import choose_corrected, survey_layers  # noqa: E402
 from olica.sources.calibration_set import CalibrationSet, build_calibration_set  # noqa: E402
 from olica.sources.dense_model import DenseModel  # noqa: E402
 from olica.sources.model_source import (  # noqa: E402
@@ -141,7 +141,7 @@ def run(args: argparse.Namespace) -> None:
         windows[Path(name).name] = token_windows(tokenizer, text, 128, args.ppl_windows)
     plans = plan_points(args.points, config, count_dense_parameters(location, config)["decoder_layers"])
     check_mlp_num(args.mlp_num, config.num_hidden_layers, OLICA)
-    batch_size, rank = BatchSize(BATCH_SIZE), calibration_rank(config, RATIO)
+    batch_size, rank = BatchSize(BATCH_SIZE), correction_rank(config, RATIO)
     options = PruningOptions(PERCDAMP, args.mlp_num, rank, batch_size, device, device)
     dense = read_model(location, args.dtype)
     record = {
@@ -159,7 +159,7 @@ def run(args: argparse.Namespace) -> None:
     survey = survey_layers(DenseModel(dense), calibration.ids, plans[0][0], *work)
     print(f"{'sparsity':>8}{'query':>8}{'key':>8}{'v/o':>8}{'MLPs':>8}{'parameters':>14}  " + "  ".join(windows))
     for point, (plan, shares) in zip(args.points, plans, strict=True):
-        plan = choose_calibrated(plan, survey, OLICA, options)
+        plan = choose_corrected(plan, survey, OLICA, options)
         model = copy.deepcopy(dense)
         prune_layers(DenseModel(model), calibration.ids, plan, survey, *work)
         measured = measure(model.to(device), windows)

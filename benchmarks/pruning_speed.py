@@ -268,7 +268,7 @@ def report(args: argparse.Namespace, passes: list[float], seconds: dict[str, flo
                 "peak_memory": measured,
                 "expected_peak_memory": record["expected_peak_memory"],
                 "parameters": record["parameters"],
-                "calibrated_layers": record["calibrated_layers"],
+                "corrected_layers": record["corrected_layers"],
                 "environment": record["environment"],
             },
         )

@@ -82,7 +82,7 @@ def measure(reference: dict, ids_file: Path, folder: Path) -> dict:
         "q_rank": shape["q_rank"],
         "v_width": shape["v_head_dim"] * pruned.config.num_key_value_heads,
         "intermediate_size": shape["intermediate_size"],
-        "calibrated_layers": record["calibrated_layers"],
+        "calibrated_layers": record["corrected_layers"],
         "pruning_record": record,
     }
 

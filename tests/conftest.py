@@ -28,7 +28,7 @@ from olica.outputs.run_folder import RunFolder
 from olica.pruning.layers import prune_layers
 from olica.pruning.options import PruningOptions
 from olica.pruning.progress import Progress
-from olica.pruning.survey import LayerSurvey, choose_calibrated, survey_layers
+from olica.pruning.survey import LayerSurvey, choose_corrected, survey_layers
 from olica.sources.dense_model import DenseModel
 
 CPU = torch.device("cpu")
@@ -63,7 +63,7 @@ def make_llama(seed: int = 0, **overrides) -> LlamaForCausalLM:
 
 def pruning_options(**overrides) -> PruningOptions:
     """Options that calibrate one layer at rank 6, unless overridden."""
-    settings = dict(percdamp=0.5, mlp_num=1, calibration_rank=6, batch_size=BatchSize(4), device=CPU, cache_device=CPU)
+    settings = dict(percdamp=0.5, mlp_num=1, correction_rank=6, batch_size=BatchSize(4), device=CPU, cache_device=CPU)
     return PruningOptions(**settings | overrides)
 
 
@@ -75,7 +75,7 @@ def prune(
     plan, _ = allocate(recipe, model.config, model.num_parameters(), sparsity, 3.0)
     dense, work = DenseModel(model), (recipe, options, Progress())
     survey = survey_layers(dense, ids, plan, *work)
-    plan = choose_calibrated(plan, survey, recipe, options)
+    plan = choose_corrected(plan, survey, recipe, options)
     prune_layers(dense, ids, plan, survey, *work)
     return survey, plan
 

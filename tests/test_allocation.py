@@ -11,7 +11,7 @@ from olica.methods.allocation import (
     Sizes,
     allocate,
     attention_parameters,
-    calibration_rank,
+    correction_rank,
     describe_plan,
     factor_rank,
     grouped_sparsities,
@@ -20,7 +20,7 @@ from olica.methods.allocation import (
     released_sparsities,
     round_shape,
     uniform_shape,
-    with_calibration,
+    with_corrections,
 )
 from olica.methods.recipes import RECIPES
 from olica.model.configuration_olica import LayerShape
@@ -261,23 +261,23 @@ def test_an_impossible_sparsity_names_the_largest_possible():
 
 def test_a_ratio_that_leaves_no_rank_is_refused():
     with pytest.raises(UsageError, match=r"--ratio 0.01 of the hidden size 64 .*0.0156, or --mlp_num 0"):
-        calibration_rank(make_llama().config, 0.01)
+        correction_rank(make_llama().config, 0.01)
 
 
 def test_calibration_rank_rounds_down():
-    assert calibration_rank(LLAMA_7B, 0.03) == 122
-    assert calibration_rank(make_llama().config, 1.0) == 64
+    assert correction_rank(LLAMA_7B, 0.03) == 122
+    assert correction_rank(make_llama().config, 1.0) == 64
 
 
 def test_calibration_rank_can_be_a_multiple():
-    assert calibration_rank(LLAMA_7B, 0.03, 1) == 122
-    assert calibration_rank(LLAMA_7B, 0.03, 8) == 120 and calibration_rank(LLAMA_7B, 0.03, 32) == 128
-    assert calibration_rank(SMOLLM2, 0.03, 64) == 64
-    assert calibration_rank(make_llama(hidden_size=72).config, 1.0, 16) == 72
+    assert correction_rank(LLAMA_7B, 0.03, 1) == 122
+    assert correction_rank(LLAMA_7B, 0.03, 8) == 120 and correction_rank(LLAMA_7B, 0.03, 32) == 128
+    assert correction_rank(SMOLLM2, 0.03, 64) == 64
+    assert correction_rank(make_llama(hidden_size=72).config, 1.0, 16) == 72
 
 
 def test_describe_plan_folds_equal_layers():
-    plan = with_calibration([LayerShape(3, 2, 4, 50)] * 4, [2], 6)
+    plan = with_corrections([LayerShape(3, 2, 4, 50)] * 4, [2], 6)
     lines = describe_plan(plan).splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["0-1", "2", "3"]
     assert lines[2].split()[1:] == ["3", "2", "4", "50", "6"]

@@ -78,7 +78,7 @@ def test_prune_and_evaluate(here, capsys):
     folder = here / "out/tiny_sparsity-0.2"
     record = json.loads((folder / "olica_run.json").read_text())
     printed = capsys.readouterr().out
-    assert str(folder.relative_to(here)) in printed and "calibrated layers" in printed
+    assert str(folder.relative_to(here)) in printed and "corrected layers" in printed
 
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.num_parameters() == record["parameters"]["after"] == record["parameters"]["planned"]
@@ -221,7 +221,7 @@ def test_sizes_can_be_rounded(here):
     assert prune("--save_dir=out", "--sparsity=0.3", "--ratio=0.2", "--round_to=8") == 0
     record = json.loads(Path("out/tiny_sparsity-0.3/olica_run.json").read_text())
     assert all(size % 8 == 0 for shape in record["plan"] for size in shape.values())
-    assert sum(shape["calibration_rank"] for shape in record["plan"]) == 16  # 12 without rounding
+    assert sum(shape["correction_rank"] for shape in record["plan"]) == 16  # 12 without rounding
     model = AutoModelForCausalLM.from_pretrained("out/tiny_sparsity-0.3")
     assert model.config.layer_shapes == record["plan"]
     assert model(torch.arange(40).view(2, 20)).logits.isfinite().all()
@@ -282,7 +282,7 @@ def test_the_papers_commands_run_verbatim(here, capsys):
         assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads(Path("pruned_models/7b_sparsity-0.2/olica_run.json").read_text())
     assert record["model"]["source"] == "huggyllama/llama-7b" and record["model"]["revision"] == "0" * 40
-    assert record["calibration"]["ids"] == [256, 128] and len(record["calibrated_layers"]) == 6
+    assert record["calibration"]["ids"] == [256, 128] and len(record["corrected_layers"]) == 6
     (evaluation,) = Path("pruned_models/7b_sparsity-0.2").glob("olica_eval_*.json")
     scores = json.loads(evaluation.read_text())["results"]["model"]["zero_shot"]
     assert len(scores["tasks"]) == 7 and 0 <= scores["averages"]["paper_rule"] <= 100

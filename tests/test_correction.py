@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from olica.methods import correction as linear_calibration
+from olica.methods import correction
 from olica.methods.correction import (
     RELEASED_RIDGE_SAMPLES,
     RELEASED_RIDGE_SEQLEN,
@@ -59,10 +59,10 @@ def check_sums(sums, x: np.ndarray, y: np.ndarray) -> None:
         np.testing.assert_allclose(found.detach().numpy(), expected, rtol=2e-4, atol=2e-3)
 
 
-@pytest.mark.parametrize("block", [linear_calibration.DOUBLE_BLOCK, 30])
+@pytest.mark.parametrize("block", [correction.DOUBLE_BLOCK, 30])
 def test_residual_sums_are_those_of_the_residual(mlp, layer, inputs, moments, monkeypatch, block):
     """In one block of channels, and in several of which the last is smaller."""
-    monkeypatch.setattr(linear_calibration, "DOUBLE_BLOCK", block)
+    monkeypatch.setattr(correction, "DOUBLE_BLOCK", block)
     x = inputs.flatten(0, 1).double().numpy()
     check_sums(residual_sums(layer, moments, KEPT), x, residual(mlp, inputs))
 

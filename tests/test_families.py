@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 import model_evaluate
 import model_pruning
 from olica.command_line import run_command
-from olica.methods.allocation import allocate, with_calibration
+from olica.methods.allocation import allocate, with_corrections
 from olica.methods.recipes import RECIPES
 from olica.model.configuration_olica import LayerShape
 from olica.model.modeling_olica import FAMILIES, projections_of, separate_projections
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 CASES = [(family, grouped, tied) for family in FAMILIES for grouped in (True, False) for tied in (True, False)]
 IDS = torch.randint(3, 319, (9, 23), generator=torch.Generator().manual_seed(0))
 DENSE = [LayerShape(0, 0, 10, 177)] * 3
-ODD = [LayerShape(13, 7, 7, 101), LayerShape(13, 0, 9, 101, calibration_rank=5), LayerShape(0, 7, 7, 99)]
+ODD = [LayerShape(13, 7, 7, 101), LayerShape(13, 0, 9, 101, correction_rank=5), LayerShape(0, 7, 7, 99)]
 
 every_case = pytest.mark.parametrize(
     ("family", "grouped", "tied"),
@@ -209,7 +209,7 @@ def test_half_precision_is_no_worse_than_in_the_dense_model(pruned_folder, famil
 def test_measured_parameters_are_the_planned_ones(family, grouped, tied):
     model = make_family(family, grouped, tied)
     plan, _ = allocate(RECIPES["olica"], model.config, model.num_parameters(), 0.2, 3.0)
-    plan = with_calibration(plan, [1], 5)
+    plan = with_corrections(plan, [1], 5)
     by_hand = kept_parameters(model, plan)
     planned = pruned_skeleton(model.config, plan).num_parameters()
     prune_to(model, IDS, plan)
@@ -247,7 +247,7 @@ def test_both_command_lines(family, tmp_path, monkeypatch, capsys):
     folder = Path("pruned_models/dense_sparsity-0.2")
     record = json.loads((folder / "olica_run.json").read_text())
     assert record["parameters"]["after"] == record["parameters"]["planned"] < record["parameters"]["before"]
-    assert len(record["calibrated_layers"]) == 1
+    assert len(record["corrected_layers"]) == 1
     flags = ["--base_model=dense", "--ppl=held.txt", "--ppl_seqlen=64", "--with_dense", "--prompt=old books"]
     assert run_command(model_evaluate.build_parser(), model_evaluate.run, flags) == 0
     (path,) = folder.glob("olica_eval_*.json")

@@ -75,7 +75,7 @@ def test_without_calibration_nothing_is_ranked(ids):
     model = make_llama()
     survey, plan = prune(model, ids, "olica", 0.2, mlp_num=0)
     assert [layer.correlation for layer in survey] == [None] * 3
-    assert not any(shape.calibration_rank for shape in plan)
+    assert not any(shape.correction_rank for shape in plan)
     recipe = RECIPES["olica"]
     assert full("mlp_input") not in recipe.survey_needs(ranking=False)
     assert full("intermediate") not in recipe.calibration_needs(calibrated=False)

@@ -26,7 +26,7 @@ from transformers import (
 
 import model_pruning
 from olica.command_line import run_command
-from olica.model.modeling_olica import FAMILIES, SEQUENCE_CLASSIFIERS, TOKEN_CLASSIFIERS, CalibratedMLP, LowRankLinear
+from olica.model.modeling_olica import FAMILIES, SEQUENCE_CLASSIFIERS, TOKEN_CLASSIFIERS, CorrectedMLP, LowRankLinear
 
 IDS = torch.randint(3, 250, (6, 20), generator=torch.Generator().manual_seed(0))
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -70,7 +70,7 @@ def run_without_olica(tmp_path: Path, *command: str) -> str:
 
 def test_the_fixture_has_every_kind_of_module(pruned_folder):
     kinds = {type(module) for module in load(pruned_folder("phi3")).modules()}
-    assert {CalibratedMLP, LowRankLinear} <= kinds
+    assert {CorrectedMLP, LowRankLinear} <= kinds
 
 
 @every_family

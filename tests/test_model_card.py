@@ -14,9 +14,9 @@ RECORD = {
     "parameters": {"before": 10, "after": 8, "decoder_layers_before": 9, "decoder_layers_after": 7},
     "settings": {"recipe": "olica", "sparsity": 0.2, "k": 3.0, "mlp_num": 6, "ratio": 0.03, "percdamp": 0.5, "seed": 0}
     | {"sparsity_of": "model", "round_to": 1, "datasets": "bookcorpus+alpaca"},
-    "calibrated_layers": [0, 4],
+    "corrected_layers": [0, 4],
     "dense_layer": {"v_head_dim": 10, "intermediate_size": 12},
-    "plan": [{"q_rank": 5, "k_rank": 0, "v_head_dim": 9, "intermediate_size": 9, "calibration_rank": 3}],
+    "plan": [{"q_rank": 5, "k_rank": 0, "v_head_dim": 9, "intermediate_size": 9, "correction_rank": 3}],
 }
 ASKED = "--sparsity 0.2 --sparsity_of model"
 PERPLEXITY = {"value": 15.351, "standard_error": 0.123, "windows": 2000, "seqlen": 128, "bos": "first window"}
@@ -55,7 +55,7 @@ def test_the_card_says_what_was_pruned_and_how(folder):
 
 def test_a_model_that_is_not_of_the_hub_is_no_base_model_of_it(tmp_path):
     model = {"name": "/home/me/models/mine", "source": "/home/me/models/mine", "revision": None}
-    write_card(tmp_path, RECORD | {"model": model, "calibrated_layers": []})
+    write_card(tmp_path, RECORD | {"model": model, "corrected_layers": []})
     assert "base_model" not in text(tmp_path) and "/home" not in text(tmp_path)
     assert "# mine without" in text(tmp_path) and "mine, pruned by" in text(tmp_path)
 
@@ -68,12 +68,12 @@ def test_the_card_says_which_model_a_name_stands_for(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
-        ({"calibrated_layers": []}, f"`{ASKED} --k 3 --seed 0`;\nno corrections (no MLP lost a channel, so "
+        ({"corrected_layers": []}, f"`{ASKED} --k 3 --seed 0`;\nno corrections (no MLP lost a channel, so "
                                     "`--mlp_num 6` had no effect);"),
-        ({"calibrated_layers": [], "settings": {"mlp_num": 0}}, f"`{ASKED} --k 3 --seed 0`;\nno corrections;"),
+        ({"corrected_layers": [], "settings": {"mlp_num": 0}}, f"`{ASKED} --k 3 --seed 0`;\nno corrections;"),
         ({"settings": {"round_to": 8}}, "--k 3 --round_to 8 --mlp_num 6"),
         ({"settings": {"datasets": "ids.safetensors"}}, "--percdamp 0.5`;"),
-        ({"settings": {"sparsity": 0.0, "round_to": 8}, "parameters": {"after": 10}, "calibrated_layers": []},
+        ({"settings": {"sparsity": 0.0, "round_to": 8}, "parameters": {"after": 10}, "corrected_layers": []},
          "`--sparsity 0 --sparsity_of model --seed 0`;"),
     ],
 )  # fmt: skip
@@ -124,11 +124,11 @@ def test_what_was_written_into_the_card_by_hand_stays(folder):
     ("shape", "words"),
     [
         ({}, "low-rank query projections, narrower value heads, narrower MLPs, low-rank linear corrections"),
-        ({"k_rank": 4, "calibration_rank": 0}, "low-rank query and key projections, narrower value heads,"),
+        ({"k_rank": 4, "correction_rank": 0}, "low-rank query and key projections, narrower value heads,"),
         ({"v_rank": 4, "o_rank": 4, "v_head_dim": 10}, "low-rank query and value and output projections, narrower MLP"),
         ({"q_rank": 0, "v_head_dim": 10}, "narrower MLPs, low-rank linear corrections beside some MLPs."),
-        ({"intermediate_size": 12, "calibration_rank": 0}, "low-rank query projections, narrower value heads."),
-        ({"q_rank": 0, "v_head_dim": 10, "intermediate_size": 12, "calibration_rank": 0}, "no size changed."),
+        ({"intermediate_size": 12, "correction_rank": 0}, "low-rank query projections, narrower value heads."),
+        ({"q_rank": 0, "v_head_dim": 10, "intermediate_size": 12, "correction_rank": 0}, "no size changed."),
     ],
 )
 def test_the_card_says_what_became_of_the_projections(tmp_path, shape, words):

@@ -6,7 +6,7 @@ from tiny_families import make_family
 
 from olica.model.configuration_olica import LayerShape, OlicaLlamaConfig
 from olica.model.modeling_olica import (
-    CalibratedMLP,
+    CorrectedMLP,
     CroppedHeadsLinear,
     LowRankLinear,
     OlicaLlamaForCausalLM,
@@ -56,7 +56,7 @@ def test_only_what_shrinks_is_replaced():
     linear = torch.nn.Linear
     assert all(type(module) is linear for module in (first.self_attn.v_proj, first.mlp.up_proj, first.self_attn.o_proj))
     assert isinstance(second.self_attn.q_proj, LowRankLinear) and type(second.self_attn.k_proj) is linear
-    assert isinstance(second.mlp, CalibratedMLP) and second.mlp.mlp.down_proj.in_features == 100
+    assert isinstance(second.mlp, CorrectedMLP) and second.mlp.mlp.down_proj.in_features == 100
     assert isinstance(third.self_attn.k_proj, LowRankLinear) and type(third.self_attn.v_proj) is linear
     assert torch.isfinite(model(torch.arange(10)[None]).logits).all()
 

@@ -9,12 +9,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from olica.batch_size import BatchSize
-from olica.methods.allocation import allocate, calibration_rank
+from olica.methods.allocation import allocate, correction_rank
 from olica.methods.recipes import RECIPES
 from olica.pruning.layers import prune_layers
 from olica.pruning.options import PruningOptions
 from olica.pruning.progress import Progress
-from olica.pruning.survey import choose_calibrated, survey_layers
+from olica.pruning.survey import choose_corrected, survey_layers
 from olica.sources.dense_model import DenseModel
 
 FOLDER = TEST_DATA / "reference_tiny_llama"
@@ -44,7 +44,7 @@ def test_olica_repeats_the_released_code(case, tensors):
     options = PruningOptions(
         percdamp=asked["percdamp"],
         mlp_num=asked["mlp_num"],
-        calibration_rank=calibration_rank(config, asked["ratio"]),
+        correction_rank=correction_rank(config, asked["ratio"]),
         batch_size=BatchSize(7),
         device=CPU,
         cache_device=CPU,
@@ -52,15 +52,15 @@ def test_olica_repeats_the_released_code(case, tensors):
     ids = tensors["calibration_ids"]
     dense, work = DenseModel(model), (recipe, options, Progress())
     survey = survey_layers(dense, ids, plan, *work)
-    plan = choose_calibrated(plan, survey, recipe, options)
+    plan = choose_corrected(plan, survey, recipe, options)
     prune_layers(dense, ids, plan, survey, *work)
 
     named = {"query": "query_key", "key": "query_key", "value_output": "value_output", "feed_forward": "feed_forward"}
     expected_shares = {name: figures[f"{part}_sparsity"] for name, part in named.items()}
     assert vars(shares) == pytest.approx(expected_shares, rel=1e-12)
     expected = figures["shape"]
-    assert [s.calibration_rank for s in plan] == expected["calibration_rank"]
-    assert [i for i, s in enumerate(plan) if s.calibration_rank] == figures["calibrated_layers"]
+    assert [s.correction_rank for s in plan] == expected["calibration_rank"]
+    assert [i for i, s in enumerate(plan) if s.correction_rank] == figures["calibrated_layers"]
     for shape in plan:
         assert (shape.q_rank, shape.k_rank) == (expected["q_rank"], expected["k_rank"])
         assert shape.v_head_dim * config.num_key_value_heads == expected["v_width"]

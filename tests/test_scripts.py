@@ -44,7 +44,7 @@ def test_agreement_with_the_reference_is_strict():
     agrees = load("scripts/reference_figures.py").agrees
     assert agrees("pruned_perplexity", 138.953, 139.2) and not agrees("pruned_perplexity", 138.953, 139.5)
     assert agrees("parameters_after", 5, 5) and not agrees("parameters_after", 5, 6)
-    assert agrees("calibrated_layers", [0, 1], [0, 1]) and not agrees("calibrated_layers", [0, 1], [0, 2])
+    assert agrees("corrected_layers", [0, 1], [0, 1]) and not agrees("corrected_layers", [0, 1], [0, 2])
     assert agrees("measured_sparsity", 0.198433, 0.1984332) and not agrees("measured_sparsity", 0.198433, 0.1985)
 
 
@@ -187,7 +187,7 @@ def test_pruning_speed_times_every_stage(tmp_path, capsys):
     assert all(stages[name] > 0 for name in script.STAGES)
     passes = record["dense_pass_seconds"]
     assert len(passes) == 2 and record["stages"]["pruning"]["dense_passes"] == pytest.approx(2 * whole / sum(passes))
-    assert record["calibrated_layers"] == [0]
+    assert record["corrected_layers"] == [0]
     assert record["peak_memory"]["host_bytes"] > 1e8
     model = LlamaForCausalLM.from_pretrained(tmp_path / "7b-16-2")
     assert (model.config.hidden_size, model.config.num_hidden_layers, model.config.head_dim) == (256, 2, 128)

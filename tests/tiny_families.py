@@ -77,5 +77,5 @@ def kept_parameters(dense: nn.Module, plan) -> int:
             total += rank * (hidden + out_features) - out_features * hidden if rank else 0
         total -= (width - shape.v_head_dim) * ((heads + groups) * hidden + groups * has_bias["self_attn.v_proj"])
         total -= (channels - shape.intermediate_size) * (3 * hidden + 2 * has_bias["mlp.gate_proj"])
-        total += 2 * hidden * shape.calibration_rank
+        total += 2 * hidden * shape.correction_rank
     return total

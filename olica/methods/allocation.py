@@ -304,7 +304,7 @@ def _largest_possible(attempt: Callable, below: float) -> float:
     return 0.0
 
 
-def calibration_rank(config, ratio: float, round_to: int = 1) -> int:
+def correction_rank(config, ratio: float, round_to: int = 1) -> int:
     """Rank of a linear correction, a share `ratio` in (0, 1] of the hidden size, rounded down (paper, section 4.1).
 
     With `round_to` above 1 it is then the nearest multiple of it.
@@ -321,10 +321,10 @@ def calibration_rank(config, ratio: float, round_to: int = 1) -> int:
     return _rounded(rank, round_to, config.hidden_size)
 
 
-def with_calibration(plan: list[LayerShape], calibrated: list[int], rank: int) -> list[LayerShape]:
+def with_corrections(plan: list[LayerShape], calibrated: list[int], rank: int) -> list[LayerShape]:
     """The plan with a correction of that rank beside the MLPs of the layers `calibrated`."""
     chosen = set(calibrated)
-    return [replace(s, calibration_rank=rank) if i in chosen else s for i, s in enumerate(plan)]
+    return [replace(s, correction_rank=rank) if i in chosen else s for i, s in enumerate(plan)]
 
 
 def describe_plan(plan: list[LayerShape]) -> str:

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from ..model.configuration_olica import LayerShape
 from ..model.modeling_olica import Projections
-from . import allocation, feed_forward, query_key, value_output
-from . import correction as linear_calibration
+from . import allocation, correction, feed_forward, query_key, value_output
 from .linalg import RegressionSums
 from .moments import Moments, Statistic, needs
 from .value_output import FactorisedProjections, NarrowedHeads
@@ -58,7 +57,7 @@ class Recipe:
         """Statistics that pruning one layer takes, with or without a linear correction."""
         stages = [self.query_key, self.value_output, self.channel_importance]
         if calibrated:
-            stages.append(linear_calibration.residual_sums)
+            stages.append(correction.residual_sums)
         return {statistic for stage in stages for statistic in stage.needs}
 
     def kept_channels(self, layer: Projections, moments: Moments, shape: LayerShape) -> Tensor:
@@ -67,16 +66,16 @@ class Recipe:
         return feed_forward.kept_channels(importance, shape.intermediate_size, self.protected_fraction)
 
 
-@needs(*linear_calibration.dense_output_sums.needs)
+@needs(*correction.dense_output_sums.needs)
 def regress_dense_output(recipe: Recipe, layer: Projections, moments: Moments, shape: LayerShape) -> RegressionSums:
     """Rank layers by how linear the dense MLP is."""
-    return linear_calibration.dense_output_sums(layer, moments)
+    return correction.dense_output_sums(layer, moments)
 
 
-@needs(*linear_calibration.residual_sums.needs, *feed_forward.paper_importance.needs)
+@needs(*correction.residual_sums.needs, *feed_forward.paper_importance.needs)
 def regress_residual(recipe: Recipe, layer: Projections, moments: Moments, shape: LayerShape) -> RegressionSums:
     """Rank layers by how well the residual of the MLP, pruned as planned, is explained (paper, eq. 9)."""
-    return linear_calibration.residual_sums(layer, moments, recipe.kept_channels(layer, moments, shape))
+    return correction.residual_sums(layer, moments, recipe.kept_channels(layer, moments, shape))
 
 
 # The released code's arithmetic, which made the paper's tables; grouped heads lose what its rule says of plain ones.
@@ -91,8 +90,8 @@ OLICA = Recipe(
     protected_fraction=feed_forward.RELEASED_PROTECTED_FRACTION,
     survey_regression=regress_dense_output,
     last_is_eligible=False,
-    ridge=linear_calibration.released_ridge,
-    output_weights=linear_calibration.released_output_weights,
+    ridge=correction.released_ridge,
+    output_weights=correction.released_output_weights,
 )
 
 RECIPES = {
@@ -112,8 +111,8 @@ RECIPES = {
             protected_fraction=0.0,
             survey_regression=regress_residual,
             last_is_eligible=True,
-            ridge=linear_calibration.paper_ridge,
-            output_weights=linear_calibration.equal_output_weights,
+            ridge=correction.paper_ridge,
+            output_weights=correction.equal_output_weights,
         ),
         # What the paper compares Fast-OND with, everything else being equal: full OND (Table 6); SVD, SVD weighted by
         # the inputs' norms, and importance without any decomposition (Table 5).

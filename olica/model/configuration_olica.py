@@ -31,7 +31,7 @@ class LayerShape:
         k_rank: the same for `k_proj`.
         v_head_dim: width that each value head keeps, at most `head_dim`.
         intermediate_size: channels that the MLP keeps.
-        calibration_rank: inner width of the linear correction beside the MLP, 0 where there is none.
+        correction_rank: inner width of the linear correction beside the MLP, 0 where there is none.
         v_rank: inner width of the factors of `v_proj`, 0 where its heads are narrowed, or it stays dense.
         o_rank: the same for `o_proj`.
     """
@@ -40,7 +40,7 @@ class LayerShape:
     k_rank: int
     v_head_dim: int
     intermediate_size: int
-    calibration_rank: int = 0
+    correction_rank: int = 0
     v_rank: int = 0
     o_rank: int = 0
 

@@ -112,7 +112,7 @@ class CroppedHeadsLinear(nn.Module):
         return self.linear(heads.flatten(-2))
 
 
-class CalibratedMLP(nn.Module):
+class CorrectedMLP(nn.Module):
     """A pruned MLP plus the low-rank linear map that restores what pruning took from it (paper, eq. 11)."""
 
     def __init__(self, mlp: nn.Module, hidden_size: int, rank: int):
@@ -221,8 +221,8 @@ def shrink_layer(layer: nn.Module, config, shape: LayerShape) -> None:
     paths = module_paths(layer)
     for name, module in new.items():
         layer.set_submodule(paths[name], module)
-    if shape.calibration_rank:
-        layer.mlp = CalibratedMLP(layer.mlp, config.hidden_size, shape.calibration_rank)
+    if shape.correction_rank:
+        layer.mlp = CorrectedMLP(layer.mlp, config.hidden_size, shape.correction_rank)
 
 
 class PrunedModel:

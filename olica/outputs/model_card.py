@@ -108,7 +108,7 @@ def changes(plan: list[dict[str, int]], dense: dict[str, int]) -> str:
     parts = [f"low-rank {' and '.join(found)} projections"] if found else []
     narrower = {"v_head_dim": "narrower value heads", "intermediate_size": "narrower MLPs"}
     parts += [words for size, words in narrower.items() if any(shape[size] < dense[size] for shape in plan)]
-    if any(shape["calibration_rank"] for shape in plan):
+    if any(shape["correction_rank"] for shape in plan):
         parts.append("low-rank linear corrections beside some MLPs")
     return ", ".join(parts) or "no size changed"
 
@@ -119,7 +119,7 @@ def flags(record: dict) -> str:
     names = ["sparsity", "sparsity_of"]
     if parameters["after"] < parameters["before"]:
         names += ["k", *(["round_to"] if settings["round_to"] > 1 else [])]
-    if record["calibrated_layers"]:
+    if record["corrected_layers"]:
         names += ["mlp_num", "ratio", "percdamp"]
     if not is_token_file(settings["datasets"]):
         names.append("seed")
@@ -129,8 +129,8 @@ def flags(record: dict) -> str:
 
 def corrections(record: dict) -> str:
     """Beside which MLPs there are corrections; or that there are none, and why where some were asked for."""
-    if record["calibrated_layers"]:
-        return f"corrections beside the MLPs of the layers {', '.join(map(str, record['calibrated_layers']))}"
+    if record["corrected_layers"]:
+        return f"corrections beside the MLPs of the layers {', '.join(map(str, record['corrected_layers']))}"
     number = record["settings"]["mlp_num"]
     return "no corrections" + (f" (no MLP lost a channel, so `--mlp_num {number}` had no effect)" if number else "")
 

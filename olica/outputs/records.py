@@ -142,6 +142,11 @@ def read_pruning_record(folder: str | Path) -> dict | None:
     return record
 
 
+def corrected_layers(record: dict) -> list[int]:
+    """Indices of the layers whose MLPs got a correction, as records of any age name them."""
+    return record["corrected_layers"] if "corrected_layers" in record else record["calibrated_layers"]
+
+
 def has_former_shares(record: dict) -> bool:
     """Whether a pruning was made when `olica`, and what is built on it, had shares of its own for grouped heads.
 

@@ -6,8 +6,7 @@ N samples, T tokens, D hidden size
 import torch
 from torch import Tensor, nn
 
-from ..methods import correction as linear_calibration
-from ..methods import feed_forward
+from ..methods import correction, feed_forward
 from ..methods.moments import Moments
 from ..methods.recipes import Recipe
 from ..model.configuration_olica import LayerShape
@@ -43,12 +42,12 @@ def _compress_feed_forward(
         return {}
     kept = recipe.kept_channels(layer, moments, shape)
     pruned = feed_forward.prune_feed_forward(layer, kept)
-    if not shape.calibration_rank:
+    if not shape.correction_rank:
         return pruned
     ridge = options.ridge(recipe, moments, ids_shape)
-    sums = linear_calibration.residual_sums(layer, moments, kept)
-    moments.drop(linear_calibration.residual_sums.needs)  # the fit needs their room
-    return pruned | linear_calibration.low_rank_correction(sums, ridge, shape.calibration_rank, recipe.output_weights)
+    sums = correction.residual_sums(layer, moments, kept)
+    moments.drop(correction.residual_sums.needs)  # the fit needs their room
+    return pruned | correction.low_rank_correction(sums, ridge, shape.correction_rank, recipe.output_weights)
 
 
 def _shrink(layer: nn.Module, config, shape: LayerShape) -> None:
@@ -133,7 +132,7 @@ def prune_layers(
             propagate(layer, hidden, calls[index], options.batch_size)
             continue
         last = index + 1 == len(plan)
-        moments = Moments(recipe.calibration_needs(plan[index].calibration_rank > 0), dense.config.num_attention_heads)
+        moments = Moments(recipe.calibration_needs(plan[index].correction_rank > 0), dense.config.num_attention_heads)
         calibrate(layer, hidden, calls[index], moments, options.batch_size, advance=recipe.dense_stream and not last)
         check_finite(moments, index, hidden.dtype)
         work = (recipe, options, calibration_ids.shape)

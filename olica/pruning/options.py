@@ -17,7 +17,7 @@ class PruningOptions:
     Attributes:
         percdamp: strength of the ridge.
         mlp_num: how many MLPs get a linear correction.
-        calibration_rank: rank of a correction.
+        correction_rank: rank of a correction.
         batch_size: samples that go through a layer at a time.
         device: where layers run.
         cache_device: where the hidden states (N, T, D) of the calibration set live.
@@ -25,7 +25,7 @@ class PruningOptions:
 
     percdamp: float
     mlp_num: int
-    calibration_rank: int
+    correction_rank: int
     batch_size: BatchSize
     device: torch.device
     cache_device: torch.device

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..methods import correction as linear_calibration
-from ..methods.allocation import with_calibration
+from ..methods import correction
+from ..methods.allocation import with_corrections
 from ..methods.linalg import multiple_correlation, ridge_regression
 from ..methods.moments import Moments
 from ..methods.recipes import Recipe
@@ -95,13 +95,13 @@ def _unpacked(facts: dict, tensors: dict[str, Tensor], recipe: Recipe, heads: in
     return survey
 
 
-def choose_calibrated(
+def choose_corrected(
     plan: list[LayerShape], survey: list[LayerSurvey], recipe: Recipe, options: PruningOptions
 ) -> list[LayerShape]:
     """The plan with corrections beside the `options.mlp_num` MLPs whose survey promises most."""
     if options.mlp_num == 0:
         return plan
     correlations = [layer.correlation for layer in survey]
-    calibrated = linear_calibration.best_explained(correlations, options.mlp_num)
+    calibrated = correction.best_explained(correlations, options.mlp_num)
     logger.info("calibrated layers: %s", calibrated)
-    return with_calibration(plan, calibrated, options.calibration_rank)
+    return with_corrections(plan, calibrated, options.correction_rank)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UsageError
 from ..evaluation.paired import paired_difference, unpack_floats
-from .runs import Results, Run, in_common, linear_calibration, newest_alike, origin, told_apart
+from .runs import Results, Run, correction, in_common, newest_alike, origin, told_apart
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -87,7 +87,7 @@ def singular_values(results: Results) -> Drawing | None:
     return Drawing(figure, [origin([path.parent.as_posix()], [record["environment"]])])
 
 
-def calibrated_layers(results: Results) -> Drawing | None:
+def corrected_layers(results: Results) -> Drawing | None:
     """Figure 3: perplexity over the number of calibrated MLPs, and the multiple correlation of every layer."""
     if len(runs := newest_alike(results.runs("figure3"), "mlp_num")) < 2:
         return None
@@ -174,14 +174,14 @@ def calibration_mixes(results: Results) -> Drawing | None:
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.legend(title="calibration texts", fontsize="small")
-    calibrated = told_apart(linear_calibration, {f"{run.sparsity:.0%}": run for run in runs})
+    calibrated = told_apart(correction, {f"{run.sparsity:.0%}": run for run in runs})
     *said, origin_line = in_common(runs)
     return Drawing(figure, [*dict.fromkeys(said + calibrated), origin_line])
 
 
 FIGURES: dict[str, Callable[[Results], Drawing | None]] = {
     "figure2": singular_values,
-    "figure3": calibrated_layers,
+    "figure3": corrected_layers,
     "figure4": rank_grid,
     "figure5": calibration_set,
     "figure6": calibration_mixes,

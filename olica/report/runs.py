@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ..outputs.records import has_former_shares
+from ..outputs.records import corrected_layers, has_former_shares
 
 PAPER = Path(__file__).parents[2] / "results/paper"
 TEXT = "wikitext2"
@@ -256,11 +256,11 @@ def _texts(run: Run) -> str | None:
     return f"Calibration texts: {run.texts}." if run.pruning else None
 
 
-def linear_calibration(run: Run) -> str | None:
+def correction(run: Run) -> str | None:
     """How many MLPs have it, of which rank."""
     if not run.pruning:
         return None
-    number, ratio = len(run.pruning["calibrated_layers"]), run.pruning["settings"]["ratio"]
+    number, ratio = len(corrected_layers(run.pruning)), run.pruning["settings"]["ratio"]
     return f"MLPs with linear calibration: {number}{f', of rank {ratio:g} of the hidden size' if number else ''}."
 
 
@@ -274,4 +274,4 @@ def _shares(run: Run) -> str | None:
 
 
 # What is to be said of every run.
-MADE = (_measuring, _scoring, _calibration, _texts, linear_calibration, _shares)
+MADE = (_measuring, _scoring, _calibration, _texts, correction, _shares)
