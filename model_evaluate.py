@@ -14,11 +14,12 @@ from os.path import exists, expanduser
 from pathlib import Path
 
 from olica.command_line import run_command
-from olica.devices import memory_explained, pick_device
-from olica.errors import UsageError
+from olica.errors import UsageError, memory_in_words
 from olica.evaluation.evaluation import CONTINUATION_TOKENS, LATENCY, Measures, Protocol, TestText, measure, prepare
-from olica.evaluation.paired import compare, with_error
+from olica.evaluation.paired import compare
 from olica.evaluation.zero_shot import TaskProtocol, check_tasks
+from olica.machine import pick_device
+from olica.output import with_error
 from olica.outputs import checkpoint, identity, records
 from olica.outputs.model_card import add_metrics
 from olica.processes import join_processes
@@ -311,7 +312,7 @@ def run(args: argparse.Namespace) -> None:
     measures = Measures(path.parent, path.name if args.output_path else None, evaluation, stages, processes)
     if measures.found and processes.is_main:
         print(f"going on with a stopped evaluation; measured before: {measures.found}")
-    with measures.says_how_to_go_on(), memory_explained(partial(memory_advice, args, processes.count)):
+    with measures.says_how_to_go_on(), memory_in_words(partial(memory_advice, args, processes.count)):
         results = {subject.name: measure(subject, protocol, measures, stages, processes) for subject in subjects}
     if not processes.is_main:
         return

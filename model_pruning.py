@@ -16,11 +16,10 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 
 from olica import LayerShape
-from olica.batch_size import BatchSize
 from olica.command_line import run_command
-from olica.devices import memory_explained, pick_device
-from olica.errors import UsageError
+from olica.errors import UsageError, memory_in_words
 from olica.evaluation import cost
+from olica.machine import BatchSize, pick_device
 from olica.methods.allocation import (
     Sparsities,
     allocate,
@@ -372,7 +371,7 @@ def run(args: argparse.Namespace) -> None:
     with RunFolder.locked(job.folder) as progress:
         needed = 0 if progress.is_published else job.disk_bytes - progress.written_bytes
         checkpoint.check_room(job.folder, needed, args.overwrite or progress.is_published)
-        with memory_explained(partial(memory_advice, args)):
+        with memory_in_words(partial(memory_advice, args)):
             record = prune_and_save(args, job, progress)
     print_result(job, record)
 

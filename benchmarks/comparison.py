@@ -7,9 +7,9 @@ import torch
 from transformers import PreTrainedModel
 
 import olica  # noqa: F401
+from olica.checks import check_record_path
 from olica.errors import UsageError
 from olica.evaluation.cost import count_parameters, weight_bytes
-from olica.outputs.checkpoint import check_record_path
 from olica.outputs.records import environment, write_record
 from olica.sources.model_source import DTYPES, locate, read_model
 

@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import stopping  # noqa: E402
 from benchmarks.comparison import check_flags, draw_ids, parser_of_models, read_models, write_comparison  # noqa: E402
 from olica.command_line import run_command  # noqa: E402
-from olica.devices import pick_device  # noqa: E402
 from olica.evaluation.cost import forward_latency  # noqa: E402
+from olica.machine import pick_device  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -29,12 +29,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import model_pruning  # noqa: E402
 import stopping  # noqa: E402
-from olica.batch_size import BatchSize  # noqa: E402
+from olica.checks import check_record_path  # noqa: E402
 from olica.command_line import run_command  # noqa: E402
-from olica.devices import pick_device  # noqa: E402
 from olica.errors import UsageError  # noqa: E402
 from olica.evaluation.cost import synchronize  # noqa: E402
-from olica.outputs.checkpoint import check_record_path, checkpoint_folder  # noqa: E402
+from olica.machine import (
+    BatchSize,  # noqa: E402
+    pick_device,  # noqa: E402
+)
+from olica.outputs.checkpoint import checkpoint_folder  # noqa: E402
 from olica.outputs.records import read_pruning_record, write_record  # noqa: E402
 from olica.pruning.activations import propagate, record_layer_calls  # noqa: E402
 from olica.sources.calibration_set import is_token_file, read_token_file  # noqa: E402

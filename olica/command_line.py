@@ -9,8 +9,7 @@ from collections.abc import Callable
 import torch
 from transformers.utils import logging as transformers_logging
 
-from .devices import memory_explained
-from .errors import UsageError
+from .errors import UsageError, memory_in_words
 from .output import forgiving_output
 
 # What a path that a user gave can be at fault for.
@@ -42,17 +41,17 @@ def run_command(
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        with memory_explained(memory_advice):
+        with memory_in_words(memory_advice):
             run(args)
     except UsageError as error:
         if os.environ.get("OLICA_DEBUG"):
             raise
-        parser.exit(2, explained(f"{parser.prog}: error: {error}\n"))
+        parser.exit(2, only_once(f"{parser.prog}: error: {error}\n"))
     except OSError as error:
         if error.filename is None or error.errno not in PATH_ERRORS:
             raise
         reason = f"{error.filename}: {error.strerror}; give another file or folder"
-        parser.exit(2, explained(f"{parser.prog}: error: {reason}\n"))
+        parser.exit(2, only_once(f"{parser.prog}: error: {reason}\n"))
     return 0
 
 
@@ -61,6 +60,6 @@ def memory_advice(of_host: bool) -> str:
     return "lower --batch_size, or give a --dtype of half the width" + ("" if of_host else " or --device cpu")
 
 
-def explained(message: str) -> str | None:
+def only_once(message: str) -> str | None:
     """The message, in the first of the processes that `accelerate launch` started; the others say nothing."""
     return message if os.environ.get("RANK", "0") == "0" else None

@@ -52,6 +52,12 @@ class _Output:
             os.close(nowhere)
 
 
+def with_error(value: float, error: float | None, digits: int, sign: str = "") -> str:
+    """A figure as text and, where it has one, its standard error; `sign` "+" writes that of positive figures too."""
+    shown = f"{value:{sign},.{digits}f}"
+    return shown if error is None else f"{shown} ± {error:,.{digits}f}"
+
+
 @contextmanager
 def forgiving_output() -> Iterator[None]:
     """Have standard output and error take all that is written meanwhile.

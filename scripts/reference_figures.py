@@ -21,10 +21,11 @@ sys.path.insert(0, str(ROOT))
 import model_pruning  # noqa: E402
 import olica  # noqa: E402, F401
 import stopping  # noqa: E402
+from olica.checks import check_record_path  # noqa: E402
 from olica.command_line import run_command  # noqa: E402
 from olica.errors import UsageError  # noqa: E402
 from olica.evaluation.perplexity import perplexity  # noqa: E402
-from olica.outputs.checkpoint import check_record_path, checkpoint_folder  # noqa: E402
+from olica.outputs.checkpoint import checkpoint_folder  # noqa: E402
 from olica.outputs.records import read_pruning_record, write_record  # noqa: E402
 from olica.sources.model_source import locate, read_model  # noqa: E402
 

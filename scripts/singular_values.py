@@ -13,11 +13,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import stopping  # noqa: E402
+from olica.checks import check_record_path  # noqa: E402
 from olica.command_line import run_command  # noqa: E402
-from olica.devices import pick_device  # noqa: E402
 from olica.errors import UsageError  # noqa: E402
+from olica.machine import pick_device  # noqa: E402
 from olica.model.modeling_olica import projections_of  # noqa: E402
-from olica.outputs.checkpoint import check_record_path  # noqa: E402
 from olica.outputs.records import environment, write_record  # noqa: E402
 from olica.sources.dense_model import open_dense_model  # noqa: E402
 from olica.sources.model_source import describe_source, locate, read_config, refuse_unprunable  # noqa: E402

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import stopping  # noqa: E402
 from olica.command_line import run_command  # noqa: E402
 from olica.errors import UsageError  # noqa: E402
-from olica.evaluation.paired import with_error  # noqa: E402
+from olica.output import with_error  # noqa: E402
 from olica.outputs.records import latest_comparison, read_pruning_record  # noqa: E402
 
 

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from olica.batch_size import BatchSize
+from olica.machine import BatchSize
 from olica.methods.allocation import allocate
 from olica.methods.recipes import RECIPES
 from olica.model.configuration_olica import LayerShape

@@ -2,7 +2,7 @@ import pytest
 import torch
 from conftest import make_llama, no_memory_for_more_than
 
-from olica.batch_size import BatchSize
+from olica.machine import BatchSize
 from olica.methods.moments import TAPS, Moments, cross, diagonal, full, total
 from olica.pruning.activations import calibrate, propagate, record_layer_calls, recording
 

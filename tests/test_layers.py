@@ -5,8 +5,8 @@ import pytest
 import torch
 from conftest import make_llama, prune, pruning_options
 
-from olica.batch_size import BatchSize
 from olica.errors import UsageError
+from olica.machine import BatchSize
 from olica.methods.allocation import allocate
 from olica.methods.moments import diagonal, full, needs
 from olica.methods.recipes import RECIPES

@@ -10,11 +10,11 @@ from conftest import make_llama, pruning_options
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from olica.batch_size import BatchSize
+from olica.machine import BatchSize
 from olica.methods.allocation import allocate
 from olica.methods.recipes import OLICA, RECIPES
 from olica.pruning import memory
-from olica.pruning.memory import MOST_TOKENS, Task, expected_peaks, fit_batch_size, left_by_control_groups
+from olica.pruning.memory import MOST_TOKENS, Task, expected_peaks, fit_batch_size
 
 ROOT = Path(__file__).parents[1]
 
@@ -90,38 +90,6 @@ def test_thirty_billion_parameters_fit_a_small_gpu(monkeypatch):
         task = Task(config, int(total), plan[0], (256, 128), 2, OLICA, is_streamed=True)
         options = pruning_options(mlp_num=6, batch_size=BatchSize(16), device=gpu, cache_device=cpu)
         assert expected_peaks(task, options)["device_bytes"] < most
-
-
-def test_limits_of_control_groups(tmp_path):
-    process, mounted = tmp_path / "cgroup", tmp_path / "fs"
-
-    def group(folder: str, **files: str) -> None:
-        (mounted / folder).mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            (mounted / folder / name.replace("__", ".")).write_text(text + "\n")
-
-    assert left_by_control_groups(process, mounted) == []
-    process.write_text("0::/job/step\n")
-    assert left_by_control_groups(process, mounted) == []
-    cached = {"memory__stat": "anon 5\ninactive_file 30"}
-    group("job/step", memory__max="max", memory__current="7", **cached)
-    group("job", memory__max="1000", memory__current="400", **cached)
-    assert left_by_control_groups(process, mounted) == [1000 - 400 + 30]
-    process.write_text("9:cpu:/x\n4:memory,pids:/job\n")
-    stat = {"memory__stat": "total_inactive_file 3"}
-    group("memory", memory__limit_in_bytes="900", memory__usage_in_bytes="100", **stat)
-    group("memory/job", memory__limit_in_bytes="500", memory__usage_in_bytes="50", **stat)
-    assert left_by_control_groups(process, mounted) == [453, 803]
-    process.write_text("0::/elsewhere/inside/a/container\n")
-    group(".", memory__max="2000", memory__current="500", **cached)
-    assert left_by_control_groups(process, mounted) == [1530]
-
-
-def test_free_memory_is_the_least_of_what_system_and_limits_leave(monkeypatch):
-    system = memory.psutil.virtual_memory().available
-    assert memory.free_memory(torch.device("cpu")) <= 1.1 * system
-    monkeypatch.setattr(memory, "left_by_control_groups", lambda: [10**6])
-    assert memory.free_memory(torch.device("cpu")) == 10**6
 
 
 def peaks(folder: Path, layers: int) -> tuple[int, int]:

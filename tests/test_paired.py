@@ -12,8 +12,8 @@ from olica.evaluation.paired import (
     standard_error,
     unpack_floats,
     unpack_hits,
-    with_error,
 )
+from olica.output import with_error
 
 
 def test_packed_rows_come_back():

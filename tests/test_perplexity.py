@@ -8,9 +8,9 @@ import torch
 from conftest import make_llama, no_memory_for_more_than
 
 from olica.errors import UsageError
-from olica.evaluation.cost import peak_memory, reset_peak_memory
 from olica.evaluation.paired import unpack_floats
 from olica.evaluation.perplexity import perplexity, token_windows
+from olica.machine import peak_memory, reset_peak_memory
 from olica.processes import Processes
 
 

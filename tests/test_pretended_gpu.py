@@ -24,11 +24,11 @@ from test_zero_shot import ROWS, write_rows
 
 import model_evaluate
 import model_pruning
-from olica.batch_size import BatchSize
 from olica.command_line import run_command
 from olica.evaluation import evaluation
 from olica.evaluation.cost import forward_latency
 from olica.evaluation.perplexity import perplexity
+from olica.machine import BatchSize
 from olica.methods.allocation import allocate
 from olica.methods.recipes import RECIPES
 from olica.outputs import run_folder

@@ -13,7 +13,7 @@ from conftest import make_llama, pruning_options
 from safetensors.torch import save_file
 from tiny_run import FOLDER, LAYERS, WORK, contents, journal, prune
 
-from olica.batch_size import BatchSize
+from olica.machine import BatchSize
 from olica.methods.allocation import allocate
 from olica.methods.recipes import RECIPES
 from olica.outputs import run_folder as run_folder_module

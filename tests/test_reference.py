@@ -8,7 +8,7 @@ from conftest import TEST_DATA
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from olica.batch_size import BatchSize
+from olica.machine import BatchSize
 from olica.methods.allocation import allocate, correction_rank
 from olica.methods.recipes import RECIPES
 from olica.pruning.layers import prune_layers

@@ -5,8 +5,8 @@ import pytest
 import torch
 from conftest import make_llama, prune
 
-from olica.batch_size import BatchSize
 from olica.errors import UsageError
+from olica.machine import BatchSize
 from olica.methods.recipes import RECIPES
 from olica.pruning.soundness import cast_weights
 

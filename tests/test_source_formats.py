@@ -15,9 +15,9 @@ from tiny_families import make_family
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer, PreTrainedModel
 
 import model_pruning
-from olica.batch_size import BatchSize
 from olica.command_line import run_command
 from olica.errors import UsageError
+from olica.machine import BatchSize
 from olica.model.configuration_olica import LayerShape
 from olica.sources.model_source import (
     count_dense_parameters,

@@ -1,10 +1,9 @@
-"""What a model costs: parameters, products, bytes, seconds per forward pass and per generated token, and peak memory.
+"""What a model costs: parameters, products, bytes, seconds per forward pass and per generated token.
 
 B sequences, T tokens of each
 """
 
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +14,6 @@ from transformers import Cache, PreTrainedModel
 
 from ..model.configuration_olica import head_dim
 from ..sources.model_files import weight_files
-
-# Linux: RESET_PEAK written to the first makes the kernel start VmHWM, a line of the second, from the present
-# resident size again (proc(5)).
-CLEAR_REFS = Path("/proc/self/clear_refs")
-STATUS = Path("/proc/self/status")
-RESET_PEAK = "5"
 
 
 def count_parameters(model: PreTrainedModel) -> dict[str, int]:
@@ -111,34 +104,6 @@ def generation_latency(
     return {name: {"prefill": prefill[name], "decode": decode[name]} for name in models}
 
 
-def reset_peak_memory(device: torch.device | str) -> bool:
-    """Start the peaks that `peak_memory` reports from the memory in use now.
-
-    Returns whether the host's peak was reset too; where the system does not offer it, that peak stays the one
-    of the whole process.
-    """
-    if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    try:
-        CLEAR_REFS.write_text(RESET_PEAK)
-    except OSError:
-        return False
-    return True
-
-
-def peak_memory(device: torch.device | str) -> dict[str, int | None]:
-    """Peak memory since `reset_peak_memory`, in bytes: `host_bytes` and `device_bytes`.
-
-    The host's is the resident size of this process; the device's is what torch allocated for tensors on
-    `device`, and None unless that is a CUDA device.
-    """
-    on_cuda = torch.device(device).type == "cuda"
-    return {
-        "host_bytes": _host_peak(),
-        "device_bytes": torch.cuda.max_memory_allocated(device) if on_cuda else None,
-    }
-
-
 def _greedy_step(model: PreTrainedModel, ids: torch.Tensor, cache: Cache | None) -> tuple[torch.Tensor, Cache]:
     """The likeliest next token (B, 1) after `ids` (B, T) and what `cache` holds, and the cache with `ids` in it."""
     output = model(ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -168,19 +133,3 @@ def _compared(seconds: dict[str, list[float]], uncounted: int) -> dict[str, dict
         timed[name] = {"median_s": statistics.median(counted), "min_s": min(counted), "max_s": max(counted)}
     first = next(iter(timed.values()))["median_s"]
     return {name: row | {"ratio": row["median_s"] / first} for name, row in timed.items()}
-
-
-def _host_peak() -> int:
-    """Peak resident bytes: since the last reset, or of the whole process where the system has no VmHWM."""
-    try:
-        lines = STATUS.read_text().splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024  # "VmHWM:    123456 kB"
-    # Imported here because Windows does not have it.
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB on Linux

@@ -99,12 +99,6 @@ def compare(ours: dict, dense: dict) -> dict:
     return compared
 
 
-def with_error(value: float, error: float | None, digits: int, sign: str = "") -> str:
-    """A figure as text and, where it has one, its standard error; `sign` "+" writes that of positive figures too."""
-    shown = f"{value:{sign},.{digits}f}"
-    return shown if error is None else f"{shown} ± {error:,.{digits}f}"
-
-
 def mean_error(rows: list[dict]) -> float | None:
     """Standard error of the mean of independent figures; None where one of them has none."""
     errors = [row["standard_error"] for row in rows]

@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..batch_size import BatchSize
 from ..errors import UsageError
+from ..machine import BatchSize
 from ..processes import ALONE, Processes
 from .paired import pack_floats, standard_error
 

@@ -9,7 +9,7 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import wraps
 from importlib import metadata
@@ -18,8 +18,8 @@ from pathlib import Path
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..batch_size import BatchSize
-from ..errors import UsageError
+from ..errors import UsageError, in_words, is_no_fault_of_input, reason
+from ..machine import BatchSize
 from ..processes import ALONE, Processes
 from .paired import PAPER_METRIC, mean_error, pack_hits
 
@@ -92,7 +92,7 @@ def zero_shot(
     """
     harness = _import_harness()
     with tempfile.TemporaryDirectory() as folder:
-        with _explained(tasks, protocol.data_dir):
+        with _in_words(tasks, protocol.data_dir):
             local = local_tasks(protocol.data_dir, folder) if protocol.data_dir else []
             manager = _task_manager(tasks, local, folder, protocol.num_fewshot)
         fitting = BatchSize(batch_size)
@@ -101,7 +101,7 @@ def zero_shot(
         def score(task: str) -> None:
             """Put the task's scores into `scored`."""
             wrapped = _harness_model(model, tokenizer, fitting.size, protocol.add_bos_token, processes)
-            with _explained([task], protocol.data_dir):
+            with _in_words([task], protocol.data_dir):
                 results = harness.simple_evaluate(
                     model=wrapped,
                     tasks=[task],
@@ -130,7 +130,7 @@ def check_tasks(tasks: list[str], protocol: TaskProtocol) -> dict[str, int]:
     _import_harness()
     from lm_eval.models.utils import normalize_gen_kwargs
 
-    with tempfile.TemporaryDirectory() as folder, _explained(tasks, protocol.data_dir):
+    with tempfile.TemporaryDirectory() as folder, _in_words(tasks, protocol.data_dir):
         local = local_tasks(protocol.data_dir, folder) if protocol.data_dir else []
         loaded = _task_manager(tasks, local, folder, protocol.num_fewshot).load(tasks)["tasks"]
         _check_examples(loaded, protocol.num_fewshot)
@@ -165,28 +165,27 @@ def harness_version() -> str:
     return f"lm-eval {metadata.version('lm_eval')}"
 
 
-@contextmanager
-def _explained(tasks: list[str], data_dir: str | Path | None) -> Iterator[None]:
+def _in_words(tasks: list[str], data_dir: str | Path | None) -> AbstractContextManager[None]:
     """Turn the failures of reading and filling in rows into a UsageError, but not those of running the model."""
-    try:
-        yield
-    except (UsageError, MemoryError):
-        raise
-    except Exception as error:
-        if WHILE_RUNNING in getattr(error, "__notes__", ()):
-            raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+
+    def sentence(error: Exception) -> str:
+        fault = reason(error)
         files = {name: _find_rows(Path(data_dir or ""), LOCAL_ROWS[name].stem) for name in tasks if name in LOCAL_ROWS}
         missing = [f"{LOCAL_ROWS[name].stem}.jsonl" for name, path in files.items() if path is None]
         if empty := [path for path in files.values() if path and not path.stat().st_size]:
-            reason = f"{empty[0]} is empty"
+            fault = f"{empty[0]} is empty"
         names = f" as {', '.join(missing)}" if missing else ""
         advice = f"their rows must lie in --data_dir {data_dir}{names}, whole and in the hub's fields"
         if any(name not in LOCAL_ROWS for name in tasks):
             advice += f", and only {', '.join(LOCAL_ROWS)} can have rows there"
-        raise UsageError(
-            f"--tasks {','.join(tasks)}: lm-eval cannot score them ({reason}); without a hub {advice}"
-        ) from error
+        return f"--tasks {','.join(tasks)}: lm-eval cannot score them ({fault}); without a hub {advice}"
+
+    def is_no_fault_of_rows(error: Exception) -> bool:
+        # An AssertionError of lm-eval is what it says of rows that it cannot use.
+        of_program = is_no_fault_of_input(error) and not isinstance(error, AssertionError)
+        return of_program or WHILE_RUNNING in getattr(error, "__notes__", ())
+
+    return in_words(sentence, let_through=is_no_fault_of_rows)
 
 
 def local_tasks(data_dir: str | Path, folder: str | Path) -> list[str]:

@@ -21,11 +21,6 @@ class SingularError(ArithmeticError):
     """A regression whose matrix is singular."""
 
 
-def all_finite(tensor: Tensor) -> bool:
-    """Whether nothing in `tensor` is NaN or infinite; takes no memory of its size."""
-    return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
-
-
 def by_rows(function: Callable[[Tensor], Tensor], matrix: Tensor) -> Tensor:
     """What `function` makes of every row of a matrix, in double precision; one block of rows at a time is that wide."""
     return torch.cat([function(rows.double()) for rows in matrix.split(DOUBLE_BLOCK)])

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .linalg import about_zero, all_finite
+from ..checks import all_finite
+from .linalg import about_zero
 
 # Where statistics can be taken: (projection of the decoder layer, its "input" or its "output").
 TAPS = {

@@ -1,7 +1,6 @@
 """Write a pruned model as a checkpoint that the Auto classes load, whole or not at all."""
 
 import json
-import os
 import shutil
 from math import prod
 from pathlib import Path
@@ -19,6 +18,7 @@ from transformers import (
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from ..checks import check_writable
 from ..errors import UsageError
 from ..model.configuration_olica import LayerShape
 from ..model.modeling_olica import FAMILIES, SEQUENCE_CLASSIFIERS, TOKEN_CLASSIFIERS
@@ -38,21 +38,6 @@ def checkpoint_folder(
     of = "" if sparsity_of == SPARSITY_OF[0] else f"_of-{sparsity_of}"
     suffix = "" if recipe == DEFAULT_RECIPE else f"_{recipe}"
     return Path(save_dir) / f"{label}_sparsity-{sparsity:g}{of}{suffix}"
-
-
-def check_writable(path: Path, flag: str) -> Path:
-    """The nearest folder above `path` that exists; raises UsageError, naming `flag`, unless it can be written to."""
-    parent = next(p for p in path.absolute().parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UsageError(f"{flag}: {parent} is not a folder that can be written to")
-    return parent
-
-
-def check_record_path(path: Path, flag: str) -> None:
-    """Raise UsageError unless a record can be written to `path`, in place of a file at the most."""
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise UsageError(f"{flag} {path} is a folder, a link or a device; give the name of a file")
-    check_writable(path, flag)
 
 
 def check_folder(folder: Path) -> None:

@@ -8,14 +8,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..errors import UsageError
+from ..errors import UsageError, in_words
 from ..tensor_files import save_tensors
 
 
@@ -95,16 +95,15 @@ class Journal:
                 (self.path.parent / name).unlink()
 
 
-@contextmanager
-def explained_writing(folder: Path) -> Iterator[None]:
-    """Tell the user of a disk that is full or fails under `folder`."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise UsageError(
+def explained_writing(folder: Path) -> AbstractContextManager[None]:
+    """Have a disk that is full or fails under `folder` end in a UsageError."""
+    return in_words(
+        lambda error: (
             f"--save_dir: {folder} cannot be written to ({error}); make room and give the same command again, "
             "which goes on from the last finished layer, or give another --save_dir"
-        ) from error
+        ),
+        kinds=(OSError, SafetensorError),
+    )
 
 
 def move_durably(source: Path, target: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-from ..evaluation.paired import with_error
+from ..output import with_error
 from ..sources.calibration_set import is_token_file
 from .records import alone_in, write_text
 

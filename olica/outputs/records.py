@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock
 
 from ..errors import UsageError
-from ..evaluation.cost import peak_memory, reset_peak_memory
+from ..machine import peak_memory, reset_peak_memory
 
 PACKAGES = (
     "torch",

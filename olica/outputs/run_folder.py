@@ -24,8 +24,8 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..batch_size import BatchSize
 from ..errors import UsageError
+from ..machine import BatchSize
 from ..pruning.progress import Progress
 from .journal import Journal, explained_writing, force_to_disk, move_durably
 

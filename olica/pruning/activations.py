@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..batch_size import BatchSize
+from ..machine import BatchSize
 from ..methods.moments import TAPS, Moments
 from ..model.modeling_olica import projections_of
 from ..sources.dense_model import DenseModel

@@ -5,12 +5,11 @@ n tokens of a batch, D hidden size, H query heads, K key/value heads, d head wid
 
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 
 import psutil
-import torch
 from transformers import PreTrainedConfig
 
+from ..machine import free_memory
 from ..methods.allocation import Sizes
 from ..methods.linalg import DOUBLE_BLOCK
 from ..methods.moments import TAPS, Statistic, full
@@ -25,11 +24,6 @@ USABLE = 0.8
 SINGLE, DOUBLE = 4, 8  # bytes
 # What the libraries take once they work: threads, buffers and code that is loaded when it is first run.
 RUNTIME_BYTES = 60_000_000
-# Linux's control groups: which the process is in, where they are, and for each of the two versions the folder and the
-# names of the limit, of what is used of it, and of that part of it that is cached files.
-PROCESS, MOUNTED = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
-VERSION_1 = ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-VERSION_2 = ("", "memory.max", "memory.current", "inactive_file")
 
 
 @dataclass(frozen=True)
@@ -177,36 +171,3 @@ def fit_batch_size(task: Task, options: PruningOptions) -> None:
         if size == 1 or (peaks["device_bytes"] or peaks["host_bytes"] - psutil.Process().memory_info().rss) <= free:
             return
         size //= 2
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on `device`; for the CPU those that the system, and a limit on this process, leave."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return min([psutil.virtual_memory().available, *left_by_control_groups()])
-
-
-def left_by_control_groups(process: Path = PROCESS, mounted: Path = MOUNTED) -> list[int]:
-    """What the memory limits of Linux leave (containers and batch systems set them); empty where there are none."""
-    left = []
-    groups = process.read_text().splitlines() if process.exists() else []
-    for controllers, group in (line.split(":", 2)[1:] for line in groups):
-        if not controllers:
-            folder, *files = VERSION_2
-        elif "memory" in controllers.split(","):
-            folder, *files = VERSION_1
-        else:
-            continue
-        # Inside a container the group may have another name than outside: its limit is then that of the root.
-        own = mounted / folder / group.strip("/")
-        above = [path for path in own.parents if path.is_relative_to(mounted / folder)]
-        left += [_left(path, *files) for path in (own, *above) if (path / files[0]).exists()]
-    return [number for number in left if number is not None]
-
-
-def _left(group: Path, limit: str, used: str, cached: str) -> int | None:
-    most = (group / limit).read_text().strip()
-    if most == "max":
-        return None
-    counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    return int(most) - int((group / used).read_text()) + int(counts[cached])  # cached files give way

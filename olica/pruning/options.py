@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..batch_size import BatchSize
 from ..errors import UsageError
+from ..machine import BatchSize
 from ..methods.moments import Moments, diagonal
 from ..methods.recipes import Recipe
 

@@ -6,8 +6,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ..checks import all_finite
 from ..errors import UsageError
-from ..methods.linalg import SingularError, all_finite
+from ..methods.linalg import SingularError
 from ..methods.moments import TAPS, Moments
 
 

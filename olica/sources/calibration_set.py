@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..checks import refuse_pointers
 from ..errors import UsageError
 from ..tensor_files import save_tensors
-from .model_files import refuse_pointers
 from .text_sources import Rows, read_rows
 
 logger = logging.getLogger(__name__)

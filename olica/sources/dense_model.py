@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from ..devices import hand_back_memory
-from ..methods.linalg import all_finite
+from ..checks import all_finite
+from ..machine import hand_back_memory
 from ..model.modeling_olica import separate_projections
 from .model_source import (
     DTYPES,

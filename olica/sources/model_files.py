@@ -1,17 +1,15 @@
 """Which files of a folder are its model's: others may lie there, of an adapter, another form or an old download."""
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
+from ..checks import refuse_pointers
 from ..errors import UsageError
 
 # In the order in which transformers looks: the weights as a whole, or an index of files that hold them.
 WEIGHT_FORMS = ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME))
-# How a file begins that git-lfs has not fetched, and what such a file has at most (the format's own limit).
-POINTER_START, POINTER_BYTES = b"version https://git-lfs", 1024
 
 
 def weight_files(folder: str | Path) -> list[Path]:
@@ -48,13 +46,3 @@ def _indexed(index: Path) -> list[Path]:
     if missing:
         raise UsageError(f"{index} names {missing[0]}, which is not there; download or convert it anew")
     return [index.parent / name for name in names]
-
-
-def refuse_pointers(paths: Iterable[Path]) -> None:
-    """Raise UsageError if one of the files, which need not be there, is a pointer that git-lfs has left."""
-    for path in paths:
-        if not path.is_file() or path.stat().st_size > POINTER_BYTES:
-            continue
-        with path.open("rb") as file:
-            if file.read(len(POINTER_START)) == POINTER_START:
-                raise UsageError(f"{path} is a pointer of git-lfs in place of the file; run git lfs pull in its folder")

@@ -3,8 +3,8 @@
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -29,12 +29,12 @@ from transformers.tokenization_utils_base import SPECIAL_TOKENS_MAP_FILE
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
-from ..devices import is_out_of_memory
-from ..errors import UsageError
+from ..checks import refuse_pointers
+from ..errors import UsageError, in_words, reason
 from ..evaluation.cost import count_parameters
 from ..model.configuration_olica import head_dim
 from ..model.modeling_olica import FAMILIES
-from .model_files import model_files, refuse_pointers, weight_files
+from .model_files import model_files, weight_files
 from .tied_head import holds_another_head
 
 logger = logging.getLogger(__name__)
@@ -124,23 +124,18 @@ class Location:
         return [Path(self.path) / self.gguf_file] if self.gguf_file else model_files(self.path)
 
 
-@contextmanager
-def explained(location: Location, what: str) -> Iterator[None]:
+def explained(location: Location, what: str) -> AbstractContextManager[None]:
     """Turn any failure of a library's reader into a UsageError.
 
     transformers, tokenizers, safetensors, pickle and gguf share no exception for files that are absent, cut short or
     not what they should be.
     """
-    try:
-        yield
-    except (UsageError, NameError, AssertionError, MemoryError):  # the latter ones are no fault of the files
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
+
+    def sentence(error: Exception) -> str:
         cause = error.__cause__ if isinstance(error.__cause__, ValueError | TypeError) else error
-        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        raise UsageError(f"{location.flag} {location.name}: {what} ({reason})") from error
+        return f"{location.flag} {location.name}: {what} ({reason(cause)})"
+
+    return in_words(sentence)
 
 
 def _packaged_model() -> Path:

@@ -14,7 +14,7 @@ import platform
 import re
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache
@@ -23,8 +23,8 @@ from pathlib import Path
 import datasets
 from pyarrow import parquet
 
-from ..errors import UsageError
-from .model_files import refuse_pointers
+from ..checks import refuse_pointers
+from ..errors import UsageError, in_words, reason
 from .pydoc_text import pydoc_passages
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,7 @@ PYDOC = "pydoc"
 
 # What no text is to blame for whose file has been opened before.
 CACHE_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT}
+CACHE_REMEDY = "a cache cannot be written to; name a folder with room for it by HF_HOME or HF_DATASETS_CACHE"
 # All columns that are ever read: of prose, and of prompts.
 COLUMNS = ("text", "sentence", "instruction", "input", "output")
 
@@ -148,7 +149,7 @@ def evaluation_text(source: str, data_dir: Path | None, *, flag: str = "--datase
 
 def _pydoc_rows(split: str, flag: str) -> Rows:
     """The topics and their text differ by version of Python, which the origin therefore names."""
-    with _explained(f"{flag} names {PYDOC}, which this Python lacks", "give another source"):
+    with _in_words(f"{flag} names {PYDOC}, which this Python lacks", "give another source"):
         from pydoc_data.topics import topics
     passages = pydoc_passages(topics, split)
     fingerprint = hashlib.sha256("\0".join(passages).encode()).hexdigest()
@@ -166,7 +167,7 @@ def _named_rows(name: str, split: str, data_dir: Path | None, flag: str) -> Rows
         return _path_rows(name, local, (source.splits[split],), source.row_of_line)
     hub_split, files = source.splits[split], source.files.get(split)
     remedy = f"put a local copy, {source.local[split][0]}.jsonl, into the folder --data_dir {data_dir or ''}"
-    with _explained(f"{flag} {name} cannot be read from the hub", remedy.rstrip()):
+    with _in_words(f"{flag} {name} cannot be read from the hub", remedy.rstrip()):
         data_files = {hub_split: files} if files else None
         table = datasets.load_dataset(**source.hub, data_files=data_files, split=hub_split)
     place = f"{source.hub['path']}@{source.hub.get('revision', 'main')}"
@@ -231,7 +232,7 @@ def _rows(name: str, origin: str, fingerprint: str, table: datasets.Dataset) -> 
 
 def _load_folder(path: Path, saved_splits: tuple[str, ...]) -> tuple[Path, datasets.Dataset]:
     refuse_pointers(path.rglob("*.arrow"))
-    with _explained(f"{path} cannot be read as a folder made by save_to_disk", "save it again", cached=False):
+    with _in_words(f"{path} cannot be read as a folder made by save_to_disk", "save it again", cached=False):
         saved = datasets.load_from_disk(str(path))
     if isinstance(saved, datasets.Dataset):
         return path, saved
@@ -255,7 +256,7 @@ def _load_file(path: Path, row_of_line: Callable | None) -> tuple[str, datasets.
         fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
     # Named by content: the cache of datasets would serve old rows to a new file with the old time stamp.
     cached = {"config_name": fingerprint[:16], "cache_dir": _cache_dir()}
-    with _explained(f"{path} cannot be read as {kind}", "give a complete file with some rows"), _quiet():
+    with _in_words(f"{path} cannot be read as {kind}", "give a complete file with some rows"), _quiet():
         # None is load_dataset, which tells the hub of every call and so waits for the network here too.
         if kind == "text":
             return fingerprint, _read_text(path, row_of_line, cached)
@@ -365,20 +366,18 @@ def _columns(table: datasets.Dataset, origin: str) -> tuple[str | None, bool]:
     return prose, has_prompts
 
 
-@contextmanager
-def _explained(what: str, remedy: str, cached: bool = True) -> Iterator[None]:
-    """Turn any failure inside into a UsageError: datasets, pyarrow, gzip and the hub share no exception.
+def _in_words(what: str, remedy: str, cached: bool = True) -> AbstractContextManager[None]:
+    """Turn any failure to read text into a UsageError: datasets, pyarrow, gzip and the hub share no exception.
 
     `cached` says that a copy is kept in a cache, which may be what is at fault.
     """
-    try:
-        yield
-    except Exception as error:
+
+    def sentence(error: Exception) -> str:
         cause = error.__cause__ or error  # where datasets keeps the telling message
-        if cached and getattr(cause, "errno", None) in CACHE_ERRORS:
-            remedy = "a cache cannot be written to; name a folder with room for it by HF_HOME or HF_DATASETS_CACHE"
-        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        raise UsageError(f"{what} ({reason}): {remedy}") from error
+        is_of_cache = cached and getattr(cause, "errno", None) in CACHE_ERRORS
+        return f"{what} ({reason(cause)}): {CACHE_REMEDY if is_of_cache else remedy}"
+
+    return in_words(sentence)
 
 
 @contextmanager

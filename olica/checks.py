@@ -1,0 +1,43 @@
+"""Checks of tensors, of files and of places to write to, before work is done in vain."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .errors import UsageError
+
+# How a file begins that git-lfs has not fetched, and what such a file has at most (the format's own limit).
+POINTER_START, POINTER_BYTES = b"version https://git-lfs", 1024
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether nothing in `tensor` is NaN or infinite; takes no memory of its size."""
+    return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
+
+
+def check_writable(path: Path, flag: str) -> Path:
+    """The nearest folder above `path` that exists; raises UsageError, naming `flag`, unless it can be written to."""
+    parent = next(p for p in path.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UsageError(f"{flag}: {parent} is not a folder that can be written to")
+    return parent
+
+
+def check_record_path(path: Path, flag: str) -> None:
+    """Raise UsageError unless a record can be written to `path`, in place of a file at the most."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise UsageError(f"{flag} {path} is a folder, a link or a device; give the name of a file")
+    check_writable(path, flag)
+
+
+def refuse_pointers(paths: Iterable[Path]) -> None:
+    """Raise UsageError if one of the files, which need not be there, is a pointer that git-lfs has left."""
+    for path in paths:
+        if not path.is_file() or path.stat().st_size > POINTER_BYTES:
+            continue
+        with path.open("rb") as file:
+            if file.read(len(POINTER_START)) == POINTER_START:
+                raise UsageError(f"{path} is a pointer of git-lfs in place of the file; run git lfs pull in its folder")
