@@ -30,6 +30,7 @@ from olica.methods.allocation import (
 )
 from olica.methods.recipes import RECIPES, Recipe, recipe_name
 from olica.model.configuration_olica import head_dim
+from olica.model.skeleton import count_parameters, pruned_skeleton, try_out
 from olica.outputs import checkpoint, identity, records
 from olica.outputs.model_card import write_card
 from olica.outputs.run_folder import RunFolder
@@ -132,7 +133,7 @@ WARNED_RATIO = 1.5
 
 @dataclass(frozen=True)
 class Parameters:
-    """Parameters of the dense model and of the planned one, as `cost.count_parameters` gives them."""
+    """Parameters of the dense model and of the planned one, as `skeleton.count_parameters` gives them."""
 
     before: dict[str, int]
     planned: dict[str, int]
@@ -205,9 +206,9 @@ def prepare(args: argparse.Namespace) -> Job:
     if args.batch_size == "auto":
         fit_batch_size(task, options)
     with model_source.explained(location, "its configuration describes no model that can be pruned and run"):
-        pruned = checkpoint.pruned_skeleton(config, sized)
-        model_source.try_out(pruned)
-    planned = cost.count_parameters(pruned)
+        pruned = pruned_skeleton(config, sized)
+        try_out(pruned)
+    planned = count_parameters(pruned)
     return Job(
         recipe=recipe,
         location=location,
@@ -272,7 +273,7 @@ def prune_and_save(args: argparse.Namespace, job: Job, progress: RunFolder) -> d
         calibration = draw_calibration_set(args, tokenizer, job.config)
     with stages.stage("open model"):
         dense = open_dense_model(job.location, args.dtype)
-        before = cost.count_parameters(dense.model)
+        before = count_parameters(dense.model)
     if before != job.parameters.before:  # the plan was made before the hub gave the weights
         raise UsageError(
             f"{job.location.flag} {job.location.name}: its weights hold another model than its configuration; give the "

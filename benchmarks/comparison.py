@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 import olica  # noqa: F401
 from olica.checks import check_record_path
 from olica.errors import UsageError
-from olica.evaluation.cost import count_parameters, weight_bytes
+from olica.evaluation.cost import weight_bytes
+from olica.model.skeleton import count_parameters
 from olica.outputs.records import environment, write_record
 from olica.sources.model_source import DTYPES, locate, read_model
 

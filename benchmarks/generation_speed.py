@@ -20,8 +20,9 @@ import stopping  # noqa: E402
 from benchmarks.comparison import check_flags, draw_ids, parser_of_models, read_models, write_comparison  # noqa: E402
 from olica.command_line import run_command  # noqa: E402
 from olica.errors import UsageError  # noqa: E402
-from olica.evaluation.cost import count_parameters, generation_latency  # noqa: E402
+from olica.evaluation.cost import generation_latency  # noqa: E402
 from olica.machine import pick_device  # noqa: E402
+from olica.model.skeleton import count_parameters  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -24,7 +24,6 @@ import stopping  # noqa: E402
 from olica.checks import check_record_path  # noqa: E402
 from olica.command_line import run_command  # noqa: E402
 from olica.errors import UsageError  # noqa: E402
-from olica.evaluation.cost import count_parameters  # noqa: E402
 from olica.evaluation.perplexity import perplexity, token_windows  # noqa: E402
 from olica.machine import (
     BatchSize,  # noqa: E402
@@ -33,6 +32,7 @@ from olica.machine import (
 from olica.methods.allocation import Sizes, Sparsities, allocate, correction_rank, released_sparsities, spend_rest  # noqa: E402
 from olica.methods.recipes import OLICA  # noqa: E402
 from olica.model.configuration_olica import LayerShape  # noqa: E402
+from olica.model.skeleton import count_parameters  # noqa: E402
 from olica.outputs.records import environment, write_record  # noqa: E402
 from olica.pruning.layers import prune_layers  # noqa: E402
 from olica.pruning.options import PruningOptions, check_mlp_num  # noqa: E402

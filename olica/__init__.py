@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from .model.configuration_olica import LayerShape
-from .model.modeling_olica import FAMILIES, SEQUENCE_CLASSIFIERS, TOKEN_CLASSIFIERS
+from .model.families import FAMILIES, SEQUENCE_CLASSIFIERS, TOKEN_CLASSIFIERS
 
 __all__ = ["FAMILIES", "LayerShape"]
 

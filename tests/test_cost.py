@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from olica.evaluation import cost
+from olica.model.skeleton import count_parameters
 
 # The grouped tiny LLaMA, by hand: D 64, F 176, 4 query and 2 key/value heads of width 16, 3 layers, V 320.
 GROUPED_LAYER = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 176 + 2 * 64
@@ -33,16 +34,16 @@ class TimedModel(torch.nn.Module):
 
 
 def test_tied_parameters_count_once(grouped_llama):
-    counts = cost.count_parameters(grouped_llama)
+    counts = count_parameters(grouped_llama)
     assert counts == {"total": GROUPED_TOTAL, "decoder_layers": 3 * GROUPED_LAYER}
 
 
 def test_untied_head_counts_apart():
-    assert cost.count_parameters(make_llama()) == {"total": FULL_TOTAL, "decoder_layers": 3 * FULL_LAYER}
+    assert count_parameters(make_llama()) == {"total": FULL_TOTAL, "decoder_layers": 3 * FULL_LAYER}
 
 
 def test_parameters_of_a_base_model(grouped_llama):
-    assert cost.count_parameters(grouped_llama.model) == cost.count_parameters(grouped_llama)
+    assert count_parameters(grouped_llama.model) == count_parameters(grouped_llama)
 
 
 @pytest.mark.parametrize("pruned", [False, True])

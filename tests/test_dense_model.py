@@ -10,7 +10,8 @@ from tiny_families import make_family
 from transformers import AutoModelForCausalLM
 
 from olica.errors import UsageError
-from olica.model.modeling_olica import FAMILIES, SideBySide
+from olica.model.families import FAMILIES
+from olica.model.modeling_olica import SideBySide
 from olica.sources.dense_model import DenseModel, StreamedModel, is_streamed, open_dense_model
 from olica.sources.model_source import locate
 

@@ -22,8 +22,9 @@ from olica.command_line import run_command
 from olica.methods.allocation import allocate, with_corrections
 from olica.methods.recipes import RECIPES
 from olica.model.configuration_olica import LayerShape
-from olica.model.modeling_olica import FAMILIES, projections_of, separate_projections
-from olica.outputs.checkpoint import pruned_skeleton
+from olica.model.families import FAMILIES
+from olica.model.modeling_olica import projections_of, separate_projections
+from olica.model.skeleton import pruned_skeleton
 
 ROOT = Path(__file__).parents[1]
 CASES = [(family, grouped, tied) for family in FAMILIES for grouped in (True, False) for tied in (True, False)]

@@ -26,7 +26,8 @@ from transformers import (
 
 import model_pruning
 from olica.command_line import run_command
-from olica.model.modeling_olica import FAMILIES, SEQUENCE_CLASSIFIERS, TOKEN_CLASSIFIERS, CorrectedMLP, LowRankLinear
+from olica.model.families import FAMILIES, SEQUENCE_CLASSIFIERS, TOKEN_CLASSIFIERS
+from olica.model.modeling_olica import CorrectedMLP, LowRankLinear
 
 IDS = torch.randint(3, 250, (6, 20), generator=torch.Generator().manual_seed(0))
 every_family = pytest.mark.parametrize("family", FAMILIES)

@@ -3,6 +3,7 @@ import torch
 from conftest import make_llama
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from tiny_families import make_family
+from torch import nn
 
 from olica.model.configuration_olica import LayerShape, OlicaLlamaConfig
 from olica.model.modeling_olica import (
@@ -39,12 +40,13 @@ def test_low_rank_linear_is_the_product_of_its_factors():
 
 
 def test_padding_and_cropping_undo_each_other():
-    padded = PaddedHeadsLinear(8, heads=3, kept=2, width=5, bias=True)
-    cropped = CroppedHeadsLinear(heads=3, kept=2, width=5, out_features=8, bias=False)
+    padded = PaddedHeadsLinear(nn.Linear(8, 6), kept=2, width=5, heads=4)
+    cropped = CroppedHeadsLinear(nn.Linear(6, 8, bias=False), kept=2, width=5, heads=3)
     x = torch.randn(4, 6, 8)
     wide = padded(x)
-    assert wide.shape == (4, 6, 15)
-    assert (wide.view(4, 6, 3, 5)[..., 2:] == 0).all()
+    assert wide.shape == (4, 6, 20)
+    assert (wide.view(4, 6, 4, 5)[:, :, :3, 2:] == 0).all() and (wide[..., 15:] == 0).all()
+    assert torch.equal(wide.view(4, 6, 4, 5)[:, :, :3, :2].flatten(-2), padded.linear(x))
     torch.testing.assert_close(cropped(wide), padded.linear(x) @ cropped.linear.weight.T)
 
 
@@ -53,7 +55,7 @@ def test_only_what_shrinks_is_replaced():
         config_of([LayerShape(0, 0, 16, 176), LayerShape(8, 0, 12, 100, 4), LayerShape(0, 5, 16, 100)])
     )
     first, second, third = model.model.layers
-    linear = torch.nn.Linear
+    linear = nn.Linear
     assert all(type(module) is linear for module in (first.self_attn.v_proj, first.mlp.up_proj, first.self_attn.o_proj))
     assert isinstance(second.self_attn.q_proj, LowRankLinear) and type(second.self_attn.k_proj) is linear
     assert isinstance(second.mlp, CorrectedMLP) and second.mlp.mlp.down_proj.in_features == 100
@@ -95,7 +97,7 @@ def test_shapes_that_do_not_fit_are_refused(shapes, message):
 def test_separated_projections_do_what_the_fused_one_did(bias):
     layer = make_family("phi3").model.layers[0]
     config, x = make_family("phi3").config, torch.randn(2, 5, 63)
-    layer.self_attn.qkv_proj = torch.nn.Linear(63, (9 + 3 + 3) * 10, bias=bias)
+    layer.self_attn.qkv_proj = nn.Linear(63, (9 + 3 + 3) * 10, bias=bias)
     fused, expected = layer.self_attn.qkv_proj, layer.self_attn.qkv_proj(x)
     separate_projections(layer, config)
     torch.testing.assert_close(layer.self_attn.qkv_proj(x), expected)

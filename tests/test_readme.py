@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditiona
 
 import model_evaluate
 import model_pruning
-from olica.model.modeling_olica import FAMILIES
+from olica.model.families import FAMILIES
 from olica.sources.model_source import MODEL_NAMES, locate, read_model, read_tokenizer
 
 ROOT = Path(__file__).parents[1]

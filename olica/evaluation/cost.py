@@ -12,19 +12,8 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
-from ..model.configuration_olica import head_dim
+from ..model.configuration_olica import attends_with_all_heads, head_dim
 from ..sources.model_files import weight_files
-
-
-def count_parameters(model: PreTrainedModel) -> dict[str, int]:
-    """Count the distinct parameters, tied ones once: `total`, and `decoder_layers` alone.
-
-    `total` includes embeddings, head and norms; the linear corrections of a pruned model are in both.
-    """
-    return {
-        "total": sum(parameter.numel() for parameter in model.parameters()),
-        "decoder_layers": sum(parameter.numel() for parameter in model.get_decoder().layers.parameters()),
-    }
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -35,16 +24,16 @@ def weight_bytes(model: nn.Module) -> int:
 def count_macs(model: PreTrainedModel, tokens: int) -> int:
     """Multiply-accumulates of one forward pass of a sequence of T = `tokens` tokens; no weight is read.
 
-    Every linear map of (in, out) features takes T in out, and the attention of H heads of width d in each of L layers
-    2 L H T^2 d: scores and mixed values of all pairs of tokens, the masked ones too. Norms, activations and rotary
+    Every linear map of (in, out) features takes T in out, and the attention of a layer with H heads of width d
+    2 H T^2 d: scores and mixed values of all pairs of tokens, the masked ones too. Norms, activations and rotary
     embeddings are left out, as is usual.
     """
     linear = sum(
         module.in_features * module.out_features for module in model.modules() if isinstance(module, nn.Linear)
     )
     config = model.config
-    heads = config.num_attention_heads * head_dim(config)
-    return tokens * linear + 2 * config.num_hidden_layers * heads * tokens**2
+    heads = sum(_attended_groups(config)) * (config.num_attention_heads // config.num_key_value_heads)
+    return tokens * linear + 2 * heads * head_dim(config) * tokens**2
 
 
 def cache_bytes_per_token(model: PreTrainedModel) -> int:
@@ -52,9 +41,15 @@ def cache_bytes_per_token(model: PreTrainedModel) -> int:
 
     Values of narrowed heads are cached zero-padded. A layer with a sliding window caches no more than its window.
     """
-    config = model.config
-    width = config.num_key_value_heads * head_dim(config)
-    return 2 * config.num_hidden_layers * width * model.dtype.itemsize
+    return 2 * sum(_attended_groups(model.config)) * head_dim(model.config) * model.dtype.itemsize
+
+
+def _attended_groups(config) -> list[int]:
+    """Key/value heads that the attention of every layer reads and caches, of a dense or pruned model."""
+    shapes = getattr(config, "layer_shapes", None)
+    if not shapes or attends_with_all_heads(config):
+        return [config.num_key_value_heads] * config.num_hidden_layers
+    return [shape.get("kv_heads") or config.num_key_value_heads for shape in shapes]
 
 
 def folder_weight_bytes(folder: str | Path) -> int:

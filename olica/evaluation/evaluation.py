@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UsageError
+from ..model.skeleton import count_parameters
 from ..outputs.records import Stages, write_record
 from ..processes import Processes
 from ..sources import model_source
@@ -281,7 +282,7 @@ def measure(subject: Subject, protocol: Protocol, measures: Measures, stages: St
 def sizes(model: PreTrainedModel) -> dict:
     """What a model's sizes alone tell."""
     return {
-        "parameters": cost.count_parameters(model),
+        "parameters": count_parameters(model),
         "weight_bytes": cost.weight_bytes(model),
         "macs": {"tokens": MACS_TOKENS, "total": cost.count_macs(model, MACS_TOKENS)},
         "cache_bytes_per_token": cost.cache_bytes_per_token(model),

@@ -1,25 +1,34 @@
-"""Sizes of pruned decoder layers, and one configuration per model family.
+"""Sizes of pruned decoder layers, and one configuration class per model family.
 
 This file and `modeling_olica.py` are copied into every pruned checkpoint, so they import nothing of ours but each
-other. The scalars of the dense configuration (`intermediate_size`, `head_dim`, ...) stay as they were: the Hugging
-Face constructor builds the dense modules and `shrink_layer` narrows them to `layer_shapes`.
+other, and of the library only the family that is asked for: a checkpoint loads where others are missing. The scalars
+of the dense configuration (`intermediate_size`, `head_dim`, ...) stay as they were: the Hugging Face constructor
+builds the dense modules and `shrink_layer` narrows them to `layer_shapes`.
 """
 
 from dataclasses import MISSING, asdict, dataclass, fields
+from functools import cache
 
 from huggingface_hub.dataclasses import strict
-from transformers import (
-    Gemma2Config,
-    Gemma3TextConfig,
-    GraniteConfig,
-    LlamaConfig,
-    MistralConfig,
-    Olmo2Config,
-    Phi3Config,
-    Qwen2Config,
-    Qwen3Config,
-    SmolLM3Config,
-)
+from transformers import CONFIG_MAPPING, __version__
+
+# model_type of a dense model -> what the names of its classes here have between `Olica` and `Config`, `Model`, ...
+FAMILY_NAMES = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "smollm3": "SmolLM3",
+    "granite": "Granite",
+    "olmo2": "Olmo2",
+    "gemma2": "Gemma2",
+    "gemma3_text": "Gemma3Text",
+    "phi3": "Phi3",
+}
+PREFIX = "olica_"  # of the model_type of a pruned model
+# Version of what `config.json` and the names of the weights mean. 1: `correction_rank` was `calibration_rank`.
+FORMAT = 2
+RENAMED = {"calibration_rank": "correction_rank"}
 
 
 @dataclass(frozen=True)
@@ -27,13 +36,16 @@ class LayerShape:
     """Sizes of one pruned decoder layer; a rank of 0 means that there are no factors.
 
     Attributes:
-        q_rank: inner width of the factors of `q_proj`, 0 where it stays one dense matrix.
+        q_rank: inner width of the factors of `q_proj`, 0 where it stays one matrix.
         k_rank: the same for `k_proj`.
         v_head_dim: width that each value head keeps, at most `head_dim`.
         intermediate_size: channels that the MLP keeps.
         correction_rank: inner width of the linear correction beside the MLP, 0 where there is none.
-        v_rank: inner width of the factors of `v_proj`, 0 where its heads are narrowed, or it stays dense.
+        v_rank: inner width of the factors of `v_proj`, 0 where it stays one matrix.
         o_rank: the same for `o_proj`.
+        kv_heads: key/value heads that stay, each with all of its query heads; 0: all.
+        o_bias: whether `o_proj` gets a bias that the dense one may lack; one that the dense one has stays anyway.
+        down_bias: the same for `down_proj`.
     """
 
     q_rank: int
@@ -43,8 +55,11 @@ class LayerShape:
     correction_rank: int = 0
     v_rank: int = 0
     o_rank: int = 0
+    kv_heads: int = 0
+    o_bias: bool = False
+    down_bias: bool = False
 
-    def to_dict(self) -> dict[str, int]:
+    def to_dict(self) -> dict[str, int | bool]:
         """The sizes as a plain dictionary, the form in which `config.json` holds them."""
         return asdict(self)
 
@@ -54,24 +69,45 @@ def head_dim(config) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def norm_spans_heads(config) -> bool:
+    """Whether one norm runs over all query heads, and one over all key heads, of a dense or pruned model.
+
+    No query or key head can go there without changing the others: `q_proj` and `k_proj` keep all of them.
+    """
+    return config.model_type.removeprefix(PREFIX) == "olmo2"
+
+
+def attends_with_all_heads(config) -> bool:
+    """Whether the attention of a dense or pruned model computes and caches all heads, whatever a layer keeps.
+
+    Besides the families of `norm_spans_heads` it is Phi-3, which cuts a fused projection at fixed places.
+    """
+    return norm_spans_heads(config) or config.model_type.removeprefix(PREFIX) == "phi3"
+
+
 def check_layer_shapes(config) -> None:
     """Raise ValueError unless `config.layer_shapes` fits the dense sizes of `config`.
 
-    A checkpoint edited by hand, or cut short, is told here rather than by a size mismatch of some tensor.
+    So a checkpoint edited by hand, or cut short, is refused for what is wrong, not for the size of some tensor.
     """
     shapes = config.layer_shapes
     if shapes is None:
         return
     if len(shapes) != config.num_hidden_layers:
         raise ValueError(f"layer_shapes has {len(shapes)} rows for {config.num_hidden_layers} layers")
-    names = {field.name for field in fields(LayerShape)}
+    types = {field.name: field.type for field in fields(LayerShape)}
     required = {field.name for field in fields(LayerShape) if field.default is MISSING}
-    largest = {"v_head_dim": head_dim(config), "intermediate_size": config.intermediate_size}
+    limits = {
+        "v_head_dim": (1, head_dim(config)),
+        "intermediate_size": (1, config.intermediate_size),
+        "kv_heads": (0, config.num_key_value_heads),
+    }
     for index, shape in enumerate(shapes):
-        if not required <= set(shape) <= names:
-            raise ValueError(f"layer_shapes[{index}] has the keys {sorted(shape)}, not {sorted(names)}")
+        if not required <= shape.keys() <= types.keys():
+            raise ValueError(f"layer_shapes[{index}] has the keys {sorted(shape)}, not {sorted(types)}")
         for name, size in shape.items():
-            if not (1 if name in largest else 0) <= size <= largest.get(name, size):
+            smallest, largest = limits.get(name, (0, size))
+            if type(size) is not types[name] or not smallest <= size <= largest:
                 raise ValueError(f"layer_shapes[{index}]: {name} = {size} does not fit this model")
 
 
@@ -79,82 +115,50 @@ def check_layer_shapes(config) -> None:
 class PrunedConfig:
     """What every family's configuration gains: the sizes of each decoder layer, one row per layer (None: all dense)."""
 
-    layer_shapes: list[dict[str, int]] | None = None
+    layer_shapes: list[dict[str, int | bool]] | None = None
+    olica_format: int = FORMAT
 
     # Sharding a zero-padded value projection over devices by the dense model's plan would cut heads apart.
     base_model_tp_plan = None
 
+    def __post_init__(self, **kwargs):
+        """Give the sizes that an old checkpoint names otherwise the names of today."""
+        if self.layer_shapes is not None:
+            self.layer_shapes = [
+                {RENAMED.get(name, name): size for name, size in shape.items()} for shape in self.layer_shapes
+            ]
+        super().__post_init__(**kwargs)
+
     def validate_architecture(self):
-        """Part of the strict validation: the dense sizes, then the sizes of every layer."""
+        """Part of the strict validation: the format, the dense sizes, then the sizes of every layer."""
+        if self.olica_format > FORMAT:
+            raise ValueError(
+                f"olica_format is {self.olica_format}, of which this olica reads {FORMAT} at most: update olica"
+            )
         super().validate_architecture()
         check_layer_shapes(self)
 
 
-@strict
-class OlicaLlamaConfig(PrunedConfig, LlamaConfig):
-    """A pruned LLaMA."""
+@cache
+def config_class(model_type: str) -> type:
+    """The configuration class `Olica...Config` of the pruned models of a family, made when it is first asked for.
 
-    model_type = "olica_llama"
-
-
-@strict
-class OlicaMistralConfig(PrunedConfig, MistralConfig):
-    """A pruned Mistral."""
-
-    model_type = "olica_mistral"
-
-
-@strict
-class OlicaQwen2Config(PrunedConfig, Qwen2Config):
-    """A pruned Qwen2."""
-
-    model_type = "olica_qwen2"
+    Raises:
+        ImportError: the installed transformers lacks the family.
+    """
+    if model_type not in CONFIG_MAPPING:
+        raise ImportError(f"transformers {__version__} has no models of the type {model_type}: update transformers")
+    family = FAMILY_NAMES[model_type]
+    name = f"Olica{family}Config"
+    members = dict(
+        __module__=__name__, __qualname__=name, __doc__=f"A pruned {family}.", model_type=f"{PREFIX}{model_type}"
+    )
+    return strict(type(name, (PrunedConfig, CONFIG_MAPPING[model_type]), members))
 
 
-@strict
-class OlicaQwen3Config(PrunedConfig, Qwen3Config):
-    """A pruned Qwen3."""
-
-    model_type = "olica_qwen3"
-
-
-@strict
-class OlicaSmolLM3Config(PrunedConfig, SmolLM3Config):
-    """A pruned SmolLM3."""
-
-    model_type = "olica_smollm3"
-
-
-@strict
-class OlicaGraniteConfig(PrunedConfig, GraniteConfig):
-    """A pruned Granite."""
-
-    model_type = "olica_granite"
-
-
-@strict
-class OlicaOlmo2Config(PrunedConfig, Olmo2Config):
-    """A pruned OLMo 2."""
-
-    model_type = "olica_olmo2"
-
-
-@strict
-class OlicaGemma2Config(PrunedConfig, Gemma2Config):
-    """A pruned Gemma 2."""
-
-    model_type = "olica_gemma2"
-
-
-@strict
-class OlicaGemma3TextConfig(PrunedConfig, Gemma3TextConfig):
-    """A pruned Gemma 3 (text)."""
-
-    model_type = "olica_gemma3_text"
-
-
-@strict
-class OlicaPhi3Config(PrunedConfig, Phi3Config):
-    """A pruned Phi-3."""
-
-    model_type = "olica_phi3"
+def __getattr__(name: str) -> type:
+    """The configuration classes by their names, for importing and unpickling them."""
+    for model_type, family in FAMILY_NAMES.items():
+        if name == f"Olica{family}Config":
+            return config_class(model_type)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

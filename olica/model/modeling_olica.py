@@ -7,63 +7,28 @@ attention code sees. Masks, caches, rotary embeddings and attention kernels stay
     F intermediate channels, r rank
 """
 
+from collections.abc import Collection
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
     AutoModel,
-    Gemma2ForCausalLM,
-    Gemma2ForSequenceClassification,
-    Gemma2ForTokenClassification,
-    Gemma2Model,
-    Gemma3ForCausalLM,
-    Gemma3TextForSequenceClassification,
-    Gemma3TextModel,
-    GraniteForCausalLM,
-    GraniteModel,
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-    LlamaForTokenClassification,
-    LlamaModel,
-    MistralForCausalLM,
-    MistralForSequenceClassification,
-    MistralForTokenClassification,
-    MistralModel,
-    Olmo2ForCausalLM,
-    Olmo2ForSequenceClassification,
-    Olmo2Model,
-    Phi3ForCausalLM,
-    Phi3ForSequenceClassification,
-    Phi3ForTokenClassification,
-    Phi3Model,
-    Qwen2ForCausalLM,
-    Qwen2ForSequenceClassification,
-    Qwen2ForTokenClassification,
-    Qwen2Model,
-    Qwen3ForCausalLM,
-    Qwen3ForSequenceClassification,
-    Qwen3ForTokenClassification,
-    Qwen3Model,
-    SmolLM3ForCausalLM,
-    SmolLM3ForSequenceClassification,
-    SmolLM3ForTokenClassification,
-    SmolLM3Model,
 )
 
 from .configuration_olica import (
+    FAMILY_NAMES,
     LayerShape,
-    OlicaGemma2Config,
-    OlicaGemma3TextConfig,
-    OlicaGraniteConfig,
-    OlicaLlamaConfig,
-    OlicaMistralConfig,
-    OlicaOlmo2Config,
-    OlicaPhi3Config,
-    OlicaQwen2Config,
-    OlicaQwen3Config,
-    OlicaSmolLM3Config,
+    attends_with_all_heads,
+    config_class,
     head_dim,
+    norm_spans_heads,
 )
 
 
@@ -81,34 +46,34 @@ class LowRankLinear(nn.Module):
 
 
 class PaddedHeadsLinear(nn.Module):
-    """A value projection of `heads` heads of width `kept`, each zero-padded to `width`.
+    """A value projection whose heads of width `kept` are zero-padded to `width`, and zero heads added up to `heads`.
 
     Attention mixes tokens, not features, so a zero column stays zero, and `CroppedHeadsLinear` drops it again: exact.
     The padding keeps values as wide as keys, which every fused attention kernel wants.
     """
 
-    def __init__(self, in_features: int, heads: int, kept: int, width: int, bias: bool):
+    def __init__(self, linear: nn.Module, kept: int, width: int, heads: int):
         super().__init__()
-        self.heads, self.kept, self.width = heads, kept, width
-        self.linear = nn.Linear(in_features, heads * kept, bias=bias)
+        self.linear = linear
+        self.kept, self.width, self.heads = kept, width, heads
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., K d)."""
-        values = self.linear(x).unflatten(-1, (self.heads, self.kept))  # (..., K, v)
-        return nn.functional.pad(values, (0, self.width - self.kept)).flatten(-2)  # (..., K d)
+        values = self.linear(x).unflatten(-1, (-1, self.kept))  # (..., k, v)
+        return nn.functional.pad(values, (0, self.width - self.kept, 0, self.heads - values.shape[-2])).flatten(-2)
 
 
 class CroppedHeadsLinear(nn.Module):
-    """An output projection that reads the first `kept` of the `width` features of each of `heads` heads."""
+    """An output projection that reads the first `kept` of the `width` features of each of the first `heads` heads."""
 
-    def __init__(self, heads: int, kept: int, width: int, out_features: int, bias: bool):
+    def __init__(self, linear: nn.Module, kept: int, width: int, heads: int):
         super().__init__()
-        self.heads, self.kept, self.width = heads, kept, width
-        self.linear = nn.Linear(heads * kept, out_features, bias=bias)
+        self.linear = linear
+        self.kept, self.width, self.heads = kept, width, heads
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., H d) -> (..., D)."""
-        heads = x.unflatten(-1, (self.heads, self.width))[..., : self.kept]  # (..., H, v)
+        heads = x.unflatten(-1, (-1, self.width))[..., : self.heads, : self.kept]  # (..., h, v)
         return self.linear(heads.flatten(-2))
 
 
@@ -150,14 +115,15 @@ class Projections(NamedTuple):
     down_proj: nn.Linear
 
 
+# What of a decoder layer is pruned or added.
+MODULES = (*Projections._fields, "correction")
 # Where some families fuse projections, and what a fused one holds, in the order in which its output is cut.
 FUSED = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj": ("gate_proj", "up_proj")}
 
 
 def module_paths(layer: nn.Module) -> dict[str, str]:
     """Where a decoder layer, dense or shrunk, has its projections and, if it has one, the correction of its MLP."""
-    names = (*Projections._fields, "correction")
-    return {name: path for path, _ in layer.named_modules() if (name := path.rpartition(".")[2]) in names}
+    return {name: path for path, _ in layer.named_modules() if (name := path.rpartition(".")[2]) in MODULES}
 
 
 def projections_of(layer: nn.Module) -> Projections:
@@ -191,37 +157,64 @@ def _separated(fused: nn.Linear, sizes: dict[str, int]) -> SideBySide:
     return SideBySide(**projections)
 
 
-def _resized(linear: nn.Linear, in_features: int, out_features: int) -> nn.Linear:
-    return nn.Linear(in_features, out_features, bias=linear.bias is not None)
+def _resized(dense: nn.Linear, in_features: int, out_features: int, rank: int = 0, bias: bool = False) -> nn.Module:
+    """An unfilled linear map in place of `dense`; `dense` itself, with its weights, where at most a bias is new."""
+    bias = bias or dense.bias is not None
+    if rank:
+        return LowRankLinear(in_features, out_features, rank, bias)
+    if (in_features, out_features) != (dense.in_features, dense.out_features):
+        return nn.Linear(in_features, out_features, bias)
+    if bias and dense.bias is None:
+        dense.bias = nn.Parameter(torch.zeros(out_features, dtype=dense.weight.dtype))
+    return dense
 
 
-def shrink_layer(layer: nn.Module, config, shape: LayerShape) -> None:
+def _shrunk_attention(name: str, dense: nn.Linear, config, shape: LayerShape) -> nn.Module:
+    width, groups = head_dim(config), config.num_key_value_heads
+    all_heads = groups if name in ("k_proj", "v_proj") else config.num_attention_heads
+    heads = all_heads // groups * (shape.kv_heads or groups)
+    kept = shape.v_head_dim if name in ("v_proj", "o_proj") else width
+    if name in ("q_proj", "k_proj") and norm_spans_heads(config):
+        heads = all_heads
+    rank = getattr(shape, f"{name[0]}_rank")
+    attended = all_heads if attends_with_all_heads(config) else heads
+    if name == "o_proj":
+        linear = _resized(dense, heads * kept, dense.out_features, rank, shape.o_bias)
+        return linear if (heads, kept) == (attended, width) else CroppedHeadsLinear(linear, kept, width, heads)
+    linear = _resized(dense, dense.in_features, heads * kept, rank)
+    return linear if (heads, kept) == (attended, width) else PaddedHeadsLinear(linear, kept, width, attended)
+
+
+def _shrunk_mlp(name: str, dense: nn.Linear, shape: LayerShape) -> nn.Module:
+    if name == "down_proj":
+        return _resized(dense, shape.intermediate_size, dense.out_features, bias=shape.down_bias)
+    return _resized(dense, dense.in_features, shape.intermediate_size)
+
+
+def shrink_layer(layer: nn.Module, config, shape: LayerShape, only: Collection[str] | None = None) -> None:
     """Replace the projections of a dense decoder layer by new, unfilled ones of the sizes `shape`, in place.
 
-    What keeps its size keeps its module and its weights.
+    What keeps its size keeps its module and its weights; a bias that is new is zero. Of removed heads it is the last
+    ones that have no place: whoever fills the layer puts the kept key/value heads, and their query heads, first.
+    Where `norm_spans_heads`, q_proj and k_proj stay whole.
+
+    Args:
+        layer: dense in every part that is to be shrunk.
+        config: the dense or pruned configuration.
+        shape: the sizes of the whole layer.
+        only: names of `Projections`, and "correction", that are to be replaced now; None: all of them. A layer that is
+            pruned in several passes is shrunk by several calls with names that complement one another.
     """
     separate_projections(layer, config)
-    dense, new = projections_of(layer), {}
-    ranks = {"q_proj": shape.q_rank, "k_proj": shape.k_rank, "v_proj": shape.v_rank, "o_proj": shape.o_rank}
-    for name, rank in ranks.items():
-        if rank:
-            linear = getattr(dense, name)
-            new[name] = LowRankLinear(linear.in_features, linear.out_features, rank, linear.bias is not None)
-    width, kept = head_dim(config), shape.v_head_dim
-    if kept < width:
-        v_proj, o_proj = dense.v_proj, dense.o_proj
-        groups, heads = config.num_key_value_heads, config.num_attention_heads
-        new["v_proj"] = PaddedHeadsLinear(v_proj.in_features, groups, kept, width, v_proj.bias is not None)
-        new["o_proj"] = CroppedHeadsLinear(heads, kept, width, o_proj.out_features, o_proj.bias is not None)
-    channels = shape.intermediate_size
-    if channels < config.intermediate_size:
-        new["gate_proj"] = _resized(dense.gate_proj, config.hidden_size, channels)
-        new["up_proj"] = _resized(dense.up_proj, config.hidden_size, channels)
-        new["down_proj"] = _resized(dense.down_proj, channels, config.hidden_size)
+    names = MODULES if only is None else only
     paths = module_paths(layer)
-    for name, module in new.items():
-        layer.set_submodule(paths[name], module)
-    if shape.correction_rank:
+    for name in Projections._fields:
+        if name in names:
+            dense = layer.get_submodule(paths[name])
+            is_mlp = name in ("gate_proj", "up_proj", "down_proj")
+            new = _shrunk_mlp(name, dense, shape) if is_mlp else _shrunk_attention(name, dense, config, shape)
+            layer.set_submodule(paths[name], new)
+    if shape.correction_rank and "correction" in names:
         layer.mlp = CorrectedMLP(layer.mlp, config.hidden_size, shape.correction_rank)
 
 
@@ -253,253 +246,36 @@ class PrunedClassifier:
         super().__init__(config)
 
 
-class OlicaLlamaModel(PrunedModel, LlamaModel):
-    """The base model of a pruned LLaMA."""
-
-    config_class = OlicaLlamaConfig
-
-
-class OlicaLlamaForCausalLM(PrunedForCausalLM, LlamaForCausalLM):
-    """A pruned LLaMA with its language-model head."""
-
-    config_class, base_class = OlicaLlamaConfig, OlicaLlamaModel
-
-
-class OlicaLlamaForSequenceClassification(PrunedClassifier, LlamaForSequenceClassification):
-    """A pruned LLaMA that classifies sequences."""
-
-    config_class, base_class = OlicaLlamaConfig, OlicaLlamaModel
-
-
-class OlicaLlamaForTokenClassification(PrunedClassifier, LlamaForTokenClassification):
-    """A pruned LLaMA that classifies tokens."""
-
-    config_class, base_class = OlicaLlamaConfig, OlicaLlamaModel
-
-
-class OlicaMistralModel(PrunedModel, MistralModel):
-    """The base model of a pruned Mistral."""
-
-    config_class = OlicaMistralConfig
-
-
-class OlicaMistralForCausalLM(PrunedForCausalLM, MistralForCausalLM):
-    """A pruned Mistral with its language-model head."""
-
-    config_class, base_class = OlicaMistralConfig, OlicaMistralModel
-
-
-class OlicaMistralForSequenceClassification(PrunedClassifier, MistralForSequenceClassification):
-    """A pruned Mistral that classifies sequences."""
-
-    config_class, base_class = OlicaMistralConfig, OlicaMistralModel
-
-
-class OlicaMistralForTokenClassification(PrunedClassifier, MistralForTokenClassification):
-    """A pruned Mistral that classifies tokens."""
-
-    config_class, base_class = OlicaMistralConfig, OlicaMistralModel
-
-
-class OlicaQwen2Model(PrunedModel, Qwen2Model):
-    """The base model of a pruned Qwen2."""
-
-    config_class = OlicaQwen2Config
-
-
-class OlicaQwen2ForCausalLM(PrunedForCausalLM, Qwen2ForCausalLM):
-    """A pruned Qwen2 with its language-model head."""
-
-    config_class, base_class = OlicaQwen2Config, OlicaQwen2Model
-
-
-class OlicaQwen2ForSequenceClassification(PrunedClassifier, Qwen2ForSequenceClassification):
-    """A pruned Qwen2 that classifies sequences."""
-
-    config_class, base_class = OlicaQwen2Config, OlicaQwen2Model
-
-
-class OlicaQwen2ForTokenClassification(PrunedClassifier, Qwen2ForTokenClassification):
-    """A pruned Qwen2 that classifies tokens."""
-
-    config_class, base_class = OlicaQwen2Config, OlicaQwen2Model
-
-
-class OlicaQwen3Model(PrunedModel, Qwen3Model):
-    """The base model of a pruned Qwen3."""
-
-    config_class = OlicaQwen3Config
-
-
-class OlicaQwen3ForCausalLM(PrunedForCausalLM, Qwen3ForCausalLM):
-    """A pruned Qwen3 with its language-model head."""
-
-    config_class, base_class = OlicaQwen3Config, OlicaQwen3Model
-
-
-class OlicaQwen3ForSequenceClassification(PrunedClassifier, Qwen3ForSequenceClassification):
-    """A pruned Qwen3 that classifies sequences."""
-
-    config_class, base_class = OlicaQwen3Config, OlicaQwen3Model
-
-
-class OlicaQwen3ForTokenClassification(PrunedClassifier, Qwen3ForTokenClassification):
-    """A pruned Qwen3 that classifies tokens."""
-
-    config_class, base_class = OlicaQwen3Config, OlicaQwen3Model
-
-
-class OlicaSmolLM3Model(PrunedModel, SmolLM3Model):
-    """The base model of a pruned SmolLM3."""
-
-    config_class = OlicaSmolLM3Config
-
-
-class OlicaSmolLM3ForCausalLM(PrunedForCausalLM, SmolLM3ForCausalLM):
-    """A pruned SmolLM3 with its language-model head."""
-
-    config_class, base_class = OlicaSmolLM3Config, OlicaSmolLM3Model
-
-
-class OlicaSmolLM3ForSequenceClassification(PrunedClassifier, SmolLM3ForSequenceClassification):
-    """A pruned SmolLM3 that classifies sequences."""
-
-    config_class, base_class = OlicaSmolLM3Config, OlicaSmolLM3Model
-
-
-class OlicaSmolLM3ForTokenClassification(PrunedClassifier, SmolLM3ForTokenClassification):
-    """A pruned SmolLM3 that classifies tokens."""
-
-    config_class, base_class = OlicaSmolLM3Config, OlicaSmolLM3Model
-
-
-class OlicaGraniteModel(PrunedModel, GraniteModel):
-    """The base model of a pruned Granite."""
-
-    config_class = OlicaGraniteConfig
-
-
-class OlicaGraniteForCausalLM(PrunedForCausalLM, GraniteForCausalLM):
-    """A pruned Granite with its language-model head."""
-
-    config_class, base_class = OlicaGraniteConfig, OlicaGraniteModel
-
-
-class OlicaOlmo2Model(PrunedModel, Olmo2Model):
-    """The base model of a pruned OLMo 2."""
-
-    config_class = OlicaOlmo2Config
-
-
-class OlicaOlmo2ForCausalLM(PrunedForCausalLM, Olmo2ForCausalLM):
-    """A pruned OLMo 2 with its language-model head."""
-
-    config_class, base_class = OlicaOlmo2Config, OlicaOlmo2Model
-
-
-class OlicaOlmo2ForSequenceClassification(PrunedClassifier, Olmo2ForSequenceClassification):
-    """A pruned OLMo 2 that classifies sequences."""
-
-    config_class, base_class = OlicaOlmo2Config, OlicaOlmo2Model
-
-
-class OlicaGemma2Model(PrunedModel, Gemma2Model):
-    """The base model of a pruned Gemma 2."""
-
-    config_class = OlicaGemma2Config
-
-
-class OlicaGemma2ForCausalLM(PrunedForCausalLM, Gemma2ForCausalLM):
-    """A pruned Gemma 2 with its language-model head."""
-
-    config_class, base_class = OlicaGemma2Config, OlicaGemma2Model
-
-
-class OlicaGemma2ForSequenceClassification(PrunedClassifier, Gemma2ForSequenceClassification):
-    """A pruned Gemma 2 that classifies sequences."""
-
-    config_class, base_class = OlicaGemma2Config, OlicaGemma2Model
-
-
-class OlicaGemma2ForTokenClassification(PrunedClassifier, Gemma2ForTokenClassification):
-    """A pruned Gemma 2 that classifies tokens."""
-
-    config_class, base_class = OlicaGemma2Config, OlicaGemma2Model
-
-
-class OlicaGemma3TextModel(PrunedModel, Gemma3TextModel):
-    """The base model of a pruned Gemma 3 (text)."""
-
-    config_class = OlicaGemma3TextConfig
-
-
-class OlicaGemma3TextForCausalLM(PrunedForCausalLM, Gemma3ForCausalLM):
-    """A pruned Gemma 3 (text) with its language-model head."""
-
-    config_class, base_class = OlicaGemma3TextConfig, OlicaGemma3TextModel
-
-
-class OlicaGemma3TextForSequenceClassification(PrunedClassifier, Gemma3TextForSequenceClassification):
-    """A pruned Gemma 3 (text) that classifies sequences."""
-
-    config_class, base_class = OlicaGemma3TextConfig, OlicaGemma3TextModel
-
-
-class OlicaPhi3Model(PrunedModel, Phi3Model):
-    """The base model of a pruned Phi-3."""
-
-    config_class = OlicaPhi3Config
-
-
-class OlicaPhi3ForCausalLM(PrunedForCausalLM, Phi3ForCausalLM):
-    """A pruned Phi-3 with its language-model head."""
-
-    config_class, base_class = OlicaPhi3Config, OlicaPhi3Model
-
-
-class OlicaPhi3ForSequenceClassification(PrunedClassifier, Phi3ForSequenceClassification):
-    """A pruned Phi-3 that classifies sequences."""
-
-    config_class, base_class = OlicaPhi3Config, OlicaPhi3Model
-
-
-class OlicaPhi3ForTokenClassification(PrunedClassifier, Phi3ForTokenClassification):
-    """A pruned Phi-3 that classifies tokens."""
-
-    config_class, base_class = OlicaPhi3Config, OlicaPhi3Model
-
-
-# model_type of the dense model -> its pruned form.
-FAMILIES = {
-    "llama": OlicaLlamaForCausalLM,
-    "mistral": OlicaMistralForCausalLM,
-    "qwen2": OlicaQwen2ForCausalLM,
-    "qwen3": OlicaQwen3ForCausalLM,
-    "smollm3": OlicaSmolLM3ForCausalLM,
-    "granite": OlicaGraniteForCausalLM,
-    "olmo2": OlicaOlmo2ForCausalLM,
-    "gemma2": OlicaGemma2ForCausalLM,
-    "gemma3_text": OlicaGemma3TextForCausalLM,
-    "phi3": OlicaPhi3ForCausalLM,
+# What the name of a model's class ends with -> the library's models of that kind, and what makes them pruned ones.
+KINDS = {
+    "Model": (MODEL_MAPPING, PrunedModel),
+    "ForCausalLM": (MODEL_FOR_CAUSAL_LM_MAPPING, PrunedForCausalLM),
+    "ForSequenceClassification": (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, PrunedClassifier),
+    "ForTokenClassification": (MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING, PrunedClassifier),
 }
-# Those of the families that have such a model in the library.
-SEQUENCE_CLASSIFIERS = {
-    "llama": OlicaLlamaForSequenceClassification,
-    "mistral": OlicaMistralForSequenceClassification,
-    "qwen2": OlicaQwen2ForSequenceClassification,
-    "qwen3": OlicaQwen3ForSequenceClassification,
-    "smollm3": OlicaSmolLM3ForSequenceClassification,
-    "olmo2": OlicaOlmo2ForSequenceClassification,
-    "gemma2": OlicaGemma2ForSequenceClassification,
-    "gemma3_text": OlicaGemma3TextForSequenceClassification,
-    "phi3": OlicaPhi3ForSequenceClassification,
-}
-TOKEN_CLASSIFIERS = {
-    "llama": OlicaLlamaForTokenClassification,
-    "mistral": OlicaMistralForTokenClassification,
-    "qwen2": OlicaQwen2ForTokenClassification,
-    "qwen3": OlicaQwen3ForTokenClassification,
-    "smollm3": OlicaSmolLM3ForTokenClassification,
-    "gemma2": OlicaGemma2ForTokenClassification,
-    "phi3": OlicaPhi3ForTokenClassification,
-}
+
+
+@cache
+def model_class(model_type: str, kind: str) -> type:
+    """The class `Olica...` of a family's pruned models of one of KINDS, made when it is first asked for.
+
+    Raises:
+        ImportError: the installed transformers lacks the family.
+        KeyError: the library has no such model of this family.
+    """
+    library, pruned = KINDS[kind]
+    config, family = config_class(model_type), FAMILY_NAMES[model_type]
+    name = f"Olica{family}{kind}"
+    members = dict(__module__=__name__, __qualname__=name, __doc__=f"The pruned form of {family}{kind}.")
+    members["config_class"] = config
+    if kind != "Model":
+        members["base_class"] = model_class(model_type, "Model")
+    return type(name, (pruned, library[CONFIG_MAPPING[model_type]]), members)
+
+
+def __getattr__(name: str) -> type:
+    """The model classes by their names, for importing and unpickling them."""
+    for model_type, family in FAMILY_NAMES.items():
+        if name.removeprefix(f"Olica{family}") in KINDS:
+            return model_class(model_type, name.removeprefix(f"Olica{family}"))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,7 +11,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -21,9 +20,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from ..checks import check_writable
 from ..errors import UsageError
 from ..model.configuration_olica import LayerShape
-from ..model.modeling_olica import FAMILIES, SEQUENCE_CLASSIFIERS, TOKEN_CLASSIFIERS
+from ..model.families import SEQUENCE_CLASSIFIERS, TOKEN_CLASSIFIERS
+from ..model.skeleton import pruned_skeleton, try_out
 from ..sources.dense_model import DenseModel, StoredWeight, stored_weights
-from ..sources.model_source import try_out
 from .run_folder import RunFolder
 
 DEFAULT_RECIPE = "olica"
@@ -57,16 +56,6 @@ def check_room(folder: Path, needed_bytes: int, overwrite: bool) -> None:
             f"--save_dir: the pruned model, with what the run keeps meanwhile, takes {needed_bytes / 1e9:.2f} GB more "
             f"and {folder.parent} has {free / 1e9:.2f} GB free; make room or give another --save_dir"
         )
-
-
-def pruned_skeleton(config: PreTrainedConfig, plan: list[LayerShape]) -> PreTrainedModel:
-    """The pruned form, without weights, of a dense model of `config` whose layers get the sizes `plan`."""
-    pruned_class = FAMILIES[config.model_type]
-    settings = config.to_dict()
-    for key in ("model_type", "architectures", "transformers_version"):
-        settings.pop(key, None)
-    with torch.device("meta"):
-        return pruned_class(pruned_class.config_class(**settings, layer_shapes=[shape.to_dict() for shape in plan]))
 
 
 def complete(

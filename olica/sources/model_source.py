@@ -31,9 +31,9 @@ from transformers.utils.hub import extract_commit_hash
 
 from ..checks import refuse_pointers
 from ..errors import UsageError, in_words, reason
-from ..evaluation.cost import count_parameters
 from ..model.configuration_olica import head_dim
-from ..model.modeling_olica import FAMILIES
+from ..model.families import FAMILIES
+from ..model.skeleton import count_parameters
 from .model_files import model_files, weight_files
 from .tied_head import holds_another_head
 
@@ -378,7 +378,7 @@ def bytes_per_weight(location: Location, config: PreTrainedConfig, dtype: str) -
 
 
 def count_dense_parameters(location: Location, config: PreTrainedConfig) -> dict[str, int]:
-    """`cost.count_parameters` of the dense model of `config`; no weight is read or made.
+    """`skeleton.count_parameters` of the dense model of `config`; no weight is read or made.
 
     Raises:
         UsageError: transformers cannot build a model of it.
@@ -387,16 +387,6 @@ def count_dense_parameters(location: Location, config: PreTrainedConfig) -> dict
         if config.num_hidden_layers < 1:
             raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}")
         return count_parameters(AutoModelForCausalLM.from_config(config))
-
-
-@torch.no_grad()
-def try_out(model: PreTrainedModel) -> None:
-    """Check a model's settings as saving does, and send two tokens through it on the meta device, into its cache.
-
-    No weight is needed. Fails as the model would later, for settings that only saving or a forward pass meets.
-    """
-    model.config.validate()
-    model(torch.ones(1, 2, dtype=torch.long, device="meta"), use_cache=True)
 
 
 def read_tokenizer(location: Location) -> PreTrainedTokenizerBase | None:
