@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported
 import ctypes
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,17 +19,21 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from olica.jobs import measure_and_decide, plan_before_survey
 from olica.machine import BatchSize
-from olica.methods.allocation import allocate
+from olica.methods.moments import Moments
+from olica.methods.recipe import Findings, Layer, Method
 from olica.methods.recipes import RECIPES
+from olica.methods.sizes import Budget, Sizes
 from olica.model.configuration_olica import LayerShape
 from olica.model.modeling_olica import Projections, projections_of
 from olica.outputs.checkpoint import complete
 from olica.outputs.run_folder import RunFolder
+from olica.outputs.run_progress import Shards
 from olica.pruning.layers import prune_layers
-from olica.pruning.options import PruningOptions
-from olica.pruning.progress import Progress
-from olica.pruning.survey import LayerSurvey, choose_corrected, survey_layers
+from olica.pruning.options import PruningOptions, Work
+from olica.pruning.progress import Progress, SurveyProgress
+from olica.pruning.survey import survey_layers
 from olica.sources.dense_model import DenseModel
 
 CPU = torch.device("cpu")
@@ -62,41 +67,62 @@ def make_llama(seed: int = 0, **overrides) -> LlamaForCausalLM:
 
 
 def pruning_options(**overrides) -> PruningOptions:
-    """Options that calibrate one layer at rank 6, unless overridden."""
-    settings = dict(percdamp=0.5, mlp_num=1, correction_rank=6, batch_size=BatchSize(4), device=CPU, cache_device=CPU)
-    return PruningOptions(**settings | overrides)
+    """Batches of four samples on the CPU, unless overridden."""
+    return PruningOptions(**dict(batch_size=BatchSize(4), device=CPU, cache_device=CPU) | overrides)
+
+
+def as_method(recipe_name: str, **parameters) -> Method:
+    """A recipe that corrects one layer at rank 6 of 64, where it has corrections, unless its parameters are given."""
+    recipe = RECIPES[recipe_name]
+    usual = {"mlp_num": 1, "ratio": 6 / 64} if "mlp_num" in recipe.parameter_names else {}
+    return recipe.method(recipe.with_parameters(usual | parameters))
+
+
+def allocate(
+    recipe_name: str, config, total: int, sparsity: float, k: float = 3.0, round_to: int = 1
+) -> tuple[list[LayerShape], SimpleNamespace]:
+    """The plan of a recipe with fixed shares, corrections left out, and the shares."""
+    sizes, budget = [Sizes.of(config)] * config.num_hidden_layers, Budget(total, sparsity, round_to)
+    method = as_method(recipe_name, k=k, mlp_num=0)
+    plan = plan_before_survey(RECIPES[recipe_name], method, sizes, budget)
+    return plan, SimpleNamespace(**method.allocate.shares(sizes, budget))
+
+
+def work_on(model, ids: torch.Tensor, method: Method, **overrides) -> Work:
+    """What is to be done to a causal model in memory."""
+    return Work(DenseModel(model), ids, method, pruning_options(**overrides))
 
 
 def prune(
     model, ids: torch.Tensor, recipe_name: str, sparsity: float, **overrides
-) -> tuple[list[LayerSurvey], list[LayerShape]]:
-    """Prune a causal model in place as the command line does; returns the survey and the plan."""
-    recipe, options = RECIPES[recipe_name], pruning_options(**overrides)
-    plan, _ = allocate(recipe, model.config, model.num_parameters(), sparsity, 3.0)
-    dense, work = DenseModel(model), (recipe, options, Progress())
-    survey = survey_layers(dense, ids, plan, *work)
-    plan = choose_corrected(plan, survey, recipe, options)
-    prune_layers(dense, ids, plan, survey, *work)
-    return survey, plan
+) -> tuple[list[Findings], list[LayerShape]]:
+    """Prune a causal model in place as the command line does; returns the findings and the plan.
+
+    Overrides are parameters of the recipe, or options.
+    """
+    own = {name: overrides.pop(name) for name in RECIPES[recipe_name].parameter_names if name in overrides}
+    work = work_on(model, ids, as_method(recipe_name, **own), **overrides)
+    plan, findings = measure_and_decide(work, Budget(model.num_parameters(), sparsity), SurveyProgress())
+    prune_layers(work, plan, findings, Progress())
+    return findings, plan
 
 
 def prune_to(model, ids: torch.Tensor, plan: list[LayerShape], recipe_name: str = "olica", **overrides) -> None:
     """Prune a causal model in place to sizes that no rule has to give."""
-    work = (RECIPES[recipe_name], pruning_options(mlp_num=0, **overrides), Progress())
-    dense = DenseModel(model)
-    prune_layers(dense, ids, plan, survey_layers(dense, ids, plan, *work), *work)
+    work = work_on(model, ids, as_method(recipe_name, mlp_num=0), **overrides)
+    prune_layers(work, plan, survey_layers(work, plan, SurveyProgress()), Progress())
 
 
 def write_pruned(model, plan: list[LayerShape], tokenizer, folder: Path) -> None:
     """Save a model that was pruned in memory as the command line saves one that it streams."""
     dense = DenseModel(model)
-    with RunFolder.locked(folder) as progress:
-        progress.begin({}, False, dense.layers_prefix, len(plan), BatchSize(1))
+    with RunFolder.locked(folder) as run:
+        progress = run.begin({}, False, Shards(dense.layers_prefix, len(plan)), BatchSize(1))
         for index, layer in enumerate(dense.decoder.layers):
             progress.save_layer(index, layer, None)
         progress.wait()
-        complete(progress, dense, plan, tokenizer)
-        progress.publish()
+        complete(run, progress, dense, plan, tokenizer)
+        run.publish()
 
 
 def load_weights(folder: str | Path) -> dict[str, torch.Tensor]:
@@ -151,9 +177,15 @@ def mlp(decoder_layer) -> nn.Module:
     return decoder_layer.mlp
 
 
+def seen(weights: Projections, moments: Moments | None = None, num_kv_heads: int = 4, **findings) -> Layer:
+    """A layer of `make_llama`, as the stages see it."""
+    sizes = Sizes(64, 4, num_kv_heads, 16, weights.down_proj.in_features)
+    return Layer(weights, moments or Moments((), 4), findings, sizes)
+
+
 @pytest.fixture
 def layer(decoder_layer) -> Projections:
-    """The projections of `decoder_layer`, as the stages see them."""
+    """The projections of `decoder_layer`."""
     return projections_of(decoder_layer)
 
 

@@ -44,7 +44,7 @@ def dense_parameters(config, part: str = "total") -> int:
 def test_llama_7b_gets_the_sizes_of_the_released_code(sparsity, rank, v_head_dim, intermediate, billions):
     total = dense_parameters(LLAMA_7B)
     assert total == 6_738_415_616
-    plan, _ = allocate(OLICA, LLAMA_7B, total, sparsity, 3.0)
+    plan, _ = allocate("olica", LLAMA_7B, total, sparsity, 3.0)
     assert plan == [LayerShape(rank, rank, v_head_dim, intermediate)] * 32
     assert pruned_skeleton(LLAMA_7B, plan).num_parameters() / 1e9 == pytest.approx(billions, abs=5e-5)
 
@@ -97,7 +97,7 @@ def test_grouped_queries_lose_for_the_keys_while_they_can(sparsity, query, key):
 
 def test_a_hair_too_much_makes_no_factors_of_the_keys():
     config = make_llama(num_key_value_heads=2).config  # half as many as query heads: q loses three times the sparsity
-    plan, shares = allocate(RECIPES["olica-grouped"], config, dense_parameters(config), MOST_ALONE / 3, 3.0)
+    plan, shares = allocate("olica-grouped", config, dense_parameters(config), MOST_ALONE / 3, 3.0)
     assert plan[0].k_rank == 0 and shares.query == pytest.approx(MOST_ALONE)
 
 
@@ -157,7 +157,7 @@ def test_factor_rank_breaks_even():
 
 def test_sparsity_zero_leaves_every_size():
     config = make_llama().config
-    plan, _ = allocate(OLICA, config, dense_parameters(config), 0.0, 3.0)
+    plan, _ = allocate("olica", config, dense_parameters(config), 0.0, 3.0)
     assert plan == [LayerShape(0, 0, 16, 176)] * 3
 
 
@@ -167,7 +167,7 @@ def test_sparsity_zero_leaves_every_size():
     [(0.1, LayerShape(231, 116, 61, 1341)), (0.2, LayerShape(173, 87, 58, 1146)), (0.5, LayerShape(72, 36, 48, 495))],
 )
 def test_olica_gives_grouped_heads_the_shares_of_plain_ones(sparsity, shape):
-    plan, shares = allocate(OLICA, SMOLLM2, dense_parameters(SMOLLM2), sparsity, 3.0)
+    plan, shares = allocate("olica", SMOLLM2, dense_parameters(SMOLLM2), sparsity, 3.0)
     assert shares.query == shares.key == pytest.approx(2 * sparsity if sparsity <= RELEASED_SPLIT else 1.5 * sparsity)
     assert plan == [shape] * 30
 
@@ -176,7 +176,7 @@ def test_olica_gives_grouped_heads_the_shares_of_plain_ones(sparsity, shape):
 @pytest.mark.parametrize("sparsity", [0.1, 0.2, 0.33])
 def test_a_sparsity_of_the_layers_is_theirs(recipe, sparsity):
     dense = dense_parameters(SMOLLM2, "decoder_layers")
-    plan, _ = allocate(RECIPES[recipe], SMOLLM2, dense, sparsity, 3.0)
+    plan, _ = allocate(recipe, SMOLLM2, dense, sparsity, 3.0)
     left = sum(p.numel() for p in pruned_skeleton(SMOLLM2, plan).model.layers.parameters())
     assert 1 - left / dense == pytest.approx(sparsity, abs=0.006)  # a size is a whole number
 
@@ -193,8 +193,8 @@ def layer_parameters(config, shape: LayerShape) -> int:
 @pytest.mark.parametrize("config", [LLAMA_7B, SMOLLM2, LLAMA3_8B], ids=["llama-7b", "smollm2", "llama3-8b"])
 def test_rounded_sizes_are_multiples_and_keep_the_target(config, sparsity, round_to):
     total = dense_parameters(config)
-    (exact, *_), shares = allocate(OLICA, config, total, sparsity, 3.0)
-    (shape, *rest), same_shares = allocate(OLICA, config, total, sparsity, 3.0, round_to)
+    (exact, *_), shares = allocate("olica", config, total, sparsity, 3.0)
+    (shape, *rest), same_shares = allocate("olica", config, total, sparsity, 3.0, round_to)
     assert rest == [shape] * (config.num_hidden_layers - 1) and same_shares == shares
     assert all(size % round_to == 0 for size in shape.to_dict().values())
     for name in ("q_rank", "k_rank", "v_head_dim"):
@@ -211,7 +211,7 @@ def test_rounding_to_1_changes_nothing(sparsity):
         sizes = Sizes.of(config, dense_parameters(config))
         exact = uniform_shape(config, OLICA.sparsities(sizes, sparsity, 3.0), OLICA.kept)
         assert round_shape(exact, config, 1) == exact
-        assert allocate(OLICA, config, sizes.total, sparsity, 3.0, 1)[0][0] == exact
+        assert allocate("olica", config, sizes.total, sparsity, 3.0, 1)[0][0] == exact
 
 
 def test_rounding_leaves_dense_what_is_dense_or_would_not_shrink():
@@ -234,17 +234,17 @@ def test_attention_parameters_are_those_of_the_modules():
 def test_rounding_that_no_head_allows_is_refused(round_to):
     config = make_llama().config
     with pytest.raises(UsageError, match=rf"--round_to {round_to} is outside 1 to 16, the width"):
-        allocate(OLICA, config, dense_parameters(config), 0.2, 3.0, round_to)
+        allocate("olica", config, dense_parameters(config), 0.2, 3.0, round_to)
 
 
 def test_a_sparsity_that_rounding_makes_impossible_names_it():
     config = make_llama().config
     total = dense_parameters(config)
-    allocate(OLICA, config, total, 0.65, 3.0)
+    allocate("olica", config, total, 0.65, 3.0)
     words = r"--sparsity 0\.65 .* --round_to 16: an MLP would keep no channel; the largest possible is 0\.\d+$"
     with pytest.raises(UsageError, match=words) as caught:
-        allocate(OLICA, config, total, 0.65, 3.0, 16)
-    allocate(OLICA, config, total, float(str(caught.value).rsplit(" ", 1)[1]), 3.0, 16)
+        allocate("olica", config, total, 0.65, 3.0, 16)
+    allocate("olica", config, total, float(str(caught.value).rsplit(" ", 1)[1]), 3.0, 16)
 
 
 def test_an_impossible_sparsity_names_the_largest_possible():
@@ -252,11 +252,11 @@ def test_an_impossible_sparsity_names_the_largest_possible():
     total = dense_parameters(config)
     words = r"--sparsity 0\.95 .*: the \w+( \w+)? would have to lose .*largest possible is (0\.\d+)"
     with pytest.raises(UsageError, match=words) as caught:
-        allocate(OLICA, config, total, 0.95, 3.0)
+        allocate("olica", config, total, 0.95, 3.0)
     largest = float(str(caught.value).rsplit(" ", 1)[1])
-    allocate(OLICA, config, total, largest, 3.0)
+    allocate("olica", config, total, largest, 3.0)
     with pytest.raises(UsageError):
-        allocate(OLICA, config, total, largest + 0.001, 3.0)
+        allocate("olica", config, total, largest + 0.001, 3.0)
 
 
 def test_a_ratio_that_leaves_no_rank_is_refused():

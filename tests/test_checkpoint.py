@@ -6,13 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import load_weights, make_llama, make_tokenizer, prune, write_pruned
+from conftest import allocate, load_weights, make_llama, make_tokenizer, prune, write_pruned
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from olica.errors import UsageError
-from olica.methods.allocation import allocate
-from olica.methods.recipes import RECIPES
 from olica.outputs.checkpoint import check_folder, check_room, checkpoint_folder
 
 ROOT = Path(__file__).parents[1]
@@ -102,7 +100,7 @@ def test_generation_settings_that_are_no_longer_made_are_kept(config, generation
     settings = json.loads((saved_llama / "config.json").read_text())
     (saved_llama / "config.json").write_text(json.dumps(settings | config))
     model = AutoModelForCausalLM.from_pretrained(saved_llama)
-    plan, _ = allocate(RECIPES["olica"], model.config, model.num_parameters(), 0.0, 3.0)
+    plan, _ = allocate("olica", model.config, model.num_parameters(), 0.0, 3.0)
     write_pruned(model, plan, None, tmp_path / "out")
     saved = GenerationConfig.from_pretrained(tmp_path / "out")
     for name, value in (generation_config or {}).items():
@@ -112,7 +110,7 @@ def test_generation_settings_that_are_no_longer_made_are_kept(config, generation
 
 def test_weights_that_are_not_the_plans_are_refused(tmp_path):
     model = make_llama()
-    plan, _ = allocate(RECIPES["olica"], model.config, model.num_parameters(), 0.2, 3.0)
+    plan, _ = allocate("olica", model.config, model.num_parameters(), 0.2, 3.0)
     with pytest.raises(RuntimeError, match="not those of the plan"):
         write_pruned(model, plan, None, tmp_path / "out")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tokenizer, prune, prune_to, write_pruned
+from conftest import allocate, make_tokenizer, prune, prune_to, write_pruned
 from safetensors.torch import save_file
 from tiny_families import PECULIARITIES, WINDOW, kept_parameters, make_family
 from torch import nn
@@ -209,7 +209,7 @@ def test_half_precision_is_no_worse_than_in_the_dense_model(pruned_folder, famil
 @every_case
 def test_measured_parameters_are_the_planned_ones(family, grouped, tied):
     model = make_family(family, grouped, tied)
-    plan, _ = allocate(RECIPES["olica"], model.config, model.num_parameters(), 0.2, 3.0)
+    plan, _ = allocate("olica", model.config, model.num_parameters(), 0.2, 3.0)
     plan = with_corrections(plan, [1], 5)
     by_hand = kept_parameters(model, plan)
     planned = pruned_skeleton(model.config, plan).num_parameters()

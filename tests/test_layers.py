@@ -3,11 +3,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_llama, prune, pruning_options
+from conftest import allocate, make_llama, prune, pruning_options
 
 from olica.errors import UsageError
 from olica.machine import BatchSize
-from olica.methods.allocation import allocate
 from olica.methods.moments import diagonal, full, needs
 from olica.methods.recipes import RECIPES
 from olica.model.configuration_olica import LayerShape

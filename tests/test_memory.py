@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_llama, pruning_options
+from conftest import allocate, make_llama, pruning_options
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from olica.machine import BatchSize
-from olica.methods.allocation import allocate
 from olica.methods.recipes import OLICA, RECIPES
 from olica.pruning import memory
 from olica.pruning.memory import MOST_TOKENS, Task, expected_peaks, fit_batch_size
@@ -23,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 def task() -> Task:
     config = make_llama(hidden_size=1024, intermediate_size=2048, num_attention_heads=16, num_hidden_layers=1).config
     total = 10**9
-    plan, _ = allocate(OLICA, config, 13 * 10**6, 0.2, 3.0)
+    plan, _ = allocate("olica", config, 13 * 10**6, 0.2, 3.0)
     return Task(config, total, plan[0], (256, 128), 4, OLICA, is_streamed=True)
 
 
@@ -86,7 +85,7 @@ def test_thirty_billion_parameters_fit_a_small_gpu(monkeypatch):
         config = LlamaConfig(
             hidden_size=hidden, intermediate_size=channels, num_attention_heads=heads, num_hidden_layers=layers
         )
-        plan, _ = allocate(OLICA, config, int(total), 0.2, 3.0)
+        plan, _ = allocate("olica", config, int(total), 0.2, 3.0)
         task = Task(config, int(total), plan[0], (256, 128), 2, OLICA, is_streamed=True)
         options = pruning_options(mlp_num=6, batch_size=BatchSize(16), device=gpu, cache_device=cpu)
         assert expected_peaks(task, options)["device_bytes"] < most

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_llama, write_pruned
+from conftest import allocate, make_llama, write_pruned
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config
@@ -13,8 +13,6 @@ from transformers.utils import is_peft_available
 
 import model_pruning
 from olica.errors import UsageError
-from olica.methods.allocation import allocate
-from olica.methods.recipes import RECIPES
 from olica.outputs import identity
 from olica.sources import model_source
 from olica.sources.model_source import (
@@ -88,7 +86,7 @@ def test_an_unknown_family_lists_the_supported_ones(tmp_path):
 
 def test_a_pruned_model_is_not_pruned_again(tmp_path):
     model = make_llama()
-    plan, _ = allocate(RECIPES["olica"], model.config, model.num_parameters(), 0.0, 3.0)
+    plan, _ = allocate("olica", model.config, model.num_parameters(), 0.0, 3.0)
     write_pruned(model, plan, None, tmp_path / "pruned")
     location = locate(str(tmp_path / "pruned"))
     with pytest.raises(UsageError, match="pruned already"):
@@ -215,7 +213,7 @@ def test_a_configuration_that_is_no_json(saved_llama):
 
 def test_a_row_of_layer_shapes_that_was_lost_is_told(tmp_path):
     model = make_llama()
-    plan, _ = allocate(RECIPES["olica"], model.config, model.num_parameters(), 0.0, 3.0)
+    plan, _ = allocate("olica", model.config, model.num_parameters(), 0.0, 3.0)
     write_pruned(model, plan, None, tmp_path / "pruned")
     edit_config(tmp_path / "pruned", layer_shapes=[shape.to_dict() for shape in plan[:2]])
     with pytest.raises(UsageError, match="layer_shapes has 2 rows for 3 layers"):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import load_weights, make_llama, make_tokenizer, pruning_options
+from conftest import allocate, load_weights, make_llama, make_tokenizer, pruning_options
 from pretended_gpu import DeviceMismatch, DeviceTensor
 from safetensors.torch import save_file
 from test_evaluation import WORDS
@@ -29,7 +29,6 @@ from olica.evaluation import evaluation
 from olica.evaluation.cost import forward_latency
 from olica.evaluation.perplexity import perplexity
 from olica.machine import BatchSize
-from olica.methods.allocation import allocate
 from olica.methods.recipes import RECIPES
 from olica.outputs import run_folder
 from olica.outputs.run_folder import RunFolder

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_llama, pruning_options
+from conftest import allocate, make_llama, pruning_options
 from safetensors.torch import save_file
 from tiny_run import FOLDER, LAYERS, WORK, contents, journal, prune
 
 from olica.machine import BatchSize
-from olica.methods.allocation import allocate
 from olica.methods.recipes import RECIPES
 from olica.outputs import run_folder as run_folder_module
 from olica.outputs.journal import Journal
@@ -78,7 +77,7 @@ def test_hidden_states_are_written_before_the_next_layer_changes_them(here, monk
 
         monkeypatch.setattr(Journal, "write", writing)
         dense, options = open_dense_model(locate("tiny")), pruning_options(mlp_num=0)
-        plan, _ = allocate(RECIPES[recipe], dense.config, dense.model.num_parameters(), 0.2, 3.0)
+        plan, _ = allocate(recipe, dense.config, dense.model.num_parameters(), 0.2, 3.0)
         with RunFolder.locked(here / f"out/{in_background}") as progress:
             work = (RECIPES[recipe], options, progress)
             progress.begin({}, False, dense.layers_prefix, LAYERS, options.batch_size, in_background)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import TEST_DATA
+from conftest import TEST_DATA, allocate
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 

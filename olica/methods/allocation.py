@@ -1,17 +1,22 @@
-"""How much is removed where: a config and a target sparsity become one `LayerShape` per decoder layer.
+"""How much is removed where: sizes and a budget become one `LayerShape` per decoder layer.
 
-Pure arithmetic on the dense sizes, done before any weight is read.
+Pure arithmetic on the dense sizes and on what the survey found.
 
     D hidden size, H query heads, K key/value heads, d head width, F intermediate channels, L layers
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from math import ceil, floor
 
+import torch
+from torch import Tensor
+
 from ..errors import UsageError
-from ..model.configuration_olica import LayerShape, head_dim
+from ..model.configuration_olica import LayerShape
+from .recipe import Findings
+from .sizes import Budget, Sizes
 
 # The released code splits here without a comment: up to it query/key lose twice the sparsity whatever `k` is.
 RELEASED_SPLIT = 0.4
@@ -25,37 +30,6 @@ NEIGHBOURS, JUMP = 0.01, 1.25
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Parameters of the weight matrices of the dense model, from its configuration.
-
-    Attributes:
-        total: what a sparsity is a share of: the whole model, tied embeddings once, or its decoder layers.
-        query, key, value_output, feed_forward: of one decoder layer.
-        layers: L.
-    """
-
-    total: int
-    query: int
-    key: int
-    value_output: int
-    feed_forward: int
-    layers: int
-
-    @classmethod
-    def of(cls, config, total: int) -> "Sizes":
-        """Sizes of the model of `config`, of whose parameters `total` are what a sparsity is a share of."""
-        query = config.hidden_size * head_dim(config) * config.num_attention_heads
-        key = config.hidden_size * head_dim(config) * config.num_key_value_heads
-        mlp = 3 * config.hidden_size * config.intermediate_size
-        return cls(total, query, key, query + key, mlp, config.num_hidden_layers)
-
-    @property
-    def layer(self) -> int:
-        """Of one decoder layer, norms and biases left out."""
-        return self.query + self.key + self.value_output + self.feed_forward
-
-
-@dataclass(frozen=True)
 class Sparsities:
     """Share of their parameters that the parts of a decoder layer lose."""
 
@@ -65,21 +39,27 @@ class Sparsities:
     feed_forward: float
 
 
-def spend_rest(sizes: Sizes, sparsity: float, query: float, key: float, value_output: float) -> Sparsities:
-    """Let the MLPs lose what is missing to `sparsity` of the total."""
-    attention = sizes.query * query + sizes.key * key + sizes.value_output * value_output
-    rest = sparsity * sizes.total - sizes.layers * attention
-    return Sparsities(query, key, value_output, rest / (sizes.layers * sizes.feed_forward))
+# (sizes of all layers, budget, k) -> shares.
+Shares = Callable[[list[Sizes], Budget, float], Sparsities]
 
 
-def released_sparsities(sizes: Sizes, sparsity: float, k: float) -> Sparsities:
+def spend_rest(sizes: list[Sizes], budget: Budget, query: float, key: float, value_output: float) -> Sparsities:
+    """Let the MLPs lose what is missing to the budget; the layers are alike."""
+    layer, layers = sizes[0], len(sizes)
+    attention = layer.query * query + layer.key * key + layer.value_output * value_output
+    rest = budget.sparsity * budget.whole - layers * attention
+    return Sparsities(query, key, value_output, rest / (layers * layer.feed_forward))
+
+
+def released_sparsities(sizes: list[Sizes], budget: Budget, k: float) -> Sparsities:
     """Allocation of the released code (D13): 2s, 2s/(1+k) and the rest up to s = 0.4, in the ratio k above it."""
+    sparsity = budget.sparsity
     value_output = 2 * sparsity / (1 + k)
     query_key = 2 * sparsity if sparsity <= RELEASED_SPLIT else k * value_output
-    return spend_rest(sizes, sparsity, query_key, query_key, value_output)
+    return spend_rest(sizes, budget, query_key, query_key, value_output)
 
 
-def grouped_sparsities(sizes: Sizes, sparsity: float, k: float) -> Sparsities:
+def grouped_sparsities(sizes: list[Sizes], budget: Budget, k: float) -> Sparsities:
     """The released allocation; with grouped heads the keys stay dense as long as the queries can lose their part.
 
     A grouped key is read by H/K query heads: its projection is small, so factors save little, and what they lose is
@@ -88,27 +68,27 @@ def grouped_sparsities(sizes: Sizes, sparsity: float, k: float) -> Sparsities:
     than MOST_ALONE, above which the keys take over what is missing until both lose the released share. Where there is
     less to lose than FEWEST_ALONE, the MLPs lose it. `results/choices` has the records by which the limits were chosen.
     """
-    released = released_sparsities(sizes, sparsity, k)
-    if sizes.key == sizes.query:
+    released, layer = released_sparsities(sizes, budget, k), sizes[0]
+    if layer.key == layer.query:
         return released
-    alone = released.query * (1 + sizes.key / sizes.query)
+    alone = released.query * (1 + layer.key / layer.query)
     # What queries can lose without the MLPs growing for it.
-    affordable = spend_rest(sizes, sparsity, 0.0, 0.0, released.value_output).feed_forward * sizes.feed_forward
-    query = max(min(LEAST_ALONE, affordable / sizes.query), min(alone, MOST_ALONE), released.query)
+    affordable = spend_rest(sizes, budget, 0.0, 0.0, released.value_output).feed_forward * layer.feed_forward
+    query = max(min(LEAST_ALONE, affordable / layer.query), min(alone, MOST_ALONE), released.query)
     if query < FEWEST_ALONE:
-        return spend_rest(sizes, sparsity, 0.0, 0.0, released.value_output)
-    key = max(0.0, alone - query) * sizes.query / sizes.key
-    shares = spend_rest(sizes, sparsity, query, key, released.value_output)
+        return spend_rest(sizes, budget, 0.0, 0.0, released.value_output)
+    key = max(0.0, alone - query) * layer.query / layer.key
+    shares = spend_rest(sizes, budget, query, key, released.value_output)
     return replace(shares, feed_forward=max(0.0, shares.feed_forward))  # nothing, but for rounding
 
 
-def paper_sparsities(sizes: Sizes, sparsity: float, k: float) -> Sparsities:
+def paper_sparsities(sizes: list[Sizes], budget: Budget, k: float) -> Sparsities:
     """Allocation of the paper's Appendix A: as up to s = 0.4 in the code, with s M1/M2 in place of s.
 
     M1 counts the whole model, M2 its decoder layers' matrices; k = 3 gives the paper's half for value/output.
     """
-    scaled = sparsity * sizes.total / (sizes.layers * sizes.layer)
-    return spend_rest(sizes, sparsity, 2 * scaled, 2 * scaled, 2 * scaled / (1 + k))
+    scaled = budget.sparsity * budget.whole / (len(sizes) * sizes[0].layer)
+    return spend_rest(sizes, budget, 2 * scaled, 2 * scaled, 2 * scaled / (1 + k))
 
 
 def kept_by_code(size: int, sparsity: float) -> int:
@@ -132,25 +112,24 @@ def factor_rank(out_features: int, in_features: int, sparsity: float) -> int:
 
 
 def uniform_shape(
-    config, sparsities: Sparsities, kept: Callable[[int, float], int], is_factorised: bool = False
+    layer: Sizes, sparsities: Sparsities, kept: Callable[[int, float], int], is_factorised: bool = False
 ) -> LayerShape:
-    """The sizes that every layer gets, before it is known which are calibrated.
+    """The sizes that every layer gets, corrections left out.
 
     With `is_factorised` the value and output projections become pairs of factors, instead of losing width.
 
     Raises:
         ValueError: a projection would vanish or have to grow.
     """
-    width = head_dim(config)
     for name, share in vars(sparsities).items():
         if not 0 <= share < 1:
             raise ValueError(f"the {PARTS[name]} would have to lose {share:.1%} of their parameters")
-    query, key, hidden = config.num_attention_heads * width, config.num_key_value_heads * width, config.hidden_size
+    query, key, hidden = layer.query_width, layer.key_width, layer.hidden_size
     shape = LayerShape(
         q_rank=factor_rank(query, hidden, sparsities.query),
         k_rank=factor_rank(key, hidden, sparsities.key),
-        v_head_dim=width if is_factorised else kept(width, sparsities.value_output),
-        intermediate_size=kept(config.intermediate_size, sparsities.feed_forward),
+        v_head_dim=layer.head_dim if is_factorised else kept(layer.head_dim, sparsities.value_output),
+        intermediate_size=kept(layer.intermediate_size, sparsities.feed_forward),
         v_rank=factor_rank(key, hidden, sparsities.value_output) if is_factorised else 0,
         o_rank=factor_rank(hidden, query, sparsities.value_output) if is_factorised else 0,
     )
@@ -175,20 +154,19 @@ def _rounded_rank(rank: int, multiple: int, out_features: int, in_features: int)
     return rounded if rounded * (out_features + in_features) < out_features * in_features else 0
 
 
-def attention_parameters(config, shape: LayerShape) -> int:
+def attention_parameters(layer: Sizes, shape: LayerShape) -> int:
     """Weights of the four attention projections of a layer of sizes `shape`, biases left out."""
-    hidden, width = config.hidden_size, head_dim(config)
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    hidden, query, key = layer.hidden_size, layer.query_width, layer.key_width
     sizes = (  # rank, width beside the hidden size, that width where there are no factors
-        (shape.q_rank, heads * width, heads * width),
-        (shape.k_rank, groups * width, groups * width),
-        (shape.v_rank, groups * width, groups * shape.v_head_dim),
-        (shape.o_rank, heads * width, heads * shape.v_head_dim),
+        (shape.q_rank, query, query),
+        (shape.k_rank, key, key),
+        (shape.v_rank, key, layer.num_kv_heads * shape.v_head_dim),
+        (shape.o_rank, query, layer.num_heads * shape.v_head_dim),
     )
-    return sum(rank * (whole + hidden) if rank else narrowed * hidden for rank, whole, narrowed in sizes)
+    return sum(rank * (whole + hidden) if rank else left * hidden for rank, whole, left in sizes)
 
 
-def round_shape(shape: LayerShape, config, multiple: int) -> LayerShape:
+def round_shape(shape: LayerShape, layer: Sizes, multiple: int) -> LayerShape:
     """Sizes that are multiples of `multiple` N (or dense), for the same number of parameters as nearly as may be.
 
     Ranks and the width of value heads go to the nearest multiple. The intermediate channels F take up what the
@@ -201,100 +179,257 @@ def round_shape(shape: LayerShape, config, multiple: int) -> LayerShape:
     Raises:
         ValueError: the attention projections leave the MLP no channel.
     """
-    hidden, width = config.hidden_size, head_dim(config)
+    hidden, query, key = layer.hidden_size, layer.query_width, layer.key_width
     rounded = replace(
         shape,
-        q_rank=_rounded_rank(shape.q_rank, multiple, config.num_attention_heads * width, hidden),
-        k_rank=_rounded_rank(shape.k_rank, multiple, config.num_key_value_heads * width, hidden),
-        v_head_dim=_rounded(shape.v_head_dim, multiple, width),
-        v_rank=_rounded_rank(shape.v_rank, multiple, config.num_key_value_heads * width, hidden),
-        o_rank=_rounded_rank(shape.o_rank, multiple, hidden, config.num_attention_heads * width),
+        q_rank=_rounded_rank(shape.q_rank, multiple, query, hidden),
+        k_rank=_rounded_rank(shape.k_rank, multiple, key, hidden),
+        v_head_dim=_rounded(shape.v_head_dim, multiple, layer.head_dim),
+        v_rank=_rounded_rank(shape.v_rank, multiple, key, hidden),
+        o_rank=_rounded_rank(shape.o_rank, multiple, hidden, query),
     )
-    moved = attention_parameters(config, shape) - attention_parameters(config, rounded)
+    moved = attention_parameters(layer, shape) - attention_parameters(layer, rounded)
     channels = shape.intermediate_size + moved / (3 * hidden)
     if channels < 1:
         raise ValueError("an MLP would keep no channel")
-    return replace(rounded, intermediate_size=_rounded(channels, multiple, config.intermediate_size))
+    return replace(rounded, intermediate_size=_rounded(channels, multiple, layer.intermediate_size))
 
 
-def allocate(
-    recipe, config, total: int, sparsity: float, k: float, round_to: int = 1
-) -> tuple[list[LayerShape], Sparsities]:
-    """Sizes of every decoder layer for a target sparsity.
+@dataclass(frozen=True)
+class Corrections:
+    """Which MLPs get a correction, and of which size.
 
-    Args:
-        recipe: names the functions `sparsities`, `kept` and `value_output` (`olica.recipes.Recipe`).
-        config: of the dense model.
-        total: the parameters that `sparsity` is a share of: all of the model's, tied ones once, or its decoder layers'.
-        sparsity: share of `total` to remove, in [0, 1).
+    Attributes:
+        number: how many, those that the survey's finding `correlation` says are explained best.
+        ratio: rank of a correction, a share of the hidden size.
+        last_is_eligible: whether the last layer may get one.
+    """
+
+    number: int
+    ratio: float
+    last_is_eligible: bool
+
+    def candidates(self, layers: int) -> int:
+        """How many of so many layers, from the first on, may get one if their MLPs lose channels."""
+        return layers if self.last_is_eligible else layers - 1
+
+    def check(self, sizes: list[Sizes]) -> None:
+        """Raise UsageError unless so many layers can get a correction of that rank."""
+        candidates = self.candidates(len(sizes))
+        if not 0 <= self.number <= candidates:
+            reason = "" if self.last_is_eligible else ", since it never corrects the last one"
+            raise UsageError(
+                f"--mlp_num {self.number} does not fit: of the model's {len(sizes)} layers this recipe can correct 0 "
+                f"to {candidates}{reason}"
+            )
+        hidden = sizes[0].hidden_size
+        if self.number and int(self.ratio * hidden) < 1:
+            raise UsageError(
+                f"--ratio {self.ratio:g} of the hidden size {hidden} leaves no rank: give at least {1 / hidden:.4f}, "
+                "or --mlp_num 0"
+            )
+
+    def eligible(self, sizes: list[Sizes], shapes: list[LayerShape]) -> list[int]:
+        """Indices of the layers that may get one: with every channel left there is no residual to restore."""
+        layers = range(self.candidates(len(sizes)))
+        return [i for i in layers if shapes[i].intermediate_size < sizes[i].intermediate_size]
+
+    def rank(self, layer: Sizes, round_to: int) -> int:
+        """Rank of a correction, rounded down (paper, section 4.1), then to the nearest multiple of `round_to`."""
+        rank = int(self.ratio * layer.hidden_size)
+        return rank if round_to == 1 else _rounded(rank, round_to, layer.hidden_size)
+
+
+@dataclass(frozen=True)
+class FixedShares:
+    """An allocation that gives every layer the same sizes, by shares that a rule fixes.
+
+    Attributes:
+        rule: of the shares.
+        kept: (size, share lost) -> size that stays.
         k: how many times the share of value/output query/key lose.
-        round_to: sizes become multiples of it; 1 leaves them as they come.
-
-    Returns:
-        One shape per layer, calibration left out, and the shares they come from, before they are rounded.
-
-    Raises:
-        UsageError: impossible for this model; names the largest sparsity that is possible.
+        is_factorised: whether value and output projections become factors.
+        corrections: which MLPs get one.
     """
-    width = head_dim(config)
-    if not 1 <= round_to <= width:
-        raise UsageError(f"--round_to {round_to} is outside 1 to {width}, the width of this model's heads")
-    try:
-        shape, sparsities = _attempt(recipe, config, total, sparsity, k, round_to)
-    except ValueError as error:
-        largest = _largest_possible(lambda target: _attempt(recipe, config, total, target, k, round_to), sparsity)
-        rounding = f" --round_to {round_to}" if round_to > 1 else ""
-        raise UsageError(
-            f"--sparsity {sparsity:g} is impossible for this model with --recipe {recipe.name} --k {k:g}{rounding}: "
-            f"{error}; the largest possible is {largest:.3f}"
-        ) from error
-    return [shape] * config.num_hidden_layers, sparsities
 
+    rule: Shares
+    kept: Callable[[int, float], int]
+    k: float
+    is_factorised: bool
+    corrections: Corrections
 
-def _attempt(recipe, config, total: int, sparsity: float, k: float, round_to: int = 1) -> tuple[LayerShape, Sparsities]:
-    """The sizes of every layer and their shares; raises ValueError where they are impossible."""
-    sparsities = recipe.sparsities(Sizes.of(config, total), sparsity, k)
-    shape = uniform_shape(config, sparsities, recipe.kept, recipe.value_output.is_factorised)
-    return round_shape(shape, config, round_to), sparsities
+    def before_survey(self, sizes: list[Sizes], budget: Budget) -> list[LayerShape]:
+        """See `Allocate`."""
+        self.corrections.check(sizes)
+        shapes = [self._shape(sizes, budget)] * len(sizes)
+        return self._corrected(shapes, sizes, budget, self.corrections.eligible(sizes, shapes))
 
+    def __call__(self, sizes: list[Sizes], budget: Budget, findings: list[Findings]) -> list[LayerShape]:
+        """See `Allocate`."""
+        shapes = [self._shape(sizes, budget)] * len(sizes)
+        eligible = self.corrections.eligible(sizes, shapes) if self.corrections.number else []
+        order = sorted(eligible, key=lambda index: findings[index]["correlation"].item(), reverse=True)
+        return self._corrected(shapes, sizes, budget, order)
 
-def jumps(recipe, config, total: int, sparsity: float, k: float) -> list[str]:
-    """Sizes that are quite others at a neighbouring sparsity, in words; empty where the recipe's rule is smooth.
+    def shares(self, sizes: list[Sizes], budget: Budget) -> dict[str, float]:
+        """See `Allocate`."""
+        return asdict(self.rule(sizes, budget, self.k))
 
-    Factors that save next to nothing have lost rank already, so that every rule jumps where it begins with them; the
-    released one jumps at RELEASED_SPLIT too.
-    Arguments as of `allocate`, which does not refuse them.
-    """
-    sizes, found = _effective_sizes(config, _attempt(recipe, config, total, sparsity, k)[0]), []
-    for neighbour in (sparsity - NEIGHBOURS, sparsity + NEIGHBOURS):
-        try:
-            there = _effective_sizes(config, _attempt(recipe, config, total, neighbour, k)[0])
-        except ValueError:  # impossible
-            continue
-        changed = [
-            f"{name} is {there[name]}, here {size}"
-            for name, size in sizes.items()
-            if max(there[name], size) > JUMP * min(there[name], size)
+    def notes(self, sizes: list[Sizes], budget: Budget) -> list[str]:
+        """See `Allocate`: where sizes jump, and that corrections find no MLP."""
+        notes = [f"{jump}: between the two the shares of this recipe jump" for jump in self.jumps(sizes, budget)]
+        shapes = [self._shape(sizes, budget)] * len(sizes)
+        if self.corrections.number and not self.corrections.eligible(sizes, shapes):
+            notes.append(f"no MLP loses a channel, so --mlp_num {self.corrections.number} has no effect")
+        return notes
+
+    def jumps(self, sizes: list[Sizes], budget: Budget) -> list[str]:
+        """Sizes that are quite others at a neighbouring sparsity, in words; empty where the rule is smooth.
+
+        Factors that save next to nothing have lost rank already, so that every rule jumps where it begins with them;
+        the released one jumps at RELEASED_SPLIT too.
+        """
+        exact, found = replace(budget, round_to=1), []
+        here = _effective_sizes(sizes[0], self._shape(sizes, exact))
+        for sparsity in (budget.sparsity - NEIGHBOURS, budget.sparsity + NEIGHBOURS):
+            try:
+                there = _effective_sizes(sizes[0], self._shape(sizes, replace(exact, sparsity=sparsity)))
+            except ValueError:  # impossible
+                continue
+            changed = [
+                f"{name} is {there[name]}, here {size}"
+                for name, size in here.items()
+                if max(there[name], size) > JUMP * min(there[name], size)
+            ]
+            if changed:
+                found.append(f"at --sparsity {sparsity:g} {', '.join(changed)}")
+        return found
+
+    def _shape(self, sizes: list[Sizes], budget: Budget) -> LayerShape:
+        shape = uniform_shape(sizes[0], self.rule(sizes, budget, self.k), self.kept, self.is_factorised)
+        return round_shape(shape, sizes[0], budget.round_to)
+
+    def _corrected(
+        self, shapes: list[LayerShape], sizes: list[Sizes], budget: Budget, order: list[int]
+    ) -> list[LayerShape]:
+        """The shapes with corrections in the first layers of `order`."""
+        chosen = set(order[: self.corrections.number])
+        return [
+            replace(shape, correction_rank=self.corrections.rank(layer, budget.round_to)) if i in chosen else shape
+            for i, (shape, layer) in enumerate(zip(shapes, sizes, strict=True))
         ]
-        if changed:
-            found.append(f"at --sparsity {neighbour:g} {', '.join(changed)}")
-    return found
 
 
-def _effective_sizes(config, shape: LayerShape) -> dict[str, int]:
+def _effective_sizes(layer: Sizes, shape: LayerShape) -> dict[str, int]:
     """The sizes of a layer by their names in messages; a matrix without factors has its full rank."""
-    hidden, width = config.hidden_size, head_dim(config)
-    query, key = (min(hidden, heads * width) for heads in (config.num_attention_heads, config.num_key_value_heads))
     return {
-        "the rank of q": shape.q_rank or query,
-        "the rank of k": shape.k_rank or key,
+        "the rank of q": shape.q_rank or min(layer.hidden_size, layer.query_width),
+        "the rank of k": shape.k_rank or min(layer.hidden_size, layer.key_width),
         "the width of a value head": shape.v_head_dim,
         "the number of channels": shape.intermediate_size,
     }
 
 
-def _largest_possible(attempt: Callable, below: float) -> float:
-    """The largest sparsity under `below`, in steps of a thousandth, for which `attempt` does not fail."""
+# Names of the findings that a global threshold cuts: scores of the groups of heads (K,), and of the channels (F,).
+GROUP_SCORES, CHANNEL_SCORES = "group_scores", "channel_scores"
+
+
+@dataclass(frozen=True)
+class GlobalThreshold:
+    """An allocation by one threshold for all layers: units go in the order of their scores until the budget is met.
+
+    A unit is a key/value head with its query heads, or a channel of an MLP. Of each kind a layer keeps at least one.
+
+    Attributes:
+        scored: (layer's findings) -> scores of its groups (K,) and of its channels (F,), comparable over all layers.
+        biases: whether what is thinned gets a bias, which takes D parameters each.
+    """
+
+    scored: Callable[[Findings, Sizes], tuple[Tensor, Tensor]]
+    biases: bool
+
+    def before_survey(self, sizes: list[Sizes], budget: Budget) -> None:
+        """See `Allocate`."""
+        most = sum(
+            (layer.num_kv_heads - 1) * group_parameters(layer)
+            + (layer.intermediate_size - 1) * channel_parameters(layer)
+            for layer in sizes
+        )
+        if self._to_remove(sizes, budget) > most:
+            raise ValueError("a layer would keep neither a head nor a channel")
+
+    def __call__(self, sizes: list[Sizes], budget: Budget, findings: list[Findings]) -> list[LayerShape]:
+        """See `Allocate`."""
+        scores: list[Tensor] = []
+        costs: list[int] = []
+        for layer, found in zip(sizes, findings, strict=True):
+            scores += [self._without_best(part.double()) for part in self.scored(found, layer)]
+            costs += [group_parameters(layer), channel_parameters(layer)]
+        owners = torch.cat([torch.full((len(part),), number) for number, part in enumerate(scores)])
+        order = owners[torch.cat(scores).argsort(stable=True)].tolist()
+        counts = self._taken(order, costs, self._to_remove(sizes, budget))
+        pairs = zip(counts[::2], counts[1::2], strict=True)
+        return [self._shape(layer, budget, *gone) for layer, gone in zip(sizes, pairs, strict=True)]
+
+    @staticmethod
+    def _taken(order: list[int], costs: list[int], left: float) -> list[int]:
+        """How many units of each part go: those first in `order` that fit into what is `left` to remove.
+
+        A head that would be too much stays, and channels take its place.
+        """
+        counts, smallest = [0] * len(costs), min(costs)
+        for part in order:
+            if left < smallest / 2:
+                break
+            if costs[part] <= max(left, smallest):
+                counts[part] += 1
+                left -= costs[part]
+        return counts
+
+    def shares(self, sizes: list[Sizes], budget: Budget) -> dict[str, float]:
+        """See `Allocate`."""
+        return {}
+
+    def notes(self, sizes: list[Sizes], budget: Budget) -> list[str]:
+        """See `Allocate`."""
+        return []
+
+    def _to_remove(self, sizes: list[Sizes], budget: Budget) -> float:
+        added = sum(2 * layer.hidden_size for layer in sizes) if self.biases else 0
+        return budget.sparsity * budget.whole + (added if budget.sparsity else 0)
+
+    @staticmethod
+    def _without_best(scores: Tensor) -> Tensor:
+        """Scores (n - 1,) of the units that may go: all but the highest."""
+        return scores.sort().values[:-1]
+
+    def _shape(self, layer: Sizes, budget: Budget, groups: int, channels: int) -> LayerShape:
+        """Sizes of a layer that loses so many of each."""
+        kept = _rounded(layer.intermediate_size - channels, budget.round_to, layer.intermediate_size)
+        return LayerShape(
+            q_rank=0,
+            k_rank=0,
+            v_head_dim=layer.head_dim,
+            intermediate_size=kept,
+            kv_heads=layer.num_kv_heads - groups if groups else 0,
+            o_bias=self.biases and groups > 0,
+            down_bias=self.biases and kept < layer.intermediate_size,
+        )
+
+
+def group_parameters(layer: Sizes) -> int:
+    """Weights that go with a key/value head and its query heads."""
+    features = layer.head_dim * (1 + layer.groups)  # of its value, and of its query heads as the output reads them
+    return layer.hidden_size * features * (1 if layer.norm_spans_heads else 2)
+
+
+def channel_parameters(layer: Sizes) -> int:
+    """Weights that go with a channel of an MLP."""
+    return 3 * layer.hidden_size
+
+
+def largest_possible(attempt: Callable[[float], object], below: float) -> float:
+    """The largest sparsity under `below`, in steps of a thousandth, for which `attempt` raises no ValueError."""
     for thousandths in range(ceil(below * 1000) - 1, 0, -1):
         try:
             attempt(thousandths / 1000)
@@ -304,31 +439,9 @@ def _largest_possible(attempt: Callable, below: float) -> float:
     return 0.0
 
 
-def correction_rank(config, ratio: float, round_to: int = 1) -> int:
-    """Rank of a linear correction, a share `ratio` in (0, 1] of the hidden size, rounded down (paper, section 4.1).
-
-    With `round_to` above 1 it is then the nearest multiple of it.
-
-    Raises:
-        UsageError: the ratio leaves no rank.
-    """
-    rank = int(ratio * config.hidden_size)
-    if rank < 1:
-        raise UsageError(
-            f"--ratio {ratio:g} of the hidden size {config.hidden_size} leaves no rank: "
-            f"give at least {1 / config.hidden_size:.4f}, or --mlp_num 0"
-        )
-    return _rounded(rank, round_to, config.hidden_size)
-
-
-def with_corrections(plan: list[LayerShape], calibrated: list[int], rank: int) -> list[LayerShape]:
-    """The plan with a correction of that rank beside the MLPs of the layers `calibrated`."""
-    chosen = set(calibrated)
-    return [replace(s, correction_rank=rank) if i in chosen else s for i, s in enumerate(plan)]
-
-
-def describe_plan(plan: list[LayerShape]) -> str:
-    """A table of the sizes that any layer has, one line for each run of equal layers."""
+def describe_plan(plan: list[LayerShape], without: Collection[str] = ()) -> str:
+    """A table of the sizes that any layer has, one line for each run of equal layers; some may be left out."""
+    plan = [replace(shape, **dict.fromkeys(without, 0)) for shape in plan]
     names = [name for name in plan[0].to_dict() if any(shape.to_dict()[name] for shape in plan)]
     lines = [f"{'layers':>9}  " + "  ".join(f"{name:>17}" for name in names)]
     start = 0

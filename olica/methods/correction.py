@@ -1,30 +1,51 @@
-"""Which MLPs to calibrate, and the low-rank linear correction of a pruned MLP.
+"""Which MLPs get a correction, and the low-rank linear correction of a pruned MLP (the paper's linear calibration).
 
 n tokens, D hidden size, F intermediate channels, P pruned channels, r rank
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from ..model.modeling_olica import Projections
-from .linalg import DOUBLE_BLOCK, RegressionSums, multiple_correlation, principal_components, ridge_regression
-from .moments import Moments, cross, diagonal, full, needs, total
+from ..model.configuration_olica import LayerShape
+from .linalg import (
+    DOUBLE_BLOCK,
+    RegressionSums,
+    SingularError,
+    multiple_correlation,
+    principal_components,
+    ridge_regression,
+)
+from .moments import DOUBLE, SINGLE, Moments, Statistic, cross, diagonal, full, needs, total
+from .recipe import Layer, Weights
+from .sizes import Sizes
+from .thinning import Thinned
 
 # Steepness with which the released code turns correlations into weights of the correction's outputs (D11).
 RELEASED_TEMPERATURE = 0.05
 # The released code divides its ridge by (samples / 128)(tokens / 128), whatever the sums are taken over (D10).
-RELEASED_RIDGE_SAMPLES = 128
-RELEASED_RIDGE_SEQLEN = 128
+RELEASED_RIDGE_TOKENS = 128 * 128
+
+# (percdamp, mean diagonal of X^T X, n) -> ridge.
+Ridge = Callable[[float, float, int], float]
 
 
-def released_ridge(percdamp: float, mean_diagonal: float, samples: int, seqlen: int) -> float:
+def released_ridge(percdamp: float, mean_diagonal: float, tokens: int) -> float:
     """Ridge of the released code: `percdamp` times the mean diagonal of X^T X, per 128 samples of 128 tokens."""
-    return percdamp * mean_diagonal / ((samples / RELEASED_RIDGE_SAMPLES) * (seqlen / RELEASED_RIDGE_SEQLEN))
+    return percdamp * mean_diagonal / (tokens / RELEASED_RIDGE_TOKENS)
 
 
-def paper_ridge(percdamp: float, mean_diagonal: float, samples: int, seqlen: int) -> float:
+def paper_ridge(percdamp: float, mean_diagonal: float, tokens: int) -> float:
     """Ridge of the paper's Appendix A: `percdamp` times the mean diagonal of X^T X."""
     return percdamp * mean_diagonal
+
+
+def ridge_of(moments: Moments, rule: Ridge, percdamp: float) -> float:
+    """Ridge of a regression on the MLP's input, whose `diagonal("mlp_input")` the moments have."""
+    return rule(percdamp, moments[diagonal("mlp_input")].mean().item(), moments.count)
 
 
 @needs(
@@ -34,7 +55,7 @@ def paper_ridge(percdamp: float, mean_diagonal: float, samples: int, seqlen: int
     diagonal("mlp_output"),
     cross("mlp_input", "mlp_output"),
 )
-def dense_output_sums(layer: Projections, moments: Moments) -> RegressionSums:
+def dense_output_sums(moments: Moments) -> RegressionSums:
     """Regression of the dense MLP's output on its input: the released code's question, "how linear is it?" (D6)."""
     return RegressionSums(
         count=moments.count,
@@ -55,45 +76,56 @@ def dense_output_sums(layer: Projections, moments: Moments) -> RegressionSums:
     full("intermediate"),
     cross("mlp_input", "intermediate"),
 )
-def residual_sums(layer: Projections, moments: Moments, kept: Tensor) -> RegressionSums:
-    """Regression of what pruning removes on the MLP's input, without ever running the pruned MLP.
+def residual_sums(moments: Moments, channels: Tensor, change: Tensor) -> RegressionSums:
+    """Regression of what pruning takes from the MLP's output on the MLP's input, without ever running the pruned MLP.
 
-    With the channels P gone the residual is E = H_P W_P^T, H the intermediate activations and W the down projection,
-    so X^T E, its sums and its squares follow from the moments of (X, H).
+    With the columns of the down projection changed by dW the residual is E = H dW^T, H the intermediate activations, so
+    X^T E, its sums and its squares follow from the moments of (X, H).
 
     Args:
-        layer: dense projections.
         moments: of the statistics above.
-        kept: indices of the channels that stay.
+        channels: (p,) indices of the columns that change.
+        change: dW (D, p), float64.
     """
-    staying = torch.zeros(layer.down_proj.in_features, dtype=torch.bool, device=kept.device)
-    staying[kept] = True
-    gone = (~staying).nonzero().flatten()
-    weight = layer.down_proj.weight[:, gone].double()  # (D, P)
     crossed = moments.about_centre(cross("mlp_input", "intermediate"))
     squared = moments.about_centre(full("intermediate"))
-    xy = weight.new_zeros(len(crossed), len(weight))
-    yy = weight.new_zeros(len(weight))
+    xy = change.new_zeros(len(crossed), len(change))
+    yy = change.new_zeros(len(change))
     # In double precision a block of channels at a time: of a large model, all of them would take gigabytes.
-    for channels, columns in zip(gone.split(DOUBLE_BLOCK), weight.split(DOUBLE_BLOCK, dim=1), strict=True):
-        xy.addmm_(crossed[:, channels].double(), columns.T)
-        yy += ((weight @ squared[:, channels][gone].double()) * columns).sum(1)
+    for block, columns in zip(channels.split(DOUBLE_BLOCK), change.split(DOUBLE_BLOCK, dim=1), strict=True):
+        xy.addmm_(crossed[:, block].double(), columns.T)
+        yy += ((change @ squared[:, block][channels].double()) * columns).sum(1)
     return RegressionSums(
         count=moments.count,
         x=moments.about_centre(total("mlp_input")),
-        y=weight @ moments.about_centre(total("intermediate"))[gone],
+        y=change @ moments.about_centre(total("intermediate"))[channels],
         xx=moments.about_centre(full("mlp_input")),
         xy=xy,
         yy=yy,
         x_centre=moments.centre("mlp_input"),
-        y_centre=weight @ moments.centre("intermediate")[gone],
+        y_centre=change @ moments.centre("intermediate")[channels],
     )
 
 
-def best_explained(correlations: list[float | None], number: int) -> list[int]:
-    """Indices, ascending, of the `number` layers with the highest correlation; None: not to be calibrated."""
-    eligible = [index for index, correlation in enumerate(correlations) if correlation is not None]
-    return sorted(sorted(eligible, key=lambda i: correlations[i], reverse=True)[:number])
+def residual_workspace(sizes: Sizes, removed: int) -> int:
+    """Bytes that `residual_sums` takes where so many channels are removed: dW, X^T E, and a block of both products."""
+    hidden = sizes.hidden_size
+    block = min(DOUBLE_BLOCK, removed) * (DOUBLE * (hidden + 2 * removed) + SINGLE * sizes.intermediate_size)
+    return DOUBLE * (hidden**2 + 2 * hidden * removed) + block
+
+
+def fit_workspace(sizes: Sizes) -> int:
+    """Bytes of a ridge regression on the MLP's input: Cholesky's factor, both sides, the solution, its eigenvectors."""
+    return DOUBLE * 6 * sizes.hidden_size**2
+
+
+@contextmanager
+def naming(percdamp: float) -> Iterator[None]:
+    """Have the error of a singular regression name the flag that decides the ridge."""
+    try:
+        yield
+    except SingularError as error:
+        raise SingularError(f"--percdamp {percdamp:g} is too small for the calibration set") from error
 
 
 def released_output_weights(sums: RegressionSums, solution: Tensor) -> Tensor:
@@ -130,3 +162,40 @@ def low_rank_correction(sums: RegressionSums, ridge: float, rank: int, output_we
         "correction.reduce.weight": (weighted @ directions).T,
         "correction.expand.weight": directions / weights[:, None],
     }
+
+
+@dataclass(frozen=True)
+class LowRankCorrection:
+    """Repair of a thinned MLP: a low-rank map of its input beside it, where the shape has one (paper, eq. 7 to 11).
+
+    Attributes:
+        ridge: rule of the ridge.
+        percdamp: strength of the ridge.
+        output_weights: (sums, solution) -> weight of every output in the low-rank step.
+    """
+
+    ridge: Ridge
+    percdamp: float
+    output_weights: Callable[[RegressionSums, Tensor], Tensor]
+
+    def needs(self, shape: LayerShape) -> frozenset[Statistic]:
+        """See `Repair`."""
+        return residual_sums.needs if shape.correction_rank else frozenset()
+
+    def workspace(self, sizes: Sizes, shape: LayerShape) -> int:
+        """See `Repair`; the fit comes when the sums that the residual needed are dropped."""
+        if not shape.correction_rank:
+            return 0
+        dropped = sum(statistic.bytes(sizes) for statistic in residual_sums.needs)
+        fit = SINGLE * sizes.hidden_size**2 + fit_workspace(sizes)
+        return max(residual_workspace(sizes, sizes.intermediate_size - shape.intermediate_size), fit - dropped)
+
+    def __call__(self, thinned: Thinned, layer: Layer, shape: LayerShape) -> Weights:
+        """`correction.reduce.weight` and `correction.expand.weight`; raises SingularError for too small a ridge."""
+        if not shape.correction_rank:
+            return {}
+        ridge = ridge_of(layer.moments, self.ridge, self.percdamp)
+        sums = residual_sums(layer.moments, *thinned.lost())
+        layer.drop(residual_sums.needs)  # the fit needs their room
+        with naming(self.percdamp):
+            return low_rank_correction(sums, ridge, shape.correction_rank, self.output_weights)

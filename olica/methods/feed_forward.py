@@ -3,65 +3,93 @@
 D hidden size, F intermediate channels
 """
 
-import torch
+from dataclasses import dataclass
+
 from torch import Tensor
 
-from ..model.modeling_olica import Projections
+from ..model.configuration_olica import LayerShape
 from .linalg import by_rows
-from .moments import Moments, diagonal, needs
+from .moments import Needing, Statistic, diagonal, needs
+from .recipe import Layer, Weights
+from .sizes import Sizes
+from .thinning import Refit, Repair, highest, thin
 
 # The released code keeps the hundredth of the channels with the *lowest* scores, as LoRAP did; the paper is silent.
 RELEASED_PROTECTED_FRACTION = 0.01
 
 
 @needs(diagonal("mlp_input"), diagonal("intermediate"))
-def released_importance(layer: Projections, moments: Moments) -> Tensor:
+def released_importance(layer: Layer) -> Tensor:
     """Importance (F,) of the released code (D1): L2 norms of the Wanda-scaled gate row, up row and down column."""
+    weights, moments = layer.weights, layer.moments
     squared_input = moments[diagonal("mlp_input")].double()
     from_gate, from_up = (
         by_rows(lambda rows: rows.square() @ squared_input, projection.weight).sqrt()
-        for projection in (layer.gate_proj, layer.up_proj)
+        for projection in (weights.gate_proj, weights.up_proj)
     )
-    squared_columns = by_rows(lambda columns: columns.square().sum(1), layer.down_proj.weight.T)
+    squared_columns = by_rows(lambda columns: columns.square().sum(1), weights.down_proj.weight.T)
     return from_gate + from_up + (squared_columns * moments[diagonal("intermediate")].double()).sqrt()
 
 
 @needs(diagonal("mlp_input"), diagonal("intermediate"))
-def paper_importance(layer: Projections, moments: Moments) -> Tensor:
+def paper_importance(layer: Layer) -> Tensor:
     """Importance (F,) of the paper's eq. 5: sum of the Wanda scores of the up row and the down column."""
+    weights, moments = layer.weights, layer.moments
     input_norms = moments[diagonal("mlp_input")].double().sqrt()
-    from_up = by_rows(lambda rows: rows.abs() @ input_norms, layer.up_proj.weight)
-    columns = by_rows(lambda columns: columns.abs().sum(1), layer.down_proj.weight.T)
+    from_up = by_rows(lambda rows: rows.abs() @ input_norms, weights.up_proj.weight)
+    columns = by_rows(lambda columns: columns.abs().sum(1), weights.down_proj.weight.T)
     return from_up + columns * moments[diagonal("intermediate")].double().sqrt()
 
 
-def kept_channels(importance: Tensor, kept: int, protected_fraction: float) -> Tensor:
-    """Indices, ascending, of the channels that stay.
+@dataclass(frozen=True)
+class ThinnedMLP:
+    """Stage: the MLP keeps its most important channels.
 
-    Args:
-        importance: (F,).
-        kept: how many stay.
-        protected_fraction: share of F, taken from the lowest scores, that stays whatever its score.
-
-    Returns:
-        (kept,) indices: the protected ones and the highest scores.
+    Attributes:
+        importance: layer -> scores (F,).
+        protected_fraction: share of the channels, the least important, that stay nevertheless.
+        refit: of `down_proj`; None leaves the columns that stay as they are.
+        repairs: what makes up for the channels that are gone.
     """
-    order = importance.argsort(stable=True)
-    protected = min(int(protected_fraction * len(order)), kept)
-    staying = torch.cat([order[:protected], order[len(order) - (kept - protected) :]])
-    return staying.sort().values
 
+    importance: Needing[[Layer], Tensor]
+    protected_fraction: float = 0.0
+    refit: Refit | None = None
+    repairs: tuple[Repair, ...] = ()
 
-def prune_feed_forward(layer: Projections, kept: Tensor) -> dict[str, Tensor]:
-    """Weights and biases of `gate_proj`, `up_proj` and `down_proj` reduced to the channels `kept`."""
-    pruned = {
-        "gate_proj.weight": layer.gate_proj.weight[kept],
-        "up_proj.weight": layer.up_proj.weight[kept],
-        "down_proj.weight": layer.down_proj.weight[:, kept],
-    }
-    for name in ("gate_proj", "up_proj"):
-        if getattr(layer, name).bias is not None:
-            pruned[f"{name}.bias"] = getattr(layer, name).bias[kept]
-    if layer.down_proj.bias is not None:
-        pruned["down_proj.bias"] = layer.down_proj.bias
-    return pruned
+    about = "the correction beside down_proj"
+
+    def needs(self, shape: LayerShape) -> frozenset[Statistic]:
+        """See `Stage`."""
+        return self.importance.needs.union(*(repair.needs(shape) for repair in self.repairs))
+
+    def workspace(self, sizes: Sizes, shape: LayerShape) -> int:
+        """See `Stage`."""
+        return max((repair.workspace(sizes, shape) for repair in self.repairs), default=0)
+
+    def kept(self, layer: Layer, shape: LayerShape) -> Tensor:
+        """Indices (k,), ascending, of the channels that stay."""
+        return highest(self.importance(layer), shape.intermediate_size, self.protected_fraction)
+
+    def __call__(self, layer: Layer, shape: LayerShape) -> Weights:
+        """Weights and biases of the three projections, and what the repairs add to them."""
+        gate, up, down = layer.weights.gate_proj, layer.weights.up_proj, layer.weights.down_proj
+        if shape.intermediate_size == down.in_features:
+            return {}
+        kept = self.kept(layer, shape)
+        thinned = thin(down.weight, kept, layer, self.refit)
+        weights = {
+            "gate_proj.weight": gate.weight[kept],
+            "up_proj.weight": up.weight[kept],
+            "down_proj.weight": thinned.weight,
+        }
+        weights |= {
+            f"{name}.bias": linear.bias[kept]
+            for name, linear in (("gate_proj", gate), ("up_proj", up))
+            if linear.bias is not None
+        }
+        if down.bias is not None:
+            weights["down_proj.bias"] = down.bias
+        for repair in self.repairs:
+            weights |= repair(thinned, layer, shape)
+        return weights

@@ -8,40 +8,71 @@ through the layer, and memory does not grow with the amount of text.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import update_wrapper
+from typing import Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from ..checks import all_finite
 from .linalg import about_zero
+from .sizes import Sizes
 
-# Where statistics can be taken: (projection of the decoder layer, its "input" or its "output").
+# Where statistics can be taken: (projection of the decoder layer, or the layer itself; its "input" or its "output").
 TAPS = {
+    "layer_input": ("layer", "input"),
     "attention_input": ("q_proj", "input"),  # also the input of k_proj and v_proj
     "heads": ("o_proj", "input"),  # the attention-weighted values of all heads, side by side
     "attention_output": ("o_proj", "output"),
     "mlp_input": ("gate_proj", "input"),  # also the input of up_proj
     "intermediate": ("down_proj", "input"),
     "mlp_output": ("down_proj", "output"),
+    "layer_output": ("layer", "output"),
 }
-KINDS = ("sum", "diagonal", "full", "per_head", "cross")
+KINDS = ("sum", "diagonal", "full", "per_head", "cross", "cosine")
+SINGLE, DOUBLE = 4, 8  # bytes
 # Width of the blocks in which the lower half of a symmetric sum is accumulated: half the products, and faster ones.
 BLOCK = 256
 
 
 @dataclass(frozen=True)
 class Statistic:
-    """A sum over tokens: of x, of x^2, of x x^T, of its blocks per head, or of x y^T.
+    """A sum over tokens: of x, of x^2, of x x^T, of its blocks per head, of x y^T, or of the cosine of x and y.
 
     Attributes:
         kind: one of KINDS.
         tap: where x is taken, a key of TAPS.
-        other: where y is taken, for "cross".
+        other: where y is taken, for "cross" and "cosine".
     """
 
     kind: str
     tap: str
     other: str | None = None
+
+    @property
+    def taps(self) -> list[str]:
+        """Names of the places that it is taken of."""
+        return [self.tap] if self.other is None else [self.tap, self.other]
+
+    def bytes(self, sizes: Sizes) -> int:
+        """What its sum takes, of a layer of these sizes."""
+        width, other = (tap_width(tap, sizes) for tap in (self.tap, self.other or self.tap))
+        match self.kind:
+            case "full" | "cross":
+                return SINGLE * width * other
+            case "per_head":
+                return SINGLE * width * sizes.head_dim
+            case "cosine":
+                return DOUBLE
+            case _:
+                return DOUBLE * width
+
+
+def tap_width(tap: str, sizes: Sizes) -> int:
+    """Features f at a tap of a layer of these sizes."""
+    widths = {"heads": sizes.num_heads * sizes.head_dim, "intermediate": sizes.intermediate_size}
+    return widths.get(tap, sizes.hidden_size)
 
 
 def total(tap: str) -> Statistic:
@@ -69,14 +100,34 @@ def cross(tap: str, other: str) -> Statistic:
     return Statistic("cross", tap, other)
 
 
-def needs(*statistics: Statistic) -> Callable:
-    """Decorator that states which statistics a function reads, so that nothing else is computed."""
+def cosine(tap: str, other: str) -> Statistic:
+    """Sum of x^T y / (|x| |y|) (): how far the second place keeps the direction of the first, token by token."""
+    return Statistic("cosine", tap, other)
 
-    def mark(function: Callable) -> Callable:
-        function.needs = statistics
-        return function
 
-    return mark
+Arguments, Result = ParamSpec("Arguments"), TypeVar("Result")
+
+
+class Needing(Generic[Arguments, Result]):
+    """A function and the statistics that it reads, so that nothing else is summed.
+
+    Attributes:
+        needs: the statistics.
+    """
+
+    def __init__(self, function: Callable[Arguments, Result], statistics: Iterable[Statistic]):
+        self.needs = frozenset(statistics)
+        self._function = function
+        update_wrapper(self, function)
+
+    def __call__(self, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        """What the function returns."""
+        return self._function(*args, **kwargs)
+
+
+def needs(*statistics: Statistic) -> Callable[[Callable[Arguments, Result]], Needing[Arguments, Result]]:
+    """Decorator that states which statistics a function reads."""
+    return lambda function: Needing(function, statistics)
 
 
 class Moments:
@@ -93,7 +144,7 @@ class Moments:
             if statistic.kind not in KINDS:
                 raise ValueError(f"unknown kind of statistic: {statistic.kind}")
         # Products about a centre need the sums about it to be told about zero.
-        wanted |= {total(tap) for s in wanted if s.kind in ("full", "cross") for tap in (s.tap, s.other) if tap}
+        wanted |= {total(tap) for s in wanted if s.kind in ("full", "cross") for tap in s.taps}
         # The diagonal of a matrix that is summed anyway is read off it.
         self.statistics = {s for s in wanted if s.kind != "diagonal" or full(s.tap) not in wanted}
         self.num_heads = num_heads
@@ -104,7 +155,11 @@ class Moments:
     @property
     def taps(self) -> set[str]:
         """Names of the places that `update` wants activations of."""
-        return {tap for s in self.statistics for tap in (s.tap, s.other) if tap}
+        return {tap for s in self.statistics for tap in s.taps}
+
+    def cover(self, statistics: Iterable[Statistic]) -> bool:
+        """Whether all of these were summed."""
+        return {s for s in statistics if s.kind != "diagonal" or full(s.tap) not in self.statistics} <= self.statistics
 
     def update(self, activations: dict[str, Tensor]) -> None:
         """Add a batch: for every name in `taps` its activations (..., f), the same tokens in each.
@@ -118,6 +173,8 @@ class Moments:
         vectors = {total(tap): x.sum(0) for tap, x in centred.items()}
         diagonals = (s for s in self.statistics if s.kind == "diagonal")
         vectors |= {s: centred.get(s.tap, flat[s.tap]).square().sum(0) for s in diagonals}
+        cosines = (s for s in self.statistics if s.kind == "cosine")
+        vectors |= {s: cosine_similarity(*(flat[tap] for tap in s.taps)).double().sum() for s in cosines}
         for statistic in self.statistics - self._sums.keys():
             self._sums[statistic] = self._empty_sum(statistic, flat[statistic.tap], flat.get(statistic.other))
         self._centres = centres
@@ -141,6 +198,8 @@ class Moments:
         }
         if statistic.kind in shapes:
             return x.new_zeros(shapes[statistic.kind])
+        if statistic.kind == "cosine":
+            return x.new_zeros((), dtype=torch.float64)
         return x.new_zeros(width, dtype=torch.float64)  # vectors are cheap to sum in double precision
 
     def _add_products(self, statistic: Statistic, x: Tensor, y: Tensor | None) -> None:
@@ -155,6 +214,10 @@ class Moments:
                 summed.baddbmm_(heads.mT, heads)
             case "cross":
                 summed.addmm_(x.T, y)
+
+    def mean(self, tap: str) -> Tensor:
+        """Mean over the tokens (f,), where the sum is taken, in double precision."""
+        return self[total(tap)] / self.count
 
     def centre(self, tap: str) -> Tensor:
         """c (f,), in double precision."""
@@ -190,34 +253,7 @@ class Moments:
         for statistic in statistics:
             self._sums.pop(statistic, None)
 
-    def kept(self, statistics: Iterable[Statistic]) -> "Moments":
-        """Only `statistics` of these sums, on the host: what outlives the layer."""
-        fewer = Moments(statistics, self.num_heads)
-        return self.restored(
-            {_name(s): self[s].cpu() for s in fewer.statistics}, statistics, self.num_heads, self.count
-        )
-
-    def state(self) -> dict[str, Tensor]:
-        """The sums of what was `kept` under names, to be written to a file."""
-        return {_name(statistic): summed for statistic, summed in self._sums.items()}
-
-    @classmethod
-    def restored(
-        cls, state: dict[str, Tensor], statistics: Iterable[Statistic], num_heads: int, count: int
-    ) -> "Moments":
-        """The moments of `count` tokens whose `state`, sums about zero, was written."""
-        moments = cls(statistics, num_heads)
-        moments.count = count
-        moments._sums = {statistic: state[_name(statistic)] for statistic in moments.statistics}
-        sums = {s.tap: summed for s, summed in moments._sums.items() if s.kind == "sum"}
-        moments._centres = {tap: torch.zeros_like(summed) for tap, summed in sums.items()}
-        return moments
-
     def not_finite(self) -> list[str]:
         """Names of the taps whose sums hold a NaN or an infinity; a product of two taps does not tell which it was."""
-        own = {s: summed for s, summed in self._sums.items() if s.kind != "cross"}
+        own = {s: summed for s, summed in self._sums.items() if s.other is None}
         return sorted({s.tap for s, summed in own.items() if not all_finite(summed)})
-
-
-def _name(statistic: Statistic) -> str:
-    return ".".join(filter(None, (statistic.kind, statistic.tap, statistic.other)))

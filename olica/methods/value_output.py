@@ -15,21 +15,26 @@ import torch
 from torch import Tensor
 
 from ..model.configuration_olica import LayerShape
-from ..model.modeling_olica import Projections
 from .linalg import principal_components
-from .moments import Moments, Statistic, diagonal, needs, per_head
+from .moments import DOUBLE, Moments, Needing, Statistic, diagonal, needs, per_head
 from .query_key import low_rank_factors
+from .recipe import Layer, Weights
+from .sizes import Sizes
+from .thinning import highest
+
+# What the released basis asks of the survey: the diagonal of the attention output's second moment, by this name.
+OUTPUT_MOMENT = "attention_output"
 
 
-def _value_heads(layer: Projections, num_kv_heads: int) -> Tensor:
+def _value_heads(layer: Layer) -> Tensor:
     """W_v by head (K, d, D), float64."""
-    return layer.v_proj.weight.double().unflatten(0, (num_kv_heads, -1))
+    return layer.weights.v_proj.weight.double().unflatten(0, (layer.sizes.num_kv_heads, -1))
 
 
-def _output_heads(layer: Projections, num_heads: int, num_kv_heads: int) -> Tensor:
+def _output_heads(layer: Layer) -> Tensor:
     """W_o by key/value head and query head of its group (K, G, D, d), float64."""
-    heads = layer.o_proj.weight.double().unflatten(1, (num_heads, -1))  # (D, H, d)
-    return heads.movedim(0, 1).unflatten(0, (num_kv_heads, -1))
+    heads = layer.weights.o_proj.weight.double().unflatten(1, (layer.sizes.num_heads, -1))  # (D, H, d)
+    return heads.movedim(0, 1).unflatten(0, (layer.sizes.num_kv_heads, -1))
 
 
 class Directions(NamedTuple):
@@ -46,40 +51,35 @@ class Directions(NamedTuple):
     features: Tensor
 
 
-def rotate(layer: Projections, basis: Tensor, num_heads: int, num_kv_heads: int) -> Directions:
+def rotate(layer: Layer, basis: Tensor) -> Directions:
     """The value heads in an orthogonal basis (K, d, d), a basis vector per column."""
-    value = basis.mT @ _value_heads(layer, num_kv_heads)
-    return Directions(value, _output_heads(layer, num_heads, num_kv_heads) @ basis[:, None], basis)
+    return Directions(basis.mT @ _value_heads(layer), _output_heads(layer) @ basis[:, None], basis)
 
 
-@needs(diagonal("attention_output"))
-def output_directions(layer: Projections, moments: Moments, num_heads: int, num_kv_heads: int) -> Directions:
-    """Basis of the released code (D3): eigenvectors of W_o^T D^2 W_o, D the norms of the layer's attention output.
+def output_directions(layer: Layer) -> Directions:
+    """Basis of the released code (D3): eigenvectors of W_o^T D^2 W_o, D the norms of the dense layer's output.
 
-    A group's matrix is the sum over its query heads.
+    A group's matrix is the sum over its query heads. The norms are the survey's finding OUTPUT_MOMENT (D,).
     """
-    weight = _output_heads(layer, num_heads, num_kv_heads)
-    squared_norms = moments[diagonal("attention_output")].to(weight.device)
+    weight = _output_heads(layer)
+    squared_norms = layer.findings[OUTPUT_MOMENT].to(weight.device)
     weighted = weight * squared_norms[:, None]
-    return rotate(layer, principal_components((weighted.mT @ weight).sum(1)), num_heads, num_kv_heads)
+    return rotate(layer, principal_components((weighted.mT @ weight).sum(1)))
 
 
-@needs()
-def value_directions(layer: Projections, moments: Moments | None, num_heads: int, num_kv_heads: int) -> Directions:
+def value_directions(layer: Layer) -> Directions:
     """Basis of the paper's Fast-OND: right singular vectors of W_v (D, d) in the paper's orientation."""
-    weight = _value_heads(layer, num_kv_heads)
-    return rotate(layer, principal_components(weight @ weight.mT), num_heads, num_kv_heads)
+    weight = _value_heads(layer)
+    return rotate(layer, principal_components(weight @ weight.mT))
 
 
-@needs()
-def product_directions(layer: Projections, moments: Moments | None, num_heads: int, num_kv_heads: int) -> Directions:
+def product_directions(layer: Layer) -> Directions:
     """The paper's full OND: singular vectors of W_o W_v (G D, D), a group's output projections one below the other.
 
     The singular values go to W_v. The product, whose rank is d, is never formed: with W_o = Q R and W_v^T = P S by QR,
     its singular vectors are those of R S^T (d, d), in the bases Q and P. W_v becomes U^T R W_v, which needs no inverse.
     """
-    value = _value_heads(layer, num_kv_heads)
-    output = _output_heads(layer, num_heads, num_kv_heads)
+    value, output = _value_heads(layer), _output_heads(layer)
     output_basis, output_factor = torch.linalg.qr(output.flatten(1, 2))  # (K, G D, d) and (K, d, d)
     value_factor = torch.linalg.qr(value.mT, mode="r").R
     left = torch.linalg.svd(output_factor @ value_factor.mT).U  # (K, d, d)
@@ -87,12 +87,11 @@ def product_directions(layer: Projections, moments: Moments | None, num_heads: i
     return Directions(features.mT @ value, (output_basis @ left).view_as(output), features)
 
 
-@needs()
-def given_directions(layer: Projections, moments: Moments | None, num_heads: int, num_kv_heads: int) -> Directions:
+def given_directions(layer: Layer) -> Directions:
     """The value heads as they are: Wanda without any decomposition."""
-    width = layer.v_proj.out_features // num_kv_heads
-    identity = torch.eye(width, dtype=torch.float64, device=layer.v_proj.weight.device)
-    return rotate(layer, identity.expand(num_kv_heads, -1, -1), num_heads, num_kv_heads)
+    sizes = layer.sizes
+    identity = torch.eye(sizes.head_dim, dtype=torch.float64, device=layer.weights.v_proj.weight.device)
+    return rotate(layer, identity.expand(sizes.num_kv_heads, -1, -1))
 
 
 def _head_moment(moments: Moments, features: Tensor, num_kv_heads: int) -> Tensor:
@@ -135,97 +134,83 @@ def paper_importance(value: Tensor, output: Tensor, head_moment: Tensor, input_m
 
 @dataclass(frozen=True)
 class NarrowedHeads:
-    """Every value head loses the directions that matter least; v_proj and o_proj become narrower.
+    """Stage: every value head loses the directions that matter least; v_proj and o_proj become narrower.
 
     Attributes:
-        directions: (layer, survey moments, H, K) -> the heads in the basis whose directions are to be dropped.
+        directions: layer -> the heads in the basis whose directions are to be dropped.
         importance: one of the functions above.
     """
 
-    directions: Callable
-    importance: Callable
-    is_factorised = False
+    directions: Callable[[Layer], Directions]
+    importance: Needing[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
-    @property
-    def survey_needs(self) -> tuple[Statistic, ...]:
-        """Statistics of the dense stream."""
-        return self.directions.needs
+    about = "v_proj and o_proj"
 
-    @property
-    def needs(self) -> tuple[Statistic, ...]:
-        """Statistics of the layer's calibration."""
+    def needs(self, shape: LayerShape) -> frozenset[Statistic]:
+        """See `Stage`."""
         return self.importance.needs
 
-    def __call__(
-        self,
-        layer: Projections,
-        moments: Moments,
-        surveyed: Moments | None,
-        shape: LayerShape,
-        num_heads: int,
-        num_kv_heads: int,
-    ) -> dict[str, Tensor]:
+    def workspace(self, sizes: Sizes, shape: LayerShape) -> int:
+        """See `Stage`: both projections, and both again in the basis."""
+        return DOUBLE * 2 * sizes.value_output
+
+    def __call__(self, layer: Layer, shape: LayerShape) -> Weights:
         """Put every value head into its basis and keep its most important `shape.v_head_dim` directions.
 
         Returns:
-            Weights and biases of `v_proj` and `o_proj`, under the names of the padded and cropped
-            projections where heads become narrower, of the dense ones (rotated, nothing dropped) where they do not.
+            Weights and biases of `v_proj` and `o_proj`; where heads keep their width, rotated, and nothing dropped.
         """
-        value, output, features = self.directions(layer, surveyed, num_heads, num_kv_heads)
-        v_bias, o_bias = layer.v_proj.bias, layer.o_proj.bias
-        turned_bias = None if v_bias is None else (features.mT @ v_bias.double().view(num_kv_heads, -1, 1)).squeeze(-1)
-        suffix = ""
-        if shape.v_head_dim < features.shape[-1]:
-            suffix = ".linear"
-            head_moment = _head_moment(moments, features, num_kv_heads)
-            scores = self.importance(value, output, head_moment, moments[diagonal("attention_input")])  # (K, d)
-            kept = scores.topk(shape.v_head_dim).indices.sort().values  # (K, v)
+        sizes = layer.sizes
+        value, output, features = self.directions(layer)
+        v_bias, o_bias = layer.weights.v_proj.bias, layer.weights.o_proj.bias
+        turned_bias = None
+        if v_bias is not None:
+            turned_bias = (features.mT @ v_bias.double().view(sizes.num_kv_heads, -1, 1)).squeeze(-1)
+        if shape.v_head_dim < sizes.head_dim:
+            head_moment = _head_moment(layer.moments, features, sizes.num_kv_heads)
+            input_moment = layer.moments[diagonal("attention_input")]
+            kept = highest(self.importance(value, output, head_moment, input_moment), shape.v_head_dim)  # (K, v)
             value = value.take_along_dim(kept[..., None], dim=1)  # (K, v, D)
             output = output.take_along_dim(kept[:, None, None], dim=-1)  # (K, G, D, v)
             turned_bias = None if turned_bias is None else turned_bias.gather(-1, kept)
         pruned = {
-            f"v_proj{suffix}.weight": value.flatten(0, 1),
-            f"o_proj{suffix}.weight": output.flatten(0, 1).movedim(0, 1).flatten(1),
+            "v_proj.weight": value.flatten(0, 1),
+            "o_proj.weight": output.flatten(0, 1).movedim(0, 1).flatten(1),
         }
         if turned_bias is not None:
-            pruned[f"v_proj{suffix}.bias"] = turned_bias.flatten()
+            pruned["v_proj.bias"] = turned_bias.flatten()
         if o_bias is not None:
-            pruned[f"o_proj{suffix}.bias"] = o_bias
+            pruned["o_proj.bias"] = o_bias
         return pruned
 
 
 @dataclass(frozen=True)
 class FactorisedProjections:
-    """v_proj and o_proj become pairs of low-rank factors, each on its own (the paper's SVD and AWSVD of Table 5).
+    """Stage: v_proj and o_proj become pairs of low-rank factors, each on its own (the paper's SVD, AWSVD of Table 5).
 
     Attributes:
         by_input: whether the error is weighted by the norms of the projection's input, or every feature counts alike.
     """
 
     by_input: bool
-    is_factorised = True
-    survey_needs = ()
 
-    @property
-    def needs(self) -> tuple[Statistic, ...]:
-        """Statistics of the layer's calibration."""
-        return (diagonal("attention_input"), diagonal("heads")) if self.by_input else ()
+    about = "v_proj and o_proj"
 
-    def __call__(
-        self,
-        layer: Projections,
-        moments: Moments,
-        surveyed: Moments | None,
-        shape: LayerShape,
-        num_heads: int,
-        num_kv_heads: int,
-    ) -> dict[str, Tensor]:
+    def needs(self, shape: LayerShape) -> frozenset[Statistic]:
+        """See `Stage`."""
+        return frozenset({diagonal("attention_input"), diagonal("heads")} if self.by_input else ())
+
+    def workspace(self, sizes: Sizes, shape: LayerShape) -> int:
+        """See `Stage`: the factors of v, then o's W, W C W^T, its eigenvectors and what finding them takes."""
+        return DOUBLE * (sizes.hidden_size * (sizes.key_width + 2 * sizes.query_width) + 4 * sizes.hidden_size**2)
+
+    def __call__(self, layer: Layer, shape: LayerShape) -> Weights:
         """Factors of ranks `shape.v_rank` and `shape.o_rank`; a rank of 0 leaves the projection as it is."""
-        factors = {}
+        factors: Weights = {}
         for name, tap, rank in (("v_proj", "attention_input", shape.v_rank), ("o_proj", "heads", shape.o_rank)):
-            projection = getattr(layer, name)
+            projection = getattr(layer.weights, name)
             weight = projection.weight
             if rank:
-                moment = moments[diagonal(tap)] if self.by_input else weight.new_ones(weight.shape[1])
+                moment = layer.moments[diagonal(tap)] if self.by_input else weight.new_ones(weight.shape[1])
                 factors |= low_rank_factors(name, projection, moment, rank)
         return factors

@@ -24,6 +24,7 @@ from ..model.families import SEQUENCE_CLASSIFIERS, TOKEN_CLASSIFIERS
 from ..model.skeleton import pruned_skeleton, try_out
 from ..sources.dense_model import DenseModel, StoredWeight, stored_weights
 from .run_folder import RunFolder
+from .run_progress import RunProgress
 
 DEFAULT_RECIPE = "olica"
 # What `--sparsity` is a share of: the whole model, as in the paper, or the decoder layers alone.
@@ -59,7 +60,11 @@ def check_room(folder: Path, needed_bytes: int, overwrite: bool) -> None:
 
 
 def complete(
-    progress: RunFolder, dense: DenseModel, plan: list[LayerShape], tokenizer: PreTrainedTokenizerBase | None
+    run: RunFolder,
+    progress: RunProgress,
+    dense: DenseModel,
+    plan: list[LayerShape],
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> dict[str, int]:
     """Write what a checkpoint has beside its decoder layers, all of which are written.
 
@@ -73,8 +78,8 @@ def complete(
     embedding, others = dense.other_names()
     progress.save_shard(1, dense.read(embedding))
     progress.save_shard(len(plan) + 2, dense.read(others))
-    stored = stored_weights(sorted(progress.checkpoint.glob("*.safetensors")))
-    loaded = _describe(progress, progress.checkpoint, dense, plan, tokenizer)
+    stored = stored_weights(sorted(run.checkpoint.glob("*.safetensors")))
+    loaded = _describe(run, run.checkpoint, dense, plan, tokenizer)
     if loaded != {name: weight.shape for name, weight in stored.items()}:
         raise RuntimeError("the weights written are not those of the plan")
     sizes = {name: prod(weight.shape) for name, weight in stored.items()}
@@ -82,21 +87,21 @@ def complete(
         "total": sum(sizes.values()),
         "decoder_layers": sum(size for name, size in sizes.items() if name.startswith(dense.layers_prefix)),
     }
-    with progress.explained():
-        _write_index(progress.checkpoint, stored, written["total"])
+    with run.explained():
+        _write_index(run.checkpoint, stored, written["total"])
     return written
 
 
 def check_description(
-    progress: RunFolder, dense: DenseModel, plan: list[LayerShape], tokenizer: PreTrainedTokenizerBase | None
+    run: RunFolder, dense: DenseModel, plan: list[LayerShape], tokenizer: PreTrainedTokenizerBase | None
 ) -> None:
     """Raise UsageError if a checkpoint of these sizes would not load, before layers are pruned in vain."""
-    with TemporaryDirectory(dir=progress.work) as folder:
-        _describe(progress, Path(folder), dense, plan, tokenizer)
+    with TemporaryDirectory(dir=run.work) as folder:
+        _describe(run, Path(folder), dense, plan, tokenizer)
 
 
 def _describe(
-    progress: RunFolder,
+    run: RunFolder,
     folder: Path,
     dense: DenseModel,
     plan: list[LayerShape],
@@ -111,7 +116,7 @@ def _describe(
         UsageError: it cannot be written, or not be loaded.
     """
     try:
-        with progress.explained():
+        with run.explained():
             _write_description(pruned_skeleton(dense.config, plan), dense.model, folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)

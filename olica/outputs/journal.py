@@ -24,12 +24,13 @@ class Journal:
 
     Attributes:
         path: its file.
+        flag: what names the folder, for messages.
         facts: plain values, as they are on the disk or the next `commit` is going to write them.
         files: SHA-256 of every file written, by its path within the folder; those since the last `commit` too.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, flag: str = "--save_dir"):
+        self.path, self.flag = path, flag
         self.forget()
 
     def forget(self) -> None:
@@ -51,7 +52,7 @@ class Journal:
         except FileNotFoundError:
             return self.facts
         except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"--save_dir: {self.path} is damaged; give --overwrite to start afresh") from error
+            raise UsageError(f"{self.flag}: {self.path} is damaged; give --overwrite to start afresh") from error
         self.facts, self.files = stored["facts"], stored["files"]
         return self.facts
 
@@ -61,7 +62,7 @@ class Journal:
             path = self.path.parent / name
             if not path.is_file() or _checksum(path) != checksum:
                 raise UsageError(
-                    f"--save_dir: {path} of the unfinished run was altered or cut short; "
+                    f"{self.flag}: {path} of the unfinished run was altered or cut short; "
                     "give --overwrite to start afresh"
                 )
 
@@ -76,7 +77,7 @@ class Journal:
     def write(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Write a file of safetensors, which the next `commit` is going to name."""
         path = self.path.parent / name
-        with explained_writing(self.path.parent):
+        with explained_writing(self.path.parent, self.flag):
             partial = path.with_suffix(".unfinished")
             save_tensors({key: t.cpu().contiguous() for key, t in tensors.items()}, partial, {"format": "pt"})
             move_durably(partial, path)
@@ -87,7 +88,7 @@ class Journal:
         self.facts = self.facts | facts
         self.files = {name: checksum for name, checksum in self.files.items() if name not in without}
         stored = {"sha256": _text_checksum(self.facts, self.files), "facts": self.facts, "files": self.files}
-        with explained_writing(self.path.parent):
+        with explained_writing(self.path.parent, self.flag):
             partial = self.path.with_suffix(".unfinished")
             partial.write_text(json.dumps(stored, indent=1))
             move_durably(partial, self.path)
@@ -95,12 +96,12 @@ class Journal:
                 (self.path.parent / name).unlink()
 
 
-def explained_writing(folder: Path) -> AbstractContextManager[None]:
-    """Have a disk that is full or fails under `folder` end in a UsageError."""
+def explained_writing(folder: Path, flag: str = "--save_dir") -> AbstractContextManager[None]:
+    """Have a disk that is full or fails under `folder`, which `flag` names, end in a UsageError."""
     return in_words(
         lambda error: (
-            f"--save_dir: {folder} cannot be written to ({error}); make room and give the same command again, "
-            "which goes on from the last finished layer, or give another --save_dir"
+            f"{flag}: {folder} cannot be written to ({error}); make room and give the same command again, "
+            f"which goes on from the last finished layer, or give another {flag}"
         ),
         kinds=(OSError, SafetensorError),
     )

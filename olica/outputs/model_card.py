@@ -17,7 +17,7 @@ CARD_TEXT = """---
 
 # {name} without {sparsity:.1%} of its parameters
 
-{model}, pruned by Olica (He and Lin, ICML 2025) without retraining: {changes}.
+{model}, pruned without retraining ({method}): {changes}.
 
 | | dense | pruned |
 |---|---|---|
@@ -65,6 +65,7 @@ def write_card(folder: Path, record: dict) -> None:
         samples=samples,
         tokens=tokens,
         texts=" + ".join(Path(source["name"]).name for source in calibration["sources"]),
+        method=record["recipe"]["about"],
         changes=changes(record["plan"], record["dense_layer"]),
         flags=flags(record),
         corrections=corrections(record),
@@ -108,6 +109,10 @@ def changes(plan: list[dict[str, int]], dense: dict[str, int]) -> str:
     parts = [f"low-rank {' and '.join(found)} projections"] if found else []
     narrower = {"v_head_dim": "narrower value heads", "intermediate_size": "narrower MLPs"}
     parts += [words for size, words in narrower.items() if any(shape[size] < dense[size] for shape in plan)]
+    if any(shape["kv_heads"] for shape in plan):
+        parts.append("fewer attention heads")
+    if any(shape["o_bias"] or shape["down_bias"] for shape in plan):
+        parts.append("output biases for what is gone")
     if any(shape["correction_rank"] for shape in plan):
         parts.append("low-rank linear corrections beside some MLPs")
     return ", ".join(parts) or "no size changed"
@@ -116,11 +121,13 @@ def changes(plan: list[dict[str, int]], dense: dict[str, int]) -> str:
 def flags(record: dict) -> str:
     """The flags, beside the recipe, that had a part in the result."""
     settings, parameters = record["settings"], record["parameters"]
+    own, corrected = record["recipe"]["parameters"], ("mlp_num", "ratio", "percdamp")
     names = ["sparsity", "sparsity_of"]
     if parameters["after"] < parameters["before"]:
-        names += ["k", *(["round_to"] if settings["round_to"] > 1 else [])]
+        names += [name for name in own if name not in corrected]
+        names += ["round_to"] if settings["round_to"] > 1 else []
     if record["corrected_layers"]:
-        names += ["mlp_num", "ratio", "percdamp"]
+        names += [name for name in own if name in corrected]
     if not is_token_file(settings["datasets"]):
         names.append("seed")
     values = {name: settings[name] for name in names}
@@ -131,7 +138,7 @@ def corrections(record: dict) -> str:
     """Beside which MLPs there are corrections; or that there are none, and why where some were asked for."""
     if record["corrected_layers"]:
         return f"corrections beside the MLPs of the layers {', '.join(map(str, record['corrected_layers']))}"
-    number = record["settings"]["mlp_num"]
+    number = record["settings"].get("mlp_num", 0)
     return "no corrections" + (f" (no MLP lost a channel, so `--mlp_num {number}` had no effect)" if number else "")
 
 

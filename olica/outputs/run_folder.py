@@ -1,43 +1,34 @@
-"""What is finished of a pruning, on disk: a run that was killed goes on where it was.
+"""The folder of a run: made, locked, gone on with, and put in its place.
 
 Until the checkpoint's folder NAME is complete, `.NAME.partial` lies beside it:
 
     checkpoint/        the checkpoint so far, one shard for every finished layer
-    *.safetensors      the survey, and hidden states that enter one of the next layers
+    *.safetensors      hidden states that enter one of the next layers
     progress.json      the journal: what is being done, how far it is, and the checksum of every finished file
 
 and, while a process is at work, the lock `.NAME.lock`.
-
-Hidden states are the bulk of what is written, and the finished layers tell them: they are kept every SAVED_EVERY
-seconds only, and a run that goes on sends them through the layers that were finished since.
 """
 
 import json
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from time import monotonic
 
 from filelock import FileLock, Timeout
-from safetensors.torch import load_file
-from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..machine import BatchSize
-from ..pruning.progress import Progress
 from .journal import Journal, explained_writing, force_to_disk, move_durably
-
-CHECKPOINT = "checkpoint"
-SAVED_EVERY = 20.0
+from .run_progress import CHECKPOINT, RunProgress, Shards
 
 
-class RunFolder(Progress):
-    """The progress of a run whose result is going to be a checkpoint's folder; made by `locked`, started by `begin`.
+class RunFolder:
+    """The folder of a run whose result is going to be a checkpoint; made by `locked`, started by `begin`.
 
     Attributes:
         folder: the checkpoint's.
+        work: what lies beside it meanwhile.
         checkpoint: the folder that becomes it.
         is_complete: whether `begin` found that the same run had put the checkpoint in its place already.
     """
@@ -49,12 +40,7 @@ class RunFolder(Progress):
         self.is_complete = False
         self._replaced = folder.with_name(f".{folder.name}.old")
         self._journal = Journal(self.work / "progress.json")
-        self._batch_size = BatchSize(1)
-        self._shards = self._prefix = None
-        self._in_background = False
-        self._saved_at = 0.0
-        self._writer = ThreadPoolExecutor(1, "write")
-        self._writing: Future | None = None
+        self._progress: RunProgress | None = None
 
     @classmethod
     @contextmanager
@@ -80,7 +66,8 @@ class RunFolder(Progress):
             try:
                 yield run
             finally:
-                run._writer.shutdown()
+                if run._progress:
+                    run._progress.close()
         except KeyboardInterrupt as stopped:
             if finished := run._finished():
                 stopped.add_note(f"the same command goes on after {finished}")
@@ -96,11 +83,9 @@ class RunFolder(Progress):
 
     def _finished(self) -> str:
         """How far the run is, in words; empty while there is nothing to go on with."""
-        facts = self._journal.facts
-        surveyed, pruned = facts.get("surveyed", {}).get("layers", 0), facts.get("pruned", 0)
-        number, what = (pruned, "") if pruned else (surveyed, " of the survey")
-        of = f" of {self._shards - 2}" if self._shards else ""  # not known before `begin`
-        return f"{number}{of} layers{what}" if number else ""
+        number = self._journal.facts.get("pruned", 0)
+        of = f" of {self._progress.shards.layers}" if self._progress else ""  # not known before `begin`
+        return f"{number}{of} layers" if number else ""
 
     def _recover(self) -> None:
         """Bring to an end what `publish` was killed in."""
@@ -126,31 +111,27 @@ class RunFolder(Progress):
         self,
         identity: dict,
         overwrite: bool,
-        prefix: str,
-        layers: int,
+        shards: Shards,
         batch_size: BatchSize,
         in_background: bool = False,
-    ) -> None:
-        """Go on with the unfinished run that lies here, or start a new one.
+    ) -> RunProgress:
+        """Go on with the unfinished run that lies here, or start a new one; returns the progress in it.
 
         Args:
             identity: what decides the result: names, in words for messages, and plain values.
             overwrite: start afresh, unless the unfinished run was started so too and is the same.
-            prefix: of the names of the decoder layers' weights, their index follows.
-            layers: number of decoder layers.
+            shards: how the checkpoint is cut into files.
             batch_size: what is left of it when the unfinished run ran out of memory.
             in_background: write a layer while the next is worked on.
 
         Raises:
             UsageError: the unfinished run is another one, or its files are not as they were written.
         """
-        self._prefix, self._shards, self._batch_size = prefix, layers + 2, batch_size
-        self._in_background = in_background
-        self._saved_at = monotonic()
+        self._progress = RunProgress(self._journal, shards, batch_size, in_background)
         identity = json.loads(json.dumps(identity))
         if self.is_published and self._ends_here(identity, overwrite):
-            return
-        if not self._goes_on(identity, overwrite):
+            return self._progress
+        if not self._goes_on(identity, overwrite, batch_size):
             self._journal.path.unlink(missing_ok=True)
             self._journal.forget()
             self._journal.facts = {
@@ -165,6 +146,7 @@ class RunFolder(Progress):
         self.checkpoint.mkdir(exist_ok=True)
         force_to_disk(self.work.parent)
         self._journal.remove_others([self.checkpoint])
+        return self._progress
 
     def _ends_here(self, identity: dict, overwrite: bool) -> bool:
         """Whether the run that is published is this one; otherwise it is out of the way."""
@@ -177,12 +159,11 @@ class RunFolder(Progress):
             self.work.mkdir()
         return self.is_complete
 
-    def _goes_on(self, identity: dict, overwrite: bool) -> bool:
-        """Whether there is an unfinished run to go on with, now told so."""
+    def _goes_on(self, identity: dict, overwrite: bool, batch_size: BatchSize) -> bool:
+        """Whether there is an unfinished run to go on with; then the journal and the batch size are those of it."""
         try:
             facts = self._journal.read()
-            nothing_finished = "survey" not in facts and not facts.get("pruned")
-            if nothing_finished or (overwrite and not facts["overwrite"]):
+            if not facts.get("pruned") or (overwrite and not facts["overwrite"]):
                 return False
             self._check_identity(facts["identity"], identity)
             self._journal.check_files()
@@ -190,7 +171,7 @@ class RunFolder(Progress):
             if not overwrite:
                 raise
             return False
-        self._batch_size.size = facts["batch_size"]
+        batch_size.size = facts["batch_size"]
         facts["went_on_after"].append(facts["pruned"])
         return True
 
@@ -208,96 +189,8 @@ class RunFolder(Progress):
         """How many layers were finished when the run went on, for every time that it then finished something."""
         return self._journal.facts["went_on_after"]
 
-    def survey(self) -> tuple[dict, dict[str, Tensor], Tensor | None]:
-        """See `Progress`."""
-        facts = self._journal.facts
-        if "survey" not in facts:
-            return {}, {}, None
-        hidden = None if facts["pruned"] else self._hidden()
-        return facts["surveyed"], load_file(self.work / facts["survey"]), hidden
-
-    def save_survey(self, facts: dict, tensors: dict[str, Tensor], hidden: Tensor | None) -> None:
-        """See `Progress`."""
-        if hidden is not None and not self._is_time():
-            return
-        survey = f"survey-{facts['layers']}.safetensors"
-        self._journal.write(survey, tensors)
-        states = self._kept("surveyed", facts["layers"], hidden)
-        self._commit(survey=survey, surveyed=facts, batch_size=self._batch_size.size, **states)
-
-    def pruned(self) -> tuple[int, int, Tensor | None]:
-        """See `Progress`."""
-        facts = self._journal.facts
-        return facts["pruned"], facts["entered"], self._hidden()
-
-    def weights(self, index: int) -> dict[str, Tensor]:
-        """See `Progress`."""
-        prefix = f"{self._prefix}{index}."
-        return {name.removeprefix(prefix): weight for name, weight in _read(self.work / self._shard(index + 2)).items()}
-
-    def save_layer(self, index: int, layer: nn.Module, hidden: Tensor | None) -> None:
-        """See `Progress`; hidden states are written when it returns, the layer may be written later."""
-        self.wait()
-        # Copies of what is on a device, whose memory the next layer needs.
-        weights = {f"{self._prefix}{index}.{name}": weight.cpu() for name, weight in layer.state_dict().items()}
-        size, states = self._batch_size.size, {}
-        # A batch that became smaller on the way to them changes the rounding: then they cannot be told any more.
-        if hidden is None or size != self._journal.facts["batch_size"] or self._is_time():
-            states = self._kept("pruned", index + 1, hidden)
-        self._writing = self._writer.submit(self._save_layer, index, weights, {"batch_size": size} | states)
-        if states or not self._in_background:
-            self.wait()
-
-    def _save_layer(self, index: int, weights: dict[str, Tensor], facts: dict) -> None:
-        self.save_shard(index + 2, weights)
-        self._commit(pruned=index + 1, **facts)
-
-    def wait(self) -> None:
-        """See `Progress`.
-
-        Raises:
-            UsageError: what was to be kept cannot be written.
-        """
-        if self._writing is not None:
-            writing, self._writing = self._writing, None
-            writing.result()
-
-    def _is_time(self) -> bool:
-        """Whether hidden states were kept so long ago that they should be again."""
-        return monotonic() - self._saved_at > SAVED_EVERY
-
-    def save_shard(self, number: int, weights: dict[str, Tensor]) -> None:
-        """Write shard `number` of the checkpoint: the decoder layers' begin with 2.
-
-        Raises:
-            UsageError: it cannot be written.
-        """
-        self._journal.write(self._shard(number), weights)
-
-    def _shard(self, number: int) -> str:
-        return f"{CHECKPOINT}/model-{number:05}-of-{self._shards:05}.safetensors"
-
-    def _hidden(self) -> Tensor | None:
-        name = self._journal.facts["hidden"]
-        return _read(self.work / name)["hidden"] if name else None
-
-    def _kept(self, done: str, layers: int, hidden: Tensor | None) -> dict:
-        """Write the hidden states that enter the layer behind so many; returns what the journal is to say of them."""
-        if hidden is None:
-            return {"hidden": None, "entered": 0}
-        name = f"hidden-{done}-{layers}.safetensors"
-        self._journal.write(name, {"hidden": hidden})
-        self._saved_at = monotonic()
-        return {"hidden": name, "entered": layers}
-
-    def _commit(self, **facts) -> None:
-        """Keep `facts`, and of the surveys and hidden states only the last ones."""
-        before = self._journal.facts
-        replaced = {before.get(name) for name in ("survey", "hidden") if name in facts and before.get(name)}
-        self._journal.commit(facts, without=replaced - {facts.get("survey"), facts.get("hidden")})
-
     def explained(self) -> AbstractContextManager:
-        """Tell the user of files that cannot be written."""
+        """Have files that cannot be written end in a UsageError."""
         return explained_writing(self.work)
 
     def publish(self) -> None:
@@ -323,8 +216,3 @@ class RunFolder(Progress):
             if path != self._journal.path:
                 path.unlink()
         shutil.rmtree(self.work, ignore_errors=True)
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    """Tensors of a file: not mapped from it, since it may be removed, but in memory of their own, aligned as before."""
-    return {name: tensor.clone() for name, tensor in load_file(path).items()}

@@ -6,7 +6,7 @@ passes) are kept and replayed unread: naming them is what broke older pruners on
     N samples, T tokens, D hidden size
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -24,11 +24,25 @@ class _SeenEnough(Exception):
 
 
 @contextmanager
+def _in_place_of(layers: nn.ModuleList, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Have `forward`, given the index too, take the place of every decoder layer's own.
+
+    Only `forward` is replaced, on the instance: whatever else transformers reads from its layers is still there.
+    """
+    for index, layer in enumerate(layers):
+        layer.forward = partial(forward, index)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+@contextmanager
 def _pass_through(layers: nn.ModuleList) -> Iterator[tuple[list[Tensor], list[dict]]]:
     """Let every decoder layer return its input, and note the inputs of the first and the first call of each.
 
-    The last one ends the pass by `_SeenEnough`. Only `forward` is replaced, on the instance: whatever else
-    transformers reads from its layers is still there.
+    The last one ends the pass by `_SeenEnough`.
     """
     inputs: list[Tensor] = []
     calls: list[dict] = [{} for _ in layers]
@@ -41,13 +55,24 @@ def _pass_through(layers: nn.ModuleList) -> Iterator[tuple[list[Tensor], list[di
             raise _SeenEnough
         return hidden_states
 
-    for index, layer in enumerate(layers):
-        layer.forward = partial(forward, index)
-    try:
+    with _in_place_of(layers, forward):
         yield inputs, calls
-    finally:
-        for layer in layers:
-            del layer.forward
+
+
+@torch.no_grad()
+def final_logits(dense: DenseModel, ids: Tensor, states: Tensor) -> Tensor:
+    """Logits (n, T, V) that the model makes of `states` (n, T, D) behind its last decoder layer, of samples `ids`."""
+    with dense.surroundings():
+        device = dense.decoder.embed_tokens.weight.device
+        logits = []
+        for sample, state in zip(ids.split(1), states.split(1), strict=True):
+
+            def forward(index: int, hidden_states: Tensor, state: Tensor = state, **kwargs) -> Tensor:
+                return state.to(device) if index == 0 else hidden_states
+
+            with _in_place_of(dense.decoder.layers, forward):
+                logits.append(dense.model(sample.to(device), use_cache=False).logits)
+    return torch.cat(logits)
 
 
 def _to_device(value, device):
@@ -113,12 +138,12 @@ def recording(layer: nn.Module, taps: set[str], stop: bool) -> Iterator[dict[str
     def hook(tap: str, side: str):
         if side == "input":
             return lambda module, args: keep(tap, args[0])
-        return lambda module, args, output: keep(tap, output)
+        return lambda module, args, output: keep(tap, first_of(output))
 
     projections, handles = projections_of(layer), []
     for tap in taps:
         name, side = TAPS[tap]
-        module = getattr(projections, name)
+        module = layer if name == "layer" else getattr(projections, name)
         register = module.register_forward_pre_hook if side == "input" else module.register_forward_hook
         handles.append(register(hook(tap, side)))
     try:
@@ -128,9 +153,13 @@ def recording(layer: nn.Module, taps: set[str], stop: bool) -> Iterator[dict[str
             handle.remove()
 
 
-def _forward(layer: nn.Module, hidden: Tensor, call: dict) -> Tensor:
-    output = layer(hidden, **call)
+def first_of(output: Tensor | tuple) -> Tensor:
+    """The hidden states that a decoder layer returned, of which some releases made a tuple."""
     return output[0] if isinstance(output, tuple) else output
+
+
+def _forward(layer: nn.Module, hidden: Tensor, call: dict) -> Tensor:
+    return first_of(layer(hidden, **call))
 
 
 def calibrate(

@@ -6,139 +6,87 @@ N samples, T tokens, D hidden size
 import torch
 from torch import Tensor, nn
 
-from ..methods import correction, feed_forward
 from ..methods.moments import Moments
-from ..methods.recipes import Recipe
+from ..methods.recipe import Findings
 from ..model.configuration_olica import LayerShape
-from ..model.modeling_olica import Projections, module_paths, projections_of, shrink_layer
-from ..sources.dense_model import DenseModel
 from .activations import calibrate, enter_layers, propagate
-from .options import PruningOptions
+from .cutting import as_seen, check_complete, cut, restore
+from .options import Work
 from .progress import Progress
-from .soundness import cast_weights, check_finite, decomposition, regression
-from .survey import LayerSurvey
-
-
-def _compress_query_key(layer: Projections, moments: Moments, shape: LayerShape, recipe: Recipe) -> dict[str, Tensor]:
-    return recipe.query_key(layer, moments, shape)
-
-
-def _compress_value_output(
-    layer: Projections, moments: Moments, shape: LayerShape, surveyed: Moments, recipe: Recipe, config
-) -> dict[str, Tensor]:
-    heads = (config.num_attention_heads, config.num_key_value_heads)
-    return recipe.value_output(layer, moments, surveyed, shape, *heads)
-
-
-def _compress_feed_forward(
-    layer: Projections,
-    moments: Moments,
-    shape: LayerShape,
-    recipe: Recipe,
-    options: PruningOptions,
-    ids_shape: tuple[int, int],
-) -> dict[str, Tensor]:
-    if shape.intermediate_size == layer.down_proj.in_features:
-        return {}
-    kept = recipe.kept_channels(layer, moments, shape)
-    pruned = feed_forward.prune_feed_forward(layer, kept)
-    if not shape.correction_rank:
-        return pruned
-    ridge = options.ridge(recipe, moments, ids_shape)
-    sums = correction.residual_sums(layer, moments, kept)
-    moments.drop(correction.residual_sums.needs)  # the fit needs their room
-    return pruned | correction.low_rank_correction(sums, ridge, shape.correction_rank, recipe.output_weights)
-
-
-def _shrink(layer: nn.Module, config, shape: LayerShape) -> None:
-    with torch.device("meta"):  # the new modules are filled, not initialised
-        shrink_layer(layer, config, shape)
-
-
-def _replace_weights(layer: nn.Module, config, shape: LayerShape, weights: dict[str, Tensor]) -> None:
-    """Shrink `layer` to `shape` and fill it with `weights`, by the names of the projections.
-
-    Raises:
-        RuntimeError: they are more or fewer than the new modules take, or of other sizes.
-    """
-    _shrink(layer, config, shape)
-    paths, filling = module_paths(layer), {}
-    for name, tensor in weights.items():
-        module, _, rest = name.partition(".")
-        filling[f"{paths.get(module, module)}.{rest}"] = tensor
-    placeless = layer.load_state_dict(filling, strict=False, assign=True).unexpected_keys
-    if placeless:
-        raise RuntimeError(f"the pruned layer has no place for {', '.join(placeless)}")
-    unfilled = [name for name, parameter in layer.named_parameters() if parameter.is_meta]
-    if unfilled:
-        raise RuntimeError(f"no weights were computed for {', '.join(unfilled)}")
-
-
-def _restore(layer: nn.Module, config, shape: LayerShape, weights: dict[str, Tensor]) -> None:
-    """Make of a dense `layer` what it had been pruned to."""
-    device = next(layer.parameters()).device
-    _shrink(layer, config, shape)
-    layer.load_state_dict({name: weight.to(device) for name, weight in weights.items()}, assign=True)
-
-
-def _prune_layer(
-    index: int,
-    layer: nn.Module,
-    moments: Moments,
-    config,
-    shape: LayerShape,
-    surveyed: Moments,
-    recipe: Recipe,
-    options: PruningOptions,
-    ids_shape: tuple[int, int],
-) -> None:
-    """Prune `layer` to `shape` by the sums of its calibration."""
-    projections = projections_of(layer)
-    weights: dict[str, Tensor] = {}
-
-    def add(computed: dict[str, Tensor]) -> None:
-        weights.update(cast_weights(computed, index, projections.v_proj.weight))
-
-    # First the MLP, whose sums are the largest and are dropped on the way. What is computed in double precision is cast
-    # before the next is.
-    with regression(options.percdamp, index), decomposition(index, "the correction beside down_proj"):
-        add(_compress_feed_forward(projections, moments, shape, recipe, options, ids_shape))
-    with decomposition(index, "q_proj or k_proj"):
-        add(_compress_query_key(projections, moments, shape, recipe))
-    with decomposition(index, "v_proj and o_proj"):
-        add(_compress_value_output(projections, moments, shape, surveyed, recipe, config))
-    _replace_weights(layer, config, shape, weights)
+from .soundness import check_finite
 
 
 @torch.no_grad()
-def prune_layers(
-    dense: DenseModel,
-    calibration_ids: Tensor,
-    plan: list[LayerShape],
-    survey: list[LayerSurvey],
-    recipe: Recipe,
-    options: PruningOptions,
-    progress: Progress,
-) -> None:
-    """Prune every decoder layer of `dense` to `plan`, on the stream that the recipe names."""
+def prune_layers(work: Work, plan: list[LayerShape], findings: list[Findings], progress: Progress) -> None:
+    """Prune every decoder layer to `plan`, on the stream that the method names.
+
+    Args:
+        work: the model and what is done to it.
+        plan: sizes of all layers.
+        findings: of the survey, for all layers.
+        progress: what is finished of it.
+
+    Raises:
+        UsageError: activations are NaN or infinite, a fit or a decomposition fails, or a dtype cannot hold a weight.
+    """
+    dense, method, options = work.dense, work.method, work.options
     finished, entered, hidden = progress.pruned()
     if finished == len(plan):
         return
-    hidden, calls = enter_layers(dense, calibration_ids, hidden, options.cache_device)
-    for index, layer in dense.layers(options.device, "prune", first=entered):
+    calls: list[dict] = [{}] * len(plan)
+    # Where no statistic is read, nothing has to stream.
+    is_streaming = any(needs for shape in plan for needs in method.needs(shape))
+    if is_streaming:
+        hidden, calls = enter_layers(dense, work.calibration_ids, hidden, options.cache_device)
+    for index, layer in dense.layers(options.device, "prune", first=entered if is_streaming else finished):
         if index < finished:
-            if not recipe.dense_stream:
-                _restore(layer, dense.config, plan[index], progress.weights(index))
+            if method.stream == "pruned":
+                restore(layer, dense.config, plan[index], progress.weights(index))
             propagate(layer, hidden, calls[index], options.batch_size)
             continue
-        last = index + 1 == len(plan)
-        moments = Moments(recipe.calibration_needs(plan[index].correction_rank > 0), dense.config.num_attention_heads)
-        calibrate(layer, hidden, calls[index], moments, options.batch_size, advance=recipe.dense_stream and not last)
-        check_finite(moments, index, hidden.dtype)
-        work = (recipe, options, calibration_ids.shape)
-        _prune_layer(index, layer, moments, dense.config, plan[index], survey[index].moments, *work)
-        del moments
-        if not recipe.dense_stream and not last:
-            propagate(layer, hidden, calls[index], options.batch_size)
-        progress.save_layer(index, layer, None if last else hidden)
+        goes_on = is_streaming and index + 1 < len(plan)
+        hidden = _prune_layer(work, index, layer, plan[index], findings[index], (hidden, calls[index], goes_on))
+        progress.save_layer(index, layer, hidden if goes_on else None)
     progress.wait()
+
+
+def _prune_layer(
+    work: Work,
+    index: int,
+    layer: nn.Module,
+    shape: LayerShape,
+    findings: Findings,
+    stream: tuple[Tensor | None, dict, bool],
+) -> Tensor | None:
+    """Prune `layer` to `shape`.
+
+    Args:
+        work: as that of `prune_layers`.
+        index: of the layer.
+        layer: dense; pruned in place.
+        shape: its sizes.
+        findings: of the survey.
+        stream: hidden states (N, T, D) that enter the layer, keyword arguments of its call, and whether the states that
+            leave it are wanted.
+
+    Returns:
+        The states that leave it: of the dense layer or of the pruned one, as the method says.
+    """
+    (hidden, call, goes_on), (method, options) = stream, (work.method, work.options)
+    config, replaced = work.dense.config, set()
+    is_dense, is_single = method.stream == "dense", len(method.passes) == 1
+    following = hidden
+    if goes_on and is_dense and not is_single:  # the passes to come see the layer half pruned
+        following = hidden.clone()
+        propagate(layer, following, call, options.batch_size)
+    for stages, needs in zip(method.passes, method.needs(shape), strict=True):
+        moments = Moments(needs, config.num_attention_heads)
+        advance = goes_on and is_dense and is_single
+        calibrate(layer, hidden, call, moments, options.batch_size, advance=advance)
+        check_finite(moments, index, next(layer.parameters()).dtype)
+        replaced |= cut(index, layer, config, stages, as_seen(layer, config, moments, findings), shape)
+        del moments
+    check_complete(layer, config, shape, replaced)
+    if goes_on and not is_dense:
+        propagate(layer, following, call, options.batch_size)
+    return following

@@ -1,8 +1,9 @@
 """What pruning takes in memory, from the model's sizes alone, and the batch that fits into what is free.
 
-n tokens of a batch, D hidden size, H query heads, K key/value heads, d head width, F intermediate channels
+n tokens of a batch, D hidden size, F intermediate channels
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
@@ -10,18 +11,16 @@ import psutil
 from transformers import PreTrainedConfig
 
 from ..machine import free_memory
-from ..methods.allocation import Sizes
-from ..methods.linalg import DOUBLE_BLOCK
-from ..methods.moments import TAPS, Statistic, full
-from ..methods.recipes import Recipe
-from ..model.configuration_olica import LayerShape, head_dim
+from ..methods.moments import SINGLE, Statistic, tap_width
+from ..methods.recipe import Method
+from ..methods.sizes import Sizes
+from ..model.configuration_olica import LayerShape
 from .options import PruningOptions
 
 # What `auto` takes at most, in tokens: on two CPU cores 1,024 were 5 % faster than 2,048; a GPU wants more.
 MOST_TOKENS = {"cpu": 1024, "cuda": 8192}
 # Of the memory that is free, the share that `auto` plans with: others may want some, and an estimate may be low.
 USABLE = 0.8
-SINGLE, DOUBLE = 4, 8  # bytes
 # What the libraries take once they work: threads, buffers and code that is loaded when it is first run.
 RUNTIME_BYTES = 60_000_000
 
@@ -34,7 +33,7 @@ class Demand:
         embedding: the largest weight beside the decoder layers.
         layer: a dense decoder layer.
         states: the hidden states of the calibration set.
-        survey, prune: sums, activations of a batch and float64 work of these passes, at their peak.
+        survey, prune: sums, activations of a batch and work of the stages of these passes, at their peak.
     """
 
     embedding: int
@@ -46,24 +45,24 @@ class Demand:
 
 @dataclass(frozen=True)
 class Task:
-    """What a model is pruned to, as far as it decides the demand.
+    """What is asked for, as far as it decides the demand.
 
     Attributes:
         config: of the dense model.
         total: its parameters.
-        shape: of a pruned layer.
+        shapes: the different sizes that pruned layers are to get.
         ids_shape: (N, T) of the calibration set.
         itemsize: bytes of a weight.
-        recipe: what is computed.
+        method: what is computed.
         is_streamed: whether the weights are read layer by layer, not as a whole.
     """
 
     config: PreTrainedConfig
     total: int
-    shape: LayerShape
+    shapes: frozenset[LayerShape]
     ids_shape: tuple[int, int]
     itemsize: int
-    recipe: Recipe
+    method: Method
     is_streamed: bool
 
     @property
@@ -71,73 +70,57 @@ class Task:
         """Bytes of the hidden states of the calibration set."""
         return prod(self.ids_shape) * self.config.hidden_size * self.itemsize
 
+    @property
+    def sizes(self) -> Sizes:
+        """Of a dense layer."""
+        return Sizes.of(self.config)
+
 
 def estimate(task: Task, options: PruningOptions) -> Demand:
     """The demand of a task."""
-    hidden = task.config.hidden_size
     tokens = min(options.batch_size.size, task.ids_shape[0]) * task.ids_shape[1]
-    calibrated = options.mlp_num > 0
-    surveyed, summed = task.recipe.survey_needs(calibrated), task.recipe.calibration_needs(calibrated)
-    fit = DOUBLE * 6 * hidden**2 if calibrated else 0  # Cholesky's factor, both sides, the solution, its eigenvectors
     return Demand(
-        embedding=task.config.vocab_size * hidden * task.itemsize,
-        layer=Sizes.of(task.config, task.total).layer * task.itemsize,
+        embedding=task.config.vocab_size * task.config.hidden_size * task.itemsize,
+        layer=task.sizes.layer * task.itemsize,
         states=task.states,
-        survey=_sums(task, surveyed) + max(tokens * _per_token(task, surveyed), _residual(task, surveyed) + fit),
-        prune=max(
-            _sums(task, summed) + max(tokens * _per_token(task, summed), _residual(task, summed)),
-            SINGLE * hidden**2 + fit,  # the other sums are dropped by then
-            _attention(task),
-        ),
+        survey=max(_survey(task, shape, tokens) for shape in task.shapes),
+        prune=max(_cut(task, shape, tokens) for shape in task.shapes),
     )
 
 
-def _widths(task: Task) -> dict[str, int]:
-    config = task.config
-    heads = config.num_attention_heads * head_dim(config)
-    return dict.fromkeys(TAPS, config.hidden_size) | {"heads": heads, "intermediate": config.intermediate_size}
+def _survey(task: Task, shape: LayerShape, tokens: int) -> int:
+    survey, layers = task.method.survey, task.config.num_hidden_layers
+    if survey is None:
+        return 0
+    needs = frozenset().union(*(survey.needs(index, layers) for index in range(layers)))
+    batch = tokens * _per_token(task, needs) if needs else 0
+    return _sums(task, needs) + max(batch, survey.workspace(task.sizes, shape))
 
 
-def _sums(task: Task, statistics: set[Statistic]) -> int:
+def _cut(task: Task, shape: LayerShape, tokens: int) -> int:
+    """The peak over the passes: while a batch is summed, or in a stage, beside the sums that are not dropped yet."""
+    peaks = [0]
+    for stages, needs in zip(task.method.passes, task.method.needs(shape), strict=True):
+        peaks.append(_sums(task, needs) + tokens * _per_token(task, needs))
+        for number, stage in enumerate(stages):
+            left = frozenset().union(*(other.needs(shape) for other in stages[number:]))
+            peaks.append(_sums(task, left) + stage.workspace(task.sizes, shape))
+    return max(peaks)
+
+
+def _sums(task: Task, statistics: Iterable[Statistic]) -> int:
     """Bytes of the sums of a layer."""
-    widths, sizes = _widths(task), 0
-    for statistic in statistics:
-        width = widths[statistic.tap]
-        match statistic.kind:
-            case "full" | "cross":
-                sizes += SINGLE * width * widths[statistic.other or statistic.tap]
-            case "per_head":
-                sizes += SINGLE * width * head_dim(task.config)
-            case _:
-                sizes += DOUBLE * width
-    return sizes
+    return sum(statistic.bytes(task.sizes) for statistic in statistics)
 
 
-def _per_token(task: Task, statistics: set[Statistic]) -> int:
+def _per_token(task: Task, statistics: Iterable[Statistic]) -> int:
     """Bytes of activations for each token of a batch: those that are kept for the sums, and those of the forward."""
-    widths, itemsize = _widths(task), task.itemsize
-    kept = [widths[tap] for tap in {tap for s in statistics for tap in (s.tap, s.other) if tap}]
-    forward = 2 * widths["mlp_input"] + 3 * widths["intermediate"]  # the MLP's are the most
+    sizes, itemsize = task.sizes, task.itemsize
+    kept = [tap_width(tap, sizes) for tap in {tap for statistic in statistics for tap in statistic.taps}]
+    forward = 2 * sizes.hidden_size + 3 * sizes.intermediate_size  # the MLP's are the most
     # Sums are taken of copies about their centres, in single precision, and of the squares of the widest.
     summing = SINGLE * (sum(kept) + max(kept, default=0))
     return sum(kept) * itemsize + max(forward * itemsize, summing)
-
-
-def _residual(task: Task, statistics: set[Statistic]) -> int:
-    """Bytes of the float64 work on the residual of a pruned MLP, where `statistics` are those of its regression."""
-    if full("intermediate") not in statistics:
-        return 0
-    hidden, channels = task.config.hidden_size, task.config.intermediate_size
-    removed = channels - task.shape.intermediate_size
-    blocks = min(DOUBLE_BLOCK, removed) * (DOUBLE * (hidden + 2 * removed) + SINGLE * channels)
-    return DOUBLE * (hidden**2 + 2 * hidden * removed) + blocks
-
-
-def _attention(task: Task) -> int:
-    """Bytes of the float64 work on the attention: the factors of q, then k's W, W C W^T, its eigenvectors and what
-    finding them takes. The rotation of v and o takes less."""
-    heads = task.config.num_attention_heads * head_dim(task.config)
-    return DOUBLE * (2 * task.config.hidden_size * heads + 4 * heads**2)
 
 
 def expected_peaks(task: Task, options: PruningOptions) -> dict[str, int | None]:

@@ -1,23 +1,56 @@
-"""What the passes over the layers tell of what they have finished, so that a run that ends early can go on."""
+"""What the passes over the layers report of what they have finished, so that a run that ends early can go on.
+
+These two keep nothing: they serve where all happens in memory.
+"""
+
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from ..methods.recipe import Findings
+
+
+@dataclass(frozen=True)
+class Surveyed:
+    """How far a survey is.
+
+    Attributes:
+        findings: of the layers that are surveyed.
+        hidden: states (N, T, D) that enter the next layer; None where nothing travels, or all are surveyed.
+        travelling: states (n, T, D) of the variants that were tried, by the index of their layer and their number.
+    """
+
+    findings: list[Findings] = field(default_factory=list)
+    hidden: Tensor | None = None
+    travelling: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+
+class SurveyProgress:
+    """What is finished of a survey.
+
+    Attributes:
+        is_complete: whether an earlier run finished it.
+    """
+
+    is_complete = False
+
+    def described(self) -> dict | None:
+        """What a record says of where the findings came from; None where they were not kept."""
+        return None
+
+    def surveyed(self) -> Surveyed:
+        """What `save` was given last; nothing at first."""
+        return Surveyed()
+
+    def save(self, surveyed: Surveyed) -> None:
+        """Keep, now and then, how far the survey is."""
+
+    def finish(self, findings: list[Findings]) -> None:
+        """Keep the completed findings of all layers: the survey is over."""
+
 
 class Progress:
-    """What is finished of a pruning. This one keeps nothing: it serves where all happens in memory."""
-
-    def survey(self) -> tuple[dict, dict[str, Tensor], Tensor | None]:
-        """What `save_survey` was given last: facts, tensors and hidden states; empty at first."""
-        return {}, {}, None
-
-    def save_survey(self, facts: dict, tensors: dict[str, Tensor], hidden: Tensor | None) -> None:
-        """Keep, now and then, what the survey has found and the hidden states (N, T, D) that enter the next layer.
-
-        Args:
-            facts: plain values; `layers` is the number of surveyed layers.
-            tensors: the rest of it.
-            hidden: None when all layers are surveyed; that is always kept.
-        """
+    """What is finished of the cut."""
 
     def pruned(self) -> tuple[int, int, Tensor | None]:
         """How many layers are finished; hidden states (N, T, D) that were kept last, and the index of the layer that

@@ -28,22 +28,15 @@ def check_finite(moments: Moments, index: int, dtype: torch.dtype) -> None:
 
 
 @contextmanager
-def regression(percdamp: float, index: int) -> Iterator[None]:
-    """Tell the user of a fit that the ridge is too weak for."""
+def solvable(index: int, projections: str) -> Iterator[None]:
+    """Say in which layer, and of which projections, a fit is too weakly regularised or a decomposition fails."""
     try:
         yield
     except SingularError as error:
         raise UsageError(
-            f"--percdamp {percdamp:g} is too small for the calibration set: in layer {index} the regression on the "
-            "MLP's input (that of gate_proj) is singular; raise it, or --num_samples, unless that input is always zero"
+            f"{error}: in layer {index} the regression on the MLP's input (that of gate_proj) is singular; raise it, "
+            "or --num_samples, unless that input is always zero"
         ) from error
-
-
-@contextmanager
-def decomposition(index: int, projections: str) -> Iterator[None]:
-    """Tell the user in which layer, and of which projections, a decomposition fails."""
-    try:
-        yield
     except torch.linalg.LinAlgError as error:
         raise UsageError(
             f"--base_model: in layer {index} the decomposition of {projections} does not converge; "

@@ -1,107 +1,108 @@
-"""Stream the calibration set through the dense model before anything is pruned: what ranks layers, and what bases need.
+"""Stream the calibration set through the dense model before anything is pruned: the findings that decide sizes.
 
-N samples, T tokens, D hidden size
+N samples, T tokens, D hidden size, n samples that variants of a layer see, V entries in the vocabulary
 """
 
-import logging
-from dataclasses import dataclass
+import copy
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..methods import correction
-from ..methods.allocation import with_corrections
-from ..methods.linalg import multiple_correlation, ridge_regression
 from ..methods.moments import Moments
-from ..methods.recipes import Recipe
+from ..methods.recipe import Findings, TravellingSurvey
 from ..model.configuration_olica import LayerShape
-from ..model.modeling_olica import projections_of
-from ..sources.dense_model import DenseModel
-from .activations import calibrate, enter_layers
-from .options import PruningOptions
-from .progress import Progress
-from .soundness import check_finite, regression
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class LayerSurvey:
-    """What the survey keeps of a dense layer.
-
-    Attributes:
-        correlation: mean multiple correlation of the recipe's regression; None where the layer is not to be calibrated.
-        moments: the sums that the basis of the value heads needs.
-    """
-
-    correlation: float | None
-    moments: Moments
+from ..model.modeling_olica import MODULES
+from .activations import calibrate, enter_layers, final_logits, propagate
+from .cutting import as_seen, put
+from .options import Work
+from .progress import Surveyed, SurveyProgress
+from .soundness import cast_weights, check_finite, solvable
 
 
 @torch.no_grad()
-def survey_layers(
-    dense: DenseModel,
-    calibration_ids: Tensor,
-    shapes: list[LayerShape],
-    recipe: Recipe,
-    options: PruningOptions,
-    progress: Progress,
-) -> list[LayerSurvey]:
-    """Stream the calibration set (N, T) through the dense layers, as far as anything is asked of them."""
-    layers, heads = len(shapes), dense.config.num_attention_heads
-    facts, tensors, hidden = progress.survey()
-    survey = _unpacked(facts, tensors, recipe, heads)
-    eligible = recipe.eligible_layers(layers) if options.mlp_num else 0
-    wanted = [recipe.survey_needs(ranking=index < eligible) for index in range(layers)]
-    if not any(wanted):
-        return [LayerSurvey(None, Moments((), heads)) for _ in shapes]
-    if len(survey) == layers:
-        return survey
-    hidden, calls = enter_layers(dense, calibration_ids, hidden, options.cache_device)
-    for index, layer in dense.layers(options.device, "survey", first=len(survey)):
-        moments = Moments(wanted[index], heads)
-        calibrate(layer, hidden, calls[index], moments, options.batch_size, advance=index + 1 < layers)
-        check_finite(moments, index, hidden.dtype)
-        correlation = None
-        if index < eligible:
-            sums = recipe.survey_regression(recipe, projections_of(layer), moments, shapes[index])
-            with regression(options.percdamp, index):
-                ridge = options.ridge(recipe, moments, calibration_ids.shape)
-                correlation = multiple_correlation(sums, ridge_regression(sums, ridge)).mean().item()
-        survey.append(LayerSurvey(correlation, moments.kept(recipe.value_output.survey_needs)))
-        progress.save_survey(*_packed(survey), hidden if index + 1 < layers else None)
-    return survey
+def survey_layers(work: Work, plan: list[LayerShape] | None, progress: SurveyProgress) -> list[Findings]:
+    """Survey all dense layers, which are left as they are.
+
+    Args:
+        work: the model and what is measured of it.
+        plan: sizes of all layers as far as they are decided before; None where the findings decide.
+        progress: what is finished of it.
+
+    Returns:
+        The findings of every layer; empty ones of a method without a survey.
+
+    Raises:
+        UsageError: activations are NaN or infinite, or a fit fails.
+    """
+    dense, options, survey = work.dense, work.options, work.method.survey
+    layers = dense.config.num_hidden_layers
+    if survey is None:
+        return [{} for _ in range(layers)]
+    so_far = progress.surveyed()
+    found, hidden = list(so_far.findings), so_far.hidden
+    if len(found) == layers and not so_far.travelling:
+        return found
+    needs = [survey.needs(index, layers) for index in range(layers)]
+    probes = Probes(survey, work, so_far.travelling) if hasattr(survey, "variants") else None
+    is_streaming = any(needs) or probes is not None
+    calls: list[dict] = [{}] * layers
+    if is_streaming:
+        hidden, calls = enter_layers(dense, work.calibration_ids, hidden, options.cache_device)
+    for index, layer in dense.layers(options.device, "survey", first=len(found)):
+        last, shape = index + 1 == layers, None if plan is None else plan[index]
+        entering = hidden[: survey.samples].clone() if probes else None
+        moments = Moments(needs[index], dense.config.num_attention_heads)
+        if is_streaming:
+            # The states behind the last layer are those of the dense model, which variants are compared with.
+            advance = not last or probes is not None
+            calibrate(layer, hidden, calls[index], moments, options.batch_size, advance=advance)
+        check_finite(moments, index, dense.model.dtype)
+        seen = as_seen(layer, dense.config, moments, {})
+        with solvable(index, "the survey's statistics"):
+            found.append(survey(seen, shape))
+        if probes:
+            probes.advance(index, layer, calls[index])
+            probes.depart(index, layer, calls[index], entering, survey.variants(seen, shape))
+        if not last or probes:
+            progress.save(Surveyed(found, hidden if is_streaming else None, probes.states if probes else {}))
+    if probes:
+        found = probes.complete(found, hidden)
+    progress.finish(found)
+    return found
 
 
-def _packed(survey: list[LayerSurvey]) -> tuple[dict, dict[str, Tensor]]:
-    facts = {
-        "layers": len(survey),
-        "correlations": [layer.correlation for layer in survey],
-        "tokens": survey[0].moments.count,
-    }
-    tensors = {}
-    for index, layer in enumerate(survey):
-        tensors |= {f"{index}.{name}": summed for name, summed in layer.moments.state().items()}
-    return facts, tensors
+class Probes:
+    """Variants of the layers, whose outputs travel through the dense layers that follow.
 
+    Attributes:
+        states: (n, T, D) of every variant, by the index of its layer and its number.
+    """
 
-def _unpacked(facts: dict, tensors: dict[str, Tensor], recipe: Recipe, heads: int) -> list[LayerSurvey]:
-    survey = []
-    for index, correlation in enumerate(facts.get("correlations", [])):
-        prefix = f"{index}."
-        state = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-        moments = Moments.restored(state, recipe.value_output.survey_needs, heads, facts["tokens"])
-        survey.append(LayerSurvey(correlation, moments))
-    return survey
+    def __init__(self, survey: TravellingSurvey, work: Work, states: dict[tuple[int, int], Tensor]):
+        self.states = {key: state.to(work.options.cache_device) for key, state in states.items()}
+        self._survey, self._dense, self._options = survey, work.dense, work.options
+        self._ids = work.calibration_ids[: survey.samples]
 
+    def advance(self, index: int, layer: nn.Module, call: dict) -> None:
+        """Send the variants of the layers before through the dense layer `index`."""
+        for state in self.states.values():
+            propagate(layer, state, call, self._options.batch_size)
 
-def choose_corrected(
-    plan: list[LayerShape], survey: list[LayerSurvey], recipe: Recipe, options: PruningOptions
-) -> list[LayerShape]:
-    """The plan with corrections beside the `options.mlp_num` MLPs whose survey promises most."""
-    if options.mlp_num == 0:
-        return plan
-    correlations = [layer.correlation for layer in survey]
-    calibrated = correction.best_explained(correlations, options.mlp_num)
-    logger.info("calibrated layers: %s", calibrated)
-    return with_corrections(plan, calibrated, options.correction_rank)
+    def depart(self, index: int, layer: nn.Module, call: dict, entering: Tensor, variants: list) -> None:
+        """Run the variants of layer `index` on the states (n, T, D) that enter it."""
+        config = self._dense.config
+        for number, (shape, weights) in enumerate(variants):
+            variant, state = copy.deepcopy(layer), entering.clone()
+            replaced = {name.partition(".")[0] for name in weights}.intersection(MODULES)
+            put(variant, config, shape, cast_weights(weights, index, next(layer.parameters())), replaced)
+            propagate(variant, state, call, self._options.batch_size)
+            self.states[index, number] = state
+
+    def complete(self, found: list[Findings], hidden: Tensor) -> list[Findings]:
+        """The findings, completed by the logits of all variants beside those of the dense model."""
+
+        def logits(layer: int | None, number: int | None) -> Tensor:
+            state = hidden[: self._survey.samples] if layer is None else self.states[layer, number]
+            return final_logits(self._dense, self._ids, state)
+
+        return self._survey.complete(found, logits)

@@ -15,7 +15,6 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import get_checkpoint_shard_files
@@ -23,6 +22,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from ..checks import all_finite
 from ..machine import hand_back_memory
 from ..model.modeling_olica import separate_projections
+from ..progress_bar import counted
 from .model_source import (
     DTYPES,
     IGNORED_WEIGHTS,
@@ -68,12 +68,17 @@ class DenseModel:
         """Have the weights of the embedding in host memory meanwhile."""
         yield
 
+    @contextmanager
+    def surroundings(self) -> Iterator[None]:
+        """Have all weights that are in no decoder layer in host memory meanwhile."""
+        yield
+
     def layers(self, device: torch.device, title: str, first: int = 0) -> Iterator[tuple[int, nn.Module]]:
         """Yield the decoder layers from the one of index `first` on, each on `device` while it is worked on.
 
         Fused projections are separated for good: what is measured and pruned is what they hold.
         """
-        for index in _counted(first, len(self.decoder.layers), title):
+        for index in counted(title, first, len(self.decoder.layers)):
             layer = self.decoder.layers[index]
             home = next(layer.parameters()).device
             separate_projections(layer, self.config)
@@ -113,6 +118,25 @@ class StreamedModel(DenseModel):
         finally:
             module.weight = empty
 
+    @contextmanager
+    def surroundings(self) -> Iterator[None]:
+        """Have all weights that are in no decoder layer in host memory meanwhile."""
+        names = [name for part in self.other_names() for name in part]
+        empty, read = dict(self.model.named_parameters()), self.read(names)
+        filled = {name: nn.Parameter(weight, requires_grad=False) for name, weight in read.items()}
+        self._replace({empty[name]: weight for name, weight in filled.items()})
+        try:
+            yield
+        finally:
+            self._replace({weight: empty[name] for name, weight in filled.items()})
+
+    def _replace(self, parameters: dict[nn.Parameter, nn.Parameter]) -> None:
+        """Put other parameters in the place of some, tied ones wherever they are."""
+        for module in self.model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter in parameters:
+                    setattr(module, name, parameters[parameter])
+
     def layers(self, device: torch.device, title: str, first: int = 0) -> Iterator[tuple[int, nn.Module]]:
         """Yield the decoder layers from the one of index `first` on, each on `device` and gone afterwards.
 
@@ -121,7 +145,7 @@ class StreamedModel(DenseModel):
         """
         with ThreadPoolExecutor(1, "read") as reader:
             weights = self._read_ahead(first, reader) if device.type == "cuda" else self._read_in_turn(first)
-            for index in _counted(first, len(self.decoder.layers), title):
+            for index in counted(title, first, len(self.decoder.layers)):
                 # A copy, since work on it changes its modules.
                 layer = copy.deepcopy(self.decoder.layers[index])
                 layer.load_state_dict(next(weights), assign=True)
@@ -159,10 +183,6 @@ class StreamedModel(DenseModel):
         bad = (name for name, weight in weights.items() if not all_finite(weight))
         refuse_weights(self.location, "holds NaN or infinite values in", bad)
         return weights
-
-
-def _counted(first: int, count: int, title: str) -> Iterator[int]:
-    return iter(tqdm(range(first, count), desc=title, unit="layer", initial=first, total=count))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,71 @@
+"""FLAP (An et al., AAAI 2024): what varies little can be replaced by its mean.
+
+A feature's score is its fluctuation, Var(x_j) ||W_:,j||^2, standardised in every layer; one threshold over all layers
+decides what goes, and the bias of what read it takes up its mean. D hidden size, K key/value heads, F channels
+"""
+
+from torch import Tensor
+
+from ..model.configuration_olica import LayerShape
+from .allocation import CHANNEL_SCORES, GROUP_SCORES, GlobalThreshold
+from .feed_forward import ThinnedMLP
+from .heads import RemovedGroups, by_group
+from .linalg import by_rows
+from .moments import Moments, Needing, Statistic, diagonal, needs, total
+from .recipe import Findings, Layer, Method, NoParameters
+from .sizes import Sizes
+from .thinning import RemovedMean
+
+NEEDS = frozenset(statistic for tap in ("heads", "intermediate") for statistic in (total(tap), diagonal(tap)))
+
+
+def fluctuation(moments: Moments, tap: str, weight: Tensor) -> Tensor:
+    """Var(x_j) ||W_:,j||^2 (f,) of the features at `tap`, which W (D, f) reads."""
+    count = moments.count
+    mean = moments.about_centre(total(tap)) / count  # about the centre, so that what is subtracted is small
+    variance = moments.about_centre(diagonal(tap)) / count - mean.square()
+    return variance.clamp(min=0) * by_rows(lambda columns: columns.square().sum(1), weight.T)
+
+
+class FlapSurvey:
+    """The fluctuations of all layers of the dense model, and the means that biases take up."""
+
+    reads_plan = False
+
+    def needs(self, index: int, layers: int) -> frozenset[Statistic]:
+        """See `Survey`."""
+        return NEEDS
+
+    def workspace(self, sizes: Sizes, shape: LayerShape) -> int:
+        """See `Survey`: blocks of rows, which are small beside a layer."""
+        return 0
+
+    def __call__(self, layer: Layer, shape: LayerShape | None) -> Findings:
+        """See `Survey`; a head's score is the sum over the features that read it."""
+        moments, weights = layer.moments, layer.weights
+        scores = {
+            GROUP_SCORES: by_group(fluctuation(moments, "heads", weights.o_proj.weight), layer.sizes),
+            CHANNEL_SCORES: fluctuation(moments, "intermediate", weights.down_proj.weight),
+        }
+        return {name: numbers.cpu() for name, numbers in scores.items()} | {
+            tap: moments.mean(tap).cpu() for tap in ("heads", "intermediate")
+        }
+
+
+def scored(findings: Findings, sizes: Sizes) -> tuple[Tensor, Tensor]:
+    """Scores standardised within the layer: (s - mean) / deviation; zero where all are equal or there is but one."""
+    parts = (findings[GROUP_SCORES], findings[CHANNEL_SCORES])
+    groups, channels = ((part - part.mean()) / part.std(correction=0).clamp(min=1e-30) for part in parts)
+    return groups, channels
+
+
+def found(name: str) -> Needing[[Layer], Tensor]:
+    """What the survey found under a name: nothing is measured again."""
+    return needs()(lambda layer: layer.findings[name].to(layer.weights.down_proj.weight.device))
+
+
+def flap(parameters: NoParameters) -> Method:
+    """The method; means are those of the dense model, as the scores are."""
+    mlp = ThinnedMLP(found(CHANNEL_SCORES), repairs=(RemovedMean("down_proj", found("intermediate")),))
+    heads = RemovedGroups(found(GROUP_SCORES), repairs=(RemovedMean("o_proj", found("heads")),))
+    return Method("dense", FlapSurvey(), GlobalThreshold(scored, biases=True), ((mlp, heads),))

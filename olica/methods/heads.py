@@ -1,0 +1,77 @@
+"""Removal of whole key/value heads, each with the query heads that read it.
+
+D hidden size, H query heads, K key/value heads, G = H/K, d head width, kept k of the K
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..model.configuration_olica import LayerShape
+from .moments import Needing, Statistic
+from .recipe import Layer, Weights
+from .sizes import Sizes
+from .thinning import Repair, highest, thin
+
+
+def by_group(features: Tensor, sizes: Sizes) -> Tensor:
+    """Sums (K,) over the features (H d,) of the query heads that read each key/value head."""
+    return features.unflatten(0, (sizes.num_kv_heads, -1)).sum(1)
+
+
+def _rows(groups: Tensor, width: int) -> Tensor:
+    """Indices of the features of some groups (k,), each of which has `width`."""
+    return (groups[:, None] * width + torch.arange(width, device=groups.device)).flatten()
+
+
+@dataclass(frozen=True)
+class RemovedGroups:
+    """Stage: the key/value heads with the lowest scores go, with their query heads.
+
+    Where a norm spans all heads, queries and keys stay, those of the heads that stay in front.
+
+    Attributes:
+        scores: layer -> (K,).
+        repairs: what makes up for the heads that are gone.
+    """
+
+    scores: Needing[[Layer], Tensor]
+    repairs: tuple[Repair, ...] = ()
+
+    about = "the attention heads"
+
+    def needs(self, shape: LayerShape) -> frozenset[Statistic]:
+        """See `Stage`."""
+        return self.scores.needs.union(*(repair.needs(shape) for repair in self.repairs))
+
+    def workspace(self, sizes: Sizes, shape: LayerShape) -> int:
+        """See `Stage`."""
+        return max((repair.workspace(sizes, shape) for repair in self.repairs), default=0)
+
+    def __call__(self, layer: Layer, shape: LayerShape) -> Weights:
+        """Weights and biases of the four projections of the heads that stay."""
+        sizes, weights = layer.sizes, layer.weights
+        if shape.kv_heads in (0, sizes.num_kv_heads):
+            return {}
+        kept = highest(self.scores(layer), shape.kv_heads)
+        query, key = sizes.groups * sizes.head_dim, sizes.head_dim
+        new: Weights = {}
+        order = kept
+        if sizes.norm_spans_heads:
+            gone = torch.tensor([group for group in range(sizes.num_kv_heads) if group not in kept.tolist()])
+            order = torch.cat([kept, gone.to(kept)])
+            for name, width in (("q_norm", query), ("k_norm", key)):
+                new[f"{name}.weight"] = layer.norms[name][_rows(order, width)]
+        for name, groups, width in (("q_proj", order, query), ("k_proj", order, key), ("v_proj", kept, key)):
+            projection, rows = getattr(weights, name), _rows(groups, width)
+            new[f"{name}.weight"] = projection.weight[rows]
+            if projection.bias is not None:
+                new[f"{name}.bias"] = projection.bias[rows]
+        thinned = thin(weights.o_proj.weight, _rows(kept, query), layer)
+        new["o_proj.weight"] = thinned.weight
+        if weights.o_proj.bias is not None:
+            new["o_proj.bias"] = weights.o_proj.bias
+        for repair in self.repairs:
+            new |= repair(thinned, layer, shape)
+        return new

@@ -1,0 +1,192 @@
+"""What a method is: it measures, decides and cuts (see docs/architecture.md).
+
+The survey turns every dense layer into findings, the allocation turns all findings into sizes, and the stages turn a
+layer's weights and moments into the weights of those sizes. None of them sees an activation or runs a layer.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+from ..errors import UsageError
+from ..model.configuration_olica import LayerShape
+from ..model.modeling_olica import Projections
+from .moments import Moments, Statistic
+from .sizes import Budget, Sizes
+
+# What the survey keeps of a layer: small tensors, O(F) numbers, by names that the survey chooses. They are journalled.
+Findings = dict[str, Tensor]
+# Computed weights and biases, by the names of projections: "down_proj.weight", "q_proj.reduce.weight", ...
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A decoder layer, as methods see it.
+
+    Attributes:
+        weights: its projections.
+        moments: of the calibration set that streams through it.
+        findings: what the survey kept of it; empty in the survey.
+        sizes: of the dense layer.
+        norms: weights of the norms of all queries and of all keys, where they span all heads.
+        later: statistics that the stages to come read.
+    """
+
+    weights: Projections
+    moments: Moments
+    findings: Findings
+    sizes: Sizes
+    norms: dict[str, Tensor] | None = None
+    later: frozenset[Statistic] = frozenset()
+
+    def drop(self, statistics: Iterable[Statistic]) -> None:
+        """Free the memory of sums, but of those that stages to come read."""
+        self.moments.drop(set(statistics) - self.later)
+
+
+class Survey(Protocol):
+    """What is measured of the dense layers before sizes are decided.
+
+    Attributes:
+        reads_plan: whether the findings depend on the sizes planned so far, so that another sparsity has others.
+    """
+
+    reads_plan: bool
+
+    def needs(self, index: int, layers: int) -> frozenset[Statistic]:
+        """Statistics of layer `index` of so many."""
+
+    def workspace(self, sizes: Sizes, shape: LayerShape) -> int:
+        """Bytes that a call takes beside the sums."""
+
+    def __call__(self, layer: Layer, shape: LayerShape | None) -> Findings:
+        """Findings of a layer; `shape` are its sizes planned so far, None where the findings decide them."""
+
+
+class TravellingSurvey(Survey, Protocol):
+    """A survey that measures what a change of a layer does to the model's output.
+
+    Variants of every layer are run on the first samples of the calibration set; their outputs travel through the dense
+    layers that follow, and the findings are completed when all have reached the end.
+
+    Attributes:
+        samples: n, how many samples of the calibration set the variants see.
+    """
+
+    samples: int
+
+    def variants(self, layer: Layer, shape: LayerShape | None) -> list[tuple[LayerShape, Weights]]:
+        """Forms of the layer to be tried in its place, with what stages return for them."""
+
+    def complete(self, findings: list[Findings], logits: Callable[[int | None, int | None], Tensor]) -> list[Findings]:
+        """The findings of all layers, now that the logits (n, T, V) are known.
+
+        `logits(layer, number)` are those of the model with that variant of that layer, `logits(None, None)` those of
+        the dense model.
+        """
+
+
+class Allocate(Protocol):
+    """What decides the sizes."""
+
+    def before_survey(self, sizes: list[Sizes], budget: Budget) -> list[LayerShape] | None:
+        """Sizes of all layers as far as the findings have no part in them; None where the findings decide.
+
+        A correction that some layers are going to have stands in the first layers: which is not known yet.
+
+        Raises:
+            ValueError: the budget cannot be met.
+        """
+
+    def __call__(self, sizes: list[Sizes], budget: Budget, findings: list[Findings]) -> list[LayerShape]:
+        """Sizes of all layers."""
+
+    def shares(self, sizes: list[Sizes], budget: Budget) -> dict[str, float]:
+        """Shares that parts of every layer are to lose, by name, for records; empty where there is no such rule."""
+
+    def notes(self, sizes: list[Sizes], budget: Budget) -> list[str]:
+        """What a user should know of the plan, in sentences."""
+
+
+class Stage(Protocol):
+    """A part of the cut.
+
+    Attributes:
+        about: what it decomposes, for messages.
+    """
+
+    about: str
+
+    def needs(self, shape: LayerShape) -> frozenset[Statistic]:
+        """Statistics that a layer's cut to `shape` reads."""
+
+    def workspace(self, sizes: Sizes, shape: LayerShape) -> int:
+        """Bytes that a call takes at its peak, beside the sums of `needs` (fewer where it drops some before)."""
+
+    def __call__(self, layer: Layer, shape: LayerShape) -> Weights:
+        """Weights and biases of what the stage replaces; empty where it leaves the layer as it is."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A recipe with its parameters.
+
+    Attributes:
+        stream: whether a layer is calibrated on what the "dense" layers before it produce, or the "pruned" ones.
+        survey: None where nothing is asked of the dense layers.
+        allocate: what decides the sizes.
+        passes: the stages; statistics are taken anew before each tuple of them.
+    """
+
+    stream: Literal["dense", "pruned"]
+    survey: Survey | None
+    allocate: Allocate
+    passes: tuple[tuple[Stage, ...], ...]
+
+    def needs(self, shape: LayerShape) -> list[frozenset[Statistic]]:
+        """Statistics of every pass over a layer that gets the sizes `shape`."""
+        return [frozenset().union(*(stage.needs(shape) for stage in stages)) for stages in self.passes]
+
+
+@dataclass(frozen=True)
+class NoParameters:
+    """Of a recipe that leaves nothing open."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A row of the table of methods.
+
+    Attributes:
+        name: value of the flag `--recipe`.
+        about: one line for readers.
+        parameters: frozen dataclass whose fields, with `metadata["help"]`, are the recipe's flags; it raises UsageError
+            for values that no model can have.
+        method: makes the method of an instance of `parameters`.
+    """
+
+    name: str
+    about: str
+    parameters: type
+    method: Callable[[Any], Method]
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """The recipe's flags."""
+        return [field.name for field in fields(self.parameters)]
+
+    def with_parameters(self, given: dict[str, Any]) -> Any:
+        """The parameters, those that are not given at their defaults.
+
+        Raises:
+            UsageError: the recipe has no parameter of that name, or it cannot have that value.
+        """
+        if unknown := [name for name in given if name not in self.parameter_names]:
+            flags = ", ".join(f"--{name}" for name in self.parameter_names)
+            raise UsageError(
+                f"--{unknown[0]} is no parameter of --recipe {self.name}, which has {flags or 'none'}; leave it out"
+            )
+        return self.parameters(**given)

@@ -1,0 +1,147 @@
+"""Surveys on disk: one that was stopped goes on, one that is finished serves every later run that would make the same.
+
+A folder `surveys/DIGEST` holds one, whose name is a digest of all that decides it:
+
+    findings.safetensors   what was found of the layers so far
+    states.safetensors     hidden states that enter the next layer, while it is unfinished
+    survey.json            the journal
+
+While a process is at work on it others wait for the lock `DIGEST.lock` beside it.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import monotonic
+
+from filelock import FileLock, Timeout
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..errors import UsageError
+from ..machine import BatchSize
+from ..pruning.progress import Surveyed, SurveyProgress
+from . import run_progress
+from .journal import Journal
+from .run_progress import read_tensors
+
+logger = logging.getLogger(__name__)
+
+FOLDER, FLAG = "surveys", "--data_dir"
+
+
+class StoredSurvey(SurveyProgress):
+    """A survey in a folder; made by `locked`.
+
+    Attributes:
+        digest: the folder's name.
+        layers_before: how many layers an earlier run had surveyed.
+        is_complete: whether it is finished.
+    """
+
+    def __init__(self, folder: Path, batch_size: BatchSize):
+        self.digest = folder.name
+        self._batch_size, self._saved_at = batch_size, monotonic()
+        self._journal = Journal(folder / "survey.json", FLAG)
+        try:
+            self._journal.read()
+            self._journal.check_files()
+        except UsageError as error:
+            logger.warning("the survey is made anew: %s", error)
+            self._journal.forget()
+        facts = self._journal.facts
+        self.layers_before, self.is_complete = facts.get("layers", 0), facts.get("is_complete", False)
+        if facts:
+            batch_size.size = min(batch_size.size, facts["batch_size"])
+        self._journal.remove_others([])
+
+    @classmethod
+    @contextmanager
+    def locked(cls, data_dir: Path, identity: dict, batch_size: BatchSize) -> Iterator["StoredSurvey"]:
+        """The survey that `identity` decides, alone.
+
+        Args:
+            data_dir: where surveys are kept.
+            identity: what decides it, plain values by name.
+            batch_size: becomes what was left of it, where a run that made it ran out of memory.
+
+        Raises:
+            OSError: nothing can be written there.
+        """
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
+        folder = data_dir / FOLDER / digest
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_suffix(".lock"))
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            logger.warning("another run is making the same survey: waiting for its end")
+            lock.acquire()
+        survey = None
+        try:
+            survey = cls(folder, batch_size)
+            yield survey
+        except KeyboardInterrupt as stopped:
+            if survey and (layers := survey._journal.facts.get("layers")) and not survey.is_complete:
+                stopped.add_note(f"the same command goes on after {layers} layers of the survey")
+            raise
+        finally:
+            Path(lock.lock_file).unlink(missing_ok=True)  # who waits for it notices
+            lock.release()
+
+    def described(self) -> dict:
+        """See `SurveyProgress`."""
+        return {"digest": self.digest, "layers_taken_up": self.layers_before}
+
+    def surveyed(self) -> Surveyed:
+        """See `SurveyProgress`."""
+        facts = self._journal.facts
+        if not facts:
+            return Surveyed()
+        findings: list[dict[str, Tensor]] = [{} for _ in range(facts["layers"])]
+        for name, tensor in load_file(self._path(facts["findings"])).items():
+            index, _, finding = name.partition(".")
+            findings[int(index)][finding] = tensor.clone()
+        states = read_tensors(self._path(facts["states"])) if facts["states"] else {}
+        hidden = states.pop("hidden", None)
+        travelling = {tuple(map(int, name.split("."))): state for name, state in states.items()}
+        return Surveyed(findings, hidden, travelling)
+
+    def save(self, surveyed: Surveyed) -> None:
+        """See `SurveyProgress`.
+
+        Raises:
+            UsageError: it cannot be written.
+        """
+        if monotonic() - self._saved_at > run_progress.SAVED_EVERY:
+            self._write(surveyed, is_complete=False)
+            self._saved_at = monotonic()
+
+    def finish(self, findings: list[dict[str, Tensor]]) -> None:
+        """See `SurveyProgress`.
+
+        Raises:
+            UsageError: it cannot be written.
+        """
+        self._write(Surveyed(findings), is_complete=True)
+        self.is_complete = True
+
+    def _write(self, surveyed: Surveyed, is_complete: bool) -> None:
+        layers, before = len(surveyed.findings), self._journal.facts
+        states: dict[str, Tensor] = {} if surveyed.hidden is None else {"hidden": surveyed.hidden}
+        states |= {f"{layer}.{number}": state for (layer, number), state in surveyed.travelling.items()}
+        names = {"findings": f"findings-{layers}{'-all' if is_complete else ''}.safetensors", "states": None}
+        found = {f"{i}.{name}": tensor for i, found in enumerate(surveyed.findings) for name, tensor in found.items()}
+        self._journal.write(names["findings"], found)
+        if states:
+            names["states"] = f"states-{layers}.safetensors"
+            self._journal.write(names["states"], states)
+        replaced = {before.get("findings"), before.get("states")} - {None, *names.values()}
+        facts = {"layers": layers, "batch_size": self._batch_size.size, "is_complete": is_complete, **names}
+        self._journal.commit(facts, without=replaced)
+
+    def _path(self, name: str) -> Path:
+        return self._journal.path.parent / name

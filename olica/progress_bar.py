@@ -1,0 +1,73 @@
+"""One bar for all that a run does to the layers; where nobody watches a terminal, a line now and then."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from time import monotonic
+
+from tqdm import tqdm
+
+# Without a terminal (nohup, a batch system, a file) a line is printed no more often, in seconds.
+LINE_EVERY = 30.0
+
+
+class Bar:
+    """How far a run is, in layers of all its stages."""
+
+    def __init__(self, total: int):
+        """Show nothing yet; `total` is the number of layers of all stages."""
+        self._total, self._done = total, 0
+        self._begun = self._said = monotonic()
+        self._tqdm = tqdm(total=total, unit="layer", leave=False) if sys.stderr.isatty() else None
+
+    def through(self, stage: str, first: int, count: int) -> Iterator[int]:
+        """Yield the indices `first` to `count` - 1 of the layers, and show each as done when the next is asked for."""
+        self._step(first, stage, "")
+        for index in range(first, count):
+            if self._tqdm:
+                self._tqdm.set_description(f"{stage}, layer {index}")
+            yield index
+            self._step(1, stage, f"layer {index} of {count}")
+
+    def skip(self, layers: int) -> None:
+        """Count the layers of a stage that is done already."""
+        self._step(layers, "", "")
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if self._tqdm:
+            self._tqdm.close()
+
+    def _step(self, layers: int, stage: str, where: str) -> None:
+        self._done += layers
+        if self._tqdm:
+            self._tqdm.update(layers)
+        elif where and monotonic() - self._said > LINE_EVERY:
+            self._said = monotonic()
+            seconds = self._said - self._begun
+            print(f"{stage}: {where}, {self._done / self._total:.0%} of the run, {seconds:.0f} s", file=sys.stderr)
+
+
+_shown: ContextVar[Bar | None] = ContextVar("shown", default=None)
+
+
+@contextmanager
+def one_bar(total: int) -> Iterator[Bar]:
+    """Show all stages inside as one bar of `total` layers."""
+    bar = Bar(total)
+    token = _shown.set(bar)
+    try:
+        yield bar
+    finally:
+        _shown.reset(token)
+        bar.close()
+
+
+def counted(stage: str, first: int, count: int) -> Iterator[int]:
+    """The indices `first` to `count` - 1 of the layers, shown on the bar of the run, or on one of their own."""
+    if bar := _shown.get():
+        yield from bar.through(stage, first, count)
+        return
+    with one_bar(count) as bar:
+        yield from bar.through(stage, first, count)
