@@ -1,9 +1,9 @@
 """Measure a pruned or dense checkpoint: perplexity, zero-shot tasks, parameters, memory."""
 
-import stopping  # isort: skip  # before what takes seconds to import
+import olica_stopping  # isort: skip  # before what takes seconds to import
 
 if __name__ == "__main__":
-    stopping.at_once()
+    olica_stopping.at_once()
 
 import argparse
 import math
@@ -343,4 +343,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    stopping.end_with(lambda: run_command(build_parser(), run))
+    olica_stopping.end_with(lambda: run_command(build_parser(), run))

@@ -1,16 +1,16 @@
 """Prune a LLaMA-like checkpoint layer by layer, without retraining, and save it."""
 
-import stopping  # isort: skip  # before what takes seconds to import
+import olica_stopping  # isort: skip  # before what takes seconds to import
 
 if __name__ == "__main__":
-    stopping.at_once()
+    olica_stopping.at_once()
 
 import argparse
 from dataclasses import fields
 from os.path import expanduser
 
-from olica.command_line import run_command
 from olica import jobs
+from olica.command_line import run_command
 from olica.jobs import Job, Settings, prepare, settings_of
 from olica.methods.allocation import describe_plan
 from olica.methods.recipes import RECIPES, recipe_name
@@ -28,7 +28,8 @@ def build_parser() -> argparse.ArgumentParser:
     default = Settings()
 
     def add(group: argparse._ArgumentGroup, name: str, **settings) -> None:
-        group.add_argument(f"--{name}", default=getattr(default, name), **settings)
+        value = getattr(default, name)
+        group.add_argument(f"--{name}", default=str(value) if "type" in settings else value, **settings)
 
     group = parser.add_argument_group("model")
     add(group, "base_model", type=expanduser, help="name (7b, llama2-7b, smollm2, ...), hub id, folder or .gguf file")
@@ -167,4 +168,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    stopping.end_with(lambda: run_command(build_parser(), run))
+    olica_stopping.end_with(lambda: run_command(build_parser(), run))

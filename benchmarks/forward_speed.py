@@ -6,16 +6,13 @@ About a minute on 2 cores for SmolLM2. Compare the ratios: absolute times are th
 """
 
 import argparse
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from comparison import check_flags, draw_ids, parser_of_models, read_models, write_comparison
 
-import stopping  # noqa: E402
-from benchmarks.comparison import check_flags, draw_ids, parser_of_models, read_models, write_comparison  # noqa: E402
-from olica.command_line import run_command  # noqa: E402
-from olica.evaluation.cost import forward_latency  # noqa: E402
-from olica.machine import pick_device  # noqa: E402
+import olica_stopping
+from olica.command_line import run_command
+from olica.evaluation.cost import forward_latency
+from olica.machine import pick_device
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,4 +39,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    stopping.end_with(lambda: run_command(build_parser(), run))
+    olica_stopping.end_with(lambda: run_command(build_parser(), run))

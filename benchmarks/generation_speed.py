@@ -9,20 +9,16 @@ each token, so the same ratio is promised to a machine that is bound by its memo
 """
 
 import argparse
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from comparison import check_flags, draw_ids, parser_of_models, read_models, write_comparison
+from transformers import PreTrainedModel
 
-from transformers import PreTrainedModel  # noqa: E402
-
-import stopping  # noqa: E402
-from benchmarks.comparison import check_flags, draw_ids, parser_of_models, read_models, write_comparison  # noqa: E402
-from olica.command_line import run_command  # noqa: E402
-from olica.errors import UsageError  # noqa: E402
-from olica.evaluation.cost import generation_latency  # noqa: E402
-from olica.machine import pick_device  # noqa: E402
-from olica.model.skeleton import count_parameters  # noqa: E402
+import olica_stopping
+from olica.command_line import run_command
+from olica.errors import UsageError
+from olica.evaluation.cost import generation_latency
+from olica.machine import pick_device
+from olica.model.skeleton import count_parameters
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -87,4 +83,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    stopping.end_with(lambda: run_command(build_parser(), run))
+    olica_stopping.end_with(lambda: run_command(build_parser(), run))

@@ -11,36 +11,32 @@ choose.
 
 import argparse
 import copy
-import sys
 from dataclasses import asdict, dataclass, replace
 from os.path import expanduser
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import stopping  # noqa: E402
-from olica.checks import check_record_path  # noqa: E402
-from olica.command_line import run_command  # noqa: E402
-from olica.errors import UsageError  # noqa: E402
-from olica.evaluation.perplexity import perplexity, token_windows  # noqa: E402
-from olica.machine import (
-    BatchSize,  # noqa: E402
-    pick_device,  # noqa: E402
-)
-from olica.methods.allocation import Sizes, Sparsities, allocate, correction_rank, released_sparsities, spend_rest  # noqa: E402
-from olica.methods.recipes import OLICA  # noqa: E402
-from olica.model.configuration_olica import LayerShape  # noqa: E402
-from olica.model.skeleton import count_parameters  # noqa: E402
-from olica.outputs.records import environment, write_record  # noqa: E402
-from olica.pruning.layers import prune_layers  # noqa: E402
-from olica.pruning.options import PruningOptions, check_mlp_num  # noqa: E402
-from olica.pruning.progress import Progress  # noqa: E402
-from olica.pruning.survey import choose_corrected, survey_layers  # noqa: E402
-from olica.sources.calibration_set import CalibrationSet, build_calibration_set  # noqa: E402
-from olica.sources.dense_model import DenseModel  # noqa: E402
-from olica.sources.model_source import (  # noqa: E402
+import olica_stopping
+from olica.checks import check_record_path
+from olica.command_line import run_command
+from olica.errors import UsageError
+from olica.evaluation.perplexity import perplexity, token_windows
+from olica.jobs import plan_before_survey
+from olica.machine import BatchSize, pick_device
+from olica.methods.allocation import Sparsities, released_sparsities, spend_rest
+from olica.methods.recipe import Method
+from olica.methods.recipes import RECIPES
+from olica.methods.sizes import Budget, Sizes
+from olica.model.skeleton import count_parameters
+from olica.outputs.records import environment, write_record
+from olica.pruning.layers import prune_layers
+from olica.pruning.options import PruningOptions, Work
+from olica.pruning.progress import Progress, SurveyProgress
+from olica.pruning.survey import survey_layers
+from olica.sources.calibration_set import CalibrationSet, build_calibration_set
+from olica.sources.dense_model import DenseModel
+from olica.sources.model_source import (
     DTYPES,
     count_dense_parameters,
     describe_source,
@@ -50,9 +46,9 @@ from olica.sources.model_source import (  # noqa: E402
     read_tokenizer,
     refuse_unprunable,
 )
-from olica.sources.text_sources import evaluation_text  # noqa: E402
+from olica.sources.text_sources import evaluation_text
 
-K, PERCDAMP, RATIO, BATCH_SIZE = 3.0, 0.5, 0.03, 16
+BATCH_SIZE = 16
 
 
 @dataclass(frozen=True)
@@ -70,12 +66,16 @@ class Point:
         sparsity, _, shares = text.partition(":")
         return cls(float(sparsity), *map(float, shares.split(",")))
 
-    def shares(self, sizes: Sizes, sparsity: float, k: float) -> Sparsities:
-        """What every part of a layer loses: a row `sparsities` of the table of recipes."""
+    def shares(self, sizes: list[Sizes], budget: Budget, k: float) -> Sparsities:
+        """What every part of a layer loses: a rule of `FixedShares`."""
         value_output = self.value_output
         if value_output is None:
-            value_output = released_sparsities(sizes, sparsity, k).value_output
-        return spend_rest(sizes, sparsity, self.query, self.key, value_output)
+            value_output = released_sparsities(sizes, budget, k).value_output
+        return spend_rest(sizes, budget, self.query, self.key, value_output)
+
+    def in_place_of(self, method: Method) -> Method:
+        """The method with these shares."""
+        return replace(method, allocate=replace(method.allocate, rule=self.shares))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -91,21 +91,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num_samples", type=int, default=128, help="samples drawn from each text")
     parser.add_argument("--ppl", required=True, help="texts of the perplexity, names or paths joined by commas")
     parser.add_argument("--ppl_windows", type=int, default=256, help="windows of 128 tokens, of each text")
-    parser.add_argument("--mlp_num", type=int, default=6, help="number of MLPs that get a linear calibration")
+    parser.add_argument("--mlp_num", type=int, default=6, help="number of MLPs that get a linear correction")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="to run in; auto: as stored")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run")
     parser.add_argument("--output_path", type=Path, help="file of the record")
     return parser
 
 
-def plan_points(points: list[Point], config, total: int) -> list[tuple[list[LayerShape], Sparsities]]:
-    """Sizes and shares of every point; raises UsageError for one that is impossible."""
-    plans = []
+def check_points(points: list[Point], method: Method, sizes: list[Sizes], whole: int) -> None:
+    """Raise UsageError for a point that is impossible."""
     for point in points:
-        plans.append(allocate(replace(OLICA, sparsities=point.shares), config, total, point.sparsity, K))
-        if plans[-1][0][0].intermediate_size == config.intermediate_size:
+        budget = Budget(whole, point.sparsity)
+        shape, *_ = plan_before_survey(RECIPES["olica"], point.in_place_of(method), sizes, budget)
+        if shape.intermediate_size == sizes[0].intermediate_size:
             raise UsageError(f"--points: {point} leaves nothing for the MLPs to lose")
-    return plans
 
 
 def draw_calibration_set(args: argparse.Namespace, tokenizer, config) -> CalibrationSet:
@@ -141,10 +140,11 @@ def run(args: argparse.Namespace) -> None:
     for name in args.ppl.split(","):
         text, _ = evaluation_text(expanduser(name), args.data_dir, flag="--ppl")
         windows[Path(name).name] = token_windows(tokenizer, text, 128, args.ppl_windows)
-    plans = plan_points(args.points, config, count_dense_parameters(location, config)["decoder_layers"])
-    check_mlp_num(args.mlp_num, config.num_hidden_layers, OLICA)
-    batch_size, rank = BatchSize(BATCH_SIZE), correction_rank(config, RATIO)
-    options = PruningOptions(PERCDAMP, args.mlp_num, rank, batch_size, device, device)
+    recipe, sizes = RECIPES["olica"], [Sizes.of(config)] * config.num_hidden_layers
+    method = recipe.method(recipe.with_parameters({"mlp_num": args.mlp_num}))
+    whole = count_dense_parameters(location, config)["decoder_layers"]
+    check_points(args.points, method, sizes, whole)
+    options = PruningOptions(BatchSize(BATCH_SIZE), device, device)
     dense = read_model(location, args.dtype)
     record = {
         "kind": "grouped heads",
@@ -157,22 +157,22 @@ def run(args: argparse.Namespace) -> None:
     }
     dense.to("cpu")
     # Neither the bases nor the ranking of the layers depend on the sizes.
-    work = (OLICA, options, Progress())
-    survey = survey_layers(DenseModel(dense), calibration.ids, plans[0][0], *work)
+    findings = survey_layers(Work(DenseModel(dense), calibration.ids, method, options), None, SurveyProgress())
     print(f"{'sparsity':>8}{'query':>8}{'key':>8}{'v/o':>8}{'MLPs':>8}{'parameters':>14}  " + "  ".join(windows))
-    for point, (plan, shares) in zip(args.points, plans, strict=True):
-        plan = choose_corrected(plan, survey, OLICA, options)
+    for point in args.points:
+        allocate, budget = point.in_place_of(method).allocate, Budget(whole, point.sparsity)
+        plan, shares = allocate(sizes, budget, findings), allocate.shares(sizes, budget)
         model = copy.deepcopy(dense)
-        prune_layers(DenseModel(model), calibration.ids, plan, survey, *work)
+        prune_layers(Work(DenseModel(model), calibration.ids, method, options), plan, findings, Progress())
         measured = measure(model.to(device), windows)
         record["points"].append({
             "sparsity": point.sparsity,
-            "shares_removed": asdict(shares),
+            "shares_removed": shares,
             "shape": plan[-1].to_dict(),
             "parameters": count_parameters(model),
             "perplexity": measured,
         })  # fmt: skip
-        lost = "".join(f"{share:>8.3f}" for share in vars(shares).values())
+        lost = "".join(f"{share:>8.3f}" for share in shares.values())
         values = "  ".join(f"{of_text['value']:.2f}" for of_text in measured.values())
         print(f"{point.sparsity:>8g}{lost}{model.num_parameters():>14,}  {values}", flush=True)
         if args.output_path:  # after every point: the next one may be stopped
@@ -180,4 +180,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    stopping.end_with(lambda: run_command(build_parser(), run))
+    olica_stopping.end_with(lambda: run_command(build_parser(), run))

@@ -13,36 +13,33 @@ import argparse
 import json
 import shutil
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from math import prod
 from pathlib import Path
+from pkgutil import resolve_name
 from unittest.mock import patch
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import model_pruning  # noqa: E402
-import stopping  # noqa: E402
-from olica.checks import check_record_path  # noqa: E402
-from olica.command_line import run_command  # noqa: E402
-from olica.errors import UsageError  # noqa: E402
-from olica.evaluation.cost import synchronize  # noqa: E402
-from olica.machine import (
-    BatchSize,  # noqa: E402
-    pick_device,  # noqa: E402
-)
-from olica.outputs.checkpoint import checkpoint_folder  # noqa: E402
-from olica.outputs.records import read_pruning_record, write_record  # noqa: E402
-from olica.pruning.activations import propagate, record_layer_calls  # noqa: E402
-from olica.sources.calibration_set import is_token_file, read_token_file  # noqa: E402
-from olica.sources.dense_model import open_dense_model  # noqa: E402
-from olica.sources.model_source import DTYPES, locate, read_config  # noqa: E402
+import olica_stopping
+from olica.checks import check_record_path
+from olica.command_line import run_command
+from olica.errors import UsageError
+from olica.evaluation.cost import synchronize
+from olica.jobs import prepare, settings_of
+from olica.jobs import run as prune_job
+from olica.machine import BatchSize, pick_device
+from olica.methods.allocation import describe_plan
+from olica.outputs.records import write_record
+from olica.pruning.activations import propagate, record_layer_calls
+from olica.sources.calibration_set import is_token_file, read_token_file
+from olica.sources.dense_model import open_dense_model
+from olica.sources.model_source import DTYPES, locate, read_config
+from olica.tensor_files import save_tensors
 
 # Hidden size, channels, heads, layers.
 SHAPES = {
@@ -54,20 +51,19 @@ SHAPES = {
 VOCABULARY, HEAD_DIM = 32000, 128
 SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 # Flags that go to model_pruning.py as they are, and the batches of the dense pass, whatever those of pruning are.
-PRUNING_FLAGS = ("dtype", "device", "cache_dev", "batch_size", "sparsity", "recipe", "mlp_num")
+PRUNING_FLAGS = ("dtype", "device", "cache_dev", "recipe", "mlp_num")
 DENSE_BATCH_SIZE = 16
 # What is timed, and under which names: functions of the library, by the modules that call them.
 STAGES = {
     "embed": ("olica.pruning.survey.enter_layers", "olica.pruning.layers.enter_layers"),
     "survey: dense layers, sums": ("olica.pruning.survey.calibrate",),
-    "survey: regressions": ("olica.pruning.survey.ridge_regression", "olica.pruning.survey.multiple_correlation"),
+    "survey: regressions": ("olica.methods.olica.OlicaSurvey.__call__",),
     "prune: dense layers, sums": ("olica.pruning.layers.calibrate",),
-    "prune: query, key": ("olica.pruning.layers._compress_query_key",),
-    "prune: value, output": ("olica.pruning.layers._compress_value_output",),
-    "prune: MLP, correction": ("olica.pruning.layers._compress_feed_forward",),
+    "prune: query, key": ("olica.methods.query_key.LowRankQueryKey.__call__",),
+    "prune: value, output": ("olica.methods.value_output.NarrowedHeads.__call__",),
+    "prune: MLP, correction": ("olica.methods.feed_forward.ThinnedMLP.__call__",),
     "prune: pruned layers": ("olica.pruning.layers.propagate",),
 }
-from olica.tensor_files import save_tensors  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -193,8 +189,7 @@ def timed_stages(device: torch.device):
     with ExitStack() as patches:
         for stage, targets in STAGES.items():
             for target in targets:
-                module, _, name = target.rpartition(".")
-                patches.enter_context(patch(target, timed(stage, getattr(sys.modules[module], name))))
+                patches.enter_context(patch(target, timed(stage, resolve_name(target))))
         yield seconds
 
 
@@ -221,10 +216,15 @@ def run(args: argparse.Namespace) -> None:
         tokens.parent.mkdir(parents=True, exist_ok=True)
         save_tensors({"calibration_ids": drawn}, tokens, metadata={})
     flags = {name: getattr(args, name) for name in PRUNING_FLAGS}
-    flags |= {"base_model": name, "datasets": tokens, "save_dir": args.work_dir / "pruned"}
-    arguments = [*(f"--{flag}={value}" for flag, value in flags.items()), "--overwrite"]
+    flags["batch_size"] = args.batch_size if args.batch_size == "auto" else int(args.batch_size)
+    data_dir = args.work_dir / "data"
+    shutil.rmtree(data_dir, ignore_errors=True)  # a survey that is taken up is no measurement
+    flags |= {"base_model": name, "datasets": str(tokens), "data_dir": str(data_dir), "overwrite": True}
+    flags["save_dir"] = str(args.work_dir / "pruned")
+    (job,) = prepare(settings_of(flags), [args.sparsity])
     if args.dry_run:
-        run_command(model_pruning.build_parser(), model_pruning.run, [*arguments, "--dry_run"])
+        print(describe_plan(job.plan))
+        print_memory("expected", job.memory)
         return
     ids = read_token_file(tokens).ids
 
@@ -234,13 +234,17 @@ def run(args: argparse.Namespace) -> None:
     dense(ids[:DENSE_BATCH_SIZE])  # what is done once only
     passes = [dense(ids)]
     with timed_stages(device) as seconds:
-        run_command(model_pruning.build_parser(), model_pruning.run, arguments)
+        record = prune_job(job).record
     passes.append(dense(ids))
-    folder = checkpoint_folder(args.work_dir / "pruned", location.label, args.sparsity, args.recipe)
-    record = read_pruning_record(folder)
     if record["went_on_after"]:
         raise UsageError("--work_dir: this finished a run that had been killed, which is no measurement; run it again")
     report(args, passes, seconds, record)
+
+
+def print_memory(how: str, peaks: dict[str, int | None]) -> None:
+    """Print the peaks of host and device."""
+    values = (f"{kind.removesuffix('_bytes')} {value / 1e9:.2f} GB" for kind, value in peaks.items() if value)
+    print(f"peak memory, {how}: {', '.join(values)}")
 
 
 def report(args: argparse.Namespace, passes: list[float], seconds: dict[str, float], record: dict) -> None:
@@ -256,10 +260,8 @@ def report(args: argparse.Namespace, passes: list[float], seconds: dict[str, flo
         kind: max(stage[kind] for stage in record["stages"].values()) if record["stages"]["prune"][kind] else None
         for kind in ("host_bytes", "device_bytes")
     }
-    for kind, value in measured.items():
-        if value:
-            expected = record["expected_peak_memory"][kind]
-            print(f"peak {kind.removesuffix('_bytes'):<7}{value / 1e9:.2f} GB, expected {expected / 1e9:.2f} GB")
+    print_memory("measured", measured)
+    print_memory("expected", record["expected_peak_memory"])
     if args.output_path:
         write_record(
             args.output_path,
@@ -278,4 +280,4 @@ def report(args: argparse.Namespace, passes: list[float], seconds: dict[str, flo
 
 
 if __name__ == "__main__":
-    stopping.end_with(lambda: run_command(build_parser(), run))
+    olica_stopping.end_with(lambda: run_command(build_parser(), run))

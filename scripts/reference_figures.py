@@ -15,20 +15,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+import olica_stopping
+from olica.checks import check_record_path
+from olica.command_line import run_command
+from olica.errors import UsageError
+from olica.evaluation.perplexity import perplexity
+from olica.jobs import prune
+from olica.outputs.records import write_record
+from olica.sources.model_source import locate, read_model
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import model_pruning  # noqa: E402
-import olica  # noqa: E402, F401
-import stopping  # noqa: E402
-from olica.checks import check_record_path  # noqa: E402
-from olica.command_line import run_command  # noqa: E402
-from olica.errors import UsageError  # noqa: E402
-from olica.evaluation.perplexity import perplexity  # noqa: E402
-from olica.outputs.checkpoint import checkpoint_folder  # noqa: E402
-from olica.outputs.records import read_pruning_record, write_record  # noqa: E402
-from olica.sources.model_source import locate, read_model  # noqa: E402
-
 BATCH_SIZE = 16
 PERPLEXITY_TOLERANCE = 0.003
 
@@ -52,7 +48,7 @@ def make_plain(model: PreTrainedModel) -> LlamaForCausalLM:
 
 
 def measure(reference: dict, ids_file: Path, folder: Path) -> dict:
-    """Prune the plain model through the command line, and collect our figures under the reference's names."""
+    """Prune the plain model, and collect our figures under the reference's names."""
     windows = load_file(ids_file)["perplexity_windows"].long()
     plain = make_plain(read_model(locate("smollm2"), "float32"))
     plain.save_pretrained(folder / "plain")
@@ -60,18 +56,10 @@ def measure(reference: dict, ids_file: Path, folder: Path) -> dict:
         "parameters_before": plain.num_parameters(),
         "dense_perplexity": perplexity(plain, windows, BATCH_SIZE).value,
     }
-    flags = [f"--{name}={value}" for name, value in reference["options"].items()]
-    arguments = [
-        f"--base_model={folder / 'plain'}",
-        f"--datasets={ids_file}",
-        f"--save_dir={folder}",
-        "--overwrite",
-        *flags,
-    ]
-    run_command(model_pruning.build_parser(), model_pruning.run, arguments)
-    pruned_folder = checkpoint_folder(str(folder), "plain", reference["options"]["sparsity"])
-    record = read_pruning_record(pruned_folder)
-    pruned = AutoModelForCausalLM.from_pretrained(pruned_folder).eval()
+    asked = {"datasets": str(ids_file), "save_dir": folder, "data_dir": str(folder), **reference["options"]}
+    done = prune(folder / "plain", overwrite=True, **asked)
+    record = done.record
+    pruned = AutoModelForCausalLM.from_pretrained(done.folder).eval()
     shape = record["plan"][0]
     return figures | {
         "pruned_perplexity": perplexity(pruned, windows, BATCH_SIZE).value,
@@ -131,4 +119,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    stopping.end_with(lambda: run_command(build_parser(), run))
+    olica_stopping.end_with(lambda: run_command(build_parser(), run))

@@ -5,18 +5,15 @@ python scripts/report.py table2 --only smollm2      one table, printed; a figure
 """
 
 import argparse
-import sys
 from os.path import relpath
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import stopping  # noqa: E402
-from olica.command_line import run_command  # noqa: E402
-from olica.errors import UsageError  # noqa: E402
-from olica.report.plots import FIGURES, draw  # noqa: E402
-from olica.report.runs import Results  # noqa: E402
-from olica.report.tables import TABLES  # noqa: E402
+import olica_stopping
+from olica.command_line import run_command
+from olica.errors import UsageError
+from olica.report.plots import FIGURES, draw
+from olica.report.runs import Results
+from olica.report.tables import TABLES
 
 TITLES = {
     "figure2": "Figure 2: singular values of the attention projections",
@@ -87,4 +84,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    stopping.end_with(lambda: run_command(build_parser(), run))
+    olica_stopping.end_with(lambda: run_command(build_parser(), run))

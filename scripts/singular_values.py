@@ -4,23 +4,20 @@ python scripts/singular_values.py --base_model smollm2 --output_path results/smo
 """
 
 import argparse
-import sys
 from os.path import expanduser
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import stopping  # noqa: E402
-from olica.checks import check_record_path  # noqa: E402
-from olica.command_line import run_command  # noqa: E402
-from olica.errors import UsageError  # noqa: E402
-from olica.machine import pick_device  # noqa: E402
-from olica.model.modeling_olica import projections_of  # noqa: E402
-from olica.outputs.records import environment, write_record  # noqa: E402
-from olica.sources.dense_model import open_dense_model  # noqa: E402
-from olica.sources.model_source import describe_source, locate, read_config, refuse_unprunable  # noqa: E402
+import olica_stopping
+from olica.checks import check_record_path
+from olica.command_line import run_command
+from olica.errors import UsageError
+from olica.machine import pick_device
+from olica.model.modeling_olica import projections_of
+from olica.outputs.records import environment, write_record
+from olica.sources.dense_model import open_dense_model
+from olica.sources.model_source import describe_source, locate, read_config, refuse_unprunable
 
 NAMES = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -78,4 +75,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    stopping.end_with(lambda: run_command(build_parser(), run))
+    olica_stopping.end_with(lambda: run_command(build_parser(), run))

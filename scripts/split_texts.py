@@ -10,14 +10,11 @@ novels_calibrate.jsonl and novels_report.jsonl, to be given by their paths.
 import argparse
 import gzip
 import json
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import stopping  # noqa: E402
-from olica.command_line import run_command  # noqa: E402
-from olica.errors import UsageError  # noqa: E402
+import olica_stopping
+from olica.command_line import run_command
+from olica.errors import UsageError
 
 C4, C4_CALIBRATES = "c4_en_train_first1000.jsonl.gz", 500
 NOVELS = "public_domain_novels.jsonl.gz"
@@ -57,4 +54,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    stopping.end_with(lambda: run_command(build_parser(), run))
+    olica_stopping.end_with(lambda: run_command(build_parser(), run))

@@ -4,17 +4,13 @@ python scripts/summary.py pruned_models/smollm2_sparsity-0.2
 """
 
 import argparse
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import stopping  # noqa: E402
-from olica.command_line import run_command  # noqa: E402
-from olica.errors import UsageError  # noqa: E402
-from olica.output import with_error  # noqa: E402
-from olica.outputs.records import latest_comparison, read_pruning_record  # noqa: E402
+import olica_stopping
+from olica.command_line import run_command
+from olica.errors import UsageError
+from olica.output import with_error
+from olica.outputs.records import latest_comparison, read_pruning_record
 
 
 def rows(pruning: dict, evaluation: dict) -> list[tuple[str, str, str]]:
@@ -72,4 +68,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    stopping.end_with(lambda: run_command(build_parser(), run))
+    olica_stopping.end_with(lambda: run_command(build_parser(), run))

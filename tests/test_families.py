@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 import model_evaluate
 import model_pruning
 from olica.command_line import run_command
-from olica.methods.allocation import allocate, with_corrections
+from olica.methods.allocation import with_corrections
 from olica.methods.recipes import RECIPES
 from olica.model.configuration_olica import LayerShape
 from olica.model.families import FAMILIES

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import allocate, load_weights, make_llama, make_tokenizer, pruning_options
+from conftest import allocate, as_method, load_weights, make_llama, make_tokenizer, pruning_options
 from pretended_gpu import DeviceMismatch, DeviceTensor
 from safetensors.torch import save_file
 from test_evaluation import WORDS
@@ -30,12 +30,13 @@ from olica.evaluation.cost import forward_latency
 from olica.evaluation.perplexity import perplexity
 from olica.machine import BatchSize
 from olica.methods.recipes import RECIPES
-from olica.outputs import run_folder
-from olica.outputs.run_folder import RunFolder
+from olica.outputs import run_progress
+from olica.outputs.run_progress import RunProgress
 from olica.processes import Processes
 from olica.pruning import layers as pruning_module
 from olica.pruning.activations import propagate, record_layer_calls
-from olica.pruning.progress import Progress
+from olica.pruning.options import Work
+from olica.pruning.progress import SurveyProgress
 from olica.pruning.survey import survey_layers
 from olica.sources import dense_model
 from olica.sources.dense_model import open_dense_model
@@ -204,7 +205,7 @@ def test_every_recipe_prunes_as_on_the_cpu(here, gpu, monkeypatch, recipe):
 
 def check_threads(gpu, monkeypatch) -> None:
     """While the device works on a layer the next one is read and the last one, on the host by then, is written."""
-    seen, read, save = [], dense_model.StreamedModel._read_layer, RunFolder._save_layer
+    seen, read, save = [], dense_model.StreamedModel._read_layer, RunProgress._save_layer
 
     def reading(self, index):
         seen.append(("read", index, threading.current_thread().name.split("_")[0]))
@@ -217,7 +218,7 @@ def check_threads(gpu, monkeypatch) -> None:
 
     with monkeypatch.context() as patched:
         patched.setattr(dense_model.StreamedModel, "_read_layer", reading)
-        patched.setattr(RunFolder, "_save_layer", saving)
+        patched.setattr(RunProgress, "_save_layer", saving)
         prune("streamed")
     layers = range(LAYERS)
     assert [entry for entry in seen if entry[0] == "write"] == [("write", index, "write") for index in layers]
@@ -266,11 +267,11 @@ def test_a_model_on_the_device_embeds_there(here, gpu, monkeypatch):
 
 def check_survey(gpu, monkeypatch) -> None:
     """What a survey keeps of a layer is on the host."""
-    dense, recipe = open_dense_model(locate("./tiny")), RECIPES["olica"]
-    plan, _ = allocate(recipe, dense.config, dense.model.num_parameters(), 0.2, 3.0)
-    ids = torch.arange(3, 67).view(4, 16)
-    survey = survey_layers(dense, ids, plan, recipe, pruning_options(device=CUDA, cache_device=CUDA), Progress())
-    kept = [tensor for layer in survey for tensor in layer.moments.state().values()]
+    dense = open_dense_model(locate("./tiny"))
+    plan, _ = allocate("olica", dense.config, dense.model.num_parameters(), 0.2, 3.0)
+    options = pruning_options(device=CUDA, cache_device=CUDA)
+    work = Work(dense, torch.arange(3, 67).view(4, 16), as_method("olica"), options)
+    kept = [tensor for found in survey_layers(work, plan, SurveyProgress()) for tensor in found.values()]
     assert kept and not any(tensor.is_cuda for tensor in kept)
 
 
@@ -280,7 +281,7 @@ def test_a_survey_is_kept_on_the_host(here, gpu, monkeypatch):
 
 def interrupt(monkeypatch, save_dir: str, *flags: str) -> None:
     """A run that is killed when it has kept a layer."""
-    save = RunFolder._save_layer
+    save = RunProgress._save_layer
 
     def dying(self, index, *arguments):
         if index == 1:
@@ -288,12 +289,12 @@ def interrupt(monkeypatch, save_dir: str, *flags: str) -> None:
         save(self, index, *arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(RunFolder, "_save_layer", dying)
+        patched.setattr(RunProgress, "_save_layer", dying)
         with pytest.raises(Killed):
             prune(save_dir, *flags)
 
 
-def check_resuming(gpu, monkeypatch, recipe: str = "olica", seconds: float = run_folder.SAVED_EVERY) -> None:
+def check_resuming(gpu, monkeypatch, recipe: str = "olica", seconds: float = run_progress.SAVED_EVERY) -> None:
     """A run that is killed goes on, on the device, to the same bits."""
     flag = f"--recipe={recipe}"
     prune("undisturbed", flag)
@@ -306,7 +307,7 @@ def check_resuming(gpu, monkeypatch, recipe: str = "olica", seconds: float = run
         return checked
 
     with monkeypatch.context() as patched:
-        patched.setattr(run_folder, "SAVED_EVERY", seconds)
+        patched.setattr(run_progress, "SAVED_EVERY", seconds)
         for name in ("calibrate", "propagate"):
             patched.setattr(pruning_module, name, on_device(getattr(pruning_module, name)))
         interrupt(monkeypatch, "resumed", flag)
@@ -315,7 +316,7 @@ def check_resuming(gpu, monkeypatch, recipe: str = "olica", seconds: float = run
     assert all(torch.equal(found[name], weight) for name, weight in wanted.items())
 
 
-@pytest.mark.parametrize(("recipe", "seconds"), [("olica", run_folder.SAVED_EVERY), ("olica-paper", -1.0)])
+@pytest.mark.parametrize(("recipe", "seconds"), [("olica", run_progress.SAVED_EVERY), ("olica-paper", -1.0)])
 def test_a_killed_run_goes_on_there(here, gpu, monkeypatch, recipe, seconds):
     check_resuming(gpu, monkeypatch, recipe, seconds)
 
@@ -437,16 +438,16 @@ def test_no_memory_in_a_batch_halves_it(here, gpu, monkeypatch, caplog, place, r
     [
         ("olica.pruning.activations.record_layer_calls", "olica"),
         ("olica.pruning.survey.calibrate", "olica"),
-        ("olica.pruning.survey.ridge_regression", "olica"),
-        ("olica.pruning.survey.multiple_correlation", "olica"),
+        ("olica.methods.olica.ridge_regression", "olica"),
+        ("olica.methods.olica.multiple_correlation", "olica"),
         ("olica.pruning.layers.calibrate", "olica-paper"),
-        ("olica.pruning.layers._compress_feed_forward", "olica"),
-        ("olica.methods.correction.residual_sums", "olica"),
+        ("olica.methods.feed_forward.thin", "olica"),
+        ("olica.methods.correction.RegressionSums", "olica"),
         ("olica.methods.correction.low_rank_correction", "olica-paper"),
-        ("olica.pruning.layers._compress_query_key", "olica"),
-        ("olica.pruning.layers._compress_value_output", "olica"),
-        ("olica.pruning.layers._compress_value_output", "olica-ond"),
-        ("olica.pruning.layers.cast_weights", "olica"),
+        ("olica.methods.query_key.low_rank_factors", "olica"),
+        ("olica.methods.value_output.rotate", "olica"),
+        ("torch.linalg.qr", "olica-ond"),
+        ("olica.pruning.cutting.cast_weights", "olica"),
         ("olica.pruning.layers.propagate", "olica"),
         ("torch.nn.Module.to", "olica"),
     ],
@@ -460,7 +461,7 @@ def test_no_memory_elsewhere_names_the_flags(here, gpu, capsys, monkeypatch, pla
 
 
 @pytest.mark.parametrize(
-    "place", ["olica.outputs.run_folder.RunFolder.save_layer", "olica.outputs.journal.Journal.write"]
+    "place", ["olica.outputs.run_progress.RunProgress.save_layer", "olica.outputs.journal.Journal.write"]
 )
 def test_no_memory_of_the_host_for_a_layer_that_is_kept(here, gpu, capsys, monkeypatch, place):
     def failing(*arguments):
@@ -478,7 +479,7 @@ def test_no_memory_for_a_finished_layer_that_is_read_again(here, gpu, capsys, mo
     prune("expected")
     interrupt(monkeypatch, "out")
     with monkeypatch.context() as patched:
-        no_memory_in(patched, gpu, "olica.pruning.layers._restore")
+        no_memory_in(patched, gpu, "olica.pruning.layers.restore")
         assert "give --cache_dev cpu" in refused(capsys, prune, "out")
     assert prune("out")["went_on_after"] == [1]
     assert_same_weights("out", "expected")
@@ -549,11 +550,11 @@ CHECKS = {
     "evaluation.evaluation": [check_that_the_model_is_moved],
     "methods.moments": [check_survey],
     "evaluation.perplexity": [check_perplexity],
-    "pruning.layers": [check_resuming],
-    "outputs.run_folder": [check_threads],
+    "pruning.cutting": [check_resuming],
+    "outputs.run_progress": [check_threads],
 }
 # Modules that do little but place tensors; what others might forget is tried among the slow tests.
-MOSTLY_PLACING = ("pruning.activations", "evaluation.perplexity", "pruning.layers")
+MOSTLY_PLACING = ("pruning.activations", "evaluation.perplexity", "pruning.cutting")
 # The library's generate moves what it is given by itself.
 HARMLESS = {("evaluation.evaluation", "continuation", 0)}
 

@@ -9,18 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import allocate, make_llama, pruning_options
+from conftest import allocate, as_method, make_llama, pruning_options
 from safetensors.torch import save_file
-from tiny_run import FOLDER, LAYERS, WORK, contents, journal, prune
+from tiny_run import FOLDER, LAYERS, WORK, bare, contents, journal, prune
 
 from olica.machine import BatchSize
-from olica.methods.recipes import RECIPES
 from olica.outputs import run_folder as run_folder_module
+from olica.outputs import run_progress
 from olica.outputs.journal import Journal
 from olica.outputs.run_folder import RunFolder
+from olica.outputs.run_progress import RunProgress, Shards
+from olica.outputs.survey_store import StoredSurvey
 from olica.pruning import layers as pruning_module
 from olica.pruning import survey as survey_module
 from olica.pruning.layers import prune_layers
+from olica.pruning.options import Work
+from olica.pruning.progress import SurveyProgress
 from olica.pruning.survey import survey_layers
 from olica.sources.dense_model import open_dense_model
 from olica.sources.model_source import locate
@@ -39,7 +43,7 @@ def refused(capsys, *arguments: str) -> str:
 
 def interrupted_after(layers: int, monkeypatch, *arguments: str) -> None:
     """A run that dies when it has kept so many layers."""
-    save = RunFolder._save_layer
+    save = RunProgress._save_layer
 
     def dying(self, index, *arguments):
         if index == layers:
@@ -47,7 +51,7 @@ def interrupted_after(layers: int, monkeypatch, *arguments: str) -> None:
         save(self, index, *arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(RunFolder, "_save_layer", dying)
+        patched.setattr(RunProgress, "_save_layer", dying)
         with pytest.raises(Killed):
             prune(*arguments)
 
@@ -76,15 +80,15 @@ def test_hidden_states_are_written_before_the_next_layer_changes_them(here, monk
             write(self, name, tensors)
 
         monkeypatch.setattr(Journal, "write", writing)
-        dense, options = open_dense_model(locate("tiny")), pruning_options(mlp_num=0)
+        dense, options = open_dense_model(locate("tiny")), pruning_options()
         plan, _ = allocate(recipe, dense.config, dense.model.num_parameters(), 0.2, 3.0)
-        with RunFolder.locked(here / f"out/{in_background}") as progress:
-            work = (RECIPES[recipe], options, progress)
-            progress.begin({}, False, dense.layers_prefix, LAYERS, options.batch_size, in_background)
-            prune_layers(dense, ids, plan, survey_layers(dense, ids, plan, *work), *work)
+        work = Work(dense, ids, as_method(recipe, mlp_num=0), options)
+        with RunFolder.locked(here / f"out/{in_background}") as run:
+            progress = run.begin({}, False, Shards(dense.layers_prefix, LAYERS), options.batch_size, in_background)
+            prune_layers(work, plan, survey_layers(work, plan, SurveyProgress()), progress)
         return kept
 
-    monkeypatch.setattr(run_folder_module, "SAVED_EVERY", -1.0)
+    monkeypatch.setattr(run_progress, "SAVED_EVERY", -1.0)
     at_once, later = written(False, 0.0), written(True, 0.1)
     assert sum("hidden-pruned" in name for name in at_once) == LAYERS - 1
     assert at_once.keys() == later.keys()
@@ -92,12 +96,12 @@ def test_hidden_states_are_written_before_the_next_layer_changes_them(here, monk
         assert torch.equal(later[name], tensor), name
 
 
-@pytest.mark.parametrize("seconds", [run_folder_module.SAVED_EVERY, -1.0])
+@pytest.mark.parametrize("seconds", [run_progress.SAVED_EVERY, -1.0])
 @pytest.mark.parametrize("recipe", ["olica", "olica-paper"])
-@pytest.mark.parametrize("layers", [0, 1, LAYERS - 1])
+@pytest.mark.parametrize("layers", [1, LAYERS - 1])
 def test_a_run_goes_on_after_the_last_finished_layer(here, monkeypatch, recipe, layers, seconds):
     """Whether hidden states are kept after every layer or have to be told from the finished ones."""
-    monkeypatch.setattr(run_folder_module, "SAVED_EVERY", seconds)
+    monkeypatch.setattr(run_progress, "SAVED_EVERY", seconds)
     suffix = "" if recipe == "olica" else f"_{recipe}"
     folder, flag = Path(f"out/tiny_sparsity-0.2{suffix}"), f"--recipe={recipe}"
     prune(flag)
@@ -105,38 +109,121 @@ def test_a_run_goes_on_after_the_last_finished_layer(here, monkeypatch, recipe, 
     shutil.rmtree("out")
     interrupted_after(layers, monkeypatch, flag)
     assert journal()["entered"] == (layers if seconds < 0 else 0)
-    pruned, compress = [], pruning_module._compress_value_output
+    pruned, cut = [], pruning_module.cut
     with monkeypatch.context() as patched:
-        patched.setattr(pruning_module, "_compress_value_output", lambda *args: pruned.append(args) or compress(*args))
+        patched.setattr(pruning_module, "cut", lambda *args: pruned.append(args) or cut(*args))
         prune(flag)
     assert len(pruned) == LAYERS - layers
     assert contents(folder) == expected
     assert json.loads((folder / "olica_run.json").read_text())["went_on_after"] == [layers]
 
 
-@pytest.mark.parametrize("recipe", ["olica", "olica-paper"])
-def test_a_survey_goes_on_too(here, monkeypatch, recipe):
-    suffix = "" if recipe == "olica" else f"_{recipe}"
-    prune(f"--recipe={recipe}")
-    expected = contents(Path(f"out/tiny_sparsity-0.2{suffix}"))
-    shutil.rmtree("out")
-    monkeypatch.setattr(run_folder_module, "SAVED_EVERY", -1.0)
+def dying_in_survey(patched, after: int) -> list:
+    """Have the survey die when so many layers are surveyed; returns those, also of later runs."""
     surveyed, calibrate = [], survey_module.calibrate
+
+    def dying(layer, *arguments, **settings):
+        if len(surveyed) == after:
+            raise Killed
+        surveyed.append(layer)
+        calibrate(layer, *arguments, **settings)
+
+    patched.setattr(survey_module, "calibrate", dying)
+    return surveyed
+
+
+@pytest.mark.parametrize("recipe", ["olica", "olica-paper", "flap"])
+def test_a_survey_goes_on_too(here, monkeypatch, recipe):
+    folder = Path(f"out/tiny_sparsity-0.2{'' if recipe == 'olica' else f'_{recipe}'}")
+    flags = ["--base_model=tiny", "--datasets=ids.safetensors", "--save_dir=out", f"--recipe={recipe}"]
+    flags += [] if recipe == "flap" else ["--mlp_num=2", "--ratio=0.1"]
+    assert bare(*flags) == 0
+    expected = contents(folder)
+    shutil.rmtree("out")
+    shutil.rmtree("data")
+    monkeypatch.setattr(run_progress, "SAVED_EVERY", -1.0)
     with monkeypatch.context() as patched:
-
-        def dying(layer, *arguments, **settings):
-            if len(surveyed) == 4:
-                raise Killed
-            surveyed.append(layer)
-            calibrate(layer, *arguments, **settings)
-
-        patched.setattr(survey_module, "calibrate", dying)
+        dying_in_survey(patched, 4)
         with pytest.raises(Killed):
-            prune(f"--recipe={recipe}")
-    monkeypatch.setattr(survey_module, "calibrate", lambda *a, **s: surveyed.append(a[0]) or calibrate(*a, **s))
-    assert prune(f"--recipe={recipe}") == 0
-    assert len(surveyed) == LAYERS
-    assert contents(Path(f"out/tiny_sparsity-0.2{suffix}")) == expected
+            bare(*flags)
+    with monkeypatch.context() as patched:
+        surveyed = dying_in_survey(patched, LAYERS)
+        assert bare(*flags) == 0
+    assert len(surveyed) == LAYERS - 4
+    assert contents(folder) == expected
+    assert json.loads((folder / "olica_run.json").read_text())["survey"]["layers_taken_up"] == 4
+    (kept,) = Path("data/surveys").iterdir()
+    assert sorted(path.name for path in kept.iterdir()) == ["findings-6-all.safetensors", "survey.json"]
+
+
+@pytest.mark.parametrize("harm", ["cut", "altered", "missing"])
+def test_a_damaged_survey_is_made_anew(here, undisturbed, caplog, harm):
+    (file,) = Path("data/surveys").glob("*/findings*")
+    match harm:
+        case "cut":
+            file.write_bytes(file.read_bytes()[:-3])
+        case "altered":
+            file.write_bytes(file.read_bytes()[:-1] + b"?")
+        case "missing":
+            file.unlink()
+    assert prune() == 0
+    assert "the survey is made anew" in caplog.text
+    assert contents(FOLDER) == undisturbed
+
+
+def test_a_survey_serves_other_sparsities(here, undisturbed, monkeypatch):
+    """Each checkpoint is that of its single run; only a survey that reads the plan is made for each."""
+    with monkeypatch.context() as patched:
+        surveyed = dying_in_survey(patched, LAYERS)
+        assert prune("--sparsity=0.2,0.3") == 0
+    assert surveyed == [], "the run before has left one"
+    assert contents(FOLDER) == undisturbed
+    both = contents(Path("out/tiny_sparsity-0.3"))
+    for folder in ("out", "data"):
+        shutil.rmtree(folder)
+    assert prune("--sparsity=0.3") == 0
+    assert contents(Path("out/tiny_sparsity-0.3")) == both
+    with monkeypatch.context() as patched:
+        surveyed = dying_in_survey(patched, 2 * LAYERS)
+        assert prune("--sparsity=0.2,0.3", "--recipe=olica-paper") == 0
+    assert len(surveyed) == 2 * LAYERS
+
+
+@pytest.mark.parametrize("change", ["--percdamp=0.4", "--mlp_num=1", "--batch_size=3", "--dtype=bfloat16", "ids"])
+def test_another_survey_is_not_taken_up(here, undisturbed, change):
+    if change == "ids":
+        save_file({"calibration_ids": torch.randint(3, 259, (8, 32))}, "ids.safetensors")
+    assert prune(*([change] if change != "ids" else [])) == 0
+    assert len([*Path("data/surveys").iterdir()]) == 2
+
+
+def test_where_no_survey_can_be_kept_one_is_made_all_the_same(here, undisturbed, caplog, monkeypatch):
+    shutil.rmtree("data")
+    Path("data").write_text("a file in the way")
+    assert prune() == 0
+    assert "the survey is not kept for other runs" in caplog.text
+    assert contents(FOLDER) == undisturbed
+
+
+def test_a_second_run_waits_for_the_survey_of_the_first(here, caplog):
+    held, seen = threading.Event(), []
+
+    def second() -> None:
+        held.wait(20)
+        with StoredSurvey.locked(here / "data", {"a": 1}, BatchSize(8)) as survey:
+            seen.append((survey.is_complete, survey.surveyed().findings))
+
+    other = threading.Thread(target=second)
+    other.start()
+    with StoredSurvey.locked(here / "data", {"a": 1}, BatchSize(8)) as survey:
+        assert not survey.is_complete
+        held.set()
+        while "waiting for its end" not in caplog.text:
+            time.sleep(0.01)
+        survey.finish([{"score": torch.ones(2)}])
+    other.join()
+    ((is_complete, (found,)),) = seen
+    assert is_complete and torch.equal(found["score"], torch.ones(2))
 
 
 def test_a_model_that_is_in_memory_as_a_whole_goes_on_too(here, undisturbed, monkeypatch):
@@ -218,10 +305,9 @@ def test_an_altered_journal_is_told_by_its_checksum(here, undisturbed, capsys, m
 
 
 @pytest.mark.parametrize("harm", ["altered", "cut", "missing"])
-@pytest.mark.parametrize("file", ["checkpoint/model-00003-of-00008.safetensors", "survey-6.safetensors",
-                                  "hidden-pruned-3.safetensors"])  # fmt: skip
+@pytest.mark.parametrize("file", ["checkpoint/model-00003-of-00008.safetensors", "hidden-pruned-3.safetensors"])
 def test_altered_files_are_told_by_their_checksums(here, undisturbed, capsys, monkeypatch, harm, file):
-    monkeypatch.setattr(run_folder_module, "SAVED_EVERY", -1.0)
+    monkeypatch.setattr(run_progress, "SAVED_EVERY", -1.0)
     interrupted_after(3, monkeypatch)
     path = WORK / file
     data = bytearray(path.read_bytes())
@@ -340,17 +426,18 @@ def test_an_end_that_was_not_tidied_answers_for_no_other_run(here, monkeypatch):
 
 
 def test_the_next_layer_may_halve_the_batch_before_this_one_is_written(here, monkeypatch):
-    with RunFolder.locked(here / "out/x") as progress:
+    shards = Shards("model.layers.", 3)
+    with RunFolder.locked(here / "out/x") as run:
         batch_size = BatchSize(8)
-        progress.begin({"a": 1}, False, "model.layers.", 3, batch_size, in_background=True)
+        progress = run.begin({"a": 1}, False, shards, batch_size, in_background=True)
         write, waiting = Journal.write, threading.Event()
         monkeypatch.setattr(Journal, "write", lambda *arguments: waiting.wait(20) and write(*arguments))
         progress.save_layer(0, torch.nn.Linear(2, 2), torch.ones(2))
         batch_size.size = 4
         waiting.set()
         progress.wait()
-    with RunFolder.locked(here / "out/x") as progress:
-        progress.begin({"a": 1}, False, "model.layers.", 3, batch_size)
+    with RunFolder.locked(here / "out/x") as run:
+        run.begin({"a": 1}, False, shards, batch_size)
         assert batch_size.size == 8
 
 
@@ -376,25 +463,35 @@ def test_a_second_run_into_the_same_folder_is_refused(here, capsys):
 
 
 def test_the_batch_size_that_was_left_is_kept(here):
-    ids = torch.randint(3, 259, (8, 32), generator=torch.Generator().manual_seed(0))
     sizes = []
-    for size in (8, 4):
-        with RunFolder.locked(here / "out/x") as progress:
+    for number, size in enumerate((8, 4)):
+        with RunFolder.locked(here / "out/x") as run:
             batch_size = BatchSize(8)
-            progress.begin({"a": 1}, False, "model.layers.", 3, batch_size)
+            progress = run.begin({"a": 1}, False, Shards("model.layers.", 3), batch_size)
             sizes.append(batch_size.size)
             batch_size.size = size // 2
-            progress.save_survey({"layers": 1}, {"1": ids}, None)
+            progress.save_layer(number, torch.nn.Linear(2, 2), torch.ones(2))
+    assert sizes == [8, 4]
+
+
+def test_the_batch_size_that_a_survey_left_is_kept(here):
+    sizes = []
+    for size in (8, 4):
+        batch_size = BatchSize(8)
+        with StoredSurvey.locked(here / "data", {"a": 1}, batch_size) as survey:
+            sizes.append(batch_size.size)
+            batch_size.size = size // 2
+            survey.finish([{"score": torch.ones(2)}])
     assert sizes == [8, 4]
 
 
 def test_a_run_that_finished_nothing_is_no_run_to_go_on_with(here):
-    with RunFolder.locked(here / "out/x") as progress:
-        progress.begin({"a": 1}, False, "model.layers.", 3, BatchSize(8))
-        progress._journal.commit({})
-    with RunFolder.locked(here / "out/x") as progress:
-        progress.begin({"a": 2}, False, "model.layers.", 3, BatchSize(8))
-        assert progress.interruptions == []
+    with RunFolder.locked(here / "out/x") as run:
+        run.begin({"a": 1}, False, Shards("model.layers.", 3), BatchSize(8))
+        run._journal.commit({})
+    with RunFolder.locked(here / "out/x") as run:
+        run.begin({"a": 2}, False, Shards("model.layers.", 3), BatchSize(8))
+        assert run.interruptions == []
 
 
 def test_a_run_that_is_stopped_before_it_begins_anew_says_how_far_it_was(here, monkeypatch):

@@ -109,7 +109,7 @@ def test_of_several_processes_one_speaks(here):
     assert process.communicate() == ("", "") and process.returncode == -signal.SIGINT
 
 
-WAITING = "import stopping, time; stopping.end_with(lambda: print('at work', flush=True) or time.sleep({seconds}) or 0)"
+WAITING = "import olica_stopping, time; olica_stopping.end_with(lambda: print('at work', flush=True) or time.sleep({seconds}) or 0)"
 
 
 def test_ctrl_c_stops_a_shell_script_that_calls_the_command(here):
@@ -131,11 +131,11 @@ def test_a_command_in_the_background_goes_on_ignoring_ctrl_c(here):
 def test_a_signal_that_a_library_takes_for_an_error_of_its_own_ends_the_command(tmp_path):
     """Code in C may replace what the handler raises, and a reader then blames its file."""
     (tmp_path / "command.py").write_text(
-        "import os, signal, sys, stopping\n"
+        "import os, signal, sys, olica_stopping\n"
         "def command():\n"
         "    try:\n        os.kill(os.getpid(), signal.SIGTERM)\n"
         "    except KeyboardInterrupt:\n        sys.exit(2)\n"
-        "stopping.end_with(command)\n"
+        "olica_stopping.end_with(command)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(tmp_path / "command.py")]

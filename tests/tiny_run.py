@@ -11,8 +11,12 @@ FLAGS = ["--base_model=tiny", "--datasets=ids.safetensors", "--mlp_num=2", "--ra
 FOLDER, WORK = Path("out/tiny_sparsity-0.2"), Path("out/.tiny_sparsity-0.2.partial")
 
 
+def bare(*arguments: str) -> int:
+    return run_command(model_pruning.build_parser(), model_pruning.run, [*arguments])
+
+
 def prune(*arguments: str) -> int:
-    return run_command(model_pruning.build_parser(), model_pruning.run, [*FLAGS, *arguments])
+    return bare(*FLAGS, *arguments)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
