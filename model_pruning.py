@@ -37,9 +37,12 @@ from olica.pruning.layers import prune_layers
 from olica.pruning.memory import Task, expected_peaks, fit_batch_size
 from olica.pruning.options import PruningOptions, check_mlp_num
 from olica.pruning.survey import choose_corrected, survey_layers
-from olica.sources import model_source
+from olica.sources import weights
 from olica.sources.calibration_set import CalibrationSet, build_calibration_set, calibration_shape, is_token_file
+from olica.sources.configuration import count_dense_parameters, describe_source, read_config, refuse_unprunable, try_out
 from olica.sources.dense_model import is_streamed, open_dense_model
+from olica.sources.locate import Location, locate
+from olica.sources.tokenizers import read_tokenizer
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -52,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=expanduser,
         help="name (7b, llama2-7b, smollm2, ...), hub id, folder or .gguf file",
     )
-    add("--dtype", default="auto", choices=["auto", *model_source.DTYPES], help="to run and save in; auto: as stored")
+    add("--dtype", default="auto", choices=["auto", *weights.DTYPES], help="to run and save in; auto: as stored")
     add = parser.add_argument_group("calibration set").add_argument
     add("--datasets", default="bookcorpus+alpaca", help="texts joined by +: names or paths; or one token file")
     add(
@@ -147,7 +150,7 @@ class Job:
     """All that is decided before a weight is read."""
 
     recipe: Recipe
-    location: model_source.Location
+    location: Location
     config: PreTrainedConfig
     options: PruningOptions
     plan: list[LayerShape]
@@ -189,24 +192,24 @@ def prepare(args: argparse.Namespace) -> Job:
     """Check all that can be checked without weights, and plan."""
     check_numbers(args)
     recipe = RECIPES[args.recipe]
-    location = model_source.locate(args.base_model)
-    config = model_source.read_config(location)
-    model_source.refuse_unprunable(config, location)
+    location = locate(args.base_model)
+    config = read_config(location)
+    refuse_unprunable(config, location)
     ids_shape = calibration_shape(args.datasets, args.num_samples, args.seqlen)
     check_seqlen(ids_shape[1], "--datasets" if is_token_file(args.datasets) else "--seqlen", config)
-    dense = model_source.count_dense_parameters(location, config)
+    dense = count_dense_parameters(location, config)
     whole = dense["total" if args.sparsity_of == "model" else "decoder_layers"]
     plan, sparsities = allocate(recipe, config, whole, args.sparsity, args.k, args.round_to)
     options = make_options(args, config, recipe, plan)
     # Which layers are calibrated is not known yet, but all corrections have one size.
     sized = with_corrections(plan, list(range(options.mlp_num)), options.correction_rank)
-    bytes_per_weight = model_source.bytes_per_weight(location, config, args.dtype)
+    bytes_per_weight = weights.bytes_per_weight(location, config, args.dtype)
     task = Task(config, dense["total"], plan[0], ids_shape, bytes_per_weight, recipe, is_streamed(location))
     if args.batch_size == "auto":
         fit_batch_size(task, options)
-    with model_source.explained(location, "its configuration describes no model that can be pruned and run"):
+    with location.in_words("its configuration describes no model that can be pruned and run"):
         pruned = checkpoint.pruned_skeleton(config, sized)
-        model_source.try_out(pruned)
+        try_out(pruned)
     planned = cost.count_parameters(pruned)
     return Job(
         recipe=recipe,
@@ -268,7 +271,7 @@ def prune_and_save(args: argparse.Namespace, job: Job, progress: RunFolder) -> d
     """Draw the calibration set, survey, prune and save; returns the record, which lies beside the checkpoint."""
     options, stages = job.options, records.Stages(job.options.device)
     with stages.stage("calibration set"):
-        tokenizer = model_source.read_tokenizer(job.location)
+        tokenizer = read_tokenizer(job.location)
         calibration = draw_calibration_set(args, tokenizer, job.config)
     with stages.stage("open model"):
         dense = open_dense_model(job.location, args.dtype)
@@ -323,7 +326,7 @@ def make_record(
         "kind": "pruning",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": vars(args),
-        "model": model_source.describe_source(job.location, job.config),
+        "model": describe_source(job.location, job.config),
         "calibration": {**vars(calibration), "ids": list(calibration.ids.shape)},
         "shares_removed": asdict(job.sparsities),
         "plan": [shape.to_dict() for shape in plan],

@@ -11,7 +11,8 @@ from olica.checks import check_record_path
 from olica.errors import UsageError
 from olica.evaluation.cost import count_parameters, weight_bytes
 from olica.outputs.records import environment, write_record
-from olica.sources.model_source import DTYPES, locate, read_model
+from olica.sources.locate import locate
+from olica.sources.weights import DTYPES, read_model
 
 
 def parser_of_models(description: str, batch_size: int) -> argparse.ArgumentParser:

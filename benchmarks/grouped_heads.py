@@ -39,18 +39,17 @@ from olica.pruning.options import PruningOptions, check_mlp_num  # noqa: E402
 from olica.pruning.progress import Progress  # noqa: E402
 from olica.pruning.survey import choose_corrected, survey_layers  # noqa: E402
 from olica.sources.calibration_set import CalibrationSet, build_calibration_set  # noqa: E402
-from olica.sources.dense_model import DenseModel  # noqa: E402
-from olica.sources.model_source import (  # noqa: E402
-    DTYPES,
+from olica.sources.configuration import (  # noqa: E402
     count_dense_parameters,
     describe_source,
-    locate,
     read_config,
-    read_model,
-    read_tokenizer,
     refuse_unprunable,
 )
+from olica.sources.dense_model import DenseModel  # noqa: E402
+from olica.sources.locate import locate  # noqa: E402
 from olica.sources.text_sources import evaluation_text  # noqa: E402
+from olica.sources.tokenizers import read_tokenizer  # noqa: E402
+from olica.sources.weights import DTYPES, read_model  # noqa: E402
 
 K, PERCDAMP, RATIO, BATCH_SIZE = 3.0, 0.5, 0.03, 16
 

@@ -41,8 +41,10 @@ from olica.outputs.checkpoint import checkpoint_folder  # noqa: E402
 from olica.outputs.records import read_pruning_record, write_record  # noqa: E402
 from olica.pruning.activations import propagate, record_layer_calls  # noqa: E402
 from olica.sources.calibration_set import is_token_file, read_token_file  # noqa: E402
+from olica.sources.configuration import read_config  # noqa: E402
 from olica.sources.dense_model import open_dense_model  # noqa: E402
-from olica.sources.model_source import DTYPES, locate, read_config  # noqa: E402
+from olica.sources.locate import locate  # noqa: E402
+from olica.sources.weights import DTYPES  # noqa: E402
 
 # Hidden size, channels, heads, layers.
 SHAPES = {

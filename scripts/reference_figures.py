@@ -27,7 +27,8 @@ from olica.errors import UsageError  # noqa: E402
 from olica.evaluation.perplexity import perplexity  # noqa: E402
 from olica.outputs.checkpoint import checkpoint_folder  # noqa: E402
 from olica.outputs.records import read_pruning_record, write_record  # noqa: E402
-from olica.sources.model_source import locate, read_model  # noqa: E402
+from olica.sources.locate import locate  # noqa: E402
+from olica.sources.weights import read_model  # noqa: E402
 
 BATCH_SIZE = 16
 PERPLEXITY_TOLERANCE = 0.003

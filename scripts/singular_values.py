@@ -19,8 +19,9 @@ from olica.errors import UsageError  # noqa: E402
 from olica.machine import pick_device  # noqa: E402
 from olica.model.modeling_olica import projections_of  # noqa: E402
 from olica.outputs.records import environment, write_record  # noqa: E402
+from olica.sources.configuration import describe_source, read_config, refuse_unprunable  # noqa: E402
 from olica.sources.dense_model import open_dense_model  # noqa: E402
-from olica.sources.model_source import describe_source, locate, read_config, refuse_unprunable  # noqa: E402
+from olica.sources.locate import locate  # noqa: E402
 
 NAMES = ("q_proj", "k_proj", "v_proj", "o_proj")
 

@@ -1,5 +1,6 @@
 """Tiny seeded models and a byte tokenizer, built in memory: no test reaches a hub."""
 
+import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported
@@ -85,6 +86,12 @@ def prune_to(model, ids: torch.Tensor, plan: list[LayerShape], recipe_name: str 
     work = (RECIPES[recipe_name], pruning_options(mlp_num=0, **overrides), Progress())
     dense = DenseModel(model)
     prune_layers(dense, ids, plan, survey_layers(dense, ids, plan, *work), *work)
+
+
+def edit_config(folder: Path, **changes) -> None:
+    """Change values in the config.json of a model's folder."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def write_pruned(model, plan: list[LayerShape], tokenizer, folder: Path) -> None:

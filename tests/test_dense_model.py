@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from olica.errors import UsageError
 from olica.model.modeling_olica import FAMILIES, SideBySide
 from olica.sources.dense_model import DenseModel, StreamedModel, is_streamed, open_dense_model
-from olica.sources.model_source import locate
+from olica.sources.locate import locate
 
 CPU = torch.device("cpu")
 

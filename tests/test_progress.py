@@ -24,7 +24,7 @@ from olica.pruning import survey as survey_module
 from olica.pruning.layers import prune_layers
 from olica.pruning.survey import survey_layers
 from olica.sources.dense_model import open_dense_model
-from olica.sources.model_source import locate
+from olica.sources.locate import locate
 
 
 class Killed(BaseException):

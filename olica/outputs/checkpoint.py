@@ -22,8 +22,8 @@ from ..checks import check_writable
 from ..errors import UsageError
 from ..model.configuration_olica import LayerShape
 from ..model.modeling_olica import FAMILIES, SEQUENCE_CLASSIFIERS, TOKEN_CLASSIFIERS
+from ..sources.configuration import try_out
 from ..sources.dense_model import DenseModel, StoredWeight, stored_weights
-from ..sources.model_source import try_out
 from .run_folder import RunFolder
 
 DEFAULT_RECIPE = "olica"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ..sources.model_source import Location, describe_source
+from ..sources.locate import Location
 from .records import EVALUATION_RECORD, environment
 
 # These say where something is, choose the calibration set, which goes by its tokens, or decide nothing.
@@ -61,7 +61,7 @@ def of_evaluation(
 def _source(location: Location, config) -> dict:
     """Size and time of the last change of every file of a local model; the commit of one of the hub."""
     if not location.is_local:
-        return {"revision of the model": describe_source(location, config)["revision"]}
+        return {"revision of the model": location.revision}
     files = [path for path in location.files if not path.match(EVALUATION_RECORD.format(time="*"))]
     return {f"{path.name} of the model": [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
 

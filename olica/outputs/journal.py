@@ -76,7 +76,7 @@ class Journal:
     def write(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Write a file of safetensors, which the next `commit` is going to name."""
         path = self.path.parent / name
-        with explained_writing(self.path.parent):
+        with writing_in_words(self.path.parent):
             partial = path.with_suffix(".unfinished")
             save_tensors({key: t.cpu().contiguous() for key, t in tensors.items()}, partial, {"format": "pt"})
             move_durably(partial, path)
@@ -87,7 +87,7 @@ class Journal:
         self.facts = self.facts | facts
         self.files = {name: checksum for name, checksum in self.files.items() if name not in without}
         stored = {"sha256": _text_checksum(self.facts, self.files), "facts": self.facts, "files": self.files}
-        with explained_writing(self.path.parent):
+        with writing_in_words(self.path.parent):
             partial = self.path.with_suffix(".unfinished")
             partial.write_text(json.dumps(stored, indent=1))
             move_durably(partial, self.path)
@@ -95,7 +95,7 @@ class Journal:
                 (self.path.parent / name).unlink()
 
 
-def explained_writing(folder: Path) -> AbstractContextManager[None]:
+def writing_in_words(folder: Path) -> AbstractContextManager[None]:
     """Have a disk that is full or fails under `folder` end in a UsageError."""
     return in_words(
         lambda error: (

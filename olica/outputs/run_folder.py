@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..machine import BatchSize
 from ..pruning.progress import Progress
-from .journal import Journal, explained_writing, force_to_disk, move_durably
+from .journal import Journal, force_to_disk, move_durably, writing_in_words
 
 CHECKPOINT = "checkpoint"
 SAVED_EVERY = 20.0
@@ -298,7 +298,7 @@ class RunFolder(Progress):
 
     def explained(self) -> AbstractContextManager:
         """Tell the user of files that cannot be written."""
-        return explained_writing(self.work)
+        return writing_in_words(self.work)
 
     def publish(self) -> None:
         """Put the complete checkpoint in its place.
