@@ -147,7 +147,7 @@ def _read_json(path: Path, cached: dict) -> datasets.Dataset:
 
 
 def _needed_columns(path: Path, content: str) -> Iterator[dict[str, str | None]]:
-    """The rows of a .jsonl file, gzipped or not, with all of `COLUMNS` and no other; `content` tells files apart."""
+    """The rows of a .jsonl file, gzipped or not, with all of `COLUMNS` and no other; `content` keeps files apart."""
     with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
