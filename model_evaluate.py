@@ -13,6 +13,7 @@ from functools import partial
 from os.path import exists, expanduser
 from pathlib import Path
 
+from olica.checks import check_record_path
 from olica.command_line import run_command
 from olica.errors import UsageError, memory_in_words
 from olica.evaluation.evaluation import CONTINUATION_TOKENS, LATENCY, Measures, Protocol, TestText, measure, prepare
@@ -23,8 +24,10 @@ from olica.output import with_error
 from olica.outputs import checkpoint, identity, records
 from olica.outputs.model_card import add_metrics
 from olica.processes import join_processes
-from olica.sources import model_source
+from olica.sources.configuration import count_dense_parameters, read_config
+from olica.sources.locate import Location, locate
 from olica.sources.text_sources import evaluation_text
+from olica.sources.weights import DTYPES
 
 DEFAULT_BASE_MODEL = "7b"
 
@@ -48,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--save_dir", type=expanduser, default="./pruned_models", help="folder that received the checkpoint's folder")
     add("--checkpoint", type=expanduser, help="measure this model instead: a folder, name, hub id or .gguf file")
     add("--with_dense", action="store_true", help="measure the dense --base_model in the same call")
-    add("--dtype", default="auto", choices=["auto", *model_source.DTYPES], help="to run in; auto: as stored")
+    add("--dtype", default="auto", choices=["auto", *DTYPES], help="to run in; auto: as stored")
     add = parser.add_argument_group("measures").add_argument
     add("--ppl", default="wikitext2", help="texts of the perplexity, names or paths joined by commas, or none")
     add("--ppl_seqlen", type=int, default=128, help="tokens per window")
@@ -87,17 +90,17 @@ def row_limit(text: str) -> int | float:
         return float(text)
 
 
-def find_models(args: argparse.Namespace) -> dict[str, model_source.Location]:
+def find_models(args: argparse.Namespace) -> dict[str, Location]:
     """The models to measure: "dense" and "pruned" with --with_dense, else "model"."""
     if args.checkpoint:
-        measured, base = model_source.locate(args.checkpoint, "--checkpoint"), None
+        measured, base = locate(args.checkpoint, "--checkpoint"), None
     else:
-        base = model_source.locate(args.base_model or DEFAULT_BASE_MODEL)
+        base = locate(args.base_model or DEFAULT_BASE_MODEL)
         found_by = {"sparsity": args.sparsity, "sparsity_of": args.sparsity_of}
         folder = checkpoint.checkpoint_folder(args.save_dir, base.label, **found_by)
         if not folder.is_dir():
             raise UsageError(f"--save_dir: there is no {folder}; prune the model first, or name one with --checkpoint")
-        measured = model_source.locate(str(folder), "--save_dir")
+        measured = locate(str(folder), "--save_dir")
     record = records.read_pruning_record(measured.path)
     if base and record and records.has_former_shares(record):
         raise UsageError(
@@ -107,19 +110,19 @@ def find_models(args: argparse.Namespace) -> dict[str, model_source.Location]:
     name = args.base_model or (record["model"]["name"] if record and args.with_dense else None)
     if args.with_dense and name is None:
         raise UsageError("--with_dense: the checkpoint has no record of its dense model; name it with --base_model")
-    dense = model_source.locate(name or DEFAULT_BASE_MODEL) if base or args.with_dense else None
+    dense = locate(name or DEFAULT_BASE_MODEL) if base or args.with_dense else None
     if dense and record:
         check_same_model(dense, measured, record)
     return {"dense": dense, "pruned": measured} if args.with_dense else {"model": measured}
 
 
-def check_same_model(dense: model_source.Location, measured: model_source.Location, record: dict) -> None:
+def check_same_model(dense: Location, measured: Location, record: dict) -> None:
     """Raise UsageError if the record beside a checkpoint tells of another dense model than this one.
 
     A local model may have moved, so its size is compared; one of the hub is known by its id and need not be at hand.
     """
     if dense.is_local:
-        total = model_source.count_dense_parameters(dense, model_source.read_config(dense))["total"]
+        total = count_dense_parameters(dense, read_config(dense))["total"]
         same = record["parameters"]["before"] == total
     else:
         same = record["model"]["source"] == dense.path
@@ -131,7 +134,7 @@ def check_same_model(dense: model_source.Location, measured: model_source.Locati
         )
 
 
-def record_path(args: argparse.Namespace, measured: model_source.Location, now: datetime) -> Path:
+def record_path(args: argparse.Namespace, measured: Location, now: datetime) -> Path:
     """Where the record goes, checked now so that no measurement is lost for want of a place."""
     if args.output_path:
         path, flag = Path(args.output_path), "--output_path"
@@ -140,7 +143,7 @@ def record_path(args: argparse.Namespace, measured: model_source.Location, now: 
         # A model without a record of ours may lie anywhere; its evaluation goes into the current folder.
         path = Path(measured.path if records.read_pruning_record(measured.path) else "") / name
         flag = "--output_path, left out"
-    checkpoint.check_record_path(path, flag)
+    check_record_path(path, flag)
     return path
 
 
@@ -247,7 +250,7 @@ def listed(names: str, flag: str) -> list[str]:
     return found
 
 
-def common_dtype(args: argparse.Namespace, locations: dict[str, model_source.Location]) -> str:
+def common_dtype(args: argparse.Namespace, locations: dict[str, Location]) -> str:
     """The dtype that models are read in: --dtype; where that is auto and two are compared, the pruned one's for both.
 
     A dense model in float32 beside a pruned one in bfloat16 would show what the dtype does, not what the pruning did.
@@ -257,8 +260,8 @@ def common_dtype(args: argparse.Namespace, locations: dict[str, model_source.Loc
     pruned = locations["pruned"]
     if pruned.gguf_file:
         return "float32"
-    stored = str(model_source.read_config(pruned).dtype).removeprefix("torch.")
-    return stored if stored in model_source.DTYPES else "auto"
+    stored = str(read_config(pruned).dtype).removeprefix("torch.")
+    return stored if stored in DTYPES else "auto"
 
 
 def make_protocol(args: argparse.Namespace, dtype: str) -> Protocol:

@@ -16,7 +16,7 @@ from olica.methods.allocation import describe_plan
 from olica.methods.recipes import RECIPES, recipe_name
 from olica.model.configuration_olica import LayerShape
 from olica.outputs.checkpoint import SPARSITY_OF
-from olica.sources.model_source import DTYPES
+from olica.sources.weights import DTYPES
 
 # Layers that lose so many times what was asked are warned of: the embedding, which is not pruned, has the rest.
 WARNED_RATIO = 1.5

@@ -12,7 +12,8 @@ from olica.errors import UsageError
 from olica.evaluation.cost import weight_bytes
 from olica.model.skeleton import count_parameters
 from olica.outputs.records import environment, write_record
-from olica.sources.model_source import DTYPES, locate, read_model
+from olica.sources.locate import locate
+from olica.sources.weights import DTYPES, read_model
 
 
 def parser_of_models(description: str, batch_size: int) -> argparse.ArgumentParser:

@@ -35,18 +35,12 @@ from olica.pruning.options import PruningOptions, Work
 from olica.pruning.progress import Progress, SurveyProgress
 from olica.pruning.survey import survey_layers
 from olica.sources.calibration_set import CalibrationSet, build_calibration_set
+from olica.sources.configuration import count_dense_parameters, describe_source, read_config, refuse_unprunable
 from olica.sources.dense_model import DenseModel
-from olica.sources.model_source import (
-    DTYPES,
-    count_dense_parameters,
-    describe_source,
-    locate,
-    read_config,
-    read_model,
-    read_tokenizer,
-    refuse_unprunable,
-)
+from olica.sources.locate import locate
 from olica.sources.text_sources import evaluation_text
+from olica.sources.tokenizers import read_tokenizer
+from olica.sources.weights import DTYPES, read_model
 
 BATCH_SIZE = 16
 

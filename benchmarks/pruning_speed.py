@@ -37,8 +37,10 @@ from olica.methods.allocation import describe_plan
 from olica.outputs.records import write_record
 from olica.pruning.activations import propagate, record_layer_calls
 from olica.sources.calibration_set import is_token_file, read_token_file
+from olica.sources.configuration import read_config
 from olica.sources.dense_model import open_dense_model
-from olica.sources.model_source import DTYPES, locate, read_config
+from olica.sources.locate import locate
+from olica.sources.weights import DTYPES
 from olica.tensor_files import save_tensors
 
 # Hidden size, channels, heads, layers.

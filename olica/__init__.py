@@ -13,6 +13,7 @@ from transformers import (
 
 from .model.configuration_olica import LayerShape
 from .model.families import FAMILIES, SEQUENCE_CLASSIFIERS, TOKEN_CLASSIFIERS
+from .version import __version__ as __version__
 
 __all__ = ["FAMILIES", "LayerShape"]
 

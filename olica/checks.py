@@ -15,7 +15,7 @@ POINTER_START, POINTER_BYTES = b"version https://git-lfs", 1024
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether nothing in `tensor` is NaN or infinite; takes no memory of its size."""
-    return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
+    return not tensor.numel() or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
 
 
 def check_writable(path: Path, flag: str) -> Path:

@@ -30,10 +30,13 @@ from .pruning.memory import Task, expected_peaks, fit_batch_size
 from .pruning.options import PruningOptions, Work
 from .pruning.progress import SurveyProgress
 from .pruning.survey import survey_layers
-from .sources import model_source
 from .sources.calibration_set import CalibrationSet, build_calibration_set, calibration_shape, is_token_file
+from .sources.configuration import count_dense_parameters, describe_source, read_config, refuse_unprunable
 from .sources.dense_model import is_streamed, open_dense_model
+from .sources.locate import Location, locate
 from .sources.model_files import weight_files
+from .sources.tokenizers import read_tokenizer
+from .sources.weights import DTYPES, bytes_per_weight
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +90,8 @@ class Settings:
             raise UsageError(f"--sparsity {self.sparsity:g} is outside [0, 1): it is the share of parameters to remove")
         if self.sparsity_of not in checkpoint.SPARSITY_OF:
             raise UsageError(f"--sparsity_of {self.sparsity_of} is neither {' nor '.join(checkpoint.SPARSITY_OF)}")
-        if self.dtype != "auto" and self.dtype not in model_source.DTYPES:
-            raise UsageError(f"--dtype {self.dtype} is none of auto, {', '.join(model_source.DTYPES)}")
+        if self.dtype != "auto" and self.dtype not in DTYPES:
+            raise UsageError(f"--dtype {self.dtype} is none of auto, {', '.join(DTYPES)}")
         if self.batch_size != "auto" and self.batch_size < 1:
             raise UsageError(f"--batch_size {self.batch_size} must be at least 1")
 
@@ -139,7 +142,7 @@ class Job:
     settings: Settings
     recipe: Recipe
     method: Method
-    location: model_source.Location
+    location: Location
     config: PreTrainedConfig
     options: PruningOptions
     budget: Budget
@@ -232,12 +235,12 @@ def prepare(settings: Settings, sparsities: Sequence[float]) -> list[Job]:
 def _prepare(settings: Settings) -> Job:
     recipe = RECIPES[settings.recipe]
     method = recipe.method(recipe.with_parameters(settings.parameters))
-    location = model_source.locate(settings.base_model)
-    config = model_source.read_config(location)
-    model_source.refuse_unprunable(config, location)
+    location = locate(settings.base_model)
+    config = read_config(location)
+    refuse_unprunable(config, location)
     ids_shape = calibration_shape(settings.datasets, settings.num_samples, settings.seqlen)
     check_seqlen(ids_shape[1], "--datasets" if is_token_file(settings.datasets) else "--seqlen", config)
-    dense = model_source.count_dense_parameters(location, config)
+    dense = count_dense_parameters(location, config)
     whole = dense["total" if settings.sparsity_of == "model" else "decoder_layers"]
     budget = Budget(whole, settings.sparsity, settings.round_to)
     sizes = [Sizes.of(config)] * config.num_hidden_layers
@@ -249,11 +252,11 @@ def _prepare(settings: Settings) -> Job:
         cache_device=device if settings.cache_dev == "auto" else pick_device(settings.cache_dev, "--cache_dev"),
     )
     shapes = plan or [dense_shape(sizes[0])] * len(sizes)
-    bytes_per_weight = model_source.bytes_per_weight(location, config, settings.dtype)
-    task = Task(config, dense["total"], frozenset(shapes), ids_shape, bytes_per_weight, method, is_streamed(location))
+    itemsize = bytes_per_weight(location, config, settings.dtype)
+    task = Task(config, dense["total"], frozenset(shapes), ids_shape, itemsize, method, is_streamed(location))
     if settings.batch_size == "auto":
         fit_batch_size(task, options)
-    with model_source.explained(location, "its configuration describes no model that can be pruned and run"):
+    with location.in_words("its configuration describes no model that can be pruned and run"):
         pruned = pruned_skeleton(config, shapes)
         try_out(pruned)
     planned = count_parameters(pruned) if plan else None
@@ -269,8 +272,8 @@ def _prepare(settings: Settings) -> Job:
         plan=plan,
         notes=method.allocate.notes(sizes, budget),
         parameters=Parameters(dense, planned),
-        bytes_per_weight=bytes_per_weight,
-        disk_bytes=expected * bytes_per_weight + 2 * task.states,  # two, while one takes the place of the other
+        bytes_per_weight=itemsize,
+        disk_bytes=expected * itemsize + 2 * task.states,  # two, while one takes the place of the other
         memory=expected_peaks(task, options),
         folder=checkpoint.checkpoint_folder(
             settings.save_dir, location.label, settings.sparsity, recipe.name, settings.sparsity_of
@@ -340,7 +343,7 @@ def _prune_and_save(job: Job, folder: RunFolder) -> dict:
     """Draw the calibration set, survey, prune and save; returns the record, which lies beside the checkpoint."""
     settings, options, stages = job.settings, job.options, records.Stages(job.options.device)
     with stages.stage("calibration set"):
-        tokenizer = model_source.read_tokenizer(job.location)
+        tokenizer = read_tokenizer(job.location)
         calibration = draw_calibration_set(settings, tokenizer, job.config)
     with stages.stage("open model"):
         dense = open_dense_model(job.location, settings.dtype)
@@ -439,7 +442,7 @@ def _make_record(
             "about": job.recipe.about,
             "parameters": job.recipe.parameter_names,
         },
-        "model": model_source.describe_source(job.location, job.config),
+        "model": describe_source(job.location, job.config),
         "calibration": {**vars(calibration), "ids": list(calibration.ids.shape)},
         "shares_removed": job.method.allocate.shares(job.sizes, job.budget),
         "plan": [shape.to_dict() for shape in plan],

@@ -15,10 +15,10 @@ folder=$("$PYTHON" -c '
 import sys
 from olica.outputs import checkpoint
 from olica import errors
-from olica.sources import model_source
+from olica.sources.locate import locate
 save_dir, model, sparsity = sys.argv[1:]
 try:
-    print(checkpoint.checkpoint_folder(save_dir, model_source.locate(model).label, float(sparsity)))
+    print(checkpoint.checkpoint_folder(save_dir, locate(model).label, float(sparsity)))
 except errors.UsageError as error:
     sys.exit(str(error))
 ' "$SAVE_DIR" "$MODEL" "$SPARSITY")

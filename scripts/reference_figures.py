@@ -22,7 +22,8 @@ from olica.errors import UsageError
 from olica.evaluation.perplexity import perplexity
 from olica.jobs import prune
 from olica.outputs.records import write_record
-from olica.sources.model_source import locate, read_model
+from olica.sources.locate import locate
+from olica.sources.weights import read_model
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH_SIZE = 16

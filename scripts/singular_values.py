@@ -16,8 +16,9 @@ from olica.errors import UsageError
 from olica.machine import pick_device
 from olica.model.modeling_olica import projections_of
 from olica.outputs.records import environment, write_record
+from olica.sources.configuration import describe_source, read_config, refuse_unprunable
 from olica.sources.dense_model import open_dense_model
-from olica.sources.model_source import describe_source, locate, read_config, refuse_unprunable
+from olica.sources.locate import locate
 
 NAMES = ("q_proj", "k_proj", "v_proj", "o_proj")
 

@@ -1,5 +1,6 @@
 """Tiny seeded models and a byte tokenizer, built in memory: no test reaches a hub."""
 
+import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported
@@ -111,6 +112,12 @@ def prune_to(model, ids: torch.Tensor, plan: list[LayerShape], recipe_name: str 
     """Prune a causal model in place to sizes that no rule has to give."""
     work = work_on(model, ids, as_method(recipe_name, mlp_num=0), **overrides)
     prune_layers(work, plan, survey_layers(work, plan, SurveyProgress()), Progress())
+
+
+def edit_config(folder: Path, **changes) -> None:
+    """Change values in the config.json of a model's folder."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def write_pruned(model, plan: list[LayerShape], tokenizer, folder: Path) -> None:

@@ -25,7 +25,8 @@ from olica.methods.allocation import (
 from olica.methods.recipes import RECIPES
 from olica.model.configuration_olica import LayerShape
 from olica.model.skeleton import pruned_skeleton
-from olica.sources.model_source import Location, count_dense_parameters
+from olica.sources.configuration import count_dense_parameters
+from olica.sources.locate import Location
 
 LLAMA_7B = LlamaConfig()  # the defaults of the class are LLaMA-7B
 OLICA = RECIPES["olica"]

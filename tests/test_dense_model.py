@@ -13,7 +13,7 @@ from olica.errors import UsageError
 from olica.model.families import FAMILIES
 from olica.model.modeling_olica import SideBySide
 from olica.sources.dense_model import DenseModel, StreamedModel, is_streamed, open_dense_model
-from olica.sources.model_source import locate
+from olica.sources.locate import locate
 
 CPU = torch.device("cpu")
 

@@ -3,8 +3,8 @@ import torch
 from safetensors import SafetensorError
 
 from olica.errors import UsageError, in_words, memory_in_words, reason
-from olica.outputs.journal import explained_writing
-from olica.sources import text_sources
+from olica.outputs.journal import writing_in_words
+from olica.sources import text_files
 from olica.sources.text_sources import read_rows
 
 MEMORY = [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: out of memory")]
@@ -40,7 +40,7 @@ def test_kinds_and_what_is_let_through_narrow_what_is_turned():
 
 def test_a_disk_that_fails_names_the_folder(tmp_path):
     with pytest.raises(UsageError, match=f"--save_dir: {tmp_path} cannot be written to .*No space"):
-        with explained_writing(tmp_path):
+        with writing_in_words(tmp_path):
             raise OSError(28, "No space left on device")
 
 
@@ -58,6 +58,6 @@ def test_memory_in_words_leaves_other_errors_alone():
 
 def test_a_mistake_in_the_program_is_not_taken_for_a_fault_of_the_text(tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
-    monkeypatch.setattr(text_sources, "_read_json", lambda path, cached: undefined_name)  # noqa: F821
+    monkeypatch.setattr(text_files, "_read_json", lambda path, cached: undefined_name)  # noqa: F821
     with pytest.raises(NameError, match="undefined_name"):
         read_rows(str(tmp_path / "rows.jsonl"), "train", None)

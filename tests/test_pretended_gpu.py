@@ -40,7 +40,8 @@ from olica.pruning.progress import SurveyProgress
 from olica.pruning.survey import survey_layers
 from olica.sources import dense_model
 from olica.sources.dense_model import open_dense_model
-from olica.sources.model_source import locate, read_model
+from olica.sources.locate import locate
+from olica.sources.weights import read_model
 
 ROOT = Path(__file__).parents[1]
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from tiny_run import FOLDER, LAYERS, WORK, bare, contents, journal, prune
 
 from olica.machine import BatchSize
+from olica.outputs import identity, run_progress
 from olica.outputs import run_folder as run_folder_module
-from olica.outputs import run_progress
 from olica.outputs.journal import Journal
 from olica.outputs.run_folder import RunFolder
 from olica.outputs.run_progress import RunProgress, Shards
@@ -27,7 +27,7 @@ from olica.pruning.options import Work
 from olica.pruning.progress import SurveyProgress
 from olica.pruning.survey import survey_layers
 from olica.sources.dense_model import open_dense_model
-from olica.sources.model_source import locate
+from olica.sources.locate import locate
 
 
 class Killed(BaseException):
@@ -261,7 +261,10 @@ def test_another_run_is_refused_unless_it_is_to_start_afresh(here, capsys, monke
             case "weights":
                 make_llama(1, num_key_value_heads=2, num_hidden_layers=LAYERS).save_pretrained("tiny")
             case "code":
-                monkeypatch.setattr("olica.outputs.identity._code", lambda: "other")
+                shutil.copytree(identity.PACKAGE, "edited")
+                with open("edited/pruning/survey.py", "a") as file:
+                    file.write("# edited\n")
+                monkeypatch.setattr(identity, "PACKAGE", Path("edited"))
             case "packages":
                 monkeypatch.setattr("olica.outputs.records._version", lambda package: "0.1")
             case "threads":
@@ -273,6 +276,18 @@ def test_another_run_is_refused_unless_it_is_to_start_afresh(here, capsys, monke
         assert json.loads((FOLDER / "olica_run.json").read_text())["went_on_after"] == []
     finally:
         torch.set_num_threads(threads)
+
+
+def test_code_that_only_shows_results_may_change(here, undisturbed, monkeypatch):
+    interrupted_after(2, monkeypatch)
+    shutil.copytree(identity.PACKAGE, "edited")
+    for name in ("report/plots.py", "evaluation/perplexity.py", "outputs/model_card.py"):
+        with open(f"edited/{name}", "a") as file:
+            file.write("# edited\n")
+    monkeypatch.setattr(identity, "PACKAGE", Path("edited"))
+    assert prune() == 0
+    assert json.loads((FOLDER / "olica_run.json").read_text())["went_on_after"] == [2]
+    assert contents(FOLDER) == undisturbed
 
 
 def test_where_hidden_states_live_and_files_lie_may_change(here, undisturbed, monkeypatch):

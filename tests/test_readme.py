@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditiona
 import model_evaluate
 import model_pruning
 from olica.model.families import FAMILIES
-from olica.sources.model_source import MODEL_NAMES, locate, read_model, read_tokenizer
+from olica.sources.locate import MODEL_NAMES, locate
+from olica.sources.tokenizers import read_tokenizer
+from olica.sources.weights import read_model
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

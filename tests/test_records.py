@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+import olica
 from olica.errors import UsageError
 from olica.outputs.records import (
     EVALUATION_RECORD,
@@ -90,6 +91,7 @@ def test_stages_measure_time_and_memory():
 
 def test_environment_names_versions_and_device():
     found = environment(CPU)
+    assert found["olica"] == olica.__version__
     assert found["packages"]["torch"] == torch.__version__
     assert found["device"] == "cpu" and found["cpu_threads"] == torch.get_num_threads()
     json.dumps(found)

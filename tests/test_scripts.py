@@ -18,7 +18,7 @@ import model_pruning
 from olica.command_line import run_command
 from olica.outputs.records import EVALUATION_RECORD, PRUNING_RECORD, write_record
 from olica.sources.dense_model import is_streamed
-from olica.sources.model_source import locate
+from olica.sources.locate import locate
 
 ROOT = Path(__file__).parents[1]
 

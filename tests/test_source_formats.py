@@ -19,14 +19,10 @@ from olica.command_line import run_command
 from olica.errors import UsageError
 from olica.machine import BatchSize
 from olica.model.configuration_olica import LayerShape
-from olica.sources.model_source import (
-    count_dense_parameters,
-    describe_source,
-    locate,
-    read_config,
-    read_model,
-    read_tokenizer,
-)
+from olica.sources.configuration import count_dense_parameters, describe_source, read_config
+from olica.sources.locate import locate
+from olica.sources.tokenizers import read_tokenizer
+from olica.sources.weights import read_model
 
 IDS = torch.randint(3, 250, (6, 20), generator=torch.Generator().manual_seed(0))
 

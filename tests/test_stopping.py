@@ -109,7 +109,10 @@ def test_of_several_processes_one_speaks(here):
     assert process.communicate() == ("", "") and process.returncode == -signal.SIGINT
 
 
-WAITING = "import olica_stopping, time; olica_stopping.end_with(lambda: print('at work', flush=True) or time.sleep({seconds}) or 0)"
+WAITING = (
+    "import olica_stopping, time; "
+    "olica_stopping.end_with(lambda: print('at work', flush=True) or time.sleep({seconds}) or 0)"
+)
 
 
 def test_ctrl_c_stops_a_shell_script_that_calls_the_command(here):

@@ -18,9 +18,8 @@ import pytest
 from pyarrow import parquet
 
 from olica.errors import UsageError
-from olica.sources import text_sources
-from olica.sources.pydoc_text import pydoc_passages
-from olica.sources.text_sources import SOURCES, evaluation_text, read_rows
+from olica.sources import text_files
+from olica.sources.text_sources import SOURCES, evaluation_text, pydoc_passages, read_rows
 
 
 @pytest.fixture(autouse=True)
@@ -542,9 +541,9 @@ def no_cache(tmp_path, monkeypatch):
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    text_sources._temporary_cache.cache_clear()
+    text_files._temporary_cache.cache_clear()
     yield tmp_path
-    text_sources._temporary_cache.cache_clear()
+    text_files._temporary_cache.cache_clear()
 
 
 def test_without_a_cache_a_local_file_is_read_all_the_same(no_cache, caplog):
@@ -556,7 +555,7 @@ def test_without_a_cache_a_local_file_is_read_all_the_same(no_cache, caplog):
     (said,) = caplog.messages
     assert "HF_DATASETS_CACHE" in said and f"{no_cache / 'file'}" in said
     assert list((no_cache / "temporary").iterdir())
-    text_sources._temporary_cache.cache_clear()  # as at the end of the process
+    text_files._temporary_cache.cache_clear()  # as at the end of the process
     gc.collect()
     assert not list((no_cache / "temporary").iterdir())
 

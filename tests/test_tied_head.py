@@ -14,8 +14,10 @@ import model_evaluate
 import model_pruning
 import olica  # noqa: F401
 from olica.command_line import run_command
-from olica.sources.model_source import _say_once, count_dense_parameters, locate, read_config, read_model
+from olica.sources.configuration import _warn_once, count_dense_parameters, read_config
+from olica.sources.locate import locate
 from olica.sources.tied_head import holds_another_head
+from olica.sources.weights import read_model
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 FORMS = ["safetensors", "shards", "bin", "old bin", "no prefix", "links"]
@@ -51,7 +53,7 @@ def write_head(form: str, head: torch.Tensor | None) -> None:
 def embedding(here) -> torch.Tensor:
     """The embedding (V, D) of a tied model in the folder `tied`."""
     make_llama(num_key_value_heads=2, tie_word_embeddings=True).save_pretrained("tied")
-    _say_once.cache_clear()  # what is said once of a model was said of that of another test
+    _warn_once.cache_clear()  # what is said once of a model was said of that of another test
     return load_weights("tied")[EMBEDDING]
 
 

@@ -18,10 +18,14 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UsageError
+from ..machine import peak_memory, reset_peak_memory
 from ..model.skeleton import count_parameters
 from ..outputs.records import Stages, write_record
 from ..processes import Processes
-from ..sources import model_source
+from ..sources.configuration import describe_source, read_config
+from ..sources.locate import Location
+from ..sources.tokenizers import read_tokenizer
+from ..sources.weights import read_model
 from . import cost
 from .perplexity import perplexity, start_token, token_windows
 from .zero_shot import SOFTMAX_DTYPE, TaskProtocol, averages, harness_version, local_rows, zero_shot
@@ -62,7 +66,7 @@ class Protocol:
         of_tasks: how they are scored; its `add_bos_token` goes for the windows too.
         prompt: a text to continue, or None.
         cost: whether times and peak memory are measured.
-        dtype: to run in, a key of `model_source.DTYPES` or "auto".
+        dtype: to run in, a key of `DTYPES` or "auto".
         device_map: "auto" spreads a model over all GPUs and the host; None: the device of the stages.
         batch_size: windows or prompts that go through the model at a time.
     """
@@ -91,17 +95,17 @@ class Subject:
     """A model to measure, with all that can be made ready before its weights are read."""
 
     name: str  # in the record: "dense", "pruned" or "model"
-    location: model_source.Location
+    location: Location
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
     windows: dict[str, Tensor]  # (W, T) by the name of the text
     prompt: Tensor | None  # (1, T)
 
 
-def prepare(name: str, location: model_source.Location, protocol: Protocol) -> Subject:
+def prepare(name: str, location: Location, protocol: Protocol) -> Subject:
     """Cut the windows and tokenise the prompt, so that no model is measured in vain for another's faults."""
-    config = model_source.read_config(location)
-    tokenizer = model_source.read_tokenizer(location)
+    config = read_config(location)
+    tokenizer = read_tokenizer(location)
     if tokenizer is None:
         raise UsageError(f"{location.flag} {location.name}: the folder has no tokenizer, which evaluation needs")
     if protocol.of_tasks.add_bos_token:
@@ -147,7 +151,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, add_bos_token: b
     return torch.tensor([[start_token(tokenizer), *ids] if add_bos_token else ids])
 
 
-def check_positions(needed: dict[str, int], config: PreTrainedConfig, location: model_source.Location) -> None:
+def check_positions(needed: dict[str, int], config: PreTrainedConfig, location: Location) -> None:
     """Raise UsageError if the model has fewer positions than the tokens `needed` by one of the flags."""
     positions = config.max_position_embeddings
     for flag, tokens in needed.items():
@@ -155,7 +159,7 @@ def check_positions(needed: dict[str, int], config: PreTrainedConfig, location: 
             raise UsageError(f"{flag}: {tokens} tokens do not fit in the {positions} positions of {location.name}")
 
 
-def check_vocabulary(token: int, config: PreTrainedConfig, location: model_source.Location) -> None:
+def check_vocabulary(token: int, config: PreTrainedConfig, location: Location) -> None:
     """Raise UsageError if the tokenizer's largest token is none that the model knows."""
     if token >= config.vocab_size:
         raise UsageError(
@@ -233,7 +237,7 @@ def measure(subject: Subject, protocol: Protocol, measures: Measures, stages: St
     @cache
     def model() -> PreTrainedModel:
         with stages.stage(f"{name}: read"):
-            model = model_source.read_model(location, protocol.dtype, protocol.device_map)
+            model = read_model(location, protocol.dtype, protocol.device_map)
             return model if protocol.device_map else model.to(stages.device)
 
     def take(what: str, work: Callable[[PreTrainedModel], Any]) -> Any:
@@ -242,7 +246,7 @@ def measure(subject: Subject, protocol: Protocol, measures: Measures, stages: St
         return measures.take(key, lambda: work(model()))
 
     result = {
-        "model": model_source.describe_source(location, subject.config),
+        "model": describe_source(location, subject.config),
         "file_bytes": location.file_bytes,
         **take("sizes", sizes),
     }
@@ -308,11 +312,11 @@ def latencies(model: PreTrainedModel, device: torch.device) -> dict:
     """Seconds of reading a prompt and of generating a token, and the peak memory of both."""
     shape = (LATENCY["sequences"], LATENCY["prompt_tokens"])
     prompts = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-    cost.reset_peak_memory(device)
+    reset_peak_memory(device)
     timed = cost.generation_latency({"model": model}, prompts, LATENCY["new_tokens"], LATENCY["repeats"])["model"]
     for row in timed.values():
         row.pop("ratio")  # to itself
-    return {"protocol": LATENCY, **timed, "peak_memory": cost.peak_memory(device)}
+    return {"protocol": LATENCY, **timed, "peak_memory": peak_memory(device)}
 
 
 def continuation(model: PreTrainedModel, subject: Subject) -> str:

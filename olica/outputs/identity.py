@@ -1,16 +1,27 @@
 """What decides a result: a run that goes on must not differ in any of it from the run that began."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import torch
 
-from ..sources.model_source import Location, describe_source
+from ..sources.locate import Location
 from .records import EVALUATION_RECORD, environment
 
 # These say where something is, choose the calibration set, which goes by its tokens, or decide nothing.
 NOT_COMPARED = ("base_model", "datasets", "data_dir", "num_samples", "seqlen", "seed", "cache_dev")
 NOT_COMPARED += ("save_dir", "overwrite", "dry_run")
+
+PACKAGE = Path(__file__).parents[1]
+# The code that decides the bits of a pruned model, and that which decides the figures of an evaluation, as patterns
+# within the package, whose own modules are the ground, and jobs.py. What shows results is left out.
+PRUNING_CODE = ("*.py", "model/**/*.py", "methods/**/*.py", "sources/**/*.py", "pruning/**/*.py")
+PRUNING_CODE += tuple(f"outputs/{name}.py" for name in ("checkpoint", "journal", "run_folder", "run_progress"))
+PRUNING_CODE += ("outputs/survey_store.py",)
+EVALUATION_CODE = ("*.py", "model/**/*.py", "sources/**/*.py", "evaluation/**/*.py")
+# The packages that compute a pruned model; those of tokenizers do not, since the calibration set goes by its tokens.
+PRUNING_PACKAGES = ("torch", "transformers", "numpy", "safetensors", "gguf")
 
 
 def of_run(settings: dict, location: Location, config, token_hash: str, device: torch.device) -> dict:
@@ -28,9 +39,9 @@ def of_run(settings: dict, location: Location, config, token_hash: str, device: 
         "calibration set": token_hash,
         **{f"--{name}": value for name, value in settings.items() if name not in NOT_COMPARED},
         **_source(location, config),
-        "version of the code": _code(),
+        "version of the code": _code(PRUNING_CODE, without="evaluate.py"),
         "version of Python": machine["python"],
-        **{f"version of {name}": version for name, version in machine["packages"].items()},
+        **{f"version of {name}": machine["packages"][name] for name in PRUNING_PACKAGES},
         "device": machine["device"],
         "number of threads": machine["cpu_threads"],
     }
@@ -52,7 +63,7 @@ def of_evaluation(
         "settings": {name: value for name, value in settings.items() if name != "output_path"},
         "models": {name: _source(location, configs[name]) for name, location in locations.items()},
         "data": data,
-        "code": _code(),
+        "code": _code(EVALUATION_CODE, without="prune.py"),
         # What the commit changed in the code, the digest of the code knows.
         "environment": {name: value for name, value in environment(device).items() if name != "git_commit"},
     }
@@ -61,14 +72,13 @@ def of_evaluation(
 def _source(location: Location, config) -> dict:
     """Size and time of the last change of every file of a local model; the commit of one of the hub."""
     if not location.is_local:
-        return {"revision of the model": describe_source(location, config)["revision"]}
+        return {"revision of the model": location.revision}
     files = [path for path in location.files if not path.match(EVALUATION_RECORD.format(time="*"))]
     return {f"{path.name} of the model": [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
 
 
-def _code() -> str:
-    digest = hashlib.sha256()
-    library = Path(__file__).parents[1]
-    for path in [*sorted(library.rglob("*.py")), *sorted(library.parent.glob("model_*.py"))]:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+def _code(patterns: tuple[str, ...], without: str) -> str:
+    """The sha256 (hex) of the names and contents of the files of the package that fit `patterns`, but for one."""
+    paths = {path for pattern in patterns for path in PACKAGE.glob(pattern)} - {PACKAGE / without}
+    names = {path.relative_to(PACKAGE).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    return hashlib.sha256(json.dumps(names, sort_keys=True).encode()).hexdigest()

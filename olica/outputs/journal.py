@@ -77,7 +77,7 @@ class Journal:
     def write(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Write a file of safetensors, which the next `commit` is going to name."""
         path = self.path.parent / name
-        with explained_writing(self.path.parent, self.flag):
+        with writing_in_words(self.path.parent, self.flag):
             partial = path.with_suffix(".unfinished")
             save_tensors({key: t.cpu().contiguous() for key, t in tensors.items()}, partial, {"format": "pt"})
             move_durably(partial, path)
@@ -88,7 +88,7 @@ class Journal:
         self.facts = self.facts | facts
         self.files = {name: checksum for name, checksum in self.files.items() if name not in without}
         stored = {"sha256": _text_checksum(self.facts, self.files), "facts": self.facts, "files": self.files}
-        with explained_writing(self.path.parent, self.flag):
+        with writing_in_words(self.path.parent, self.flag):
             partial = self.path.with_suffix(".unfinished")
             partial.write_text(json.dumps(stored, indent=1))
             move_durably(partial, self.path)
@@ -96,7 +96,7 @@ class Journal:
                 (self.path.parent / name).unlink()
 
 
-def explained_writing(folder: Path, flag: str = "--save_dir") -> AbstractContextManager[None]:
+def writing_in_words(folder: Path, flag: str = "--save_dir") -> AbstractContextManager[None]:
     """Have a disk that is full or fails under `folder`, which `flag` names, end in a UsageError."""
     return in_words(
         lambda error: (

@@ -17,6 +17,7 @@ from filelock import FileLock
 
 from ..errors import UsageError
 from ..machine import peak_memory, reset_peak_memory
+from ..version import __version__
 
 PACKAGES = (
     "torch",
@@ -60,6 +61,7 @@ def _git_commit() -> str | None:
 def environment(device: torch.device) -> dict:
     """Versions, source commit and hardware of this process."""
     return {
+        "olica": __version__,
         "python": platform.python_version(),
         "packages": {package: _version(package) for package in PACKAGES},
         "git_commit": _git_commit(),

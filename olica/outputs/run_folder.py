@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from ..errors import UsageError
 from ..machine import BatchSize
-from .journal import Journal, explained_writing, force_to_disk, move_durably
+from .journal import Journal, force_to_disk, move_durably, writing_in_words
 from .run_progress import CHECKPOINT, RunProgress, Shards
 
 
@@ -191,7 +191,7 @@ class RunFolder:
 
     def explained(self) -> AbstractContextManager:
         """Have files that cannot be written end in a UsageError."""
-        return explained_writing(self.work)
+        return writing_in_words(self.work)
 
     def publish(self) -> None:
         """Put the complete checkpoint in its place.

@@ -50,7 +50,7 @@ class CalibrationSet:
     `sources` has one JSON-able dict a source, in the order of the windows: name, origin, fingerprint, counts
     rows, tried and accepted, acceptance_rate; tried and rate are None for a token file of unknown making.
     `token_hash` is `hash_tokens(ids)`. `tokenizer` is `describe_tokenizer` of the one that was used, or None
-    where a token file does not tell.
+    where a token file does not say.
     """
 
     ids: torch.Tensor

@@ -23,17 +23,10 @@ from ..checks import all_finite
 from ..machine import hand_back_memory
 from ..model.modeling_olica import separate_projections
 from ..progress_bar import counted
-from .model_source import (
-    DTYPES,
-    IGNORED_WEIGHTS,
-    Location,
-    explained,
-    file_of,
-    read_config,
-    read_model,
-    refuse_weights,
-)
+from .configuration import read_config
+from .locate import Location
 from .tied_head import HEAD
+from .weights import DTYPES, IGNORED_WEIGHTS, read_model, refuse_weights
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +167,7 @@ class StreamedModel(DenseModel):
     def read(self, names: list[str]) -> dict[str, Tensor]:
         """The weights of these names, from the disk."""
         weights = {}
-        with explained(self.location, "its weights cannot be read"):
+        with self.location.in_words("its weights cannot be read"):
             for path in dict.fromkeys(self.files[name] for name in names):
                 # A file is mapped as a whole: opened anew, it does not pile up in memory what was read before.
                 with safe_open(path, framework="pt") as file:
@@ -211,11 +204,11 @@ def open_dense_model(location: Location, dtype: str = "auto") -> DenseModel:
     Otherwise (.bin, GGUF, names or a tie that only transformers understands) it is read into host memory as a whole.
 
     Args:
-        location: from `model_source.locate`.
+        location: from `locate`.
         dtype: a key of DTYPES, or "auto" for that of the checkpoint (float32 for GGUF).
 
     Raises:
-        UsageError: as `model_source.read_model`.
+        UsageError: as `read_model`.
     """
     if streamed := _streamed(location, dtype):
         return streamed
@@ -231,12 +224,17 @@ def is_streamed(location: Location) -> bool:
 
 def _streamed(location: Location, dtype: str) -> StreamedModel | None:
     """The model, if its safetensors hold its weights under their own names."""
-    with explained(location, "its weights cannot be read"):
-        stored = stored_weights(safetensors_files(location))
+    if location.gguf_file:
+        return None
+    with location.in_words("its weights cannot be read"):
+        if not location.is_local:
+            _download_safetensors(location)
+        config = read_config(location)  # behind the download: weights that are here say whether the head is tied
+        stored = stored_weights(path for path in location.weight_files if path.suffix == ".safetensors")
         stored = {name: weight for name, weight in stored.items() if not name.endswith(IGNORED_WEIGHTS)}
         if not stored:
             return None
-        model = _skeleton(location, DTYPES.get(dtype), next(iter(stored.values())).dtype)
+        model = _skeleton(location, config, DTYPES.get(dtype) or config.dtype or next(iter(stored.values())).dtype)
         if model.config.tie_word_embeddings:
             stored.pop(HEAD, None)  # a copy
         if {name: tuple(p.shape) for name, p in model.named_parameters()} != {n: w.shape for n, w in stored.items()}:
@@ -244,21 +242,16 @@ def _streamed(location: Location, dtype: str) -> StreamedModel | None:
         return StreamedModel(model, location, {name: weight.path for name, weight in stored.items()})
 
 
-def safetensors_files(location: Location) -> list[str]:
-    """The model's safetensors files, downloaded if need be; none where it comes in another form."""
-    if location.gguf_file:
-        return []
-    if whole := file_of(location, SAFE_WEIGHTS_NAME):
-        return [whole]
-    index = file_of(location, SAFE_WEIGHTS_INDEX_NAME)
-    return get_checkpoint_shard_files(location.path, index)[0] if index else []
+def _download_safetensors(location: Location) -> None:
+    """Have the safetensors of a model of the hub on this machine, if it has any."""
+    if not location.find(SAFE_WEIGHTS_NAME) and (index := location.find(SAFE_WEIGHTS_INDEX_NAME)):
+        get_checkpoint_shard_files(location.path, index)
 
 
-def _skeleton(location: Location, dtype: torch.dtype | None, stored: torch.dtype) -> PreTrainedModel:
-    """The model without weights, but with the buffers that it computes, in `dtype` or as the checkpoint says."""
-    config = read_config(location)
+def _skeleton(location: Location, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model without weights, but with the buffers that it computes, in `dtype`."""
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or stored)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()  # which the context undoes
     try:
         model.generation_config = GenerationConfig.from_pretrained(location.path)

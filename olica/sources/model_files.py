@@ -1,6 +1,7 @@
 """Which files of a folder are its model's: others may lie there, of an adapter, another form or an old download."""
 
 import json
+import re
 from pathlib import Path
 
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
@@ -10,6 +11,12 @@ from ..errors import UsageError
 
 # In the order in which transformers looks: the weights as a whole, or an index of files that hold them.
 WEIGHT_FORMS = ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME))
+# How llama.cpp names the parts of a model that it splits.
+GGUF_PART = re.compile(r"-(\d{5})-of-(?!00001)\d{5}$")
+ONE_PART = (
+    "the file is one part of a split model; put it together by "
+    "llama-gguf-split --merge FIRST_PART WHOLE.gguf, and give that"
+)
 
 
 def weight_files(folder: str | Path) -> list[Path]:

@@ -1,0 +1,48 @@
+import math
+
+import pytest
+import torch
+
+from olica.checks import all_finite, check_record_path, check_writable, refuse_pointers
+from olica.errors import UsageError
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_one_value_makes_a_tensor_unsound(value, dtype):
+    tensor = torch.linspace(-3, 3, 60).view(3, 20).to(dtype)
+    assert all_finite(tensor)
+    tensor[1, 7] = value
+    assert not all_finite(tensor)
+
+
+def test_a_tensor_without_entries_is_sound():
+    assert all_finite(torch.empty(0, 4)) and all_finite(torch.empty(4, 0))
+
+
+def test_the_nearest_folder_that_is_there_has_to_take_what_is_written(tmp_path):
+    assert check_writable(tmp_path / "a" / "b" / "c.json", "--flag") == tmp_path
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=f"--flag: {tmp_path / 'file'} is not a folder that can be written to"):
+        check_writable(tmp_path / "file" / "c.json", "--flag")
+
+
+def test_a_record_may_take_the_place_of_a_file_only(tmp_path):
+    (tmp_path / "old.json").touch()
+    (tmp_path / "link.json").symlink_to(tmp_path / "old.json")
+    (tmp_path / "folder.json").mkdir()
+    check_record_path(tmp_path / "old.json", "--output_path")
+    check_record_path(tmp_path / "new.json", "--output_path")
+    for name in ("link.json", "folder.json"):
+        with pytest.raises(UsageError, match=f"--output_path .*{name} is a folder, a link or a device"):
+            check_record_path(tmp_path / name, "--output_path")
+
+
+def test_pointers_are_known_by_how_they_begin_and_how_short_they_are(tmp_path):
+    start = b"version https://git-lfs.github.com/spec/v1\n"
+    files = {"pointer": start, "long": start + bytes(2000), "other": b"version 2", "empty": b""}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    refuse_pointers(tmp_path / name for name in ("long", "other", "empty", "absent"))
+    with pytest.raises(UsageError, match="pointer is a pointer of git-lfs in place of the file; run git lfs pull"):
+        refuse_pointers([tmp_path / "other", tmp_path / "pointer"])
