@@ -3,6 +3,9 @@
 Importing the package makes pruned checkpoints known to the Auto classes of transformers.
 """
 
+from importlib import import_module
+from typing import Any
+
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -13,9 +16,12 @@ from transformers import (
 
 from .model.configuration_olica import LayerShape
 from .model.families import FAMILIES, SEQUENCE_CLASSIFIERS, TOKEN_CLASSIFIERS
-from .version import __version__ as __version__
+from .version import __version__
 
-__all__ = ["FAMILIES", "LayerShape"]
+__all__ = ["FAMILIES", "LayerShape", "RECIPES", "__version__", "evaluate", "prune"]
+
+# Public names, by the modules that define them: these take seconds to import, and loading a checkpoint needs none.
+_LAZY = {"evaluate": "olica.evaluation.evaluate", "prune": "olica.jobs", "RECIPES": "olica.methods.recipes"}
 
 for _causal_lm in FAMILIES.values():
     _config, _model = _causal_lm.config_class, _causal_lm.base_class
@@ -32,3 +38,9 @@ for _auto, _models in (
     for _model in _models.values():
         _auto.register(_model.config_class, _model)
         _model.register_for_auto_class(_auto.__name__)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)

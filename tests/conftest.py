@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported
 # ruff: noqa: E402
 import ctypes
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -152,6 +153,28 @@ def no_memory_for_more_than(samples: int, error: str = "cuda"):
                     torch.empty(2**60)
 
     return hook
+
+
+@cache
+def stock_index() -> dict:
+    """lm-eval's index of its own tasks, by their names."""
+    from lm_eval import tasks
+
+    return tasks.TaskManager()._index
+
+
+@pytest.fixture
+def stock_tasks(monkeypatch):
+    """lm-eval's index of its thousands of tasks is made once for all tests: it takes ten seconds."""
+    from lm_eval.tasks import _index
+
+    stock, folder, build = stock_index(), Path(_index.__file__).parent, _index.TaskIndex.build
+
+    def building(paths, **settings):
+        indices = [stock if path == folder else build([path], **settings) for path in paths]
+        return {name: entry for index in indices for name, entry in index.items()}
+
+    monkeypatch.setattr(_index.TaskIndex, "build", staticmethod(building))
 
 
 @pytest.fixture(scope="session")

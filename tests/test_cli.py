@@ -571,7 +571,7 @@ def test_a_pruned_checkpoint_is_not_pruned_again(here, capsys):
         (["--checkpoint=tiny", "--ppl=rows.jsonl", "--output_path=tiny"], ["--output_path tiny", "folder"]),
     ],
 )
-def test_wrong_input_to_evaluation(here, capsys, flags, words):
+def test_wrong_input_to_evaluation(here, capsys, stock_tasks, flags, words):
     Path("short.txt").write_text("too short")
     Path("cut").mkdir()
     Path("cut/piqa_validation.jsonl").write_text('{"goal": "re')

@@ -5,21 +5,27 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_llama, make_tokenizer
-from test_zero_shot import ROWS, no_inventory, write_rows  # noqa: F401
+from test_zero_shot import ROWS, write_rows
 from tokenizers import processors
 from transformers import AutoTokenizer, GenerationMixin
 
 import model_evaluate
+import olica
 from olica.command_line import run_command
-from olica.evaluation import evaluation
+from olica.errors import UsageError
+from olica.evaluation import evaluate as evaluate_module
+from olica.evaluation import measures
 from olica.evaluation.paired import unpack_floats
+from olica.evaluation.settings import EvaluationSettings, listed
 from olica.outputs import identity
 
+pytestmark = pytest.mark.usefixtures("stock_tasks")
 ROOT = Path(__file__).parents[1]
 WORDS = "seven wise owls read old books by candle light and hoot at every quick brown fox".split()
 FLAGS = ["--checkpoint=tiny", "--ppl=one.txt,two.txt", "--ppl_seqlen=32", "--tasks=piqa,hellaswag,boolq",
@@ -61,16 +67,16 @@ def refused(capsys, *arguments: str) -> str:
 @pytest.fixture
 def counted(monkeypatch) -> list[str]:
     """Names of the measures that are really made."""
-    made, read = [], evaluation.perplexity
-    monkeypatch.setattr(evaluation, "perplexity", lambda *a, **k: made.append("text") or read(*a, **k))
-    score = evaluation.zero_shot
+    made, read = [], measures.perplexity
+    monkeypatch.setattr(measures, "perplexity", lambda *a, **k: made.append("text") or read(*a, **k))
+    score = measures.zero_shot
 
     def counting(*arguments):
         for task, scores in score(*arguments):
             made.append(task)
             yield task, scores
 
-    monkeypatch.setattr(evaluation, "zero_shot", counting)
+    monkeypatch.setattr(measures, "zero_shot", counting)
     return made
 
 
@@ -90,27 +96,83 @@ def test_several_texts_and_tasks_in_one_call(here, capsys):
     assert sorted(path.name for path in here.iterdir() if path.name.startswith(".")) == []
 
 
+def test_python_measures_what_the_command_line_does(here, capsys):
+    expected = evaluate(*FLAGS, "--prompt=old books", "--limit=4")
+    capsys.readouterr()
+    settings = dict(ppl_seqlen=32, data_dir=Path("rows"), batch_size=3, prompt="old books", limit=4)
+    names = dict(ppl=[Path("one.txt"), "two.txt"], tasks=("piqa", "hellaswag", "boolq"))
+    done = olica.evaluate(Path("tiny"), **names, output_path="python.json", **settings)
+    assert done.path == Path("python.json") and json.loads(done.path.read_text()) == done.record
+    assert done.record["results"] == expected["results"]
+    assert done.record["settings"] == expected["settings"] | {"output_path": "python.json"}
+    assert capsys.readouterr().out == ""
+
+
+def test_python_finds_a_checkpoint_as_the_command_line_does(here):
+    pruning = {"model": {"name": "tiny", "source": "tiny"}, "parameters": {"before": 0}, "settings": {}}
+    make_llama(num_key_value_heads=2).save_pretrained("pruned_models/tiny_sparsity-0.3")
+    Path("pruned_models/tiny_sparsity-0.3/olica_run.json").write_text(json.dumps(pruning))
+    with pytest.raises(UsageError, match="--base_model tiny: .* was pruned from tiny"):
+        olica.evaluate(base_model="tiny", sparsity=0.3)
+    with pytest.raises(UsageError, match="there is no .*tiny_sparsity-0.2; prune the model first"):
+        olica.evaluate(base_model="tiny")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (dict(batch=3), "batch is no setting of an evaluation; there are batch_size"),
+        (dict(checkpoint="tiny"), "checkpoint is the first argument"),
+        (dict(batch_size=0), "--batch_size 0 must be at least 1"),
+        (dict(batch_size=2.0), "--batch_size 2.0 must be a whole number"),
+        (dict(ppl_windows=True), "--ppl_windows True must be a whole number"),
+        (dict(seed=None), "--seed None must be a whole number"),
+        (dict(limit="5"), "--limit 5 must be a number of rows"),
+        (dict(sparsity="0.2"), "--sparsity 0.2 is no number"),
+        (dict(dtype="int8"), "--dtype int8 is none of auto, float32"),
+        (dict(device="gpu"), "--device gpu is none of auto, cpu, cuda"),
+        (dict(device_map="balanced"), "--device_map balanced is none of None, auto"),
+        (dict(sparsity_of="heads"), "--sparsity_of heads is none of"),
+        (dict(cost="no"), "--cost no is none of False, True"),
+        (dict(prompt=3), "--prompt 3 must be a text"),
+        (dict(ppl=3), "--ppl 3 must be a text"),
+        (dict(ppl=["one.txt", 3]), "--ppl 3 must be a name or a path"),
+        (dict(ppl=[]), "--ppl none leaves nothing to measure"),
+        (dict(data_dir=3), "--data_dir 3 must be a name or a path"),
+        (dict(ppl=["one.txt"], output_path="tiny"), "--output_path tiny"),
+    ],
+)
+def test_python_gets_wrong_settings_named(here, settings, words):
+    with pytest.raises(UsageError) as raised:
+        olica.evaluate("tiny", **settings)
+    assert str(raised.value).startswith(words)
+
+
+def test_the_flags_are_the_settings():
+    assert vars(model_evaluate.build_parser().parse_args([])) == asdict(EvaluationSettings())
+
+
 @pytest.mark.parametrize("after", [1, 3, 4, 6])
-def test_a_stopped_evaluation_goes_on(here, capsys, monkeypatch, counted, after):
+def test_a_stopped_evaluation_goes_on(here, caplog, monkeypatch, counted, after):
     flags = [*FLAGS, "--prompt=old books"]
     undisturbed = evaluate(*flags)["results"]
     Path("eval.json").unlink()
     counted.clear()
     with monkeypatch.context() as patched:
-        take = evaluation.Measures.take
+        take = measures.Measures.take
 
         def dying(self, name, work):
             if len(self._rows) == after:
                 raise Killed
             return take(self, name, work)
 
-        patched.setattr(evaluation.Measures, "take", dying)
+        patched.setattr(measures.Measures, "take", dying)
         with pytest.raises(Killed):
             evaluate(*flags)
     assert not Path("eval.json").exists() and len(counted) == after - 1
-    capsys.readouterr()
+    caplog.clear()
     record = evaluate(*flags)
-    assert f"measured before: {after}" in capsys.readouterr().out
+    assert f"measured before: {after}" in caplog.text
     assert counted == ["text", "text", "piqa", "hellaswag", "boolq"]
     assert record["results"] == undisturbed
     assert set(record["stages"]) == {"model: read", *(f"model: {name}" for name in [*MEASURES, "continuation"])}
@@ -119,7 +181,7 @@ def test_a_stopped_evaluation_goes_on(here, capsys, monkeypatch, counted, after)
 @pytest.mark.parametrize("change", ["flag", "model", "text", "rows", "damage"])
 def test_another_evaluation_is_not_taken_up(here, monkeypatch, counted, caplog, change):
     with monkeypatch.context() as patched:
-        patched.setattr(evaluation.Measures, "forget", lambda self: None)
+        patched.setattr(measures.Measures, "forget", lambda self: None)
         evaluate(*FLAGS)
     counted.clear()
     match change:
@@ -145,7 +207,7 @@ def test_another_evaluation_is_not_taken_up(here, monkeypatch, counted, caplog, 
 
 def test_a_commit_that_leaves_the_code_alone_changes_nothing(here, monkeypatch, counted):
     with monkeypatch.context() as patched:
-        patched.setattr(evaluation.Measures, "forget", lambda self: None)
+        patched.setattr(measures.Measures, "forget", lambda self: None)
         evaluate(*FLAGS)
     counted.clear()
     environment = identity.environment
@@ -163,7 +225,7 @@ def test_another_evaluation_in_between_leaves_a_stopped_one(here, monkeypatch, c
         run_command(model_evaluate.build_parser(), model_evaluate.run, [*FLAGS, *flags])
 
     with monkeypatch.context() as patched:
-        patched.setattr(evaluation.Measures, "forget", lambda self: None)
+        patched.setattr(measures.Measures, "forget", lambda self: None)
         call()
     call("--limit=2")
     counted.clear()
@@ -173,7 +235,7 @@ def test_another_evaluation_in_between_leaves_a_stopped_one(here, monkeypatch, c
 
 def test_start_token_in_windows_and_prompts(here, monkeypatch):
     prompts = []
-    monkeypatch.setattr(evaluation, "continuation", lambda model, subject: prompts.append(subject.prompt))
+    monkeypatch.setattr(measures, "continuation", lambda model, subject: prompts.append(subject.prompt))
     result = evaluate(*FLAGS, "--prompt=old books", "--add_bos_token")["results"]["model"]
     plain = evaluate(*FLAGS, "--prompt=old books")["results"]["model"]
     started, unstarted = (prompt[0].tolist() for prompt in prompts)
@@ -188,8 +250,8 @@ def test_a_path_with_a_comma(here):
     Path("two,deux").mkdir()
     Path("two.txt").rename("two,deux/2.txt")
     names = ["one,uno.txt", "two,deux/2.txt", "three.txt"]
-    assert model_evaluate.listed(",".join(names), "--ppl") == names
-    assert model_evaluate.listed(" one,uno.txt , wikitext2", "--ppl") == ["one,uno.txt", "wikitext2"]
+    assert listed(",".join(names), "--ppl") == names
+    assert listed(" one,uno.txt , wikitext2", "--ppl") == ["one,uno.txt", "wikitext2"]
     measured = evaluate("--checkpoint=tiny", "--ppl=one,uno.txt", "--ppl_seqlen=32")["results"]["model"]
     assert list(measured["perplexity"]) == names[:1]
 
@@ -197,11 +259,12 @@ def test_a_path_with_a_comma(here):
 AT_ONCE = """
 import datetime, sys, model_evaluate
 from olica.command_line import run_command
+from olica.evaluation import evaluate
 class Noon(datetime.datetime):
     @classmethod
     def now(cls, zone=None):
         return cls(2026, 1, 1, 12, tzinfo=zone)
-model_evaluate.datetime = Noon  # so that all records have one name
+evaluate.datetime = Noon  # so that all records have one name
 sys.exit(run_command(model_evaluate.build_parser(), model_evaluate.run, sys.argv[1:]))
 """
 
@@ -258,17 +321,17 @@ def test_a_limit_is_a_number_of_rows_or_a_share(here, capsys, limit):
 
 
 def test_a_task_that_generates_more_than_the_model_has_positions(here, capsys, monkeypatch):
-    monkeypatch.setattr(model_evaluate, "check_tasks", lambda tasks, protocol: {"piqa": 256})
+    monkeypatch.setattr(evaluate_module, "check_tasks", lambda tasks, protocol: {"piqa": 256})
     message = refused(capsys, *FLAGS)
     words = "--tasks piqa, which generates 256 tokens from a prompt: 257 tokens do not fit in the 256 positions of tiny"
     assert message.startswith(words)
-    monkeypatch.setattr(model_evaluate, "check_tasks", lambda tasks, protocol: {"piqa": 255})
+    monkeypatch.setattr(evaluate_module, "check_tasks", lambda tasks, protocol: {"piqa": 255})
     evaluate(*FLAGS)
 
 
 @pytest.mark.parametrize("generated", [{}, {"piqa": 5}])
 def test_a_tokenizer_without_the_tokens_that_the_harness_needs(here, capsys, monkeypatch, generated):
-    monkeypatch.setattr(model_evaluate, "check_tasks", lambda tasks, protocol: generated)
+    monkeypatch.setattr(evaluate_module, "check_tasks", lambda tasks, protocol: generated)
     tokenizer = make_tokenizer()
     tokenizer.eos_token = None
     if not generated:

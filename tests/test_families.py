@@ -131,6 +131,7 @@ installed = {installed}
 assert (importlib.util.find_spec("olica") is not None) == installed
 if installed:
     import olica
+    assert not {{"datasets", "lm_eval"}} & sys.modules.keys(), "seconds that who loads a checkpoint would wait for"
 from transformers import AutoModel, AutoModelForCausalLM
 arguments = dict() if installed else dict(trust_remote_code=True)
 for path in sys.argv[1:]:

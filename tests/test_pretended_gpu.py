@@ -25,9 +25,9 @@ from test_zero_shot import ROWS, write_rows
 import model_evaluate
 import model_pruning
 from olica.command_line import run_command
-from olica.evaluation import evaluation
 from olica.evaluation.cost import forward_latency
 from olica.evaluation.perplexity import perplexity
+from olica.evaluation.subject import LATENCY
 from olica.machine import BatchSize
 from olica.methods.recipes import RECIPES
 from olica.outputs import run_progress
@@ -65,8 +65,8 @@ def here(tmp_path, monkeypatch) -> Path:
     save_file({"calibration_ids": ids}, "ids.safetensors")
     Path("text.txt").write_text(" ".join(WORDS * 3))
     write_rows(tmp_path / "rows", "piqa_validation", [ROWS["piqa_validation"] | {"idx": index} for index in range(3)])
-    monkeypatch.setattr(evaluation, "LATENCY", dict(sequences=1, prompt_tokens=8, new_tokens=2, repeats=1))
-    monkeypatch.setattr(model_evaluate, "LATENCY", evaluation.LATENCY)
+    for name, value in dict(prompt_tokens=8, new_tokens=2, repeats=1).items():
+        monkeypatch.setitem(LATENCY, name, value)
     return tmp_path
 
 
@@ -500,10 +500,10 @@ def test_no_memory_for_batches_of_an_evaluation_halves_them(here, gpu, caplog):
     "place",
     [
         "torch.nn.Module.to",
-        "olica.evaluation.evaluation.perplexity",
+        "olica.evaluation.measures.perplexity",
         "lm_eval.models.huggingface.HFLM._model_call",
-        "olica.evaluation.evaluation.latencies",
-        "olica.evaluation.evaluation.continuation",
+        "olica.evaluation.measures.latencies",
+        "olica.evaluation.measures.continuation",
     ],
 )
 def test_no_memory_for_a_measure_names_the_flags(here, gpu, capsys, monkeypatch, place):
@@ -548,7 +548,7 @@ CHECKS = {
     "pruning.activations": [check_embedding, check_pruning, partial(check_resuming, seconds=-1.0)],
     "evaluation.cost": [check_latencies],
     "sources.dense_model": [check_layers],
-    "evaluation.evaluation": [check_that_the_model_is_moved],
+    "evaluation.measures": [check_that_the_model_is_moved],
     "methods.moments": [check_survey],
     "evaluation.perplexity": [check_perplexity],
     "pruning.cutting": [check_resuming],
@@ -557,7 +557,7 @@ CHECKS = {
 # Modules that do little but place tensors; what others might forget is tried among the slow tests.
 MOSTLY_PLACING = ("pruning.activations", "evaluation.perplexity", "pruning.cutting")
 # The library's generate moves what it is given by itself.
-HARMLESS = {("evaluation.evaluation", "continuation", 0)}
+HARMLESS = {("evaluation.measures", "continuation", 0)}
 
 
 def is_placing(node: ast.AST) -> bool:

@@ -29,7 +29,7 @@ Journal.write = lambda self, *args: time.sleep(0.2) or write(self, *args)
 """
 SLOW_MEASURES = """
 import time
-from olica.evaluation.evaluation import Measures
+from olica.evaluation.measures import Measures
 take = Measures.take
 Measures.take = lambda self, *args: (take(self, *args), time.sleep(1))[0]
 """
@@ -82,14 +82,14 @@ def test_a_stopped_pruning_says_after_which_layer_it_goes_on(here, number):
 
 
 @both_signals
-def test_a_stopped_evaluation_takes_up_what_was_measured(here, capsys, number):
+def test_a_stopped_evaluation_takes_up_what_was_measured(here, caplog, number):
     Path("held.txt").write_text("seven wise owls read old books by candle light\n" * 20)
     flags = [EVALUATION, "--checkpoint=tiny", "--ppl=held.txt", "--ppl_seqlen=64", "--output_path=out.json"]
     process = start(sys.executable, "-c", SLOW_MEASURES + RUN, *flags)
     wait_for(process, Path(".out.json.measures").exists)
     assert stop(process, number) == "the same command takes up what was measured, the last being model: sizes"
     assert run_command(model_evaluate.build_parser(), model_evaluate.run, flags[1:]) == 0
-    assert "measured before: 1" in capsys.readouterr().out
+    assert "measured before: 1" in caplog.text
     assert Path("out.json").exists() and not Path(".out.json.measures").exists()
 
 

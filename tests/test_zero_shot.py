@@ -13,9 +13,11 @@ from tokenizers import processors
 
 from olica.errors import UsageError
 from olica.evaluation import zero_shot
+from olica.evaluation.local_rows import LOCAL_ROWS, LocalRows
 from olica.evaluation.paired import PAPER_METRIC
 from olica.evaluation.zero_shot import TaskProtocol
 
+pytestmark = pytest.mark.usefixtures("stock_tasks")
 TASKS = ["openbookqa", "arc_easy", "arc_challenge", "winogrande", "hellaswag", "piqa", "boolq"]
 
 CHOICES = {"text": ["a wet stone", "the sun", "ice"], "label": ["A", "B", "C"]}
@@ -58,12 +60,6 @@ PROMPTS = [
     "Question: Dry a cup.\nAnswer: Wipe it.",
     "Ice -- Ice is cold.\nQuestion: is ice cold?\nAnswer: yes",
 ]
-
-
-@pytest.fixture(autouse=True)
-def no_inventory(monkeypatch):
-    """Without lm-eval's list of all that is installed, which it makes for seconds and we do not record."""
-    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)
 
 
 @pytest.fixture
@@ -404,7 +400,7 @@ def generating(monkeypatch, tmp_path, exact_llama, tokenizer):
     stock |= {"generation_kwargs": {"until": ["Question"], "max_gen_toks": 6}}
     stock |= {"metric_list": [{"metric": "exact_match"}]}
     (tmp_path / "sums.yaml").write_text(json.dumps(stock))
-    monkeypatch.setitem(zero_shot.LOCAL_ROWS, "sums", zero_shot.LocalRows(str(tmp_path / "sums.yaml"), "sums", "test"))
+    monkeypatch.setitem(LOCAL_ROWS, "sums", LocalRows(str(tmp_path / "sums.yaml"), "sums", "test"))
     questions = [f"{'What is ' * index}{index} and {index}?" for index in range(6)]
     answers = [greedy(exact_llama, tokenizer, question, 6) for question in questions]
     answers[::2] = ["none"] * 3

@@ -2,18 +2,17 @@
 
 import copy
 import difflib
-import glob
 import hashlib
 import importlib.util
-import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from importlib import metadata
 from pathlib import Path
+from unittest.mock import patch
 
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import UsageError, in_words, is_no_fault_of_input, reason
 from ..machine import BatchSize
 from ..processes import ALONE, Processes
+from .local_rows import LOCAL_ROWS, find_rows, local_tasks
 from .paired import PAPER_METRIC, mean_error, pack_hits
 
 # lm-eval's default is the model's dtype: in bfloat16 a log-likelihood near -40 comes in steps of 0.25, and answers tie.
@@ -30,26 +30,6 @@ ROW_METRICS = ("acc", "acc_norm")
 # What lm-eval calls of a model, and the mark of what fails there: whatever it is, it is no fault of the rows.
 CALLS = ("loglikelihood", "loglikelihood_rolling", "generate_until", "all_gather", "gather_object", "barrier")
 WHILE_RUNNING = "while lm-eval ran the model"
-
-
-@dataclass(frozen=True)
-class LocalRows:
-    """Where the rows of a task may lie in a data folder, and which lm-eval task file they are put through."""
-
-    stock: str  # task file, relative to lm-eval's own folder of tasks
-    stem: str  # file name without .jsonl or .jsonl.gz
-    split: str  # the split that is scored, the only one in the file
-
-
-LOCAL_ROWS = {
-    "openbookqa": LocalRows("openbookqa/openbookqa.yaml", "openbookqa_main_test", "test"),
-    "arc_easy": LocalRows("arc/arc_easy.yaml", "arc_easy_test", "test"),
-    "arc_challenge": LocalRows("arc/arc_challenge.yaml", "arc_challenge_test", "test"),
-    "winogrande": LocalRows("winogrande/default.yaml", "winogrande_xl_validation", "validation"),
-    "hellaswag": LocalRows("hellaswag/hellaswag.yaml", "hellaswag_validation", "validation"),
-    "piqa": LocalRows("piqa/piqa.yaml", "piqa_validation", "validation"),
-    "boolq": LocalRows("super_glue/boolq/default.yaml", "boolq_validation", "validation"),
-}
 
 
 @dataclass(frozen=True)
@@ -91,6 +71,10 @@ def zero_shot(
     local file.
     """
     harness = _import_harness()
+    from lm_eval import evaluator
+
+    # Or lm-eval lists, for every task, all that is installed: seconds each, for a field that is not recorded here.
+    without_inventory = partial(patch.object, evaluator, "add_env_info", lambda results: None)
     with tempfile.TemporaryDirectory() as folder:
         with _in_words(tasks, protocol.data_dir):
             local = local_tasks(protocol.data_dir, folder) if protocol.data_dir else []
@@ -101,7 +85,7 @@ def zero_shot(
         def score(task: str) -> None:
             """Put the task's scores into `scored`."""
             wrapped = _harness_model(model, tokenizer, fitting.size, protocol.add_bos_token, processes)
-            with _in_words([task], protocol.data_dir):
+            with _in_words([task], protocol.data_dir), without_inventory():
                 results = harness.simple_evaluate(
                     model=wrapped,
                     tasks=[task],
@@ -152,14 +136,6 @@ def _check_examples(tasks: dict, number: int | None) -> None:
             raise UsageError(f"--num_fewshot {number}: {name} has {rows} rows to draw examples from; ask for fewer")
 
 
-def local_rows(tasks: list[str], data_dir: str | Path | None) -> dict[str, str]:
-    """sha256 of the local files of rows that `tasks` may read, by the names of the tasks."""
-    if not data_dir or not tasks:
-        return {}
-    found = {name: _find_rows(Path(data_dir), rows.stem) for name, rows in LOCAL_ROWS.items()}
-    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in found.items() if path}
-
-
 def harness_version() -> str:
     """The harness and its version, for records."""
     return f"lm-eval {metadata.version('lm_eval')}"
@@ -170,7 +146,7 @@ def _in_words(tasks: list[str], data_dir: str | Path | None) -> AbstractContextM
 
     def sentence(error: Exception) -> str:
         fault = reason(error)
-        files = {name: _find_rows(Path(data_dir or ""), LOCAL_ROWS[name].stem) for name in tasks if name in LOCAL_ROWS}
+        files = {name: find_rows(Path(data_dir or ""), LOCAL_ROWS[name].stem) for name in tasks if name in LOCAL_ROWS}
         missing = [f"{LOCAL_ROWS[name].stem}.jsonl" for name, path in files.items() if path is None]
         if empty := [path for path in files.values() if path and not path.stat().st_size]:
             fault = f"{empty[0]} is empty"
@@ -186,23 +162,6 @@ def _in_words(tasks: list[str], data_dir: str | Path | None) -> AbstractContextM
         return of_program or WHILE_RUNNING in getattr(error, "__notes__", ())
 
     return in_words(sentence, let_through=is_no_fault_of_rows)
-
-
-def local_tasks(data_dir: str | Path, folder: str | Path) -> list[str]:
-    """Write into `folder` a task file for each of the paper's tasks whose rows lie under `data_dir`.
-
-    Looked for in `data_dir` and `data_dir`/eval: the stems of `LOCAL_ROWS` as .jsonl or .jsonl.gz. With
-    `folder` as lm-eval's include path the files take the place of the stock tasks of the same names: they
-    include the stock file, its prompts and metrics, and change only where the rows come from.
-    Returns the names of the tasks.
-    """
-    found = {name: _find_rows(Path(data_dir), local.stem) for name, local in LOCAL_ROWS.items()}
-    names = [name for name, rows in found.items() if rows is not None]
-    for name in names:
-        task = _local_task(name, found[name], Path(folder) / "rows")
-        # JSON is YAML.
-        (Path(folder) / f"{name}.yaml").write_text(json.dumps(task, indent=2), encoding="utf-8")
-    return names
 
 
 def averages(results: dict[str, dict]) -> dict:
@@ -227,35 +186,6 @@ def averages(results: dict[str, dict]) -> dict:
 
 def _mean_percent(shares: list[float]) -> float | None:
     return 100 * sum(shares) / len(shares) if shares else None
-
-
-def _find_rows(data_dir: Path, stem: str) -> Path | None:
-    """The first file of this stem in `data_dir` or its folder eval, plain before gzipped; None without."""
-    candidates = (
-        folder / f"{stem}{suffix}" for folder in (data_dir, data_dir / "eval") for suffix in (".jsonl", ".jsonl.gz")
-    )
-    return next((path for path in candidates if path.is_file()), None)
-
-
-def _local_task(name: str, rows: Path, cache: Path) -> dict:
-    """The task file that puts the local `rows` through lm-eval's stock task `name`."""
-    from lm_eval import tasks
-
-    local = LOCAL_ROWS[name]
-    return {
-        "include": str(Path(tasks.__file__).parent / local.stock),
-        "task": name,
-        # A tag named here would stand for the local tasks alone, and hide the stock tag's other tasks.
-        "tag": None,
-        "dataset_path": "json",
-        "dataset_name": None,
-        # The cache goes with the temporary folder, and no edited file is answered from an old one.
-        "dataset_kwargs": {"data_files": {local.split: glob.escape(str(rows.resolve()))}, "cache_dir": str(cache)},
-        "training_split": None,
-        "validation_split": None,
-        "test_split": None,
-        f"{local.split}_split": local.split,
-    }
 
 
 def _harness_model(

@@ -1,0 +1,139 @@
+"""What an evaluation is asked for: the flags of model_evaluate.py, their defaults, and what is wrong with a value."""
+
+import difflib
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from os.path import exists, expanduser
+from typing import Any, Self
+
+from ..errors import UsageError
+from ..outputs.checkpoint import SPARSITY_OF
+from ..sources.weights import DTYPES
+
+# The values of the settings that are one of a few.
+CHOICES = {
+    "sparsity_of": tuple(SPARSITY_OF),
+    "dtype": ("auto", *DTYPES),
+    "device": ("auto", "cpu", "cuda"),
+    "device_map": (None, "auto"),
+    "with_dense": (False, True),
+    "add_bos_token": (False, True),
+    "cost": (False, True),
+}
+PATHS = ("base_model", "save_dir", "checkpoint", "data_dir", "output_path")
+# Whole numbers, by the least that they may be; the tokenizer and the model say more.
+LEAST = {"batch_size": 1, "ppl_windows": 1, "num_fewshot": 0, "ppl_seqlen": None, "seed": None}
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """The settings of an evaluation, by the names of the flags, which `model_evaluate.py --help` explains.
+
+    Raises:
+        UsageError: a value is none that any model could satisfy.
+    """
+
+    base_model: str | None = None
+    sparsity: float = 0.2
+    sparsity_of: str = SPARSITY_OF[0]
+    save_dir: str = "./pruned_models"
+    checkpoint: str | None = None
+    with_dense: bool = False
+    dtype: str = "auto"
+    ppl: str = "wikitext2"
+    ppl_seqlen: int = 128
+    ppl_windows: int | None = None
+    tasks: str = ""
+    num_fewshot: int = 0
+    limit: int | float | None = None
+    add_bos_token: bool = False
+    cost: bool = False
+    prompt: str | None = None
+    data_dir: str = "./data"
+    seed: int = 0
+    device: str = "auto"
+    device_map: str | None = None
+    batch_size: int = 16
+    output_path: str | None = None
+
+    def __post_init__(self):
+        for name in PATHS:
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, expanduser(_path(name, value)))
+        for name, least in LEAST.items():
+            self._check_whole(name, least)
+        for name, choices in CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                raise UsageError(f"--{name} {value} is none of {', '.join(map(str, choices))}")
+        for name in ("ppl", "tasks", "prompt"):
+            if not isinstance(value := getattr(self, name), str) and (name, value) != ("prompt", None):
+                raise UsageError(f"--{name} {value} must be a text")
+        share = isinstance(self.limit, float) and 0 < self.limit < 1
+        if self.limit is not None and not share and not (_is_whole(self.limit) and self.limit >= 1):
+            raise UsageError(
+                f"--limit {self.limit} must be a number of rows without a point, or a share of them below 1"
+            )
+        if not isinstance(self.sparsity, int | float) or not math.isfinite(self.sparsity):
+            raise UsageError(f"--sparsity {self.sparsity} is no number that a checkpoint was pruned by")
+
+    def _check_whole(self, name: str, least: int | None) -> None:
+        value = getattr(self, name)
+        if value is None and name == "ppl_windows":
+            return
+        if not _is_whole(value):
+            raise UsageError(f"--{name} {value} must be a whole number")
+        if least is not None and value < least:
+            raise UsageError(f"--{name} {value} must be at least {least}")
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Self:
+        """The settings with these values by their names; a sequence of names stands for what commas join.
+
+        Raises:
+            UsageError: a name is that of no setting, or a value is wrong.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in known:
+                nearest = difflib.get_close_matches(name, known)
+                raise UsageError(f"{name} is no setting of an evaluation; there are {', '.join(nearest or known)}")
+        joined = {
+            name: value if isinstance(value, str) else ",".join(_path(name, item) for item in value) or absent
+            for name, absent in (("ppl", "none"), ("tasks", ""))
+            if isinstance(value := values.get(name), Iterable)
+        }
+        return cls(**values | joined)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _path(name: str, value: object) -> str:
+    if not isinstance(value, str | os.PathLike):
+        raise UsageError(f"--{name} {value} must be a name or a path")
+    return os.fspath(value)
+
+
+def listed(names: str, flag: str) -> list[str]:
+    """The names that commas join.
+
+    Raises:
+        UsageError: one of them is there twice.
+    """
+    found = [name for name in _split(names) if name]
+    if len(set(found)) < len(found):
+        raise UsageError(f"{flag} {names}: a name is there twice")
+    return found
+
+
+def _split(names: str) -> Iterator[str]:
+    """The names that commas join; of a path that exists, a comma is a part."""
+    parts = names.split(",")
+    while parts:
+        ends = range(len(parts), 1, -1)
+        end = next((end for end in ends if exists(expanduser(",".join(parts[:end]).strip()))), 1)
+        yield ",".join(parts[:end]).strip()
+        parts = parts[end:]
