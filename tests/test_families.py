@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import allocate, make_tokenizer, prune, prune_to, write_pruned
 from safetensors.torch import save_file
-from tiny_families import PECULIARITIES, WINDOW, kept_parameters, make_family
+from tiny_families import PECULIARITIES, WINDOW, generate, kept_parameters, make_family
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -154,13 +154,6 @@ def test_all_load_in_a_fresh_process_with_and_without_olica(pruned_folder, insta
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == ["equal", "logits", str(len(CASES))]
-
-
-def generate(model, prompts: torch.Tensor, **settings) -> tuple[torch.Tensor, torch.Tensor]:
-    """Greedily generated ids (B, T + 8), and the logits (B, 8, V) that they were chosen by."""
-    settings = dict(max_new_tokens=8, do_sample=False, eos_token_id=None) | settings
-    found = model.generate(prompts, output_logits=True, return_dict_in_generate=True, **settings)
-    return found.sequences, torch.stack(found.logits, dim=1)
 
 
 @every_case

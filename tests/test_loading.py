@@ -113,6 +113,44 @@ def test_saved_again_and_put_into_a_pipeline_without_olica(pruned_folder, family
     assert run_without_olica(tmp_path, "-c", WITHOUT_OLICA, pruned_folder(family)) == "done\n"
 
 
+ALONE = """
+import os
+import sys
+from pathlib import Path
+from safetensors.torch import load_file
+import transformers
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoModel
+from transformers.models.auto.configuration_auto import model_type_to_module_name
+autos = (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification)
+folders = sys.argv[1:]
+for folder in folders:
+    if child := os.fork():
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, folder
+        continue
+    for family in (Path(other).name for other in folders if other != folder):
+        name = CONFIG_MAPPING._mapping.pop(family)
+        for mapping in (MODEL_MAPPING, *(auto._model_mapping for auto in autos)):
+            mapping._model_mapping.pop(family, None)
+        sys.modules[f"transformers.models.{model_type_to_module_name(family)}"] = None  # importing it fails
+        try:
+            getattr(transformers, name)
+        except (AttributeError, ImportError):
+            continue
+        raise AssertionError(f"{name} is still there")
+    expected = load_file(folder + ".safetensors")
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    assert (model(expected["ids"]).logits == expected["logits"]).all()
+    assert type(AutoModel.from_pretrained(folder, trust_remote_code=True)) is model.base_class
+    print(model.config.model_type.removeprefix("olica_"), flush=True)
+    os._exit(0)
+"""
+
+
+def test_a_checkpoint_needs_no_family_but_its_own(pruned_folder, tmp_path):
+    assert run_without_olica(tmp_path, "-c", ALONE, *map(pruned_folder, FAMILIES)).split() == list(FAMILIES)
+
+
 @pytest.mark.parametrize("with_tokenizer", [True, False])
 def test_the_lines_of_the_card_work_without_olica_and_ask_nothing(tmp_path, with_tokenizer):
     """On a terminal AutoTokenizer would ask whether to run the code of the configuration, and wait for an answer."""

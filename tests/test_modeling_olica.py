@@ -1,3 +1,6 @@
+import pickle
+import sys
+
 import pytest
 import torch
 from conftest import make_llama
@@ -5,7 +8,9 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 from tiny_families import make_family
 from torch import nn
 
-from olica.model.configuration_olica import LayerShape, OlicaLlamaConfig
+from olica.model import configuration_olica, modeling_olica
+from olica.model.configuration_olica import FORMAT, LayerShape, OlicaLlamaConfig
+from olica.model.families import FAMILIES, pruned_models
 from olica.model.modeling_olica import (
     CorrectedMLP,
     CroppedHeadsLinear,
@@ -84,6 +89,11 @@ def test_cached_generation_equals_uncached(attention):
         ([LayerShape(1, 1, 17, 100).to_dict()] * 3, "v_head_dim = 17"),
         ([LayerShape(1, 1, 8, 0).to_dict()] * 3, "intermediate_size = 0"),
         ([LayerShape(-1, 1, 8, 10).to_dict()] * 3, "q_rank = -1"),
+        ([LayerShape(1, 1, 8, 10, kv_heads=5).to_dict()] * 3, "kv_heads = 5"),
+        ([LayerShape(1, 1, 8, 10, kv_heads=-1).to_dict()] * 3, "kv_heads = -1"),
+        ([LayerShape(1, 1, 8, 10, kv_heads=True).to_dict()] * 3, "kv_heads = True"),
+        ([LayerShape(1, 1, 8, 10, o_bias=1).to_dict()] * 3, "o_bias = 1"),
+        ([LayerShape(1, 1, 8, 10, down_bias=2).to_dict()] * 3, "down_bias = 2"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(shapes, message):
@@ -109,3 +119,40 @@ def test_separated_projections_do_what_the_fused_one_did(bias):
     before = layer.self_attn.qkv_proj
     separate_projections(layer, config)
     assert layer.self_attn.qkv_proj is before
+
+
+def test_a_correction_is_added_to_the_mlp():
+    mlp = make_llama().model.layers[0].mlp
+    corrected, x = CorrectedMLP(mlp, 64, 3), torch.randn(2, 5, 64)
+    factors = corrected.correction
+    torch.testing.assert_close(corrected(x), mlp(x) + x @ (factors.expand.weight @ factors.reduce.weight).T)
+
+
+def test_a_later_format_is_refused():
+    settings = config_of(None).to_dict()
+    assert settings["olica_format"] == FORMAT
+    message = f"olica_format is {FORMAT + 1}, .* update olica"
+    with pytest.raises(StrictDataclassClassValidationError, match=message):
+        OlicaLlamaConfig.from_dict(settings | {"olica_format": FORMAT + 1})
+
+
+def test_classes_are_made_once_and_found_by_their_names():
+    for family in FAMILIES.values():
+        for made in (family, family.base_class, family.config_class):
+            assert getattr(sys.modules[made.__module__], made.__name__) is made
+            assert pickle.loads(pickle.dumps(made)) is made
+            assert made.__qualname__ == made.__name__ and "pruned" in made.__doc__.lower()
+    assert FAMILIES["llama"] is OlicaLlamaForCausalLM and FAMILIES["llama"].config_class is OlicaLlamaConfig
+    assert FAMILIES["gemma3_text"].__name__ == "OlicaGemma3TextForCausalLM"
+    for module in (configuration_olica, modeling_olica):
+        with pytest.raises(AttributeError, match="has no attribute 'OlicaLlamaForPoetry'"):
+            module.OlicaLlamaForPoetry  # noqa: B018
+
+
+def test_a_family_that_the_library_lacks_is_passed_over(monkeypatch):
+    monkeypatch.setitem(configuration_olica.FAMILY_NAMES, "llama9", "Llama9")
+    with pytest.raises(ImportError, match="no models of the type llama9: update transformers"):
+        modeling_olica.OlicaLlama9ForCausalLM  # noqa: B018
+    for kind in modeling_olica.KINDS:
+        assert "llama9" not in pruned_models(kind)
+    assert pruned_models("ForCausalLM") == FAMILIES

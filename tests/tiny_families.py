@@ -79,3 +79,10 @@ def kept_parameters(dense: nn.Module, plan) -> int:
         total -= (channels - shape.intermediate_size) * (3 * hidden + 2 * has_bias["mlp.gate_proj"])
         total += 2 * hidden * shape.correction_rank
     return total
+
+
+def generate(model, prompts: torch.Tensor, **settings) -> tuple[torch.Tensor, torch.Tensor]:
+    """Greedily generated ids (B, T + 8), and the logits (B, 8, V) that they were chosen by."""
+    settings = dict(max_new_tokens=8, do_sample=False, eos_token_id=None) | settings
+    found = model.generate(prompts, output_logits=True, return_dict_in_generate=True, **settings)
+    return found.sequences, torch.stack(found.logits, dim=1)

@@ -6,13 +6,13 @@ from .configuration_olica import FAMILY_NAMES
 from .modeling_olica import KINDS, model_class
 
 
-def _models(kind: str) -> dict[str, type]:
+def pruned_models(kind: str) -> dict[str, type]:
     """The pruned models of one of KINDS, of those families of which the installed transformers has such a model."""
     library, _ = KINDS[kind]
     installed = [model_type for model_type in FAMILY_NAMES if model_type in CONFIG_MAPPING]
     return {name: model_class(name, kind) for name in installed if CONFIG_MAPPING[name] in library}
 
 
-FAMILIES = _models("ForCausalLM")
-SEQUENCE_CLASSIFIERS = _models("ForSequenceClassification")
-TOKEN_CLASSIFIERS = _models("ForTokenClassification")
+FAMILIES = pruned_models("ForCausalLM")
+SEQUENCE_CLASSIFIERS = pruned_models("ForSequenceClassification")
+TOKEN_CLASSIFIERS = pruned_models("ForTokenClassification")

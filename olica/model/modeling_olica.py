@@ -196,7 +196,7 @@ def shrink_layer(layer: nn.Module, config, shape: LayerShape, only: Collection[s
 
     What keeps its size keeps its module and its weights; a bias that is new is zero. Of removed heads it is the last
     ones that have no place: whoever fills the layer puts the kept key/value heads, and their query heads, first.
-    Where `norm_spans_heads`, q_proj and k_proj stay whole.
+    Where `norm_spans_heads`, q_proj and k_proj stay whole; the weights of the norms go in the order of their rows.
 
     Args:
         layer: dense in every part that is to be shrunk.
@@ -264,13 +264,13 @@ def model_class(model_type: str, kind: str) -> type:
         KeyError: the library has no such model of this family.
     """
     library, pruned = KINDS[kind]
-    config, family = config_class(model_type), FAMILY_NAMES[model_type]
-    name = f"Olica{family}{kind}"
-    members = dict(__module__=__name__, __qualname__=name, __doc__=f"The pruned form of {family}{kind}.")
-    members["config_class"] = config
+    config, name = config_class(model_type), f"Olica{FAMILY_NAMES[model_type]}{kind}"
+    dense = library[CONFIG_MAPPING[model_type]]
+    doc = f"The pruned form of {dense.__name__}."
+    members = dict(__module__=__name__, __qualname__=name, __doc__=doc, config_class=config)
     if kind != "Model":
         members["base_class"] = model_class(model_type, "Model")
-    return type(name, (pruned, library[CONFIG_MAPPING[model_type]]), members)
+    return type(name, (pruned, dense), members)
 
 
 def __getattr__(name: str) -> type:
