@@ -19,9 +19,9 @@ MAY_IMPORT = {
     "outputs": {"sources", "model", "pruning.progress"},
     "evaluation": {"outputs.records", "outputs.model_card", "sources", "model"},
     "report": {"outputs.records", "outputs.model_card", "sources", "model", "evaluation.paired"},
-    "prune": {"pruning", "outputs", "methods", "sources", "model"},
+    "jobs": {"pruning", "outputs", "methods", "sources", "model"},
     "evaluate": {"evaluation", "outputs", "sources", "model"},
-    "__init__": {"prune", "evaluate", "methods", "model"},
+    "__init__": {"jobs", "evaluate", "methods", "model"},
 }
 # Copied into checkpoints, where there is nothing else of this program.
 COPIED = {"model.configuration_olica", "model.modeling_olica"}
@@ -135,5 +135,5 @@ def test_an_import_that_the_rules_allow_is_none(tmp_path):
     copy = shutil.copytree(PACKAGE, tmp_path / "olica", ignore=shutil.ignore_patterns("*.pyc"))
     before = broken(copy)
     (copy / "pruning" / "new.py").write_text("from ..methods.linalg import by_rows\nfrom ..errors import UsageError\n")
-    (copy / "prune.py").write_text("from .outputs.records import environment\nimport torch\n")
+    (copy / "jobs.py").write_text("from .outputs.records import environment\nimport torch\n")
     assert broken(copy) == before

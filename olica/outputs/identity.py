@@ -15,9 +15,11 @@ NOT_COMPARED += ("save_dir", "overwrite", "dry_run")
 
 PACKAGE = Path(__file__).parents[1]
 # The code that decides the bits of a pruned model, and that which decides the figures of an evaluation, as patterns
-# within the package, whose own modules are the ground, and prune.py or evaluate.py. What shows results is left out.
+# within the package, whose own modules are the ground, and jobs.py or evaluate.py. What shows results is left out.
 PRUNING_CODE = ("*.py", "model/**/*.py", "methods/**/*.py", "sources/**/*.py", "pruning/**/*.py")
-PRUNING_CODE += ("outputs/checkpoint.py", "outputs/journal.py", "outputs/run_folder.py")
+PRUNING_CODE += tuple(
+    f"outputs/{name}.py" for name in ("checkpoint", "journal", "run_folder", "run_progress", "survey_store")
+)
 EVALUATION_CODE = ("*.py", "model/**/*.py", "sources/**/*.py", "evaluation/**/*.py")
 # The packages that compute a pruned model; those of tokenizers do not, since the calibration set goes by its tokens.
 PRUNING_PACKAGES = ("torch", "transformers", "numpy", "safetensors", "gguf")
@@ -62,7 +64,7 @@ def of_evaluation(
         "settings": {name: value for name, value in settings.items() if name != "output_path"},
         "models": {name: _source(location, configs[name]) for name, location in locations.items()},
         "data": data,
-        "code": _code(EVALUATION_CODE, without="prune.py"),
+        "code": _code(EVALUATION_CODE, without="jobs.py"),
         # What the commit changed in the code, the digest of the code knows.
         "environment": {name: value for name, value in environment(device).items() if name != "git_commit"},
     }
