@@ -12,8 +12,15 @@ CPU = torch.device("cpu")
 GROUND = ("errors.py", "machine.py", "checks.py", "tensor_files.py", "__init__.py")
 SHARED = ("model/modeling_olica.py", "sources/text_files.py", "sources/weights.py")
 PRUNING = ("methods/linalg.py", "pruning/survey.py", "outputs/checkpoint.py", "outputs/journal.py")
-PRUNING += ("outputs/run_folder.py", "prune.py", "methods/deeper/new.py", "pruning/new.py")
-EVALUATION = ("evaluation/zero_shot.py", "evaluation/deeper/new.py", "evaluate.py")
+PRUNING += (
+    "outputs/run_folder.py",
+    "outputs/run_progress.py",
+    "outputs/survey_store.py",
+    "jobs.py",
+    "methods/deeper/new.py",
+    "pruning/new.py",
+)
+EVALUATION = ("evaluation/zero_shot.py", "evaluation/deeper/new.py")
 NEITHER = ("report/plots.py", "report/new.py", "outputs/model_card.py", "outputs/records.py", "model/notes.md")
 
 

@@ -17,8 +17,9 @@ PACKAGE = Path(__file__).parents[1]
 # The code that decides the bits of a pruned model, and that which decides the figures of an evaluation, as patterns
 # within the package, whose own modules are the ground, and jobs.py. What shows results is left out.
 PRUNING_CODE = ("*.py", "model/**/*.py", "methods/**/*.py", "sources/**/*.py", "pruning/**/*.py")
-PRUNING_CODE += tuple(f"outputs/{name}.py" for name in ("checkpoint", "journal", "run_folder", "run_progress"))
-PRUNING_CODE += ("outputs/survey_store.py",)
+PRUNING_CODE += tuple(
+    f"outputs/{name}.py" for name in ("checkpoint", "journal", "run_folder", "run_progress", "survey_store")
+)
 EVALUATION_CODE = ("*.py", "model/**/*.py", "sources/**/*.py", "evaluation/**/*.py")
 # The packages that compute a pruned model; those of tokenizers do not, since the calibration set goes by its tokens.
 PRUNING_PACKAGES = ("torch", "transformers", "numpy", "safetensors", "gguf")
@@ -39,7 +40,7 @@ def of_run(settings: dict, location: Location, config, token_hash: str, device: 
         "calibration set": token_hash,
         **{f"--{name}": value for name, value in settings.items() if name not in NOT_COMPARED},
         **_source(location, config),
-        "version of the code": _code(PRUNING_CODE, without="evaluate.py"),
+        "version of the code": _code(PRUNING_CODE),
         "version of Python": machine["python"],
         **{f"version of {name}": machine["packages"][name] for name in PRUNING_PACKAGES},
         "device": machine["device"],
@@ -63,7 +64,7 @@ def of_evaluation(
         "settings": {name: value for name, value in settings.items() if name != "output_path"},
         "models": {name: _source(location, configs[name]) for name, location in locations.items()},
         "data": data,
-        "code": _code(EVALUATION_CODE, without="prune.py"),
+        "code": _code(EVALUATION_CODE, without="jobs.py"),
         # What the commit changed in the code, the digest of the code knows.
         "environment": {name: value for name, value in environment(device).items() if name != "git_commit"},
     }
@@ -77,7 +78,7 @@ def _source(location: Location, config) -> dict:
     return {f"{path.name} of the model": [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
 
 
-def _code(patterns: tuple[str, ...], without: str) -> str:
+def _code(patterns: tuple[str, ...], without: str = "") -> str:
     """The sha256 (hex) of the names and contents of the files of the package that fit `patterns`, but for one."""
     paths = {path for pattern in patterns for path in PACKAGE.glob(pattern)} - {PACKAGE / without}
     names = {path.relative_to(PACKAGE).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
