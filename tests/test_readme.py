@@ -126,8 +126,14 @@ def test_commands_are_those_of_the_parsers(page):
 
 @every_page
 def test_scripts_that_are_named_exist(page):
-    for path in re.findall(r"(?:bash|python) ((?:scripts|benchmarks)/[\w.]+|\w+\.py)", page.read_text()):
+    for path in re.findall(r"(?:bash|python)\s+((?:scripts|benchmarks)/[\w.]+|\w+\.py)", page.read_text()):
         assert (ROOT / path).is_file(), path
+
+
+@every_page
+def test_paths_that_are_named_exist(page):
+    for path in re.findall(r"`((?:olica|scripts|benchmarks|results|tests|docs)/[\w./*-]*)`", prose(page)):
+        assert re.search(r"[A-Z]", path) or list(ROOT.glob(path.rstrip("/"))), path
 
 
 @every_page
@@ -297,6 +303,20 @@ def test_the_readmes_protocol_is_that_of_the_records():
         assert (settings["base_model"], settings["recipe"]) == ("smollm2", "olica")
 
 
+def test_the_figures_of_the_papers_table_are_those_of_the_records():
+    section = (DOCS / "measurements.md").read_text().split("## The paper's tables")[1].split("\n## ")[0]
+    runs = ["dense", "sparsity-0.2", "sparsity-0.25", "sparsity-0.3", "sparsity-0.33", "sparsity-0.5"]
+    names = [f"tables/{run}/evaluation" for run in runs]
+    rows, dense = table(section, ""), measured(names[0])
+    assert rows["perplexity"] == [perplexity(name, "wikitext2") for name in names]
+    assert rows["mean accuracy, %"] == [accuracy(name) for name in names]
+    for column, name in enumerate(names[1:], 1):
+        compared = compare(measured(name), dense)
+        text, tasks = compared["perplexity"]["wikitext2"], compared["paper_rule"]
+        assert rows["ratio to dense"][column] == with_error(text["ratio"], text["ratio"] * text["standard_error"], 3)
+        assert rows["difference to dense"][column] == with_error(tasks["difference"], tasks["standard_error"], 2)
+
+
 def test_the_figures_of_two_texts_are_those_of_the_records():
     section = (DOCS / "measurements.md").read_text().split("## SmolLM2 as it is")[1].split("\n## ")[0]
     rows = table(section, "")
@@ -306,13 +326,12 @@ def test_the_figures_of_two_texts_are_those_of_the_records():
         assert rows[label] == [f"{measured(f'two_texts/{name}')['parameters'][part]:,}" for name in names]
     c4 = "data/c4_report.jsonl"
     assert rows["C4, documents 500 to 999"] == [perplexity(f"two_texts/{name}", c4) for name in names]
-    ratios = [[cell.strip() for cell in line.split("|")[2:-1]] for line in section.splitlines() if "paired |" in line]
     dense = measured("two_texts/dense")
     for column, name in enumerate(names[1:], 1):
         compared = compare(measured(f"two_texts/{name}"), dense)["perplexity"]
-        for row, text in zip(ratios, ("wikitext2", c4), strict=True):
+        for label, text in (("WikiText-2", "wikitext2"), ("C4", c4)):
             ratio, error = compared[text]["ratio"], compared[text]["standard_error"]
-            assert row[column] == with_error(ratio, ratio * error, 3)
+            assert rows[f"{label}, ratio to dense, paired"][column] == with_error(ratio, ratio * error, 3)
 
 
 class Runnable:
