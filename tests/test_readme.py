@@ -13,11 +13,14 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import make_llama, make_tokenizer, prune, write_pruned
+from safetensors.torch import save_file
 from tiny_families import SIZES
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 import model_evaluate
 import model_pruning
+import olica
+from olica.errors import UsageError
 from olica.evaluation.paired import compare, perplexity_error, with_error
 from olica.methods.recipes import RECIPES
 from olica.model.modeling_olica import FAMILIES
@@ -346,6 +349,41 @@ class Runnable:
         for folder in ("copy", "retrained"):
             again = AutoModelForCausalLM.from_pretrained(folder).eval()
             torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+    def api(self, code: str, capsys) -> None:
+        make_llama(num_hidden_layers=8).save_pretrained("tiny")
+        make_tokenizer().save_pretrained("tiny")
+        names: dict = {}
+        exec(code.replace('"smollm2"', '"tiny"'), names)  # noqa: S102
+        done, result = names["done"], names["measured"]
+        assert str(done.folder) in capsys.readouterr().out
+        assert done.folder.is_relative_to("pruned") or done.folder.is_relative_to(Path("pruned").resolve())
+        pruned = AutoModelForCausalLM.from_pretrained(done.folder)
+        assert pruned.num_parameters() == done.record["parameters"]["after"] < done.record["parameters"]["before"]
+        assert len(done.plan) == 8 and len([shape for shape in done.plan if shape.correction_rank]) == 6
+        (measured,) = json.loads(result.path.read_text())["results"].values()
+        assert measured["perplexity"]["pydoc"]["windows"] > 0
+
+    def method(self, code: str, capsys) -> None:
+        make_llama(num_hidden_layers=4).save_pretrained("tiny")
+        save_file({"calibration_ids": torch.arange(3, 203).view(10, 20)}, "ids.safetensors")
+        try:
+            exec(code, {})  # noqa: S102
+            arguments = dict(datasets="ids.safetensors", sparsity=0.2, recipe="mlps")
+            done = olica.prune("tiny", **arguments, spared=2, save_dir="pruned")
+            with pytest.raises(UsageError, match="--mlp_num"):
+                olica.prune("tiny", **arguments, mlp_num=1, save_dir="other")
+            with pytest.raises(UsageError, match="--spared 4"):
+                olica.prune("tiny", **arguments, spared=4, save_dir="other")
+        finally:
+            RECIPES.pop("mlps", None)
+        channels = [shape.intermediate_size for shape in done.plan]
+        assert channels[:2] == [176, 176] and channels[2] == channels[3] < 176
+        dense, pruned = (AutoModelForCausalLM.from_pretrained(folder) for folder in ("tiny", done.folder))
+        for index, (before, after) in enumerate(zip(dense.model.layers, pruned.model.layers, strict=True)):
+            assert torch.equal(after.self_attn.o_proj.weight, before.self_attn.o_proj.weight)
+            assert (after.mlp.down_proj.bias is not None) == (index >= 2)
+            assert torch.equal(after.mlp.gate_proj.weight, before.mlp.gate_proj.weight) == (index < 2)
 
     def gemma(self, code: str, capsys) -> None:
         sizes = dict(SIZES, hidden_size=72, num_key_value_heads=3)
