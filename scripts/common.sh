@@ -3,7 +3,7 @@
 #   LABEL       its folder in RESULTS (default: the last part of MODEL); 7b, 13b, llama2-7b, ... have the paper's figures
 #   DATASETS    calibration texts (bookcorpus+alpaca; without a hub and local copies for example pydoc)
 #   NUM_SAMPLES of each text (128)
-#   MLP_NUM     how many MLPs are calibrated (default: 6, 12 or 16 by the sparsity; fewer layers want fewer)
+#   MLP_NUM     how many MLPs are corrected (default: 6, 12 or 16 by the sparsity; fewer layers want fewer)
 #   DATA_DIR    folder that is searched first for texts and for rows of the tasks (./data)
 #   DEVICE      auto, cpu or cuda
 #   DTYPE       to evaluate in (auto: as stored); models are pruned and saved as they are stored
@@ -116,7 +116,7 @@ evaluate() {
         --batch_size "$BATCH_SIZE" --output_path "$2/evaluation.json"
 }
 
-# mlp_num SPARSITY: how many MLPs are calibrated; the paper takes 6, 12 or 16 and does not say which where.
+# mlp_num SPARSITY: how many MLPs are corrected; the paper takes 6, 12 or 16 and does not say which where.
 mlp_num() {
     [ -z "${MLP_NUM:-}" ] || { echo "$MLP_NUM"; return; }
     case $1 in

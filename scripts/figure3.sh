@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Figure 3: perplexity of LLaMA-7B over the number of calibrated MLPs, and the multiple correlation of every layer.
+# Figure 3: perplexity of LLaMA-7B over the number of corrected MLPs, and the multiple correlation of every layer.
 # Command: bash scripts/figure3.sh, or MODEL=smollm2 bash scripts/figure3.sh; variables in scripts/common.sh, and
 #   SPARSITY and NUMBERS (a space between).
 # Expected (paper): the perplexity falls and then stays; shallow layers have the highest correlation.

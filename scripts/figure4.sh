@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Figure 4: perplexity of LLaMA-7B over calibrated MLPs and rank of the corrections, and the parameters these add.
+# Figure 4: perplexity of LLaMA-7B over corrected MLPs and rank of the corrections, and the parameters these add.
 # Command: bash scripts/figure4.sh, or MODEL=smollm2 bash scripts/figure4.sh; variables in scripts/common.sh, and
 #   SPARSITY, NUMBERS and RATIOS (a space between).
 # Expected (paper): both help; little is gained beyond a ratio of 0.15 or 20 layers, which add about 1 % of parameters.

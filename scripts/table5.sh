@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Table 5: Fast-OND against SVD, activation-weighted SVD and Wanda on value and output projections at 33 %, without
-#   and with linear calibration.
+#   and with corrections.
 # Command: bash scripts/table5.sh, or MODEL=smollm2 bash scripts/table5.sh; variables in scripts/common.sh, and SPARSITY.
 # Expected (paper): LLaMA-7B without 71.01 / 25.78 / 20.94 / 20.34, with 63.48 / 24.72 / 20.40 / 19.83.
 # Memory and time: as table2.sh, which shares one of its eight models; SmolLM2 an hour.

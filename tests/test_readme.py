@@ -1,87 +1,418 @@
-"""What the README promises and the code can be held to."""
+"""What README, docs/, CONTRIBUTING and CHANGELOG promise, and the code and the records can be held to."""
 
+import argparse
+import importlib.util
+import json
 import re
+import shlex
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from conftest import make_llama, make_tokenizer, prune, write_pruned
+from safetensors.torch import save_file
 from tiny_families import SIZES
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 import model_evaluate
 import model_pruning
+import olica
+from olica.errors import UsageError
+from olica.evaluation.paired import compare, perplexity_error
+from olica.output import with_error
+from olica.methods.recipes import RECIPES
 from olica.model.families import FAMILIES
 from olica.sources.locate import MODEL_NAMES, locate
 from olica.sources.tokenizers import read_tokenizer
 from olica.sources.weights import read_model
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README, DOCS = ROOT / "README.md", ROOT / "docs"
+PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
+RECORDS = ROOT / "results" / "smollm2"
+# Programs that a command block may call beside our own scripts.
+OTHER_PROGRAMS = {".", "cd", "lm_eval", "pip", "ruff"}
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 
 
-@pytest.mark.parametrize("script", [model_pruning, model_evaluate])
-def test_every_flag_is_explained_with_its_default(script):
-    section = README.split(f"`{script.__name__}.py`\n\n| flag")[1].split("\n\n")[0]
-    listed = dict(re.findall(r"^\| `(--\w+)` \| ([^|]*) \|", section, flags=re.MULTILINE))
-    for action in script.build_parser()._actions:
-        if action.dest == "help":
+def load(path: str):
+    """The script at `path` of the repository as a module."""
+    sys.path.insert(0, str((ROOT / path).parent))  # benchmarks import what they share
+    try:
+        spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
+    return module
+
+
+class Block(NamedTuple):
+    """A fenced block; `marker` is what a comment in the line before it says that it needs to be run."""
+
+    marker: str | None
+    language: str
+    text: str
+
+
+def blocks(page: Path) -> list[Block]:
+    pattern = r"(?:^<!-- runnable: (\w+) -->\n)?^```(\w*)\n(.*?)^```$"
+    found = re.findall(pattern, page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    return [Block(marker or None, language, text) for marker, language, text in found]
+
+
+def prose(page: Path) -> str:
+    """The page without its fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link's #part may name: the page's headings, lower case, spaces as hyphens, without punctuation."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """The commands of the shell blocks as words, without variables set before them."""
+    for block in blocks(page):
+        if block.language == "sh":
+            for line in block.text.replace("\\\n", " ").splitlines():
+                for command in re.split(r" && ", line):
+                    words = shlex.split(command, comments=True)
+                    while words and re.match(r"\w+=", words[0]):
+                        words.pop(0)
+                    if words:
+                        yield words
+
+
+def table(text: str, first_cell: str) -> dict[str, list[str]]:
+    """The rows of the table whose header begins with `first_cell`: first cell -> the others."""
+    (body,) = re.findall(rf"^\| ?{re.escape(first_cell)} ?\|.*\n\|[-|]+\|\n((?:\|.*\n)+)", text, flags=re.MULTILINE)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in body.splitlines()]
+    return {name: cells for name, *cells in rows}
+
+
+def test_the_readme_is_read_in_minutes():
+    assert len(README.read_text().splitlines()) <= 150
+
+
+@every_page
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if re.match(r"https?:", target):
             continue
-        assert f"--{action.dest}" in listed, action.dest
-        if isinstance(action.default, int | float) and not isinstance(action.default, bool):
-            assert float(listed[f"--{action.dest}"]) == action.default, action.dest
-    assert len(listed) == len(script.build_parser()._actions) - 1, "a flag is listed that does not exist"
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists() and linked.is_relative_to(ROOT), target
+        assert not anchor or anchor in anchors(linked), target
+
+
+def test_every_page_of_the_docs_is_linked_in_the_readme():
+    linked = set(re.findall(r"\]\(docs/([\w.-]+\.md)", README.read_text()))
+    assert linked == {page.name for page in DOCS.iterdir()}
+
+
+@every_page
+def test_commands_are_those_of_the_parsers(page):
+    for words in commands(page):
+        if words[:2] == ["python", "-m"]:
+            continue
+        script = next((i for i, word in enumerate(words) if re.fullmatch(r"[\w/]+\.(py|sh)", word)), None)
+        if script is None:
+            assert words[0] in OTHER_PROGRAMS, words
+            continue
+        assert (ROOT / words[script]).is_file(), words
+        if words[script].endswith(".py") and hasattr(module := load(words[script]), "build_parser"):
+            module.build_parser().parse_args(words[script + 1 :])
+
+
+@every_page
+def test_scripts_that_are_named_exist(page):
+    for path in re.findall(r"(?:bash|python)\s+((?:scripts|benchmarks)/[\w.]+|\w+\.py)", page.read_text()):
+        assert (ROOT / path).is_file(), path
+
+
+@every_page
+def test_paths_that_are_named_exist(page):
+    for path in re.findall(r"`((?:olica|scripts|benchmarks|results|tests|docs)/[\w./*-]*)`", prose(page)):
+        assert re.search(r"[A-Z]", path) or list(ROOT.glob(path.rstrip("/"))), path
+
+
+@every_page
+def test_python_blocks_compile(page):
+    for block in blocks(page):
+        if block.language == "python":
+            compile(block.text, page.name, "exec")
+
+
+@every_page
+def test_lines_fit_a_screen_but_for_tables(page):
+    for line in prose(page).splitlines():
+        assert len(line) <= 120 or line.startswith("| "), line
+
+
+def test_the_page_of_flags_is_what_the_script_writes():
+    assert (DOCS / "flags.md").read_text() == load("scripts/write_flags.py").flags_page()
+
+
+def test_a_row_of_flags_has_default_choices_and_explanation():
+    parser = argparse.ArgumentParser(description="About it.")
+    parser.add_argument("--hidden", help=argparse.SUPPRESS)
+    add = parser.add_argument_group("sizes", "of a layer").add_argument
+    add("--width", default=3, choices=[3, 4], help="the width|height, %(default)s")
+    add("--wide", action="store_true", help="a switch")
+    assert load("scripts/write_flags.py").section("x.py", parser) == "\n".join([
+        "## x.py", "", "About it.", "", "### sizes", "", "of a layer", "",
+        "| flag | default | meaning |", "|---|---|---|", "| `--width` | `3` | the width\\|height, 3; one of `3`, `4` |",
+        "| `--wide` | off | a switch |",
+    ])  # fmt: skip
+
+
+def test_every_flag_is_on_the_page():
+    page = (DOCS / "flags.md").read_text()
+    for command in (model_pruning, model_evaluate):
+        section = page.split(f"## {command.__name__}.py")[1].split("\n## ")[0]
+        listed = re.findall(r"^\| `(--\w+)` \|", section, flags=re.MULTILINE)
+        wanted = [action.option_strings[-1] for action in command.build_parser()._actions if action.dest != "help"]
+        assert sorted(listed) == sorted(wanted)
 
 
 def test_every_model_name_is_listed():
     for name in MODEL_NAMES:
-        assert f"`{name}`" in README
+        assert f"`{name}`" in (DOCS / "models-and-texts.md").read_text()
 
 
-def test_every_script_that_is_named_exists():
-    for path in re.findall(r"(?:bash|python) ((?:scripts|benchmarks)/[\w.]+|\w+\.py)", README):
-        assert (ROOT / path).is_file(), path
+def test_the_families_are_those_that_are_supported():
+    listed = table((DOCS / "models-and-texts.md").read_text(), "`model_type`")
+    assert list(listed) == [f"`{family}`" for family in FAMILIES]
+
+
+def test_the_recipes_are_those_of_the_table():
+    assert list(table((DOCS / "recipes.md").read_text(), "recipe")) == [f"`{name}`" for name in RECIPES]
+
+
+def test_the_differences_are_numbered_without_a_gap():
+    numbers = [name.split()[0] for name in table((DOCS / "differences.md").read_text(), "")]
+    assert numbers == [f"D{number}" for number in range(1, len(numbers) + 1)]
 
 
 def test_the_papers_commands_are_those_of_the_tests():
     from test_cli import PAPERS_EVALUATION, PAPERS_PRUNING
 
-    flat = re.sub(r"\\\n", "", README)
+    flat = re.sub(r"\\\n", "", README.read_text())
     assert PAPERS_PRUNING in flat and PAPERS_EVALUATION in flat
 
 
-def test_the_families_are_those_that_are_supported():
-    table = README.split("| `model_type` | for example")[1].split("\n\n")[0]
-    assert re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE) == list(FAMILIES)
+def record(name: str) -> dict:
+    return json.loads((RECORDS / f"{name}.json").read_text())
 
 
-def test_the_python_blocks_run(tmp_path, monkeypatch, capsys):
+def measured(name: str) -> dict:
+    """The only model's results in the record of an evaluation."""
+    (result,) = record(name)["results"].values()
+    return result
+
+
+def perplexity(name: str, text: str) -> str:
+    found = measured(name)["perplexity"][text]
+    return with_error(found["value"], perplexity_error(found), 2)
+
+
+def accuracy(name: str) -> str:
+    averages = measured(name)["zero_shot"]["averages"]
+    return with_error(averages["paper_rule"], averages["standard_error"], 2)
+
+
+def pruning_cells(name: str) -> dict[str, str]:
+    run = record(name)
+    samples, mlps = run["calibration"]["ids"][0], len([row for row in run["plan"] if row["calibration_rank"]])
+    return {
+        "parameters": f"{run['parameters']['after']:,}",
+        "parameters of the decoder layers": f"{run['parameters']['decoder_layers_after']:,}",
+        "weights as float32": f"{4 * run['parameters']['after'] / 1e6:.1f} MB",
+        "calibration samples, corrected MLPs": f"{samples}, {mlps}",
+        "seconds of pruning": f"{60 * sum(stage['minutes'] for stage in run['stages'].values()):.0f}",
+    }
+
+
+WIKITEXT, C4 = "perplexity, WikiText-2 test, first 96 windows", "perplexity, C4, first 96 windows"
+WIKITEXT_WHOLE = "perplexity, WikiText-2 test, all 2,382 windows, bfloat16"
+ACCURACY = "mean accuracy of seven tasks, %, 200 rows each, bfloat16"
+
+
+def test_the_readmes_figures_are_those_of_the_records():
+    few, whole, c4 = "two_texts", "tables", "data/c4_report.jsonl"
+    sizes = measured(f"{few}/dense")["parameters"]
+    dense = {
+        WIKITEXT: perplexity(f"{few}/dense", "wikitext2"),
+        C4: perplexity(f"{few}/dense", c4),
+        WIKITEXT_WHOLE: perplexity(f"{whole}/dense/evaluation", "wikitext2"),
+        ACCURACY: accuracy(f"{whole}/dense/evaluation"),
+        "parameters": f"{sizes['total']:,}",
+        "parameters of the decoder layers": f"{sizes['decoder_layers']:,}",
+        "weights as float32": f"{4 * sizes['total'] / 1e6:.1f} MB",
+        "calibration samples, corrected MLPs": "",
+        "seconds of pruning": "",
+    }
+    fifth = {
+        WIKITEXT: perplexity(f"{few}/sparsity-0.2_olica", "wikitext2"),
+        C4: perplexity(f"{few}/sparsity-0.2_olica", c4),
+        WIKITEXT_WHOLE: "not run",
+        ACCURACY: "not run",
+        **pruning_cells(f"{few}/sparsity-0.2_olica_pruning"),
+    }
+    third = {
+        WIKITEXT: "not run",
+        C4: "not run",
+        WIKITEXT_WHOLE: perplexity(f"{whole}/sparsity-0.33/evaluation", "wikitext2"),
+        ACCURACY: accuracy(f"{whole}/sparsity-0.33/evaluation"),
+        **pruning_cells(f"{whole}/sparsity-0.33/pruning"),
+    }
+    columns = zip(*table(README.read_text(), "").values(), strict=True)
+    for column, expected in zip(columns, (dense, fifth, third), strict=True):
+        found = dict(zip(table(README.read_text(), ""), column, strict=True))
+        assert found["machine"] == "2 CPU cores"
+        assert {name: found[name] for name in expected} == expected
+
+
+def test_the_readmes_commits_are_those_of_the_records():
+    sources = [
+        ["two_texts/dense", "tables/dense/evaluation"],
+        ["two_texts/sparsity-0.2_olica", "two_texts/sparsity-0.2_olica_pruning"],
+        ["tables/sparsity-0.33/evaluation", "tables/sparsity-0.33/pruning"],
+    ]
+    for cell, names in zip(table(README.read_text(), "")["commits"], sources, strict=True):
+        environments = [record(name)["environment"] for name in names]
+        assert cell == ", ".join(sorted({environment["git_commit"][:7] for environment in environments}))
+        assert all((environment["device"], environment["cpu_threads"]) == ("cpu", 2) for environment in environments)
+
+
+def test_the_readmes_protocol_is_that_of_the_records():
+    for name in ("dense", "sparsity-0.2_olica"):
+        result = measured(f"two_texts/{name}")
+        assert result["dtype"] == "float32"
+        for text in result["perplexity"].values():
+            assert (text["windows"], text["seqlen"], text["bos"]) == (96, 128, "none")
+    for name in ("dense", "sparsity-0.33"):
+        result = measured(f"tables/{name}/evaluation")
+        assert result["dtype"] == "bfloat16"
+        text, tasks = result["perplexity"]["wikitext2"], result["zero_shot"]
+        assert (text["windows"], text["seqlen"], text["bos"]) == (2382, 128, "none")
+        assert (len(tasks["tasks"]), tasks["limit"], tasks["harness"]) == (7, 200, "lm-eval 0.4.13")
+        assert {task["num_fewshot"] for task in tasks["tasks"].values()} == {0}
+    for name in ("two_texts/sparsity-0.2_olica_pruning", "tables/sparsity-0.33/pruning"):
+        settings = record(name)["settings"]
+        assert (settings["base_model"], settings["recipe"]) == ("smollm2", "olica")
+
+
+def test_the_figures_of_the_papers_table_are_those_of_the_records():
+    section = (DOCS / "measurements.md").read_text().split("## The paper's tables")[1].split("\n## ")[0]
+    runs = ["dense", "sparsity-0.2", "sparsity-0.25", "sparsity-0.3", "sparsity-0.33", "sparsity-0.5"]
+    names = [f"tables/{run}/evaluation" for run in runs]
+    rows, dense = table(section, ""), measured(names[0])
+    assert rows["perplexity"] == [perplexity(name, "wikitext2") for name in names]
+    assert rows["mean accuracy, %"] == [accuracy(name) for name in names]
+    for column, name in enumerate(names[1:], 1):
+        compared = compare(measured(name), dense)
+        text, tasks = compared["perplexity"]["wikitext2"], compared["paper_rule"]
+        assert rows["ratio to dense"][column] == with_error(text["ratio"], text["ratio"] * text["standard_error"], 3)
+        assert rows["difference to dense"][column] == with_error(tasks["difference"], tasks["standard_error"], 2)
+
+
+def test_the_figures_of_two_texts_are_those_of_the_records():
+    section = (DOCS / "measurements.md").read_text().split("## SmolLM2 as it is")[1].split("\n## ")[0]
+    rows = table(section, "")
+    names = ["dense", "sparsity-0.2_olica", "sparsity-0.2_olica-grouped"]
+    assert rows["WikiText-2 test"] == [perplexity(f"two_texts/{name}", "wikitext2") for name in names]
+    for label, part in (("parameters", "total"), ("of the decoder layers", "decoder_layers")):
+        assert rows[label] == [f"{measured(f'two_texts/{name}')['parameters'][part]:,}" for name in names]
+    c4 = "data/c4_report.jsonl"
+    assert rows["C4, documents 500 to 999"] == [perplexity(f"two_texts/{name}", c4) for name in names]
+    dense = measured("two_texts/dense")
+    for column, name in enumerate(names[1:], 1):
+        compared = compare(measured(f"two_texts/{name}"), dense)["perplexity"]
+        for label, text in (("WikiText-2", "wikitext2"), ("C4", c4)):
+            ratio, error = compared[text]["ratio"], compared[text]["standard_error"]
+            assert rows[f"{label}, ratio to dense, paired"][column] == with_error(ratio, ratio * error, 3)
+
+
+class Runnable:
+    """How the marked blocks are run in an empty folder: what is there before, and what holds afterwards."""
+
+    def checkpoint(self, code: str, capsys) -> None:
+        model, ids = make_llama(num_key_value_heads=2), torch.arange(3, 203).view(10, 20)
+        _, plan = prune(model, ids, "olica", 0.2)
+        write_pruned(model, plan, make_tokenizer(), Path("pruned_models/7b_sparsity-0.2"))
+        exec(code, {})  # noqa: S102
+        assert "The capital of France is" in capsys.readouterr().out
+        for folder in ("copy", "retrained"):
+            again = AutoModelForCausalLM.from_pretrained(folder).eval()
+            torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+    def api(self, code: str, capsys) -> None:
+        make_llama(num_hidden_layers=8).save_pretrained("tiny")
+        make_tokenizer().save_pretrained("tiny")
+        names: dict = {}
+        exec(code.replace('"smollm2"', '"tiny"'), names)  # noqa: S102
+        done, result = names["done"], names["measured"]
+        assert str(done.folder) in capsys.readouterr().out
+        assert done.folder.is_relative_to("pruned") or done.folder.is_relative_to(Path("pruned").resolve())
+        pruned = AutoModelForCausalLM.from_pretrained(done.folder)
+        assert pruned.num_parameters() == done.record["parameters"]["after"] < done.record["parameters"]["before"]
+        assert len(done.plan) == 8 and len([shape for shape in done.plan if shape.correction_rank]) == 6
+        (measured,) = json.loads(result.path.read_text())["results"].values()
+        assert measured["perplexity"]["pydoc"]["windows"] > 0
+
+    def method(self, code: str, capsys) -> None:
+        make_llama(num_hidden_layers=4).save_pretrained("tiny")
+        save_file({"calibration_ids": torch.arange(3, 203).view(10, 20)}, "ids.safetensors")
+        try:
+            exec(code, {})  # noqa: S102
+            arguments = dict(datasets="ids.safetensors", sparsity=0.2, recipe="mlps")
+            done = olica.prune("tiny", **arguments, spared=2, save_dir="pruned")
+            with pytest.raises(UsageError, match="--mlp_num"):
+                olica.prune("tiny", **arguments, mlp_num=1, save_dir="other")
+            with pytest.raises(UsageError, match="--spared 4"):
+                olica.prune("tiny", **arguments, spared=4, save_dir="other")
+        finally:
+            RECIPES.pop("mlps", None)
+        channels = [shape.intermediate_size for shape in done.plan]
+        assert channels[:2] == [176, 176] and channels[2] == channels[3] < 176
+        dense, pruned = (AutoModelForCausalLM.from_pretrained(folder) for folder in ("tiny", done.folder))
+        for index, (before, after) in enumerate(zip(dense.model.layers, pruned.model.layers, strict=True)):
+            assert torch.equal(after.self_attn.o_proj.weight, before.self_attn.o_proj.weight)
+            assert (after.mlp.down_proj.bias is not None) == (index >= 2)
+            assert torch.equal(after.mlp.gate_proj.weight, before.mlp.gate_proj.weight) == (index < 2)
+
+    def gemma(self, code: str, capsys) -> None:
+        sizes = dict(SIZES, hidden_size=72, num_key_value_heads=3)
+        vision = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+        vision |= dict(image_size=28, patch_size=14)
+        config = Gemma3Config(text_config=sizes, vision_config=vision, mm_tokens_per_image=4)
+        torch.manual_seed(0)
+        whole = Gemma3ForConditionalGeneration(config).eval()
+        whole.save_pretrained("google/gemma-3-4b-pt")
+        make_tokenizer().save_pretrained("google/gemma-3-4b-pt")
+        exec(code, {})  # noqa: S102
+        ids = torch.arange(3, 23)[None]
+        assert read_tokenizer(locate("./gemma-3-4b-text"))("ab").input_ids
+        text = read_model(locate("./gemma-3-4b-text"))
+        torch.testing.assert_close(text(ids).logits, whole(ids).logits)
+
+
+MARKED = {block.marker for page in PAGES for block in blocks(page) if block.marker}
+
+
+def test_every_marked_block_is_run():
+    assert MARKED == {name for name in vars(Runnable) if not name.startswith("_")}
+
+
+@pytest.mark.parametrize("marker", sorted(MARKED))
+def test_python_blocks_run(marker, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    model, ids = make_llama(num_key_value_heads=2), torch.arange(3, 203).view(10, 20)
-    _, plan = prune(model, ids, "olica", 0.2)
-    write_pruned(model, plan, make_tokenizer(), tmp_path / "pruned_models" / "7b_sparsity-0.2")
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 3
-    exec("\n".join(block for block in blocks if "gemma" not in block), {})  # noqa: S102
-    assert "The capital of France is" in capsys.readouterr().out
-    for folder in ("copy", "retrained"):
-        again = AutoModelForCausalLM.from_pretrained(folder).eval()
-        torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
-
-
-def test_the_text_model_of_a_multimodal_gemma_is_taken_out_as_the_readme_says(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    sizes = dict(SIZES, hidden_size=72, num_key_value_heads=3)
-    vision = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    vision |= dict(image_size=28, patch_size=14)
-    config = Gemma3Config(text_config=sizes, vision_config=vision, mm_tokens_per_image=4)
-    torch.manual_seed(0)
-    whole = Gemma3ForConditionalGeneration(config).eval()
-    whole.save_pretrained("google/gemma-3-4b-pt")
-    make_tokenizer().save_pretrained("google/gemma-3-4b-pt")
-    (block,) = (block for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "gemma" in block)
-    exec(block, {})  # noqa: S102
-    ids = torch.arange(3, 23)[None]
-    assert read_tokenizer(locate("./gemma-3-4b-text"))("ab").input_ids
-    text = read_model(locate("./gemma-3-4b-text"))
-    torch.testing.assert_close(text(ids).logits, whole(ids).logits)
+    code = "\n".join(block.text for page in PAGES for block in blocks(page) if block.marker == marker)
+    getattr(Runnable(), marker)(code, capsys)

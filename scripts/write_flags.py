@@ -1,0 +1,62 @@
+"""Write docs/flags.md from the parsers of the two commands.
+
+python scripts/write_flags.py
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import model_evaluate  # noqa: E402
+import model_pruning  # noqa: E402
+
+COMMANDS = (model_pruning, model_evaluate)
+PAGE = ROOT / "docs" / "flags.md"
+HEAD = """# Flags
+
+Written by `python scripts/write_flags.py` from what `--help` prints; nothing here is written by hand. Names of models
+and texts are explained in [models and texts](models-and-texts.md), what the figures mean in [protocol](protocol.md),
+memory and stopped runs in [robustness](robustness.md), the methods in [recipes](recipes.md).
+"""
+
+
+def shown(value: object) -> str:
+    """A default or a choice as a table shows it: switches are off, what is not given is none."""
+    if value is None or value == "":
+        return "none"
+    return "off" if value is False else f"`{value}`"
+
+
+def row(action: argparse.Action) -> str:
+    """The line of one flag in its table."""
+    meaning = (action.help or "") % vars(action)
+    if action.choices:
+        meaning += f"; one of {', '.join(map(shown, action.choices))}"
+    cells = f"`{action.option_strings[-1]}`", shown(action.default), meaning.removeprefix("; ")
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def section(name: str, parser: argparse.ArgumentParser) -> str:
+    """The flags of one command, a table for each group that `--help` prints."""
+    parts = [f"## {name}", parser.description]
+    for group in parser._action_groups:
+        hidden = (action.help == argparse.SUPPRESS or action.dest == "help" for action in group._group_actions)
+        rows = [row(action) for action, hide in zip(group._group_actions, hidden, strict=True) if not hide]
+        if rows:
+            table = "\n".join(["| flag | default | meaning |", "|---|---|---|", *rows])
+            parts += [f"### {group.title}", *filter(None, [group.description]), table]
+    return "\n\n".join(parts)
+
+
+def flags_page() -> str:
+    """The text of docs/flags.md."""
+    sections = (section(f"{command.__name__}.py", command.build_parser()) for command in COMMANDS)
+    return "\n".join([HEAD, "\n\n".join(sections), ""])
+
+
+if __name__ == "__main__":
+    PAGE.write_text(flags_page(), encoding="utf-8")
+    print(f"wrote {PAGE.relative_to(ROOT)}")
