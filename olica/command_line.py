@@ -37,6 +37,8 @@ def run_command(
     args = parser.parse_args(arguments)
     torch.set_float32_matmul_precision("highest")  # TF32 keeps ten bits: too few for sums that are subtracted
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    if getattr(args, "verbose", False):
+        logging.getLogger("olica").setLevel(logging.INFO)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from .errors import UsageError, memory_in_words
 from .machine import BatchSize, pick_device
-from .methods.allocation import largest_possible
+from .methods.allocation import describe_plan, largest_possible
 from .methods.recipe import Findings, Method, Recipe
 from .methods.recipes import RECIPES, recipe_name
 from .methods.sizes import Budget, Sizes
@@ -373,6 +373,8 @@ def _prune_and_save(job: Job, folder: RunFolder) -> dict:
                 bar.skip(layers)
             plan, findings = measure_and_decide(replace(work, options=surveying), job.budget, survey)
             taken_up = survey.described()
+        logger.info("survey: %d of %d layers were there already", survey.layers_before, layers)
+        logger.info("sizes of all layers:\n%s", describe_plan(plan))
         options.batch_size.size = min(options.batch_size.size, surveying.batch_size.size)
         if not job.plan:
             checkpoint.check_description(folder, dense, plan, tokenizer)

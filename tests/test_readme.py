@@ -22,9 +22,9 @@ import model_pruning
 import olica
 from olica.errors import UsageError
 from olica.evaluation.paired import compare, perplexity_error
-from olica.output import with_error
 from olica.methods.recipes import RECIPES
 from olica.model.families import FAMILIES
+from olica.output import with_error
 from olica.sources.locate import MODEL_NAMES, locate
 from olica.sources.tokenizers import read_tokenizer
 from olica.sources.weights import read_model

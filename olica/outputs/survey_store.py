@@ -38,8 +38,6 @@ class StoredSurvey(SurveyProgress):
 
     Attributes:
         digest: the folder's name.
-        layers_before: how many layers an earlier run had surveyed.
-        is_complete: whether it is finished.
     """
 
     def __init__(self, folder: Path, batch_size: BatchSize):

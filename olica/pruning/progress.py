@@ -30,9 +30,11 @@ class SurveyProgress:
 
     Attributes:
         is_complete: whether an earlier run finished it.
+        layers_before: how many layers an earlier run had surveyed.
     """
 
     is_complete = False
+    layers_before = 0
 
     def described(self) -> dict | None:
         """What a record says of where the findings came from; None where they were not kept."""
