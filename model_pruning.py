@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     default = Settings()
 
     def add(group: argparse._ArgumentGroup, name: str, **settings) -> None:
-        group.add_argument(f"--{name}", default=getattr(default, name), **settings)
+        group.add_argument(f"--{name}", **{"default": getattr(default, name)} | settings)
 
     group = parser.add_argument_group("model")
     add(group, "base_model", type=expanduser, help="name (7b, llama2-7b, smollm2, ...), hub id, folder or .gguf file")
@@ -56,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
         group,
         "sparsity",
         type=shares,
+        default=f"{default.sparsity:g}",  # which argparse parses as it does what is given
         help="share of the parameters to remove, in [0, 1); several, joined by commas, share one survey",
     )
     add(
