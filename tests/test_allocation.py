@@ -1,35 +1,44 @@
 import pytest
-from conftest import make_llama
+from conftest import allocate, as_method, make_llama
 from transformers import Gemma3TextConfig, LlamaConfig
 
 from olica.errors import UsageError
+from olica.jobs import plan_before_survey
 from olica.methods.allocation import (
     FEWEST_ALONE,
     LEAST_ALONE,
     MOST_ALONE,
     RELEASED_SPLIT,
-    Sizes,
-    allocate,
+    Corrections,
     attention_parameters,
-    correction_rank,
     describe_plan,
     factor_rank,
     grouped_sparsities,
-    jumps,
+    kept_by_code,
     paper_sparsities,
     released_sparsities,
     round_shape,
     uniform_shape,
-    with_corrections,
 )
 from olica.methods.recipes import RECIPES
+from olica.methods.sizes import Budget, Sizes
 from olica.model.configuration_olica import LayerShape
 from olica.model.skeleton import pruned_skeleton
 from olica.sources.configuration import count_dense_parameters
 from olica.sources.locate import Location
 
 LLAMA_7B = LlamaConfig()  # the defaults of the class are LLaMA-7B
-OLICA = RECIPES["olica"]
+# The recipes whose shares a rule fixes.
+FIXED = [name for name, recipe in RECIPES.items() if "mlp_num" in recipe.parameter_names]
+
+
+def layers_of(config) -> list[Sizes]:
+    return [Sizes.of(config)] * config.num_hidden_layers
+
+
+def lost_by_layers(sizes: list[Sizes], shares) -> float:
+    """Parameters that all layers lose together."""
+    return len(sizes) * sum(getattr(sizes[0], name) * share for name, share in vars(shares).items())
 
 
 def dense_parameters(config, part: str = "total") -> int:
@@ -52,18 +61,18 @@ def test_llama_7b_gets_the_sizes_of_the_released_code(sparsity, rank, v_head_dim
 
 def test_the_released_rule_changes_at_its_split():
     assert RELEASED_SPLIT == 0.4
-    sizes = Sizes.of(LLAMA_7B, dense_parameters(LLAMA_7B))
-    below, above = released_sparsities(sizes, 0.4, 2.0), released_sparsities(sizes, 0.41, 2.0)
+    sizes, total = layers_of(LLAMA_7B), dense_parameters(LLAMA_7B)
+    below, above = (released_sparsities(sizes, Budget(total, sparsity), 2.0) for sparsity in (0.4, 0.41))
     assert below.query == below.key == pytest.approx(0.8)
     assert above.query == above.key == pytest.approx(2 * above.value_output)
     for shares, target in ((below, 0.4), (above, 0.41)):
-        layer = sum(getattr(sizes, name) * share for name, share in vars(shares).items())
-        assert sizes.layers * layer == pytest.approx(target * sizes.total)
+        assert lost_by_layers(sizes, shares) == pytest.approx(target * total)
 
 
 def test_the_papers_rule_scales_the_target_to_what_is_prunable():
-    sizes = Sizes(total=1000, query=10, key=10, value_output=20, feed_forward=120, layers=5)
-    shares = paper_sparsities(sizes, 0.2, 3.0)
+    sizes = [Sizes(hidden_size=2, num_heads=1, num_kv_heads=1, head_dim=5, intermediate_size=20)] * 5
+    assert (sizes[0].query, sizes[0].key, sizes[0].value_output, sizes[0].feed_forward) == (10, 10, 20, 120)
+    shares = paper_sparsities(sizes, Budget(1000, 0.2), 3.0)
     assert shares.query == shares.key == pytest.approx(2 * 0.2 * 1000 / 800)
     assert shares.value_output == pytest.approx(shares.query / 4)
     assert 5 * (20 * shares.query + 20 * shares.value_output + 120 * shares.feed_forward) == pytest.approx(200)
@@ -86,12 +95,11 @@ GEMMA3_270M = Gemma3TextConfig(
     ("sparsity", "query", "key"), [(0.01, 0, 0), (0.1, 0.6, 0), (0.2, 0.6, 0), (0.3, 0.7, 0.3), (0.4, 0.8, 0.8)]
 )
 def test_grouped_queries_lose_for_the_keys_while_they_can(sparsity, query, key):
-    sizes = Sizes.of(SMOLLM2, dense_parameters(SMOLLM2))
-    shares, released = grouped_sparsities(sizes, sparsity, 3.0), released_sparsities(sizes, sparsity, 3.0)
+    sizes, budget = layers_of(SMOLLM2), Budget(dense_parameters(SMOLLM2), sparsity)
+    shares, released = grouped_sparsities(sizes, budget, 3.0), released_sparsities(sizes, budget, 3.0)
     assert (shares.query, shares.key) == (pytest.approx(query), pytest.approx(key))
     assert shares.value_output == released.value_output and shares.feed_forward >= 0
-    layer = sum(getattr(sizes, name) * share for name, share in vars(shares).items())
-    assert sizes.layers * layer == pytest.approx(sparsity * sizes.total)
+    assert lost_by_layers(sizes, shares) == pytest.approx(sparsity * budget.whole)
     # Where no limit is in the way, the queries lose just what both lost together.
     assert (shares.feed_forward == pytest.approx(released.feed_forward)) == (sparsity > 0.2)
 
@@ -104,11 +112,11 @@ def test_a_hair_too_much_makes_no_factors_of_the_keys():
 
 @pytest.mark.parametrize("config", [SMOLLM2, LLAMA3_8B, GEMMA3_270M], ids=["smollm2", "llama3-8b", "gemma3-270m"])
 def test_keys_take_over_from_queries_without_a_jump(config):
-    sizes = Sizes.of(config, dense_parameters(config, "decoder_layers"))
-    ratio, before = sizes.key / sizes.query, None
+    sizes, whole = layers_of(config), dense_parameters(config, "decoder_layers")
+    ratio, before = sizes[0].key / sizes[0].query, None
     for thousandths in range(1, 400):
         sparsity = thousandths / 1000
-        shares = grouped_sparsities(sizes, sparsity, 3.0)
+        shares = grouped_sparsities(sizes, Budget(whole, sparsity), 3.0)
         if shares.query < LEAST_ALONE:
             assert before is None and shares.key == 0, "only where there is too little to lose"
             assert (shares.query == 0) != (shares.feed_forward == pytest.approx(0))
@@ -125,28 +133,39 @@ def test_keys_take_over_from_queries_without_a_jump(config):
 
 
 def test_sizes_that_jump_are_named():
-    grouped, total = RECIPES["olica-grouped"], dense_parameters(SMOLLM2)
-    assert jumps(grouped, SMOLLM2, total, 0.1, 3.0) == jumps(OLICA, SMOLLM2, total, 0.2, 3.0) == []
-    (words,) = jumps(grouped, SMOLLM2, total, 0.01, 3.0)
+    sizes, total = layers_of(SMOLLM2), dense_parameters(SMOLLM2)
+
+    def jumps(recipe: str, sparsity: float) -> list[str]:
+        return as_method(recipe, mlp_num=0).allocate.jumps(sizes, Budget(total, sparsity))
+
+    assert jumps("olica-grouped", 0.1) == jumps("olica", 0.2) == []
+    (words,) = jumps("olica-grouped", 0.01)
     assert words == "at --sparsity 0.02 the rank of q is 214, here 576"
-    (words,) = jumps(grouped, SMOLLM2, total, 0.26, 3.0)  # next, queries lose MOST_ALONE and keys what is missing
+    (words,) = jumps("olica-grouped", 0.26)  # next, queries lose MOST_ALONE and keys what is missing
     assert words.startswith("at --sparsity 0.27 the rank of k is ") and words.endswith(", here 192")
-    (words,) = jumps(OLICA, SMOLLM2, total, RELEASED_SPLIT, 3.0)
+    (words,) = jumps("olica", RELEASED_SPLIT)
     assert words == "at --sparsity 0.41 the rank of q is 111, here 58, the rank of k is 56, here 29"
-    assert jumps(OLICA, SMOLLM2, total, 0.0, 3.0)[0].startswith("at --sparsity 0.01 the rank of q is 283, here 576")
+    assert jumps("olica", 0.0)[0].startswith("at --sparsity 0.01 the rank of q is 283, here 576")
+    (note,) = as_method("olica-grouped", mlp_num=0).allocate.notes(sizes, Budget(total, 0.01))
+    assert note.startswith("at --sparsity 0.02 the rank of q is 214, here 576: between the two") and "jump" in note
+    rounded = as_method("olica", mlp_num=0).allocate.jumps(sizes, Budget(total, RELEASED_SPLIT, round_to=64))
+    assert rounded == [words], "what jumps are the exact sizes"
 
 
 def test_where_attention_is_wide_the_mlps_never_grow_for_it():
-    sizes = Sizes(total=1000, query=100, key=50, value_output=100, feed_forward=50, layers=2)
-    shares = grouped_sparsities(sizes, 0.1, 3.0)
-    assert shares.query == pytest.approx(0.45) and (shares.key, shares.feed_forward) == (0, pytest.approx(0))
+    # Of a layer's 720 parameters 200 are the queries', 100 the keys', 300 the values' and outputs', 120 the MLP's.
+    sizes = [Sizes(hidden_size=10, num_heads=2, num_kv_heads=1, head_dim=10, intermediate_size=4)] * 2
+    shares = grouped_sparsities(sizes, Budget(2000, 0.1), 3.0)
+    # They are to lose 100, of which 300 * 0.05 are lost by values and outputs.
+    assert shares.query == pytest.approx(85 / 200) and (shares.key, shares.feed_forward) == (0, pytest.approx(0))
     assert shares.feed_forward >= 0
 
 
 def test_ungrouped_heads_get_the_released_shares():
-    sizes = Sizes.of(LLAMA_7B, dense_parameters(LLAMA_7B))
+    sizes, total = layers_of(LLAMA_7B), dense_parameters(LLAMA_7B)
     for sparsity in (0.02, 0.1, 0.2, 0.33, 0.5):
-        assert grouped_sparsities(sizes, sparsity, 3.0) == released_sparsities(sizes, sparsity, 3.0)
+        budget = Budget(total, sparsity)
+        assert grouped_sparsities(sizes, budget, 3.0) == released_sparsities(sizes, budget, 3.0)
 
 
 def test_factor_rank_breaks_even():
@@ -173,7 +192,7 @@ def test_olica_gives_grouped_heads_the_shares_of_plain_ones(sparsity, shape):
     assert plan == [shape] * 30
 
 
-@pytest.mark.parametrize("recipe", [*RECIPES])
+@pytest.mark.parametrize("recipe", FIXED)
 @pytest.mark.parametrize("sparsity", [0.1, 0.2, 0.33])
 def test_a_sparsity_of_the_layers_is_theirs(recipe, sparsity):
     dense = dense_parameters(SMOLLM2, "decoder_layers")
@@ -209,26 +228,26 @@ def test_rounded_sizes_are_multiples_and_keep_the_target(config, sparsity, round
 @pytest.mark.parametrize("sparsity", [0.0, 0.07, 0.2, 0.5])
 def test_rounding_to_1_changes_nothing(sparsity):
     for config in (LLAMA_7B, SMOLLM2, make_llama(num_key_value_heads=2).config):
-        sizes = Sizes.of(config, dense_parameters(config))
-        exact = uniform_shape(config, OLICA.sparsities(sizes, sparsity, 3.0), OLICA.kept)
-        assert round_shape(exact, config, 1) == exact
-        assert allocate("olica", config, sizes.total, sparsity, 3.0, 1)[0][0] == exact
+        sizes, total = layers_of(config), dense_parameters(config)
+        exact = uniform_shape(sizes[0], released_sparsities(sizes, Budget(total, sparsity), 3.0), kept_by_code)
+        assert round_shape(exact, sizes[0], 1) == exact
+        assert allocate("olica", config, total, sparsity, 3.0, 1)[0][0] == exact
 
 
 def test_rounding_leaves_dense_what_is_dense_or_would_not_shrink():
-    config = make_llama(intermediate_size=177).config  # heads 4 of 16, hidden size 64: 32 is the break-even of a rank
-    assert round_shape(LayerShape(0, 0, 16, 177), config, 8) == LayerShape(0, 0, 16, 177)
-    shape = round_shape(LayerShape(30, 27, 15, 100), config, 8)
+    layer = Sizes.of(make_llama(intermediate_size=177).config)  # four heads of 16 in 64: a rank breaks even at 32
+    assert round_shape(LayerShape(0, 0, 16, 177), layer, 8) == LayerShape(0, 0, 16, 177)
+    shape = round_shape(LayerShape(30, 27, 15, 100), layer, 8)
     assert (shape.q_rank, shape.k_rank, shape.v_head_dim) == (0, 24, 16)
     grown = 64 * (64 - 30 * 2) + 64 * (24 - 27) * 2 + 2 * 64 * 4  # parameters of q, of k, of v and o
     assert shape.intermediate_size == 8 * round((100 - grown / (3 * 64)) / 8)
-    assert round_shape(LayerShape(3, 3, 2, 100), config, 16) == LayerShape(16, 16, 16, 48)
+    assert round_shape(LayerShape(3, 3, 2, 100), layer, 16) == LayerShape(16, 16, 16, 48)
 
 
 def test_attention_parameters_are_those_of_the_modules():
     config = make_llama(num_key_value_heads=2).config
     for shape in (LayerShape(0, 0, 16, 100), LayerShape(20, 0, 9, 100), LayerShape(20, 10, 9, 100)):
-        assert attention_parameters(config, shape) == layer_parameters(config, shape) - 3 * 64 * 100
+        assert attention_parameters(Sizes.of(config), shape) == layer_parameters(config, shape) - 3 * 64 * 100
 
 
 @pytest.mark.parametrize("round_to", [-8, 0, 17])
@@ -260,25 +279,69 @@ def test_an_impossible_sparsity_names_the_largest_possible():
         allocate("olica", config, total, largest + 0.001, 3.0)
 
 
+@pytest.mark.parametrize("recipe", ["magnitude", "flap"])
+def test_more_than_all_units_but_one_of_each_kind_is_refused(recipe):
+    """By hand: the tiny LLaMA's layers keep one head, D (4 d) weights, and one channel, 3 D, of 18432 + 33792."""
+    config = make_llama(num_key_value_heads=4).config
+    total, removable = dense_parameters(config), 3 * (3 * 4 * 64 * 16 + 175 * 3 * 64)
+    added = 3 * 2 * 64 if recipe == "flap" else 0  # biases of o_proj and down_proj
+    sizes, row = layers_of(config), RECIPES[recipe]
+    most = (removable - added) / total
+    assert plan_before_survey(row, as_method(recipe), sizes, Budget(total, most - 1e-6)) is None
+    words = rf"--sparsity {most + 0.01:g} .*--recipe {recipe}: a layer would keep neither .* possible is (0\.\d+)$"
+    with pytest.raises(UsageError, match=words) as caught:
+        plan_before_survey(row, as_method(recipe), sizes, Budget(total, most + 0.01))
+    largest = float(str(caught.value).rsplit(" ", 1)[1])
+    assert most - 0.001 <= largest <= most
+
+
+def ranks(config, ratio: float, round_to: int = 1) -> int:
+    """Rank of the corrections of a model."""
+    return Corrections(1, ratio, last_is_eligible=False).rank(Sizes.of(config), round_to)
+
+
 def test_a_ratio_that_leaves_no_rank_is_refused():
+    sizes = layers_of(make_llama().config)
     with pytest.raises(UsageError, match=r"--ratio 0.01 of the hidden size 64 .*0.0156, or --mlp_num 0"):
-        correction_rank(make_llama().config, 0.01)
+        Corrections(1, 0.01, last_is_eligible=False).check(sizes)
+    Corrections(1, 1 / 64, last_is_eligible=False).check(sizes)
+    Corrections(0, 0.01, last_is_eligible=False).check(sizes)
 
 
-def test_calibration_rank_rounds_down():
-    assert correction_rank(LLAMA_7B, 0.03) == 122
-    assert correction_rank(make_llama().config, 1.0) == 64
+@pytest.mark.parametrize(("last_is_eligible", "most"), [(False, 2), (True, 3)])
+def test_the_number_of_corrections_is_checked_against_the_layers(last_is_eligible, most):
+    sizes = layers_of(make_llama().config)
+    Corrections(most, 0.1, last_is_eligible).check(sizes)
+    for number in (most + 1, -1):
+        with pytest.raises(UsageError, match=f"--mlp_num {number} .*3 layers .*0 to {most}") as caught:
+            Corrections(number, 0.1, last_is_eligible).check(sizes)
+        assert ("never corrects the last" in str(caught.value)) != last_is_eligible
 
 
-def test_calibration_rank_can_be_a_multiple():
-    assert correction_rank(LLAMA_7B, 0.03, 1) == 122
-    assert correction_rank(LLAMA_7B, 0.03, 8) == 120 and correction_rank(LLAMA_7B, 0.03, 32) == 128
-    assert correction_rank(SMOLLM2, 0.03, 64) == 64
-    assert correction_rank(make_llama(hidden_size=72).config, 1.0, 16) == 72
+def test_an_mlp_that_keeps_every_channel_gets_no_correction():
+    config = make_llama(num_key_value_heads=2).config
+    sizes, allocation = layers_of(config), as_method("olica", mlp_num=2).allocate
+    budget = Budget(dense_parameters(config), 0.0)
+    assert not any(shape.correction_rank for shape in allocation.before_survey(sizes, budget))
+    assert not any(shape.correction_rank for shape in allocation(sizes, budget, [{}] * 3))
+    assert "no MLP loses a channel, so --mlp_num 2 has no effect" in allocation.notes(sizes, budget)
+
+
+def test_correction_rank_rounds_down():
+    assert ranks(LLAMA_7B, 0.03) == 122
+    assert ranks(make_llama().config, 1.0) == 64
+
+
+def test_correction_rank_can_be_a_multiple():
+    assert ranks(LLAMA_7B, 0.03, 1) == 122
+    assert ranks(LLAMA_7B, 0.03, 8) == 120 and ranks(LLAMA_7B, 0.03, 32) == 128
+    assert ranks(SMOLLM2, 0.03, 64) == 64
+    assert ranks(make_llama(hidden_size=72).config, 1.0, 16) == 72
 
 
 def test_describe_plan_folds_equal_layers():
-    plan = with_corrections([LayerShape(3, 2, 4, 50)] * 4, [2], 6)
+    plan = [LayerShape(3, 2, 4, 50, correction_rank=rank) for rank in (0, 0, 6, 0)]
     lines = describe_plan(plan).splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["0-1", "2", "3"]
     assert lines[2].split()[1:] == ["3", "2", "4", "50", "6"]
+    assert len(describe_plan(plan, without=("correction_rank",)).splitlines()) == 2

@@ -1,13 +1,13 @@
 import numpy as np
 import pytest
 import torch
+from conftest import make_llama
 
 from olica.methods import correction
+from olica.methods.allocation import Corrections, FixedShares, kept_by_code, released_sparsities
 from olica.methods.correction import (
-    RELEASED_RIDGE_SAMPLES,
-    RELEASED_RIDGE_SEQLEN,
+    RELEASED_RIDGE_TOKENS,
     RELEASED_TEMPERATURE,
-    best_explained,
     dense_output_sums,
     equal_output_weights,
     low_rank_correction,
@@ -18,6 +18,7 @@ from olica.methods.correction import (
 )
 from olica.methods.linalg import ridge_regression
 from olica.methods.moments import Moments
+from olica.methods.sizes import Budget, Sizes
 
 
 @pytest.fixture
@@ -35,7 +36,12 @@ def moments(mlp, inputs):
     return summed
 
 
-KEPT = torch.arange(0, 176, 2)
+KEPT, REMOVED = torch.arange(0, 176, 2), torch.arange(1, 176, 2)
+
+
+def lost(layer) -> tuple[torch.Tensor, torch.Tensor]:
+    """The channels that go, and what the down projection loses by it."""
+    return REMOVED, layer.down_proj.weight[:, REMOVED].double()
 
 
 def residual(mlp, inputs) -> np.ndarray:
@@ -64,17 +70,17 @@ def test_residual_sums_are_those_of_the_residual(mlp, layer, inputs, moments, mo
     """In one block of channels, and in several of which the last is smaller."""
     monkeypatch.setattr(correction, "DOUBLE_BLOCK", block)
     x = inputs.flatten(0, 1).double().numpy()
-    check_sums(residual_sums(layer, moments, KEPT), x, residual(mlp, inputs))
+    check_sums(residual_sums(moments, *lost(layer)), x, residual(mlp, inputs))
 
 
 def test_dense_output_sums_are_those_of_the_output(mlp, layer, inputs, moments):
     x = inputs.flatten(0, 1).double().numpy()
-    check_sums(dense_output_sums(layer, moments), x, mlp(inputs).detach().flatten(0, 1).double().numpy())
+    check_sums(dense_output_sums(moments), x, mlp(inputs).detach().flatten(0, 1).double().numpy())
 
 
 def test_released_output_weights_come_from_the_correlations(mlp, layer, inputs, moments):
     assert RELEASED_TEMPERATURE == 0.05
-    sums = residual_sums(layer, moments, KEPT)
+    sums = residual_sums(moments, *lost(layer))
     solution = ridge_regression(sums, 5.0).detach()
     x, e = inputs.flatten(0, 1).double().numpy(), residual(mlp, inputs)
     predicted, n = x @ solution.numpy(), len(x)
@@ -89,7 +95,7 @@ def test_released_output_weights_come_from_the_correlations(mlp, layer, inputs, 
 @pytest.mark.parametrize("output_weights", [released_output_weights, equal_output_weights])
 def test_correction_is_the_weighted_svd_of_the_ridge_solution(mlp, layer, inputs, moments, output_weights):
     rank, ridge = 6, 3.0
-    sums = residual_sums(layer, moments, KEPT)
+    sums = residual_sums(moments, *lost(layer))
     factors = low_rank_correction(sums, ridge, rank, output_weights)
     x, e = inputs.flatten(0, 1).double().numpy(), residual(mlp, inputs)
     augmented = np.vstack([x, np.sqrt(ridge) * np.eye(64)])
@@ -102,21 +108,34 @@ def test_correction_is_the_weighted_svd_of_the_ridge_solution(mlp, layer, inputs
 
 
 def test_a_full_rank_correction_is_the_ridge_solution(layer, moments):
-    sums = residual_sums(layer, moments, KEPT)
+    sums = residual_sums(moments, *lost(layer))
     factors = low_rank_correction(sums, 3.0, 64, released_output_weights)
     found = (factors["correction.expand.weight"] @ factors["correction.reduce.weight"]).T
     torch.testing.assert_close(found, ridge_regression(sums, 3.0), rtol=1e-6, atol=1e-8)
 
 
 def test_ridges():
-    assert (RELEASED_RIDGE_SAMPLES, RELEASED_RIDGE_SEQLEN) == (128, 128)
-    assert released_ridge(0.5, 8.0, samples=256, seqlen=128) == pytest.approx(2.0)  # half of the paper's
-    assert released_ridge(0.5, 8.0, samples=24, seqlen=32) == pytest.approx(4 / (24 / 128 * 32 / 128))
-    assert paper_ridge(0.5, 8.0, samples=256, seqlen=128) == 4.0
+    assert RELEASED_RIDGE_TOKENS == 128 * 128
+    assert released_ridge(0.5, 8.0, tokens=256 * 128) == pytest.approx(2.0)  # half of the paper's
+    assert released_ridge(0.5, 8.0, tokens=24 * 32) == pytest.approx(4 / (24 / 128 * 32 / 128))
+    assert paper_ridge(0.5, 8.0, tokens=256 * 128) == 4.0
 
 
-def test_best_explained_leaves_the_last_layer_out_when_told():
-    correlations = [0.1, 0.9, 0.3, 0.2, 0.95]
-    assert best_explained(correlations, 2) == [1, 4]
-    assert best_explained([*correlations[:4], None], 2) == [1, 2]
-    assert best_explained(correlations, 0) == []
+@pytest.mark.parametrize(
+    ("correlations", "number", "last_is_eligible", "expected"),
+    [
+        ([0.1, 0.9, 0.3, 0.2, 0.95], 2, True, [1, 4]),
+        ([0.1, 0.9, 0.3, 0.2, None], 2, False, [1, 2]),
+        ([0.1, 0.9, 0.3, 0.2, 0.95], 2, False, [1, 2]),
+        ([None] * 5, 0, True, []),
+    ],
+)
+def test_the_best_explained_mlps_get_a_correction(correlations, number, last_is_eligible, expected):
+    """The released code leaves the last layer out, and does not rank it; the others are in the order of the layers."""
+    sizes = [Sizes.of(make_llama().config)] * 5
+    corrections = Corrections(number, ratio=6 / 64, last_is_eligible=last_is_eligible)
+    allocate = FixedShares(released_sparsities, kept_by_code, 3.0, False, corrections)
+    findings = [{} if value is None else {"correlation": torch.tensor(value)} for value in correlations]
+    plan = allocate(sizes, Budget(5 * sizes[0].layer, 0.2), findings)
+    assert [index for index, shape in enumerate(plan) if shape.correction_rank] == expected
+    assert {shape.correction_rank for shape in plan} <= {0, 6}

@@ -1,15 +1,17 @@
 import numpy as np
 import pytest
 import torch
+from conftest import seen
 
 from olica.methods.feed_forward import (
     RELEASED_PROTECTED_FRACTION,
-    kept_channels,
+    ThinnedMLP,
     paper_importance,
-    prune_feed_forward,
     released_importance,
 )
-from olica.methods.moments import Moments, diagonal
+from olica.methods.moments import Moments, diagonal, needs
+from olica.methods.thinning import highest
+from olica.model.configuration_olica import LayerShape
 
 
 @pytest.fixture
@@ -42,34 +44,37 @@ def wanda(mlp, inputs) -> dict[str, np.ndarray]:
 
 def test_released_importance_adds_l2_norms_of_all_three(mlp, layer, inputs, moments):
     expected = sum(np.linalg.norm(scores, axis=1) for scores in wanda(mlp, inputs).values())
-    np.testing.assert_allclose(released_importance(layer, moments).detach().numpy(), expected, rtol=1e-5)
+    np.testing.assert_allclose(released_importance(seen(layer, moments)).detach().numpy(), expected, rtol=1e-5)
 
 
 def test_paper_importance_sums_up_and_down(mlp, layer, inputs, moments):
     scores = wanda(mlp, inputs)
     expected = scores["up"].sum(1) + scores["down"].sum(1)
-    np.testing.assert_allclose(paper_importance(layer, moments).detach().numpy(), expected, rtol=1e-5)
+    np.testing.assert_allclose(paper_importance(seen(layer, moments)).detach().numpy(), expected, rtol=1e-5)
 
 
 def test_the_released_code_keeps_the_lowest_hundredth():
     assert RELEASED_PROTECTED_FRACTION == 0.01
     importance = torch.randperm(300, generator=torch.Generator().manual_seed(0)).double()
-    kept = kept_channels(importance, 200, RELEASED_PROTECTED_FRACTION)
+    kept = highest(importance, 200, RELEASED_PROTECTED_FRACTION)
     assert sorted(importance[kept].int().tolist()) == [0, 1, 2, *range(103, 300)]
     assert kept.tolist() == sorted(kept.tolist())
 
 
 def test_without_protection_the_highest_stay():
     importance = torch.tensor([3.0, 1.0, 2.0, 5.0, 4.0])
-    assert kept_channels(importance, 3, 0.0).tolist() == [0, 3, 4]
-    assert kept_channels(importance, 5, 0.0).tolist() == [0, 1, 2, 3, 4]
+    assert highest(importance, 3, 0.0).tolist() == [0, 3, 4]
+    assert highest(importance, 5, 0.0).tolist() == [0, 1, 2, 3, 4]
 
 
 def test_the_pruned_mlp_is_the_dense_one_with_channels_silenced(mlp, layer, inputs):
     for bias in (mlp.gate_proj.bias, mlp.up_proj.bias, mlp.down_proj.bias):
         torch.nn.init.normal_(bias)
-    kept = torch.arange(0, 176, 3)
-    pruned = prune_feed_forward(layer, kept)
+    kept, mark = torch.arange(0, 176, 3), torch.zeros(176)
+    mark[kept] = 1
+    stage = ThinnedMLP(needs()(lambda layer: mark))
+    pruned = stage(seen(layer), LayerShape(0, 0, 16, len(kept)))
+    assert stage(seen(layer), LayerShape(0, 0, 16, 176)) == {}, "an MLP that keeps every channel is left alone"
     gate = inputs @ pruned["gate_proj.weight"].T + pruned["gate_proj.bias"]
     up = inputs @ pruned["up_proj.weight"].T + pruned["up_proj.bias"]
     found = (mlp.act_fn(gate) * up) @ pruned["down_proj.weight"].T + pruned["down_proj.bias"]

@@ -1,17 +1,19 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import allocate, make_llama, pruning_options
+from conftest import allocate, as_method, make_llama, pruning_options
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
+from olica.jobs import dense_shape
 from olica.machine import BatchSize
-from olica.methods.recipes import OLICA, RECIPES
+from olica.methods.moments import total
+from olica.methods.sizes import Sizes
 from olica.pruning import memory
 from olica.pruning.memory import MOST_TOKENS, Task, expected_peaks, fit_batch_size
 
@@ -20,10 +22,10 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def task() -> Task:
-    config = make_llama(hidden_size=1024, intermediate_size=2048, num_attention_heads=16, num_hidden_layers=1).config
-    total = 10**9
-    plan, _ = allocate("olica", config, 13 * 10**6, 0.2, 3.0)
-    return Task(config, total, plan[0], (256, 128), 4, OLICA, is_streamed=True)
+    config = make_llama(hidden_size=1024, intermediate_size=2048, num_attention_heads=16, num_hidden_layers=2).config
+    plan, _ = allocate("olica", config, 26 * 10**6, 0.2, 3.0)
+    shapes = frozenset({replace(plan[0], correction_rank=30)})
+    return Task(config, 10**9, shapes, (256, 128), 4, as_method("olica"), is_streamed=True)
 
 
 def test_expected_peaks_grow_with_what_they_should(task):
@@ -68,11 +70,14 @@ def test_auto_takes_what_fits(task, monkeypatch, free):
 def test_the_recipe_decides_what_is_summed(task):
     """The paper's survey sums products of all channels with all, the code's does not."""
     released, paper = (
-        memory.estimate(replace(task, recipe=RECIPES[name]), pruning_options()) for name in ("olica", "olica-paper")
+        memory.estimate(replace(task, method=as_method(name)), pruning_options()) for name in ("olica", "olica-paper")
     )
     channels = task.config.intermediate_size
     assert paper.survey - released.survey > 4 * channels**2
-    without = memory.estimate(task, pruning_options(mlp_num=0))
+    uncorrected = frozenset(replace(shape, correction_rank=0) for shape in task.shapes)
+    without = memory.estimate(
+        replace(task, method=as_method("olica", mlp_num=0), shapes=uncorrected), pruning_options()
+    )
     assert released.prune > without.prune and released.survey - without.survey > 4 * task.config.hidden_size**2
 
 
@@ -80,15 +85,69 @@ def test_thirty_billion_parameters_fit_a_small_gpu(monkeypatch):
     """The sizes of LLaMA-30B and 7B in half precision, with hidden states on the host."""
     monkeypatch.setattr(memory, "free_memory", lambda device: 0)  # there need not be one
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    for sizes, total, most in (((6656, 17920, 52, 60), 32.5e9, 6e9), ((4096, 11008, 32, 32), 6.74e9, 3e9)):
+    for sizes, parameters, most in (((6656, 17920, 52, 60), 32.5e9, 6e9), ((4096, 11008, 32, 32), 6.74e9, 3e9)):
         hidden, channels, heads, layers = sizes
         config = LlamaConfig(
             hidden_size=hidden, intermediate_size=channels, num_attention_heads=heads, num_hidden_layers=layers
         )
-        plan, _ = allocate("olica", config, int(total), 0.2, 3.0)
-        task = Task(config, int(total), plan[0], (256, 128), 2, OLICA, is_streamed=True)
-        options = pruning_options(mlp_num=6, batch_size=BatchSize(16), device=gpu, cache_device=cpu)
-        assert expected_peaks(task, options)["device_bytes"] < most
+        plan, _ = allocate("olica", config, int(parameters), 0.2, 3.0)
+        shapes = frozenset({plan[0], replace(plan[0], correction_rank=int(0.03 * hidden))})
+        options = pruning_options(batch_size=BatchSize(16), device=gpu, cache_device=cpu)
+        for method in (as_method("olica", mlp_num=6), as_method("flap"), as_method("magnitude")):
+            task = Task(config, int(parameters), shapes, (256, 128), 2, method, is_streamed=True)
+            assert expected_peaks(task, options)["device_bytes"] < most
+
+
+@dataclass(frozen=True)
+class Working:
+    """A stage that reads no statistic but for a channel's mean, and takes so many bytes."""
+
+    taken: int
+    about = "nothing"
+
+    def needs(self, shape):
+        return frozenset({total("mlp_input")})
+
+    def workspace(self, sizes, shape):
+        return self.taken
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_expected_peaks_grow_with_the_workspace_of_a_stage(task, passes):
+    """Beside the sums that are not dropped yet; in whichever pass the stage is, its workspace counts once."""
+
+    def expected(taken: int) -> int:
+        stages = (Working(0), Working(taken), Working(0))
+        method = replace(task.method, survey=None, passes=(stages,) if passes == 1 else (stages[:1], stages[1:]))
+        return memory.estimate(replace(task, method=method), pruning_options()).prune
+
+    smallest = expected(0)
+    tokens = 4 * 128
+    assert smallest > tokens * 3 * task.config.intermediate_size * 4, "the forward of a batch"
+    assert expected(10**6) == smallest, "less than a batch takes"
+    sums = 8 * task.config.hidden_size
+    assert expected(10**9) == 10**9 + sums and expected(2 * 10**9) == 2 * 10**9 + sums
+
+
+def test_the_largest_of_different_layers_decides(task):
+    """Sizes of one layer that need the most memory are those that count, wherever they are."""
+    (shape,) = task.shapes
+    one, other = shape, replace(shape, intermediate_size=shape.intermediate_size // 2)
+
+    def estimated(*shapes):
+        return memory.estimate(replace(task, shapes=frozenset(shapes)), pruning_options()).prune
+
+    assert estimated(one, other) == max(estimated(one), estimated(other)) > min(estimated(one), estimated(other))
+
+
+@pytest.mark.parametrize("recipe", ["magnitude", "flap"])
+def test_recipes_whose_sizes_the_survey_decides_are_estimated_too(task, recipe):
+    """Nothing of theirs is as large as a matrix of sums; magnitude sends nothing through the layers."""
+    shapes = frozenset({dense_shape(Sizes.of(task.config))})
+    found = memory.estimate(replace(task, method=as_method(recipe), shapes=shapes), pruning_options())
+    released = memory.estimate(task, pruning_options())
+    assert found.survey < released.survey and found.prune < released.prune
+    assert (found.survey == 0) == (recipe == "magnitude")
 
 
 def peaks(folder: Path, layers: int) -> tuple[int, int]:

@@ -5,9 +5,19 @@ from pathlib import Path
 import pytest
 import yaml
 
+from olica.methods.recipes import RECIPES
+from olica.model.configuration_olica import LayerShape
 from olica.outputs.model_card import CARD, add_metrics, write_card
 
+
+def of_recipe(name: str) -> dict:
+    """What a record says of a recipe."""
+    recipe = RECIPES[name]
+    return {"name": name, "about": recipe.about, "parameters": recipe.parameter_names}
+
+
 RECORD = {
+    "recipe": of_recipe("olica"),
     "model": {"name": "7b", "source": "huggyllama/llama-7b", "revision": "0" * 40},
     "calibration": {"ids": [256, 128], "sources": [{"name": "bookcorpus"}, {"name": "alpaca"}]},
     "measured_sparsity": 0.1981,
@@ -16,7 +26,7 @@ RECORD = {
     | {"sparsity_of": "model", "round_to": 1, "datasets": "bookcorpus+alpaca"},
     "corrected_layers": [0, 4],
     "dense_layer": {"v_head_dim": 10, "intermediate_size": 12},
-    "plan": [{"q_rank": 5, "k_rank": 0, "v_head_dim": 9, "intermediate_size": 9, "correction_rank": 3}],
+    "plan": [LayerShape(5, 0, 9, 9, correction_rank=3).to_dict()],
 }
 ASKED = "--sparsity 0.2 --sparsity_of model"
 PERPLEXITY = {"value": 15.351, "standard_error": 0.123, "windows": 2000, "seqlen": 128, "bos": "first window"}
@@ -47,9 +57,18 @@ def test_the_card_says_what_was_pruned_and_how(folder):
         "pipeline_tag": "text-generation",
         "tags": ["olica", "pruned"],
     }
-    for words in ("without 19.8%", "`olica`", f"{ASKED} --k 3 --mlp_num 6 --ratio 0.03 --percdamp 0.5 --seed 0`",
-                  "layers 0, 4;", "256 samples of 128 tokens", "huggyllama/llama-7b, pruned by",
-                  "bookcorpus + alpaca", "trust_remote_code=True", "None measured yet."):  # fmt: skip
+    for words in (
+        "without 19.8%",
+        "`olica`",
+        f"{ASKED} --k 3 --mlp_num 6 --ratio 0.03 --percdamp 0.5 --seed 0`",
+        "layers 0, 4;",
+        "256 samples of 128 tokens",
+        "huggyllama/llama-7b, pruned without retraining",
+        "Olica, ICML 2025",
+        "bookcorpus + alpaca",
+        "trust_remote_code=True",
+        "None measured yet.",
+    ):
         assert words in body, words
 
 
@@ -57,12 +76,12 @@ def test_a_model_that_is_not_of_the_hub_is_no_base_model_of_it(tmp_path):
     model = {"name": "/home/me/models/mine", "source": "/home/me/models/mine", "revision": None}
     write_card(tmp_path, RECORD | {"model": model, "corrected_layers": []})
     assert "base_model" not in text(tmp_path) and "/home" not in text(tmp_path)
-    assert "# mine without" in text(tmp_path) and "mine, pruned by" in text(tmp_path)
+    assert "# mine without" in text(tmp_path) and "mine, pruned without retraining" in text(tmp_path)
 
 
 def test_the_card_says_which_model_a_name_stands_for(tmp_path):
     write_card(tmp_path, RECORD | {"model": RECORD["model"] | {"description": "The Model, dequantised"}})
-    assert "The Model, dequantised, pruned by" in text(tmp_path)
+    assert "The Model, dequantised, pruned without retraining" in text(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -129,11 +148,24 @@ def test_what_was_written_into_the_card_by_hand_stays(folder):
         ({"q_rank": 0, "v_head_dim": 10}, "narrower MLPs, low-rank linear corrections beside some MLPs."),
         ({"intermediate_size": 12, "correction_rank": 0}, "low-rank query projections, narrower value heads."),
         ({"q_rank": 0, "v_head_dim": 10, "intermediate_size": 12, "correction_rank": 0}, "no size changed."),
+        ({"q_rank": 0, "v_head_dim": 10, "correction_rank": 0, "kv_heads": 2, "down_bias": True},
+         "narrower MLPs, fewer attention heads, output biases for what is gone."),
+        ({"q_rank": 0, "v_head_dim": 10, "intermediate_size": 12, "correction_rank": 0, "kv_heads": 1, "o_bias": True},
+         "fewer attention heads, output biases for what is gone."),
     ],
-)
+)  # fmt: skip
 def test_the_card_says_what_became_of_the_projections(tmp_path, shape, words):
     write_card(tmp_path, RECORD | {"plan": [RECORD["plan"][0] | shape]})
-    assert f"without retraining: {words}" in text(tmp_path)
+    assert f"without retraining (Olica, ICML 2025: the released code's arithmetic): {words}" in text(tmp_path)
+
+
+@pytest.mark.parametrize("recipe", ["magnitude", "flap"])
+def test_a_recipe_without_parameters_names_none(tmp_path, recipe):
+    settings = {name: RECORD["settings"][name] for name in ("sparsity", "seed", "sparsity_of", "round_to", "datasets")}
+    changed = {"recipe": of_recipe(recipe), "settings": settings | {"recipe": recipe}, "corrected_layers": []}
+    write_card(tmp_path, RECORD | changed)
+    assert f"Recipe `{recipe}` with `{ASKED} --seed 0`;\nno corrections;" in text(tmp_path)
+    assert f"({RECIPES[recipe].about})" in text(tmp_path) and "Olica, ICML" not in text(tmp_path)
 
 
 def test_another_card_is_left_alone(folder):

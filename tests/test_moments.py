@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from olica.methods.moments import Moments, Statistic, cross, diagonal, full, needs, per_head, total
+from olica.methods.moments import Moments, Statistic, cosine, cross, diagonal, full, needs, per_head, total
 
 X, Y = "mlp_input", "intermediate"
 
@@ -65,16 +65,45 @@ def test_a_large_constant_does_not_hide_what_varies():
     np.testing.assert_allclose(found[diagonal(X)] - mean**2, covariance.diagonal(), atol=2e-6)
 
 
-def test_what_is_kept_is_about_zero(activations):
-    moments, statistics = Moments([full(X), per_head(X), total(Y), diagonal(Y)], num_heads=3), [diagonal(X), total(Y)]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cosine_is_that_of_every_token(dtype):
+    """The second place has another direction, another length and, for one token, the opposite one."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [[torch.randn(2, 5, 6, generator=generator).to(dtype) for _ in range(2)] for _ in range(3)]
+    batches[1][1][0, 2] = -3 * batches[1][0][0, 2]
+    moments = Moments([cosine("layer_input", "layer_output")], num_heads=1)
+    assert moments.taps == {"layer_input", "layer_output"}
+    for x, y in batches:
+        moments.update({"layer_input": x, "layer_output": y})
+    flat = [[t.double().flatten(0, 1).numpy() for t in pair] for pair in batches]
+    pairs = [pair for x, y in flat for pair in zip(x, y, strict=True)]
+    expected = sum(a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in pairs)
+    assert moments.count == len(pairs) == 30
+    assert moments[cosine("layer_input", "layer_output")].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_sums_that_are_dropped_are_gone_and_the_others_stay(activations):
+    moments = Moments([diagonal(X), total(Y)], num_heads=1)
+    moments.update(activations[0])
+    before = moments[total(Y)]
+    moments.drop([diagonal(X), full(Y)])  # of which one was never summed
+    assert torch.equal(moments[total(Y)], before)
+    with pytest.raises(KeyError):
+        moments[diagonal(X)]
+
+
+def test_what_was_summed_covers_what_follows_from_it():
+    moments = Moments([full(X), diagonal(Y)], num_heads=1)
+    assert moments.cover([full(X), diagonal(X), diagonal(Y), total(X)]) and moments.cover([])
+    assert not moments.cover([full(X), full(Y)]) and not moments.cover([total(Y)])
+
+
+def test_the_mean_is_that_of_the_tokens(activations):
+    moments = Moments([total(X)], num_heads=1)
     for batch in activations:
         moments.update(batch)
-    kept = moments.kept(statistics)
-    again = Moments.restored(kept.state(), statistics, 3, kept.count)
-    for statistic in statistics:
-        torch.testing.assert_close(kept[statistic], moments[statistic])
-        assert torch.equal(again[statistic], kept[statistic])
-    assert again.count == moments.count == 84
+    expected = torch.cat([batch[X].flatten(0, 1) for batch in activations]).double().mean(0)
+    torch.testing.assert_close(moments.mean(X), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_not_finite_names_the_tap():
@@ -89,4 +118,5 @@ def test_unknown_kind_is_refused():
 
 
 def test_needs_marks_a_function():
-    assert needs(full(X), total(Y))(lambda: None).needs == (full(X), total(Y))
+    marked = needs(full(X), total(Y))(lambda x: 2 * x)
+    assert marked.needs == {full(X), total(Y)} and marked(4) == 8

@@ -1,9 +1,9 @@
 import numpy as np
 import torch
-from conftest import make_llama
+from conftest import make_llama, seen
 
 from olica.methods.moments import Moments, diagonal
-from olica.methods.query_key import low_rank_query_key
+from olica.methods.query_key import LowRankQueryKey
 from olica.model.configuration_olica import LayerShape
 from olica.model.modeling_olica import projections_of
 
@@ -13,12 +13,14 @@ def factors_of(layer, shape):
     moments = Moments([diagonal("attention_input")], 4)
     moments.update({"attention_input": inputs})
     norms = np.linalg.norm(inputs.flatten(0, 1).double().numpy(), axis=0)
-    return low_rank_query_key(layer, moments, shape), norms
+    return LowRankQueryKey()(seen(layer, moments), shape), norms
 
 
 def test_factors_are_the_weighted_svd_of_the_paper():
     layer = projections_of(make_llama(num_key_value_heads=2).model.layers[0])
-    factors, norms = factors_of(layer, LayerShape(20, 10, 16, 176))
+    shape = LayerShape(20, 10, 16, 176)
+    factors, norms = factors_of(layer, shape)
+    assert LowRankQueryKey().needs(shape) == {diagonal("attention_input")}
     for name, rank in (("q_proj", 20), ("k_proj", 10)):
         weight = getattr(layer, name).weight.detach().double().numpy()
         u, s, vt = np.linalg.svd(weight * norms, full_matrices=False)  # W D = U S V^T

@@ -4,22 +4,14 @@ import json
 
 import pytest
 import torch
-from conftest import TEST_DATA, allocate
+from conftest import TEST_DATA, allocate, prune
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from olica.machine import BatchSize
-from olica.methods.allocation import allocate, correction_rank
-from olica.methods.recipes import RECIPES
-from olica.pruning.layers import prune_layers
-from olica.pruning.options import PruningOptions
-from olica.pruning.progress import Progress
-from olica.pruning.survey import choose_corrected, survey_layers
-from olica.sources.dense_model import DenseModel
 
 FOLDER = TEST_DATA / "reference_tiny_llama"
 FIGURES = json.loads((FOLDER / "figures.json").read_text())
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -34,26 +26,15 @@ def test_the_dense_model_is_the_one_that_was_measured(tensors):
 
 @pytest.mark.parametrize("case", list(FIGURES))
 def test_olica_repeats_the_released_code(case, tensors):
-    figures, recipe = FIGURES[case], RECIPES["olica"]
+    figures = FIGURES[case]
     asked = figures["options"]
     model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
     config, total = model.config, model.num_parameters()
     assert total == figures["parameters_before"]
 
-    plan, shares = allocate(recipe, config, total, asked["sparsity"], asked["k"])
-    options = PruningOptions(
-        percdamp=asked["percdamp"],
-        mlp_num=asked["mlp_num"],
-        correction_rank=correction_rank(config, asked["ratio"]),
-        batch_size=BatchSize(7),
-        device=CPU,
-        cache_device=CPU,
-    )
-    ids = tensors["calibration_ids"]
-    dense, work = DenseModel(model), (recipe, options, Progress())
-    survey = survey_layers(dense, ids, plan, *work)
-    plan = choose_corrected(plan, survey, recipe, options)
-    prune_layers(dense, ids, plan, survey, *work)
+    _, shares = allocate("olica", config, total, asked["sparsity"], asked["k"])
+    given = {name: asked[name] for name in ("k", "mlp_num", "ratio", "percdamp")}
+    _, plan = prune(model, tensors["calibration_ids"], "olica", asked["sparsity"], batch_size=BatchSize(7), **given)
 
     named = {"query": "query_key", "key": "query_key", "value_output": "value_output", "feed_forward": "feed_forward"}
     expected_shares = {name: figures[f"{part}_sparsity"] for name, part in named.items()}

@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 import torch
-from conftest import make_llama
+from conftest import make_llama, seen
 
 from olica.methods.moments import Moments, diagonal, per_head
 from olica.methods.value_output import (
+    OUTPUT_MOMENT,
     FactorisedProjections,
     NarrowedHeads,
     given_directions,
@@ -47,6 +48,12 @@ def moments(activations):
     return summed
 
 
+def whole(layer, moments, num_kv_heads):
+    """The layer with its moments, and what the survey finds of it."""
+    findings = {OUTPUT_MOMENT: moments[diagonal("attention_output")]} if moments else {}
+    return seen(layer, moments, num_kv_heads, **findings)
+
+
 def head_products(value: np.ndarray, output: np.ndarray, num_kv_heads: int, kept: int) -> np.ndarray:
     """W_o W_v of every query head (H, D, D)."""
     values = value.reshape(num_kv_heads, kept, D)
@@ -57,12 +64,12 @@ def head_products(value: np.ndarray, output: np.ndarray, num_kv_heads: int, kept
 def narrowed(layer, moments, num_kv_heads, kept, directions, importance=released_importance):
     """What the heads become when they keep so many of these directions."""
     shape = LayerShape(0, 0, kept, 176)
-    return NarrowedHeads(directions, importance)(layer, moments, moments, shape, H, num_kv_heads)
+    return NarrowedHeads(directions, importance)(whole(layer, moments, num_kv_heads), shape)
 
 
 @pytest.mark.parametrize("directions", [output_directions, value_directions])
 def test_bases_of_fast_ond_are_orthogonal(layer, moments, num_kv_heads, directions):
-    basis = directions(layer, moments, H, num_kv_heads).features
+    basis = directions(whole(layer, moments, num_kv_heads)).features
     identity = torch.eye(WIDTH, dtype=torch.float64).expand(num_kv_heads, -1, -1)
     torch.testing.assert_close(basis.mT @ basis, identity)
 
@@ -83,7 +90,7 @@ def test_another_basis_keeps_every_heads_product(layer, moments, num_kv_heads, d
 
 
 def test_output_basis_diagonalises_the_groups_weighted_outputs(layer, activations, moments, num_kv_heads):
-    basis = output_directions(layer, moments, H, num_kv_heads).features.detach().numpy()
+    basis = output_directions(whole(layer, moments, num_kv_heads)).features.detach().numpy()
     weight = layer.o_proj.weight.detach().double().numpy().reshape(D, H, WIDTH)
     norms = (activations["attention_output"].double() ** 2).sum((0, 1)).numpy()
     group = H // num_kv_heads
@@ -96,7 +103,7 @@ def test_output_basis_diagonalises_the_groups_weighted_outputs(layer, activation
 
 
 def test_value_basis_holds_the_singular_vectors(layer, num_kv_heads):
-    basis = value_directions(layer, None, H, num_kv_heads).features.detach().numpy()
+    basis = value_directions(whole(layer, None, num_kv_heads)).features.detach().numpy()
     weight = layer.v_proj.weight.detach().double().numpy().reshape(num_kv_heads, WIDTH, D)
     for kv in range(num_kv_heads):
         _, _, expected = np.linalg.svd(weight[kv].T)  # W_v in the paper's orientation (D, d)
@@ -126,23 +133,23 @@ def scores_by_hand(layer, activations, basis, num_kv_heads, norm) -> np.ndarray:
 
 @pytest.mark.parametrize(("importance", "norm"), [(released_importance, 2), (paper_importance, 1)])
 def test_pruning_keeps_the_most_important_directions(layer, activations, moments, num_kv_heads, importance, norm):
-    basis = output_directions(layer, moments, H, num_kv_heads).features.detach()
+    basis = output_directions(whole(layer, moments, num_kv_heads)).features.detach()
     kept = 11
     pruned = narrowed(layer, moments, num_kv_heads, kept, output_directions, importance)
     scores = scores_by_hand(layer, activations, basis.numpy(), num_kv_heads, norm)
     order = np.sort(np.argsort(scores, axis=1)[:, WIDTH - kept :], axis=1)
     value = layer.v_proj.weight.detach().double().numpy().reshape(num_kv_heads, WIDTH, D)
     expected = np.stack([(basis[kv].numpy().T @ value[kv])[order[kv]] for kv in range(num_kv_heads)])
-    found = pruned["v_proj.linear.weight"].detach().numpy().reshape(num_kv_heads, kept, D)
+    found = pruned["v_proj.weight"].detach().numpy().reshape(num_kv_heads, kept, D)
     np.testing.assert_allclose(found, expected, atol=1e-10)
-    assert pruned["o_proj.linear.weight"].shape == (D, H * kept)
+    assert pruned["o_proj.weight"].shape == (D, H * kept)
 
 
 def test_biases_follow_their_projections(num_kv_heads, moments):
     layer = make_llama(num_key_value_heads=num_kv_heads, attention_bias=True).model.layers[0]
     layer = projections_of(layer)
     torch.nn.init.normal_(layer.v_proj.bias)
-    basis = output_directions(layer, moments, H, num_kv_heads).features.detach()
+    basis = output_directions(whole(layer, moments, num_kv_heads)).features.detach()
     rotated = narrowed(layer, moments, num_kv_heads, WIDTH, output_directions)
     bias = layer.v_proj.bias.detach().double().numpy().reshape(num_kv_heads, WIDTH)
     expected = np.concatenate([basis[kv].numpy().T @ bias[kv] for kv in range(num_kv_heads)])
@@ -152,7 +159,7 @@ def test_biases_follow_their_projections(num_kv_heads, moments):
 
 def test_full_ond_finds_the_singular_vectors_of_the_product(layer, num_kv_heads):
     """numpy forms the product (G D, D) of a group, which ours never does."""
-    value, output, _ = product_directions(layer, None, H, num_kv_heads)
+    value, output, _ = product_directions(whole(layer, None, num_kv_heads))
     value, output = value.detach().numpy(), output.detach().numpy().reshape(num_kv_heads, -1, WIDTH)
     weight_v = layer.v_proj.weight.detach().double().numpy().reshape(num_kv_heads, WIDTH, D)
     weight_o = layer.o_proj.weight.detach().double().numpy().reshape(D, num_kv_heads, -1, WIDTH)
@@ -187,7 +194,7 @@ def test_wanda_drops_directions_as_they_are(layer, activations, moments, num_kv_
     order = np.sort(np.argsort(scores, axis=1)[:, WIDTH - kept :], axis=1)
     value = layer.v_proj.weight.detach().double().numpy().reshape(num_kv_heads, WIDTH, D)
     expected = np.concatenate([value[kv][order[kv]] for kv in range(num_kv_heads)])
-    np.testing.assert_array_equal(pruned["v_proj.linear.weight"].detach().numpy(), expected)
+    np.testing.assert_array_equal(pruned["v_proj.weight"].detach().numpy(), expected)
 
 
 @pytest.mark.parametrize("by_input", [False, True])
@@ -197,8 +204,8 @@ def test_factors_are_those_of_numpys_svd(layer, activations, num_kv_heads, by_in
     summed.update(activations)
     shape = LayerShape(0, 0, WIDTH, 176, v_rank=7, o_rank=20)
     method = FactorisedProjections(by_input)
-    assert set(method.needs) == (set(statistics) if by_input else set())
-    factors = method(layer, summed, None, shape, H, num_kv_heads)
+    assert method.needs(shape) == (set(statistics) if by_input else set())
+    factors = method(seen(layer, summed, num_kv_heads), shape)
     for name, tap, rank in (("v_proj", "attention_input", 7), ("o_proj", "heads", 20)):
         weight = getattr(layer, name).weight.detach().double().numpy()
         norms = np.linalg.norm(activations[tap].double().flatten(0, 1).numpy(), axis=0)
@@ -207,4 +214,4 @@ def test_factors_are_those_of_numpys_svd(layer, activations, num_kv_heads, by_in
         expected = (left[:, :rank] * singular[:rank]) @ right[:rank] / scale
         found = factors[f"{name}.expand.weight"] @ factors[f"{name}.reduce.weight"]
         np.testing.assert_allclose(found.detach().numpy(), expected, atol=1e-6)
-    assert method(layer, summed, None, LayerShape(0, 0, WIDTH, 176), H, num_kv_heads) == {}
+    assert method(seen(layer, summed, num_kv_heads), LayerShape(0, 0, WIDTH, 176)) == {}

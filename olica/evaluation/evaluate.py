@@ -10,6 +10,7 @@ from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
+from ..checks import check_record_path
 from ..errors import UsageError, memory_in_words
 from ..machine import pick_device
 from ..outputs import checkpoint, identity, records
@@ -174,7 +175,7 @@ def record_path(output_path: str | None, measured: Location, now: datetime) -> P
         # A model without a record of ours may lie anywhere; its evaluation goes into the current folder.
         path = Path(measured.path if records.read_pruning_record(measured.path) else "") / name
         flag = "--output_path, left out"
-    checkpoint.check_record_path(path, flag)
+    check_record_path(path, flag)
     return path
 
 
