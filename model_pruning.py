@@ -57,7 +57,6 @@ def build_parser() -> argparse.ArgumentParser:
         group,
         "sparsity",
         type=shares,
-        default=f"{default.sparsity:g}",  # which argparse parses as it does what is given
         help="share of the parameters to remove, in [0, 1); several, joined by commas, share one survey",
     )
     add(

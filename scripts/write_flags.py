@@ -4,16 +4,11 @@ python scripts/write_flags.py
 """
 
 import argparse
-import sys
 from pathlib import Path
+from runpy import run_path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import model_evaluate  # noqa: E402
-import model_pruning  # noqa: E402
-
-COMMANDS = (model_pruning, model_evaluate)
+COMMANDS = ("model_pruning.py", "model_evaluate.py")
 PAGE = ROOT / "docs" / "flags.md"
 HEAD = """# Flags
 
@@ -53,7 +48,7 @@ def section(name: str, parser: argparse.ArgumentParser) -> str:
 
 def flags_page() -> str:
     """The text of docs/flags.md."""
-    sections = (section(f"{command.__name__}.py", command.build_parser()) for command in COMMANDS)
+    sections = (section(name, run_path(str(ROOT / name))["build_parser"]()) for name in COMMANDS)
     return "\n".join([HEAD, "\n\n".join(sections), ""])
 
 
