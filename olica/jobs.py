@@ -404,7 +404,7 @@ def _kept_survey(job: Job, options: PruningOptions, token_hash: str) -> Iterator
         survey = SurveyProgress()
         if job.method.survey:
             decides = {"dtype": settings.dtype, "batch_size": batch_size.size, "recipe": settings.recipe}
-            decides |= asdict(job.recipe.with_parameters(settings.parameters))
+            decides |= job.method.survey.decided_by
             if job.method.survey.reads_plan:
                 decides["plan"] = [shape.to_dict() for shape in job.plan]
             what = identity.of_run(decides, job.location, job.config, token_hash, job.options.device)

@@ -189,12 +189,17 @@ def test_a_survey_serves_other_sparsities(here, undisturbed, monkeypatch):
     assert len(surveyed) == 2 * LAYERS
 
 
-@pytest.mark.parametrize("change", ["--percdamp=0.4", "--mlp_num=1", "--batch_size=3", "--dtype=bfloat16", "ids"])
+@pytest.mark.parametrize("change", ["--percdamp=0.4", "--mlp_num=0", "--batch_size=3", "--dtype=bfloat16", "ids"])
 def test_another_survey_is_not_taken_up(here, undisturbed, change):
     if change == "ids":
         save_file({"calibration_ids": torch.randint(3, 259, (8, 32))}, "ids.safetensors")
     assert prune(*([change] if change != "ids" else [])) == 0
     assert len([*Path("data/surveys").iterdir()]) == 2
+
+
+def test_corrections_of_another_number_and_rank_share_a_survey(here, undisturbed):
+    assert prune("--mlp_num=1", "--ratio=0.2", "--k=2") == 0
+    assert len([*Path("data/surveys").iterdir()]) == 1
 
 
 def test_where_no_survey_can_be_kept_one_is_made_all_the_same(here, undisturbed, caplog, monkeypatch):

@@ -4,6 +4,8 @@ A feature's score is its fluctuation, Var(x_j) ||W_:,j||^2, standardised in ever
 decides what goes, and the bias of what read it takes up its mean. D hidden size, K key/value heads, F channels
 """
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from ..model.configuration_olica import LayerShape
@@ -31,6 +33,7 @@ class FlapSurvey:
     """The fluctuations of all layers of the dense model, and the means that biases take up."""
 
     reads_plan = False
+    decided_by: ClassVar = {}
 
     def needs(self, index: int, layers: int) -> frozenset[Statistic]:
         """See `Survey`."""

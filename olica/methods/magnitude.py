@@ -3,6 +3,8 @@
 The baseline of the field; no text has a part in it. D hidden size, K key/value heads, d head width, F channels
 """
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from ..model.configuration_olica import LayerShape
@@ -41,6 +43,7 @@ class MagnitudeSurvey:
     """Reads the weights of all layers; sends nothing through them."""
 
     reads_plan = False
+    decided_by: ClassVar = {}
 
     def needs(self, index: int, layers: int) -> frozenset[Statistic]:
         """See `Survey`."""

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..errors import UsageError
 from ..model.configuration_olica import LayerShape
@@ -127,6 +127,11 @@ class OlicaSurvey:
     def reads_plan(self) -> bool:
         """See `Survey`."""
         return self.corrections.number > 0 and self.regression.reads_plan
+
+    @property
+    def decided_by(self) -> dict[str, Any]:
+        """See `Survey`; how many layers get a correction, and of which rank, is decided later."""
+        return {"ranking": self.corrections.number > 0, "percdamp": self.percdamp}
 
     def needs(self, index: int, layers: int) -> frozenset[Statistic]:
         """See `Survey`."""

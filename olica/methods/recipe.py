@@ -52,9 +52,11 @@ class Survey(Protocol):
 
     Attributes:
         reads_plan: whether the findings depend on the sizes planned so far, so that another sparsity has others.
+        decided_by: plain values that decide the findings, by name: of the recipe's parameters those that do.
     """
 
     reads_plan: bool
+    decided_by: dict[str, Any]
 
     def needs(self, index: int, layers: int) -> frozenset[Statistic]:
         """Statistics of layer `index` of so many."""
