@@ -10,8 +10,8 @@ from conftest import allocate, as_method, make_llama, pruning_options
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from olica.machine import BatchSize
 from olica.jobs import dense_shape
+from olica.machine import BatchSize
 from olica.methods.moments import total
 from olica.methods.sizes import Sizes
 from olica.pruning import memory

@@ -75,7 +75,8 @@ def test_the_cosine_is_that_of_every_token(dtype):
     assert moments.taps == {"layer_input", "layer_output"}
     for x, y in batches:
         moments.update({"layer_input": x, "layer_output": y})
-    pairs = [(a, b) for x, y in batches for a, b in zip(*(t.double().flatten(0, 1).numpy() for t in (x, y)))]
+    flat = [[t.double().flatten(0, 1).numpy() for t in batch] for batch in batches]
+    pairs = [pair for x, y in flat for pair in zip(x, y, strict=True)]
     expected = sum(a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in pairs)
     assert moments.count == len(pairs) == 30
     assert moments[cosine("layer_input", "layer_output")].item() == pytest.approx(expected, abs=1e-5)
