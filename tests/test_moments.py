@@ -92,6 +92,21 @@ def test_sums_that_are_dropped_are_gone_and_the_others_stay(activations):
         moments[diagonal(X)]
 
 
+@pytest.mark.parametrize("later", [diagonal(X), full(X), total(X), cross(X, Y), diagonal(Y), total(Y)])
+def test_what_later_statistics_are_read_off_outlives_the_others(activations, later):
+    """A diagonal that is read off a matrix, and the sums that turn what is about a centre into what is about zero."""
+    dropped = [total(X), full(X), total(Y), cross(X, Y)]
+    moments = Moments([*dropped, diagonal(X), diagonal(Y)], num_heads=1)
+    for batch in activations:
+        moments.update(batch)
+    before = moments[later].clone()
+    moments.drop(dropped, later=[later])
+    assert torch.equal(moments[later], before)
+    for statistic in {full(X), cross(X, Y)} - {later}:
+        with pytest.raises(KeyError):
+            moments[statistic]
+
+
 def test_what_was_summed_covers_what_follows_from_it():
     moments = Moments([full(X), diagonal(Y)], num_heads=1)
     assert moments.cover([full(X), diagonal(X), diagonal(Y), total(X)]) and moments.cover([])
