@@ -18,7 +18,7 @@ from by_threshold import (
     silenced,
     weights_of,
 )
-from conftest import make_llama, prune, prune_to, write_pruned
+from conftest import make_llama, prune, prune_to, uncorrected, work_on, write_pruned
 from tiny_families import make_family
 from tiny_run import contents
 from transformers import AutoModelForCausalLM
@@ -26,10 +26,14 @@ from transformers import AutoModelForCausalLM
 from olica import jobs
 from olica.errors import UsageError
 from olica.machine import BatchSize
+from olica.methods.sizes import Budget
 from olica.model.families import FAMILIES
+from olica.model.skeleton import count_parameters
 from olica.outputs import run_progress
 from olica.outputs.run_progress import RunProgress
 from olica.outputs.survey_store import StoredSurvey
+from olica.pruning.layers import prune_layers
+from olica.pruning.progress import Progress, SurveyProgress
 
 IDS = torch.randint(3, 319, (9, 23), generator=torch.Generator().manual_seed(0))
 
@@ -144,6 +148,19 @@ def test_the_sparsity_is_reached(recipe, sparsity, groups):
     prune(model, IDS, recipe, sparsity)
     assert 1 - model.num_parameters() / before == pytest.approx(sparsity, abs=0.005)
     assert torch.isfinite(model(IDS).logits).all()
+
+
+@pytest.mark.parametrize("recipe", ["flap", "magnitude"])
+def test_a_sparsity_of_the_layers_is_theirs(recipe):
+    """And with rounded sizes channels are multiples, which the heads are anyway."""
+    model = make_llama(num_key_value_heads=2, vocab_size=4000, intermediate_size=512)
+    work = work_on(model, IDS, uncorrected(recipe))
+    before = count_parameters(model)["decoder_layers"]
+    plan, findings = jobs.measure_and_decide(work, Budget(before, 0.3, round_to=8), SurveyProgress())
+    assert all(shape.intermediate_size % 8 == 0 for shape in plan)
+    plan, _ = jobs.measure_and_decide(work, Budget(before, 0.3), SurveyProgress())
+    prune_layers(work, plan, findings, Progress())
+    assert 1 - count_parameters(model)["decoder_layers"] / before == pytest.approx(0.3, abs=0.005)
 
 
 @pytest.mark.parametrize("recipe", ["flap", "magnitude"])
