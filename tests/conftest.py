@@ -80,6 +80,11 @@ def as_method(recipe_name: str, **parameters) -> Method:
     return recipe.method(recipe.with_parameters(usual | parameters))
 
 
+def uncorrected(recipe_name: str) -> Method:
+    """A recipe that corrects no layer."""
+    return as_method(recipe_name, **{"mlp_num": 0} if "mlp_num" in RECIPES[recipe_name].parameter_names else {})
+
+
 def allocate(
     recipe_name: str, config, total: int, sparsity: float, k: float = 3.0, round_to: int = 1
 ) -> tuple[list[LayerShape], SimpleNamespace]:
@@ -111,7 +116,7 @@ def prune(
 
 def prune_to(model, ids: torch.Tensor, plan: list[LayerShape], recipe_name: str = "olica", **overrides) -> None:
     """Prune a causal model in place to sizes that no rule has to give."""
-    work = work_on(model, ids, as_method(recipe_name, mlp_num=0), **overrides)
+    work = work_on(model, ids, uncorrected(recipe_name), **overrides)
     prune_layers(work, plan, survey_layers(work, plan, SurveyProgress()), Progress())
 
 

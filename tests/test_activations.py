@@ -3,7 +3,7 @@ import torch
 from conftest import make_llama, no_memory_for_more_than
 
 from olica.machine import BatchSize
-from olica.methods.moments import TAPS, Moments, cross, diagonal, full, total
+from olica.methods.moments import TAPS, Moments, cosine, cross, diagonal, full, total
 from olica.pruning.activations import calibrate, propagate, record_layer_calls, recording
 
 CPU = torch.device("cpu")
@@ -72,7 +72,52 @@ def test_taps_are_what_the_projections_see(ids):
     torch.testing.assert_close(layer.self_attn.o_proj(seen["heads"]), seen["attention_output"])
     torch.testing.assert_close(layer.mlp(seen["mlp_input"]), seen["mlp_output"])
     torch.testing.assert_close(layer.mlp.down_proj(seen["intermediate"]), seen["mlp_output"])
+    assert torch.equal(seen["layer_input"], hidden)
+    assert torch.equal(seen["layer_output"], layer(hidden, **calls[0]))
     assert not layer.mlp.down_proj._forward_hooks and not layer.mlp.down_proj._forward_pre_hooks
+
+
+def with_tuples(layer) -> None:
+    """Have a layer return a tuple, as those of some releases do."""
+    forward = layer.forward
+    layer.forward = lambda *args, **kwargs: (forward(*args, **kwargs), None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("as_tuple", [False, True])
+@pytest.mark.parametrize("advance", [False, True])
+@torch.no_grad()
+def test_the_layers_own_taps_are_its_input_and_output(ids, dtype, as_tuple, advance):
+    """Batch by batch, whose last is smaller; the cosine is between the two, token by token."""
+    model = make_llama().to(dtype)
+    hidden, calls = record_layer_calls(model.model, ids, CPU)
+    layer, start = model.model.layers[0], hidden.clone()
+    outputs = torch.cat([layer(batch, **calls[0]) for batch in start.split(2)])
+    if as_tuple:
+        with_tuples(layer)
+    both = cosine("layer_input", "layer_output")
+    moments = Moments([total("layer_input"), diagonal("layer_output"), both], 4)
+    calibrate(layer, hidden, calls[0], moments, BatchSize(2), advance=advance)
+    assert torch.equal(hidden, outputs if advance else start)
+    x, y = (states.flatten(0, 1).double() for states in (start, outputs))
+    torch.testing.assert_close(moments[total("layer_input")], x.sum(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(moments[diagonal("layer_output")], y.square().sum(0), rtol=1e-5, atol=1e-5)
+    expected = ((x * y).sum(-1) / x.norm(dim=-1) / y.norm(dim=-1)).sum()
+    assert moments[both].dtype == torch.float64 and moments.count == ids.numel()
+    torch.testing.assert_close(moments[both], expected, rtol=1e-5, atol=1e-5)
+    assert not layer._forward_hooks and not layer._forward_pre_hooks
+
+
+@torch.no_grad()
+def test_the_cosine_of_batches_is_that_of_the_whole(ids):
+    model, found = make_llama(), []
+    hidden, calls = record_layer_calls(model.model, ids, CPU)
+    for size in (1, 3, 5):
+        moments = Moments([cosine("layer_input", "layer_output"), cosine("mlp_input", "mlp_output")], 4)
+        calibrate(model.model.layers[1], hidden.clone(), calls[1], moments, BatchSize(size), advance=False)
+        found.append(torch.stack([moments[s] for s in sorted(moments.statistics, key=str)]))
+    torch.testing.assert_close(found[0], found[2], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[1], found[2], rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

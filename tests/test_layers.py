@@ -3,21 +3,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import allocate, make_llama, prune, pruning_options
+from conftest import as_method, make_llama, prune, work_on
 
 from olica.errors import UsageError
+from olica.jobs import measure_and_decide
 from olica.machine import BatchSize
-from olica.methods.moments import diagonal, full, needs
+from olica.methods.moments import diagonal, full
 from olica.methods.recipes import RECIPES
+from olica.methods.sizes import Budget
 from olica.model.configuration_olica import LayerShape
-from olica.model.modeling_olica import projections_of, shrink_layer
-from olica.pruning.layers import _replace_weights, prune_layers
-from olica.pruning.options import check_mlp_num
-from olica.pruning.progress import Progress
-from olica.pruning.survey import survey_layers
-from olica.sources.dense_model import DenseModel
+from olica.model.modeling_olica import Projections, projections_of, shrink_layer
+from olica.pruning.cutting import put
+from olica.pruning.layers import prune_layers
+from olica.pruning.progress import Progress, SurveyProgress
 
-UNROTATED = ("olica-svd", "olica-awsvd", "olica-wanda")
+UNROTATED = ("olica-svd", "olica-awsvd", "olica-wanda", "magnitude", "flap")
+CORRECTING = [name for name, recipe in RECIPES.items() if "mlp_num" in recipe.parameter_names]
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def ids():
 def test_sparsity_zero_changes_nothing_and_rotates_where_it_should(ids, recipe, overrides):
     model = make_llama(**overrides)
     dense = copy.deepcopy(model)
-    prune(model, ids, recipe, 0.0, mlp_num=0)
+    prune(model, ids, recipe, 0.0, **{"mlp_num": 0} if recipe in CORRECTING else {})
     torch.testing.assert_close(model(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
     for pruned_layer, dense_layer in zip(model.model.layers, dense.model.layers, strict=True):
         moved = pruned_layer.self_attn.v_proj.weight - dense_layer.self_attn.v_proj.weight
@@ -47,37 +48,53 @@ def test_batches_decide_nothing(ids, recipe):
     torch.testing.assert_close(one(ids).logits, many(ids).logits, rtol=1e-3, atol=1e-3)
 
 
+class Watching:
+    """A stage that looks at the norms of the attention's input, and changes nothing."""
+
+    about = "nothing"
+
+    def __init__(self):
+        self.seen = []
+
+    def needs(self, shape):
+        return frozenset({diagonal("attention_input")})
+
+    def workspace(self, sizes, shape):
+        return 0
+
+    def __call__(self, layer, shape):
+        self.seen.append(layer.moments[diagonal("attention_input")].clone())
+        return {}
+
+
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_a_recipe_calibrates_on_the_stream_that_it_names(ids, name):
-    dense, model, seen = make_llama(), make_llama(), []
+    dense, model = make_llama(), make_llama()
     inputs = {}
     for index, layer in enumerate(dense.model.layers):
         layer.self_attn.q_proj.register_forward_pre_hook(lambda _, args, i=index: inputs.update({i: args[0]}))
     dense(ids)
     expected = [x.square().sum((0, 1)).double() for x in inputs.values()]
 
-    @needs(*RECIPES[name].query_key.needs)
-    def watched(layer, moments, shape):
-        seen.append(moments[diagonal("attention_input")])
-        return RECIPES[name].query_key(layer, moments, shape)
-
-    recipe, source = replace(RECIPES[name], query_key=watched), DenseModel(model)
-    plan, _ = allocate(recipe, model.config, model.num_parameters(), 0.3, 3.0)
-    work = (recipe, pruning_options(), Progress())
-    prune_layers(source, ids, plan, survey_layers(source, ids, plan, *work), *work)
-    same = [torch.allclose(a, b, rtol=1e-3) for a, b in zip(seen, expected, strict=True)]
-    expected_same = [True] * 3 if recipe.dense_stream else [True, False, False]
-    assert same == expected_same
+    method, watching = as_method(name), Watching()
+    (stages,) = method.passes
+    work = work_on(model, ids, replace(method, passes=((watching, *stages),)))
+    plan, findings = measure_and_decide(work, Budget(model.num_parameters(), 0.3), SurveyProgress())
+    prune_layers(work, plan, findings, Progress())
+    same = [torch.allclose(a, b, rtol=1e-3) for a, b in zip(watching.seen, expected, strict=True)]
+    assert same == ([True] * 3 if method.stream == "dense" else [True, False, False])
 
 
-def test_without_calibration_nothing_is_ranked(ids):
+@pytest.mark.parametrize("recipe", CORRECTING)
+def test_without_corrections_nothing_is_ranked(ids, recipe):
     model = make_llama()
-    survey, plan = prune(model, ids, "olica", 0.2, mlp_num=0)
-    assert [layer.correlation for layer in survey] == [None] * 3
+    findings, plan = prune(model, ids, recipe, 0.2, mlp_num=0)
+    assert not any("correlation" in found for found in findings)
     assert not any(shape.correction_rank for shape in plan)
-    recipe = RECIPES["olica"]
-    assert full("mlp_input") not in recipe.survey_needs(ranking=False)
-    assert full("intermediate") not in recipe.calibration_needs(calibrated=False)
+    method = as_method(recipe, mlp_num=0)
+    for index in range(3 if method.survey else 0):
+        assert full("mlp_input") not in method.survey.needs(index, 3)
+    assert full("intermediate") not in method.needs(plan[0])[0]
 
 
 def test_pruning_is_repeatable_to_the_bit(ids):
@@ -109,18 +126,10 @@ def test_overflowing_activations_name_the_layer_and_the_place(ids):
         prune(model, ids, "olica", 0.2)
 
 
-def test_mlp_num_is_checked_against_the_layers():
-    check_mlp_num(2, 3, RECIPES["olica"])
-    check_mlp_num(3, 3, RECIPES["olica-paper"])
-    for number, recipe in ((3, "olica"), (4, "olica-paper"), (-1, "olica")):
-        with pytest.raises(UsageError, match=f"--mlp_num {number} .*3 layers"):
-            check_mlp_num(number, 3, RECIPES[recipe])
-
-
 @pytest.mark.parametrize(
     ("lacking", "added", "message"),
     [
-        ([], ["v_proj.linear.bias"], "no place for self_attn.v_proj.linear.bias"),
+        ([], ["v_proj.bias"], "no place for self_attn.v_proj.linear.bias"),
         ([], ["q_proj.weight"], "no place for self_attn.q_proj.weight"),
         ([], ["correction.reduce.weight"], "no place for correction.reduce.weight"),
         (["q_proj.expand.weight"], [], "no weights were computed for self_attn.q_proj.expand.weight"),
@@ -132,15 +141,20 @@ def test_every_computed_weight_finds_its_place_and_every_place_its_weight(lackin
     layer, shape = make_llama().model.layers[0], LayerShape(5, 6, 7, 100)
     target = copy.deepcopy(layer)
     shrink_layer(target, make_llama().config, shape)
-    weights = {
-        f"{name}.{rest}": torch.randn_like(weight)
+    computed = {
+        f"{name}.{rest.removeprefix('linear.')}": torch.randn_like(weight)
         for name, module in projections_of(target)._asdict().items()
         for rest, weight in module.named_parameters()
-        if f"{name}.{rest}" not in lacking
-    } | {name: torch.ones(5, 64) for name in added}
+    }
+    weights = {name: weight for name, weight in computed.items() if name not in lacking}
+    weights |= {name: torch.ones(5, 64) for name in added}
     if message is None:
-        _replace_weights(layer, make_llama().config, shape, weights)
+        put(layer, make_llama().config, shape, weights, Projections._fields)
         assert layer.self_attn.v_proj.linear.weight is not None and layer.mlp.up_proj.weight.shape == (100, 64)
+        found = {name.replace("linear.", ""): weight for name, weight in layer.state_dict().items()}
+        for name, weight in weights.items():
+            (place,) = (place for place in found if place.endswith(name))
+            assert torch.equal(found[place], weight), name
         return
     with pytest.raises(RuntimeError, match=message):
-        _replace_weights(layer, make_llama().config, shape, weights)
+        put(layer, make_llama().config, shape, weights, Projections._fields)

@@ -129,6 +129,16 @@ def test_expected_peaks_grow_with_the_workspace_of_a_stage(task, passes):
     assert expected(10**9) == 10**9 + sums and expected(2 * 10**9) == 2 * 10**9 + sums
 
 
+@pytest.mark.parametrize(
+    ("stream", "passes", "times"), [("pruned", 1, 1), ("pruned", 2, 1), ("dense", 1, 1), ("dense", 2, 2)]
+)
+def test_two_passes_over_a_dense_stream_hold_the_hidden_states_twice(task, stream, passes, times):
+    """Those that enter the layer, which the second pass reads, and those that leave the dense one."""
+    method = replace(task.method, stream=stream, passes=((Working(0),),) * passes)
+    found = memory.estimate(replace(task, method=method), pruning_options())
+    assert found.states == times * 256 * 128 * 1024 * 4
+
+
 def test_the_largest_of_different_layers_decides(task):
     """Sizes of one layer that need the most memory are those that count, wherever they are."""
     (shape,) = task.shapes

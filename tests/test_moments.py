@@ -75,7 +75,7 @@ def test_the_cosine_is_that_of_every_token(dtype):
     assert moments.taps == {"layer_input", "layer_output"}
     for x, y in batches:
         moments.update({"layer_input": x, "layer_output": y})
-    flat = [[t.double().flatten(0, 1).numpy() for t in pair] for pair in batches]
+    flat = [[t.double().flatten(0, 1).numpy() for t in batch] for batch in batches]
     pairs = [pair for x, y in flat for pair in zip(x, y, strict=True)]
     expected = sum(a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in pairs)
     assert moments.count == len(pairs) == 30
@@ -90,6 +90,21 @@ def test_sums_that_are_dropped_are_gone_and_the_others_stay(activations):
     assert torch.equal(moments[total(Y)], before)
     with pytest.raises(KeyError):
         moments[diagonal(X)]
+
+
+@pytest.mark.parametrize("later", [diagonal(X), full(X), total(X), cross(X, Y), diagonal(Y), total(Y)])
+def test_what_later_statistics_are_read_off_outlives_the_others(activations, later):
+    """A diagonal that is read off a matrix, and the sums that turn what is about a centre into what is about zero."""
+    dropped = [total(X), full(X), total(Y), cross(X, Y)]
+    moments = Moments([*dropped, diagonal(X), diagonal(Y)], num_heads=1)
+    for batch in activations:
+        moments.update(batch)
+    before = moments[later].clone()
+    moments.drop(dropped, later=[later])
+    assert torch.equal(moments[later], before)
+    for statistic in {full(X), cross(X, Y)} - {later}:
+        with pytest.raises(KeyError):
+            moments[statistic]
 
 
 def test_what_was_summed_covers_what_follows_from_it():

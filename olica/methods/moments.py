@@ -248,9 +248,14 @@ class Moments:
             case _:
                 return self._sums[statistic]
 
-    def drop(self, statistics: Iterable[Statistic]) -> None:
-        """Forget these sums, of which nothing is asked any more."""
-        for statistic in statistics:
+    def drop(self, statistics: Iterable[Statistic], later: Iterable[Statistic] = ()) -> None:
+        """Forget the sums of `statistics`, but for what the statistics `later` are read off."""
+        gone, later = set(statistics) - set(later), set(later)
+        for statistic in later:
+            if statistic.kind == "diagonal" and statistic not in self._sums and full(statistic.tap) in gone:
+                self._sums[statistic] = self.about_centre(statistic)  # a copy, which does not hold the matrix
+        centring = {total(tap) for s in later if s.kind in ("full", "cross", "diagonal") for tap in s.taps}
+        for statistic in gone - centring:
             self._sums.pop(statistic, None)
 
     def not_finite(self) -> list[str]:

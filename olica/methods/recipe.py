@@ -44,7 +44,7 @@ class Layer:
 
     def drop(self, statistics: Iterable[Statistic]) -> None:
         """Free the memory of sums, but of those that stages to come read."""
-        self.moments.drop(set(statistics) - self.later)
+        self.moments.drop(statistics, self.later)
 
 
 class Survey(Protocol):

@@ -132,7 +132,9 @@ class StoredSurvey(SurveyProgress):
         states: dict[str, Tensor] = {} if surveyed.hidden is None else {"hidden": surveyed.hidden}
         states |= {f"{layer}.{number}": state for (layer, number), state in surveyed.travelling.items()}
         names = {"findings": f"findings-{layers}{'-all' if is_complete else ''}.safetensors", "states": None}
-        found = {f"{i}.{name}": tensor for i, found in enumerate(surveyed.findings) for name, tensor in found.items()}
+        # Copies: a file holds no tensor twice, and layers may share what was found.
+        layers_found = enumerate(surveyed.findings)
+        found = {f"{i}.{name}": tensor.clone() for i, found in layers_found for name, tensor in found.items()}
         self._journal.write(names["findings"], found)
         if states:
             names["states"] = f"states-{layers}.safetensors"

@@ -43,7 +43,7 @@ def cut(
             # What is computed in double precision is cast before the next is.
             weights |= cast_weights(computed, index, next(layer.parameters()))
         del computed
-        seen.moments.drop(stage.needs(shape) - later)
+        seen.moments.drop(stage.needs(shape), later)
     replaced = {name.partition(".")[0] for name in weights}.intersection(MODULES)
     put(layer, config, shape, weights, replaced)
     return replaced

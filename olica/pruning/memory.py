@@ -32,7 +32,7 @@ class Demand:
     Attributes:
         embedding: the largest weight beside the decoder layers.
         layer: a dense decoder layer.
-        states: the hidden states of the calibration set.
+        states: the hidden states of the calibration set; twice where those that leave a dense layer are kept apart.
         survey, prune: sums, activations of a batch and work of the stages of these passes, at their peak.
     """
 
@@ -79,10 +79,11 @@ class Task:
 def estimate(task: Task, options: PruningOptions) -> Demand:
     """The demand of a task."""
     tokens = min(options.batch_size.size, task.ids_shape[0]) * task.ids_shape[1]
+    is_kept_twice = task.method.stream == "dense" and len(task.method.passes) > 1
     return Demand(
         embedding=task.config.vocab_size * task.config.hidden_size * task.itemsize,
         layer=task.sizes.layer * task.itemsize,
-        states=task.states,
+        states=task.states * (2 if is_kept_twice else 1),
         survey=max(_survey(task, shape, tokens) for shape in task.shapes),
         prune=max(_cut(task, shape, tokens) for shape in task.shapes),
     )
