@@ -5,6 +5,7 @@ import multiprocessing
 import shutil
 import threading
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -53,13 +54,23 @@ def interrupted_after(layers: int, monkeypatch, *arguments: str) -> None:
             prune(*arguments)
 
 
-@pytest.fixture
-def undisturbed(here) -> dict[str, bytes]:
-    """What the checkpoint of a run that nobody disturbs holds."""
-    prune()
-    expected = contents(FOLDER)
+@cache
+def checkpoint_of(recipe: str) -> dict[str, bytes]:
+    """What the checkpoint of a run of `here` that nobody disturbs holds: the same in every test."""
+    prune(f"--recipe={recipe}")
+    expected = contents(folder_of(recipe))
     shutil.rmtree("out")
     return expected
+
+
+def folder_of(recipe: str) -> Path:
+    return FOLDER if recipe == "olica" else FOLDER.with_name(f"{FOLDER.name}_{recipe}")
+
+
+@pytest.fixture
+def undisturbed(here) -> dict[str, bytes]:
+    """The checkpoint of a run that nobody disturbs."""
+    return checkpoint_of("olica")
 
 
 @pytest.mark.parametrize("recipe", ["olica", "olica-paper"])
@@ -99,11 +110,8 @@ def test_hidden_states_are_written_before_the_next_layer_changes_them(here, monk
 def test_a_run_goes_on_after_the_last_finished_layer(here, monkeypatch, recipe, layers, seconds):
     """Whether hidden states are kept after every layer or have to be told from the finished ones."""
     monkeypatch.setattr(run_folder_module, "SAVED_EVERY", seconds)
-    suffix = "" if recipe == "olica" else f"_{recipe}"
-    folder, flag = Path(f"out/tiny_sparsity-0.2{suffix}"), f"--recipe={recipe}"
-    prune(flag)
-    expected = contents(folder)
-    shutil.rmtree("out")
+    folder, flag = folder_of(recipe), f"--recipe={recipe}"
+    expected = checkpoint_of(recipe)
     interrupted_after(layers, monkeypatch, flag)
     assert journal()["entered"] == (layers if seconds < 0 else 0)
     pruned, compress = [], pruning_module._compress_value_output
@@ -117,10 +125,7 @@ def test_a_run_goes_on_after_the_last_finished_layer(here, monkeypatch, recipe, 
 
 @pytest.mark.parametrize("recipe", ["olica", "olica-paper"])
 def test_a_survey_goes_on_too(here, monkeypatch, recipe):
-    suffix = "" if recipe == "olica" else f"_{recipe}"
-    prune(f"--recipe={recipe}")
-    expected = contents(Path(f"out/tiny_sparsity-0.2{suffix}"))
-    shutil.rmtree("out")
+    expected = checkpoint_of(recipe)
     monkeypatch.setattr(run_folder_module, "SAVED_EVERY", -1.0)
     surveyed, calibrate = [], survey_module.calibrate
     with monkeypatch.context() as patched:
@@ -137,7 +142,7 @@ def test_a_survey_goes_on_too(here, monkeypatch, recipe):
     monkeypatch.setattr(survey_module, "calibrate", lambda *a, **s: surveyed.append(a[0]) or calibrate(*a, **s))
     assert prune(f"--recipe={recipe}") == 0
     assert len(surveyed) == LAYERS
-    assert contents(Path(f"out/tiny_sparsity-0.2{suffix}")) == expected
+    assert contents(folder_of(recipe)) == expected
 
 
 def test_a_model_that_is_in_memory_as_a_whole_goes_on_too(here, undisturbed, monkeypatch):
@@ -239,8 +244,7 @@ def test_altered_files_are_told_by_their_checksums(here, undisturbed, capsys, mo
 )
 def test_a_batch_that_became_smaller_is_followed(here, monkeypatch, recipe, place):
     """Hidden states that came from batches of two sizes cannot be told from the layers, so they are kept at once."""
-    suffix = "" if recipe == "olica" else f"_{recipe}"
-    folder, flag = Path(f"out/tiny_sparsity-0.2{suffix}"), f"--recipe={recipe}"
+    folder, flag = folder_of(recipe), f"--recipe={recipe}"
     original = getattr(pruning_module, place)
 
     def with_halving(patched) -> None:
