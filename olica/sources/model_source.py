@@ -406,9 +406,9 @@ def try_out(model: PreTrainedModel) -> None:
 
 def read_tokenizer(location: Location) -> PreTrainedTokenizerBase | None:
     """The model's tokenizer, or None for a local folder that has none."""
-    if location.is_local and not location.gguf_file:
-        if not any((Path(location.path) / name).is_file() for name in TOKENIZER_FILES):
-            return None
+    in_folder = location.is_local and not location.gguf_file
+    if in_folder and not any((Path(location.path) / name).is_file() for name in TOKENIZER_FILES):
+        return None
     with explained(location, "its tokenizer cannot be read"):
         if location.gguf_file:
             return AutoTokenizer.from_pretrained(location.path, **location.arguments)
