@@ -29,7 +29,7 @@ class Stopped(KeyboardInterrupt):
 
 def at_once() -> None:
     """From now on a signal ends the process at once: nothing has been done yet."""
-    _handle(lambda number, frame: _end(number, GO_ON))
+    _handle(lambda number, _: _end(number, GO_ON))
 
 
 def end_with(command: Callable[[], int]) -> NoReturn:
@@ -55,7 +55,7 @@ def _handle(handler: Callable[[int, FrameType | None], None] | signal.Handlers) 
             signal.signal(number, handler)
 
 
-def _raise(number: int, frame: FrameType | None) -> NoReturn:
+def _raise(number: int, _: FrameType | None) -> NoReturn:
     _seen.append(number)
     raise Stopped(number)
 

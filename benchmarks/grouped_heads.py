@@ -34,7 +34,7 @@ from olica.pruning.layers import prune_layers
 from olica.pruning.options import PruningOptions, Work
 from olica.pruning.progress import Progress, SurveyProgress
 from olica.pruning.survey import survey_layers
-from olica.sources.calibration_set import CalibrationSet, build_calibration_set
+from olica.sources.calibration_set import CalibrationSet, Draw, build_calibration_set
 from olica.sources.configuration import count_dense_parameters, describe_source, read_config, refuse_unprunable
 from olica.sources.dense_model import DenseModel
 from olica.sources.locate import locate
@@ -106,9 +106,7 @@ def draw_calibration_set(args: argparse.Namespace, tokenizer, config) -> Calibra
     return build_calibration_set(
         args.datasets,
         tokenizer,
-        num_samples=args.num_samples,
-        seqlen=128,
-        seed=0,
+        Draw(args.num_samples),
         data_dir=args.data_dir,
         cache_dir=args.data_dir / "calibration",
         vocab_size=config.vocab_size,

@@ -30,7 +30,7 @@ from .pruning.memory import Task, expected_peaks, fit_batch_size
 from .pruning.options import PruningOptions, Work
 from .pruning.progress import SurveyProgress
 from .pruning.survey import survey_layers
-from .sources.calibration_set import CalibrationSet, build_calibration_set, calibration_shape, is_token_file
+from .sources.calibration_set import CalibrationSet, Draw, build_calibration_set, calibration_shape, is_token_file
 from .sources.configuration import count_dense_parameters, describe_source, read_config, refuse_unprunable
 from .sources.dense_model import is_streamed, open_dense_model
 from .sources.locate import Location, locate
@@ -356,7 +356,7 @@ def _prune_and_save(job: Job, folder: RunFolder) -> dict:
     # A run that goes on with smaller batches made its survey with those that it began with.
     surveying = replace(options, batch_size=BatchSize(options.batch_size.size))
     progress = folder.begin(
-        identity.of_run(settings.flat(), job.location, job.config, calibration.token_hash, options.device),
+        identity.of_run(settings.flat(), job.location, calibration.token_hash, options.device),
         settings.overwrite,
         Shards(dense.layers_prefix, len(job.sizes)),
         options.batch_size,
@@ -407,7 +407,7 @@ def _kept_survey(job: Job, options: PruningOptions, token_hash: str) -> Iterator
             decides |= job.method.survey.decided_by
             if job.method.survey.reads_plan:
                 decides["plan"] = [shape.to_dict() for shape in job.plan]
-            what = identity.of_run(decides, job.location, job.config, token_hash, job.options.device)
+            what = identity.of_run(decides, job.location, token_hash, job.options.device)
             try:
                 survey = stack.enter_context(StoredSurvey.locked(Path(settings.data_dir), what, batch_size))
             except OSError as error:
@@ -420,9 +420,7 @@ def draw_calibration_set(settings: Settings, tokenizer, config: PreTrainedConfig
     return build_calibration_set(
         settings.datasets,
         tokenizer,
-        num_samples=settings.num_samples,
-        seqlen=settings.seqlen,
-        seed=settings.seed,
+        Draw(settings.num_samples, settings.seqlen, settings.seed),
         data_dir=Path(settings.data_dir),
         cache_dir=Path(settings.data_dir) / "calibration",
         vocab_size=config.vocab_size,

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # What the scripts of tables and figures share; they source it. Variables, all to be set from outside:
 #   MODEL       what to prune: a name, hub id or folder; each script has its own default, the paper's models
 #   LABEL       its folder in RESULTS (default: the last part of MODEL); 7b, 13b, llama2-7b, ... have the paper's figures

@@ -9,4 +9,6 @@ bash scripts/install.sh
 export HF_HUB_OFFLINE=1
 export OMP_NUM_THREADS=1  # tiny matrices gain nothing from a second thread
 .venv/bin/python -m ruff check .
-.venv/bin/python -m pytest -rs -n "${WORKERS:-2}" --dist loadfile "$@"
+.venv/bin/python -m ruff format --check .
+.venv/bin/python -m mypy
+.venv/bin/python -m pytest -rs --durations=10 -n "${WORKERS:-2}" --dist loadfile "$@"

@@ -7,6 +7,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported
 
 # ruff: noqa: E402
 import ctypes
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -39,6 +42,7 @@ from olica.pruning.survey import survey_layers
 from olica.sources.dense_model import DenseModel
 
 CPU = torch.device("cpu")
+FORKED = Path(__file__).with_name("forked.py")
 TEST_DATA = Path(__file__).parent / "data"
 
 
@@ -158,6 +162,29 @@ def no_memory_for_more_than(samples: int, error: str = "cuda"):
                     torch.empty(2**60)
 
     return hook
+
+
+@pytest.fixture(scope="session")
+def fork_server(tmp_path_factory) -> Iterator[str]:
+    """The socket of a process that forks (forked.py), so that what is run in a process of its own starts at once."""
+    path = str(tmp_path_factory.mktemp("fork") / "socket")
+    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(torch.get_num_threads()))}
+    command = [sys.executable, FORKED, "--serve", path]
+    server = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    while not os.path.exists(path):
+        assert server.poll() is None
+        time.sleep(0.01)
+    yield path
+    server.communicate()
+
+
+@pytest.fixture(scope="session")
+def fast_python(fork_server) -> str:
+    """An executable to be called as Python is, which starts at once."""
+    path = Path(fork_server).with_name("python")
+    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "{FORKED}" "{fork_server}" "$@"\n')
+    path.chmod(0o755)
+    return str(path)
 
 
 @cache

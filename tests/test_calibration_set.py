@@ -6,6 +6,7 @@ import json
 import logging
 import random
 import struct
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -18,6 +19,7 @@ from transformers import AutoTokenizer
 from olica.errors import UsageError
 from olica.sources import calibration_set as calibration
 from olica.sources.calibration_set import (
+    Draw,
     build_calibration_set,
     calibration_shape,
     describe_tokenizer,
@@ -40,14 +42,14 @@ def build(tmp_path, tokenizer):
     def build(source, **overrides):
         settings = dict(
             tokenizer=tokenizer,
-            num_samples=8,
-            seqlen=20,
-            seed=3,
             data_dir=tmp_path,
             cache_dir=tmp_path / "calibration",
             vocab_size=320,
         )
-        return build_calibration_set(str(source), **settings | overrides)
+        draw = replace(Draw(num_samples=8, seqlen=20, seed=3), **{
+            name: overrides.pop(name) for name in ("num_samples", "seqlen", "seed") if name in overrides
+        })  # fmt: skip
+        return build_calibration_set(str(source), draw=draw, **settings | overrides)
 
     return build
 
@@ -499,9 +501,7 @@ def test_prompts_and_prose_may_share_a_file(tokenizer, tmp_path):
     rows += [{"instruction": f"Do {i}.", "input": "", "output": "Done."} for i in range(4)]
     path = tmp_path / "mixed.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    drawn = build_calibration_set(
-        str(path), tokenizer, num_samples=8, seqlen=40, seed=0, data_dir=None, cache_dir=tmp_path, vocab_size=300
-    )
+    drawn = build_calibration_set(str(path), tokenizer, Draw(8, 40), data_dir=None, cache_dir=tmp_path, vocab_size=300)
     texts = tokenizer.batch_decode(drawn.ids)
     assert sum(text.startswith("Below is an instruction") for text in texts) == 4
     assert sum(any(text in row.get("text", "") for row in rows) for text in texts) == 4

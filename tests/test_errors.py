@@ -39,16 +39,16 @@ def test_kinds_and_what_is_let_through_narrow_what_is_turned():
 
 
 def test_a_disk_that_fails_names_the_folder(tmp_path):
-    with pytest.raises(UsageError, match=f"--save_dir: {tmp_path} cannot be written to .*No space"):
-        with writing_in_words(tmp_path):
-            raise OSError(28, "No space left on device")
+    words = f"--save_dir: {tmp_path} cannot be written to .*No space"
+    with pytest.raises(UsageError, match=words), writing_in_words(tmp_path):
+        raise OSError(28, "No space left on device")
 
 
 @pytest.mark.parametrize(("error", "of_host"), [*zip(MEMORY, [True, False, False], strict=True)])
 def test_memory_that_runs_out_ends_in_advice_for_where_it_was(error, of_host):
-    with pytest.raises(UsageError, match=rf"^out of memory \(.+\); host {of_host}$"):
-        with memory_in_words(lambda host: f"host {host}"):
-            raise error
+    words = rf"^out of memory \(.+\); host {of_host}$"
+    with pytest.raises(UsageError, match=words), memory_in_words(lambda host: f"host {host}"):
+        raise error
 
 
 def test_memory_in_words_leaves_other_errors_alone():

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from dataclasses import asdict
@@ -269,13 +270,13 @@ sys.exit(run_command(model_evaluate.build_parser(), model_evaluate.run, sys.argv
 """
 
 
-def test_evaluations_that_start_together_all_leave_what_they_measured(here):
+def test_evaluations_that_start_together_all_leave_what_they_measured(here, fast_python):
     """Two of them are the same, and share what a stopped one would leave."""
     pruning = {"model": {"name": "x", "source": "x"}, "parameters": {"before": make_llama().num_parameters()}}
     Path("tiny/olica_run.json").write_text(json.dumps(pruning))
     Path("tiny/README.md").write_text("# tiny\n\n## Metrics\n\nNone measured yet.\n")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", AT_ONCE, "--checkpoint=tiny", "--ppl=one.txt", "--ppl_seqlen=32"]
+    command = [fast_python, "-c", AT_ONCE, "--checkpoint=tiny", "--ppl=one.txt", "--ppl_seqlen=32"]
     calls = [[*command, f"--ppl_windows={windows}"] for windows in (2, 3, 4, 4)]
     at_work = [subprocess.Popen(call, env=environment, stderr=subprocess.PIPE, text=True) for call in calls]
     ends = [(process.communicate(timeout=600)[1], process.returncode) for process in at_work]
@@ -432,26 +433,35 @@ def test_models_too_short_for_the_cost(here, capsys):
     assert "--cost: 160 tokens" in refused(capsys, "--checkpoint=tiny", "--ppl=none", "--cost")
 
 
-def launched(*flags: str) -> subprocess.CompletedProcess:
-    """A call in two processes of the CPU."""
-    environment = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"}
-    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    launch += ["--multi_gpu", "--num_processes=2", "--num_machines=1", str(ROOT / "model_evaluate.py")]
-    command = [*launch, *FLAGS, "--device=cpu", "--output_path=two.json", *flags]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+LAUNCHED = [str(ROOT / "model_evaluate.py"), *FLAGS, "--device=cpu", "--output_path=two.json"]
+ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.parametrize(("flag", "words"), [("--cost", "--cost"), ("--limit=1", "2 processes"), ("--ppl=no", "--ppl")])
-def test_what_several_processes_cannot_do_is_said_once(here, flag, words):
-    done = launched(flag)
-    assert done.returncode != 0 and done.stderr.count("model_evaluate.py: error: ") == 1
-    assert words in done.stderr.split("model_evaluate.py: error: ")[1].splitlines()[0]
+def test_what_several_processes_cannot_do_is_said_once(here, fast_python, flag, words):
+    """The two processes as the launcher starts them."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    started = [
+        subprocess.Popen(
+            [fast_python, *LAUNCHED, flag],
+            env=ENVIRONMENT | shared | {"RANK": rank, "LOCAL_RANK": rank},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    errors = "".join(process.communicate(timeout=300)[1] for process in started)
+    assert all(process.returncode for process in started), errors
+    assert errors.count("model_evaluate.py: error: ") == 1, errors
+    assert words in errors.split("model_evaluate.py: error: ")[1].splitlines()[0]
     assert not Path("two.json").exists()
 
 
 def test_two_processes_give_the_figures_of_one(here):
-    done = launched()
+    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    command = [*launch, "--multi_gpu", "--num_processes=2", "--num_machines=1", *LAUNCHED]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("record two.json") == 1
     two, one = json.loads(Path("two.json").read_text()), evaluate(*FLAGS)

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from olica.outputs import identity, records
-from olica.sources.configuration import read_config
 from olica.sources.locate import Location, locate
 
 CPU = torch.device("cpu")
@@ -38,11 +37,11 @@ def location(saved_llama) -> Location:
 
 
 def run(location: Location, **settings) -> dict:
-    return identity.of_run(settings, location, read_config(location), "hash", CPU)
+    return identity.of_run(settings, location, "hash", CPU)
 
 
 def evaluation(location: Location) -> dict:
-    return identity.of_evaluation({}, {"model": location}, {"model": read_config(location)}, {}, CPU)
+    return identity.of_evaluation({}, {"model": location}, {}, CPU)
 
 
 def changed(before: dict, now: dict) -> set[str]:

@@ -77,7 +77,7 @@ def test_only_the_files_that_hold_the_model_are_its_files(saved_llama, grouped_l
     config, holding = read_config(location), list(saved_llama.glob("model*.safetensors"))
 
     def told_by() -> dict:
-        return identity.of_run({}, location, config, "", torch.device("cpu"))
+        return identity.of_run({}, location, "", torch.device("cpu"))
 
     before = told_by()
     for name in STRAY:

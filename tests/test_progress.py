@@ -5,13 +5,14 @@ import multiprocessing
 import shutil
 import threading
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import allocate, as_method, make_llama, pruning_options
 from safetensors.torch import save_file
-from tiny_run import FOLDER, LAYERS, WORK, bare, contents, journal, prune
+from tiny_run import FLAGS, FOLDER, LAYERS, PLAIN_FLAGS, WORK, bare, contents, journal, prune
 
 from olica.machine import BatchSize
 from olica.outputs import identity, run_progress
@@ -56,9 +57,33 @@ def interrupted_after(layers: int, monkeypatch, *arguments: str) -> None:
             prune(*arguments)
 
 
+@cache
+def checkpoint_of(recipe: str) -> dict[str, bytes]:
+    """What the checkpoint of a run of `here` that nobody disturbs holds: the same in every test."""
+    assert bare(*flags_of(recipe)) == 0
+    expected = contents(folder_of(recipe))
+    for folder in ("out", "data"):
+        shutil.rmtree(folder)
+    return expected
+
+
+def folder_of(recipe: str) -> Path:
+    return FOLDER if recipe == "olica" else FOLDER.with_name(f"{FOLDER.name}_{recipe}")
+
+
+def flags_of(recipe: str) -> list[str]:
+    return [*(FLAGS if recipe.startswith("olica") else PLAIN_FLAGS), f"--recipe={recipe}"]
+
+
 @pytest.fixture
 def undisturbed(here) -> dict[str, bytes]:
-    """What the checkpoint of a run that nobody disturbs holds."""
+    """The checkpoint of a run that nobody disturbs."""
+    return checkpoint_of("olica")
+
+
+@pytest.fixture
+def surveyed(here) -> dict[str, bytes]:
+    """The same, of a run that has left its survey."""
     prune()
     expected = contents(FOLDER)
     shutil.rmtree("out")
@@ -102,11 +127,8 @@ def test_hidden_states_are_written_before_the_next_layer_changes_them(here, monk
 def test_a_run_goes_on_after_the_last_finished_layer(here, monkeypatch, recipe, layers, seconds):
     """Whether hidden states are kept after every layer or have to be told from the finished ones."""
     monkeypatch.setattr(run_progress, "SAVED_EVERY", seconds)
-    suffix = "" if recipe == "olica" else f"_{recipe}"
-    folder, flag = Path(f"out/tiny_sparsity-0.2{suffix}"), f"--recipe={recipe}"
-    prune(flag)
-    expected = contents(folder)
-    shutil.rmtree("out")
+    folder, flag = folder_of(recipe), f"--recipe={recipe}"
+    expected = checkpoint_of(recipe)
     interrupted_after(layers, monkeypatch, flag)
     assert journal()["entered"] == (layers if seconds < 0 else 0)
     pruned, cut = [], pruning_module.cut
@@ -134,13 +156,7 @@ def dying_in_survey(patched, after: int) -> list:
 
 @pytest.mark.parametrize("recipe", ["olica", "olica-paper", "flap"])
 def test_a_survey_goes_on_too(here, monkeypatch, recipe):
-    folder = Path(f"out/tiny_sparsity-0.2{'' if recipe == 'olica' else f'_{recipe}'}")
-    flags = ["--base_model=tiny", "--datasets=ids.safetensors", "--save_dir=out", f"--recipe={recipe}"]
-    flags += [] if recipe == "flap" else ["--mlp_num=2", "--ratio=0.1"]
-    assert bare(*flags) == 0
-    expected = contents(folder)
-    shutil.rmtree("out")
-    shutil.rmtree("data")
+    folder, flags, expected = folder_of(recipe), flags_of(recipe), checkpoint_of(recipe)
     monkeypatch.setattr(run_progress, "SAVED_EVERY", -1.0)
     with monkeypatch.context() as patched:
         dying_in_survey(patched, 4)
@@ -157,7 +173,7 @@ def test_a_survey_goes_on_too(here, monkeypatch, recipe):
 
 
 @pytest.mark.parametrize("harm", ["cut", "altered", "missing"])
-def test_a_damaged_survey_is_made_anew(here, undisturbed, caplog, harm):
+def test_a_damaged_survey_is_made_anew(here, surveyed, caplog, harm):
     (file,) = Path("data/surveys").glob("*/findings*")
     match harm:
         case "cut":
@@ -168,42 +184,41 @@ def test_a_damaged_survey_is_made_anew(here, undisturbed, caplog, harm):
             file.unlink()
     assert prune() == 0
     assert "the survey is made anew" in caplog.text
-    assert contents(FOLDER) == undisturbed
+    assert contents(FOLDER) == surveyed
 
 
-def test_a_survey_serves_other_sparsities(here, undisturbed, monkeypatch):
+def test_a_survey_serves_other_sparsities(here, surveyed, monkeypatch):
     """Each checkpoint is that of its single run; only a survey that reads the plan is made for each."""
     with monkeypatch.context() as patched:
-        surveyed = dying_in_survey(patched, LAYERS)
+        visited = dying_in_survey(patched, LAYERS)
         assert prune("--sparsity=0.2,0.3") == 0
-    assert surveyed == [], "the run before has left one"
-    assert contents(FOLDER) == undisturbed
+    assert visited == [], "the run before has left one"
+    assert contents(FOLDER) == surveyed
     both = contents(Path("out/tiny_sparsity-0.3"))
     for folder in ("out", "data"):
         shutil.rmtree(folder)
     assert prune("--sparsity=0.3") == 0
     assert contents(Path("out/tiny_sparsity-0.3")) == both
     with monkeypatch.context() as patched:
-        surveyed = dying_in_survey(patched, 2 * LAYERS)
+        visited = dying_in_survey(patched, 2 * LAYERS)
         assert prune("--sparsity=0.2,0.3", "--recipe=olica-paper") == 0
-    assert len(surveyed) == 2 * LAYERS
+    assert len(visited) == 2 * LAYERS
 
 
 @pytest.mark.parametrize("change", ["--percdamp=0.4", "--mlp_num=0", "--batch_size=3", "--dtype=bfloat16", "ids"])
-def test_another_survey_is_not_taken_up(here, undisturbed, change):
+def test_another_survey_is_not_taken_up(here, surveyed, change):
     if change == "ids":
         save_file({"calibration_ids": torch.randint(3, 259, (8, 32))}, "ids.safetensors")
     assert prune(*([change] if change != "ids" else [])) == 0
     assert len([*Path("data/surveys").iterdir()]) == 2
 
 
-def test_corrections_of_another_number_and_rank_share_a_survey(here, undisturbed):
+def test_corrections_of_another_number_and_rank_share_a_survey(here, surveyed):
     assert prune("--mlp_num=1", "--ratio=0.2", "--k=2") == 0
     assert len([*Path("data/surveys").iterdir()]) == 1
 
 
 def test_where_no_survey_can_be_kept_one_is_made_all_the_same(here, undisturbed, caplog, monkeypatch):
-    shutil.rmtree("data")
     Path("data").write_text("a file in the way")
     assert prune() == 0
     assert "the survey is not kept for other runs" in caplog.text

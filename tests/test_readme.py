@@ -408,7 +408,7 @@ MARKED = {block.marker for page in PAGES for block in blocks(page) if block.mark
 
 
 def test_every_marked_block_is_run():
-    assert MARKED == {name for name in vars(Runnable) if not name.startswith("_")}
+    assert {name for name in vars(Runnable) if not name.startswith("_")} == MARKED
 
 
 @pytest.mark.parametrize("marker", sorted(MARKED))

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +35,7 @@ def here(tmp_path):
     return tmp_path
 
 
-def run(here: Path, script: str, **variables: str) -> str:
+def run(here: Path, python: str, script: str, **variables: str) -> str:
     """What a script prints that has to succeed."""
     environment = {
         "MODEL": str(here / "tiny"),
@@ -46,7 +47,7 @@ def run(here: Path, script: str, **variables: str) -> str:
         "WINDOWS": "3",
         "RESULTS": str(here / "results"),
         "SAVE_DIR": str(here / "checkpoints"),
-        "PYTHON": sys.executable,
+        "PYTHON": python,
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }
@@ -57,8 +58,8 @@ def run(here: Path, script: str, **variables: str) -> str:
     return done.stdout
 
 
-def test_a_table_is_made_once(here):
-    printed = run(here, "table6.sh")
+def test_a_table_is_made_once(here, fast_python):
+    printed = run(here, fast_python, "table6.sh")
     results = here / "results/tiny"
     names = {path.parent.relative_to(results).as_posix() for path in results.rglob("flags")}
     assert names == {"tables/dense", "tables/sparsity-0.2", "tables/sparsity-0.2_olica-ond"}
@@ -68,7 +69,7 @@ def test_a_table_is_made_once(here):
     checkpoints = sorted(path.name for path in (here / "checkpoints").glob("*/*/config.json"))
     assert len(checkpoints) == 2
     times = {path: path.stat().st_mtime_ns for path in results.rglob("*.json")}
-    again = run(here, "table6.sh")
+    again = run(here, fast_python, "table6.sh")
     assert again.count("is recorded") == 3
     assert {path: path.stat().st_mtime_ns for path in results.rglob("*.json")} == times
 
@@ -195,14 +196,14 @@ def test_one_label_is_one_model(stubbed):
 
 
 @pytest.mark.slow
-def test_figures_keep_no_checkpoints(here):
-    printed = run(here, "figure3.sh", NUMBERS="0 2", SPARSITY="0.2")
+def test_figures_keep_no_checkpoints(here, fast_python):
+    printed = run(here, fast_python, "figure3.sh", NUMBERS="0 2", SPARSITY="0.2")
     assert str(here / "results/tiny/figure3.png") in printed
     assert (here / "results/tiny/figure3.png").stat().st_size > 5000
     assert not list((here / "checkpoints").rglob("*.safetensors"))
-    assert "figure2.png" in run(here, "figure2.sh", LAYERS="0,7")
+    assert "figure2.png" in run(here, fast_python, "figure2.sh", LAYERS="0,7")
     flags = ["--results", str(here / "results"), "--output_path", str(here / "RESULTS.md")]
-    subprocess.run([sys.executable, str(SCRIPTS / "report.py"), *flags], check=True, capture_output=True)
+    subprocess.run([fast_python, str(SCRIPTS / "report.py"), *flags], check=True, capture_output=True)
     text = (here / "RESULTS.md").read_text()
     assert "## tiny" in text and "(results/tiny/figure3.png)" in text and "(results/tiny/figure2.png)" in text
 
@@ -216,10 +217,10 @@ def test_figures_keep_no_checkpoints(here):
         (["--results=nowhere"], "--results nowhere: nothing is recorded there"),
     ],
 )
-def test_what_is_not_recorded_is_named(tmp_path, flags, words):
+def test_what_is_not_recorded_is_named(tmp_path, fast_python, flags, words):
     (tmp_path / "tiny/figure2").mkdir(parents=True)
     (tmp_path / "tiny/figure2/flags").write_text("flags\n")
-    command = [sys.executable, str(SCRIPTS / "report.py"), f"--results={tmp_path}", *flags]
+    command = [fast_python, str(SCRIPTS / "report.py"), f"--results={tmp_path}", *flags]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and words in done.stderr
     assert not (tmp_path / "RESULTS.md").exists()
@@ -239,8 +240,16 @@ def test_scripts_are_sound_shell():
         subprocess.run(["bash", "-n", str(path)], check=True)
 
 
+def test_shellcheck_finds_nothing():
+    if not shutil.which("shellcheck"):
+        pytest.skip("wants shellcheck")
+    command = ["shellcheck", "--external-sources", "--source-path=SCRIPTDIR", *map(str, SCRIPTS.glob("*.sh"))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
 @pytest.mark.parametrize("flags", [["--layers=0,8"], ["--layers=a"]])
-def test_layers_that_the_model_has_not(here, flags):
-    command = [sys.executable, str(SCRIPTS / "singular_values.py"), f"--base_model={here / 'tiny'}", *flags]
+def test_layers_that_the_model_has_not(here, fast_python, flags):
+    command = [fast_python, str(SCRIPTS / "singular_values.py"), f"--base_model={here / 'tiny'}", *flags]
     done = subprocess.run([*command, f"--output_path={here / 'x.json'}"], capture_output=True, text=True)
     assert done.returncode == 2 and "give indices from 0 to 7" in done.stderr and not (here / "x.json").exists()

@@ -67,11 +67,11 @@ def stop(process: subprocess.Popen, number: int) -> str:
 
 
 @both_signals
-def test_a_stopped_pruning_says_after_which_layer_it_goes_on(here, number):
+def test_a_stopped_pruning_says_after_which_layer_it_goes_on(here, fast_python, number):
     prune()
     undisturbed = contents(FOLDER)
     shutil.rmtree("out")
-    process = start(sys.executable, "-c", SLOW_WRITING + RUN, PRUNING, *FLAGS)
+    process = start(fast_python, "-c", SLOW_WRITING + RUN, PRUNING, *FLAGS)
     wait_for(process, lambda: len(list(WORK.glob("checkpoint/*.safetensors"))) >= 2)
     how = stop(process, number)
     finished = journal()["pruned"]
@@ -82,10 +82,10 @@ def test_a_stopped_pruning_says_after_which_layer_it_goes_on(here, number):
 
 
 @both_signals
-def test_a_stopped_evaluation_takes_up_what_was_measured(here, caplog, number):
+def test_a_stopped_evaluation_takes_up_what_was_measured(here, fast_python, caplog, number):
     Path("held.txt").write_text("seven wise owls read old books by candle light\n" * 20)
     flags = [EVALUATION, "--checkpoint=tiny", "--ppl=held.txt", "--ppl_seqlen=64", "--output_path=out.json"]
-    process = start(sys.executable, "-c", SLOW_MEASURES + RUN, *flags)
+    process = start(fast_python, "-c", SLOW_MEASURES + RUN, *flags)
     wait_for(process, Path(".out.json.measures").exists)
     assert stop(process, number) == "the same command takes up what was measured, the last being model: sizes"
     assert run_command(model_evaluate.build_parser(), model_evaluate.run, flags[1:]) == 0

@@ -7,7 +7,8 @@ import model_pruning
 from olica.command_line import run_command
 
 LAYERS = 6
-FLAGS = ["--base_model=tiny", "--datasets=ids.safetensors", "--mlp_num=2", "--ratio=0.1", "--save_dir=out"]
+PLAIN_FLAGS = ["--base_model=tiny", "--datasets=ids.safetensors", "--save_dir=out"]
+FLAGS = [*PLAIN_FLAGS, "--mlp_num=2", "--ratio=0.1"]
 FOLDER, WORK = Path("out/tiny_sparsity-0.2"), Path("out/.tiny_sparsity-0.2.partial")
 
 

@@ -88,7 +88,7 @@ def evaluate(
     subjects = [prepare(name, location, protocol) for name, location in locations.items()]
     stages = records.Stages(device)
     configs = {subject.name: subject.config for subject in subjects}
-    evaluation = identity.of_evaluation(asdict(asked), locations, configs, protocol.data, device)
+    evaluation = identity.of_evaluation(asdict(asked), locations, protocol.data, device)
     measures = Measures(path.parent, path.name if asked.output_path else None, evaluation, stages, processes)
     if measures.found and processes.is_main:
         logger.info("going on with a stopped evaluation; measured before: %d", measures.found)

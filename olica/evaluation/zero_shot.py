@@ -74,7 +74,7 @@ def zero_shot(
     from lm_eval import evaluator
 
     # Or lm-eval lists, for every task, all that is installed: seconds each, for a field that is not recorded here.
-    without_inventory = partial(patch.object, evaluator, "add_env_info", lambda results: None)
+    without_inventory = partial(patch.object, evaluator, "add_env_info", lambda _: None)
     with tempfile.TemporaryDirectory() as folder:
         with _in_words(tasks, protocol.data_dir):
             local = local_tasks(protocol.data_dir, folder) if protocol.data_dir else []

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from math import ceil, floor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -345,7 +346,7 @@ class GlobalThreshold:
         biases: whether what is thinned gets a bias, which takes D parameters each.
     """
 
-    scored: Callable[[Findings, Sizes], tuple[Tensor, Tensor]]
+    scored: Callable[[Findings], tuple[Tensor, Tensor]]
     biases: bool
 
     def before_survey(self, sizes: list[Sizes], budget: Budget) -> None:
@@ -363,7 +364,7 @@ class GlobalThreshold:
         scores: list[Tensor] = []
         costs: list[int] = []
         for layer, found in zip(sizes, findings, strict=True):
-            scores += [self._without_best(part.double()) for part in self.scored(found, layer)]
+            scores += [self._without_best(part.double()) for part in self.scored(found)]
             costs += [group_parameters(layer), channel_parameters(layer)]
         owners = torch.cat([torch.full((len(part),), number) for number, part in enumerate(scores)])
         order = owners[torch.cat(scores).argsort(stable=True)].tolist()
@@ -441,7 +442,8 @@ def largest_possible(attempt: Callable[[float], object], below: float) -> float:
 
 def describe_plan(plan: list[LayerShape], without: Collection[str] = ()) -> str:
     """A table of the sizes that any layer has, one line for each run of equal layers; some may be left out."""
-    plan = [replace(shape, **dict.fromkeys(without, 0)) for shape in plan]
+    left_out: dict[str, Any] = dict.fromkeys(without, 0)
+    plan = [replace(shape, **left_out) for shape in plan]
     names = [name for name in plan[0].to_dict() if any(shape.to_dict()[name] for shape in plan)]
     lines = [f"{'layers':>9}  " + "  ".join(f"{name:>17}" for name in names)]
     start = 0

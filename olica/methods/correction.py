@@ -38,7 +38,7 @@ def released_ridge(percdamp: float, mean_diagonal: float, tokens: int) -> float:
     return percdamp * mean_diagonal / (tokens / RELEASED_RIDGE_TOKENS)
 
 
-def paper_ridge(percdamp: float, mean_diagonal: float, tokens: int) -> float:
+def paper_ridge(percdamp: float, mean_diagonal: float, _tokens: int) -> float:
     """Ridge of the paper's Appendix A: `percdamp` times the mean diagonal of X^T X."""
     return percdamp * mean_diagonal
 
@@ -137,7 +137,7 @@ def released_output_weights(sums: RegressionSums, solution: Tensor) -> Tensor:
     return torch.sigmoid((correlation - correlation.mean()) / RELEASED_TEMPERATURE)
 
 
-def equal_output_weights(sums: RegressionSums, solution: Tensor) -> Tensor:
+def equal_output_weights(_sums: RegressionSums, solution: Tensor) -> Tensor:
     """The paper's plain SVD: every output counts alike."""
     return torch.ones_like(solution[0])
 

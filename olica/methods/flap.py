@@ -4,7 +4,7 @@ A feature's score is its fluctuation, Var(x_j) ||W_:,j||^2, standardised in ever
 decides what goes, and the bias of what read it takes up its mean. D hidden size, K key/value heads, F channels
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -33,7 +33,7 @@ class FlapSurvey:
     """The fluctuations of all layers of the dense model, and the means that biases take up."""
 
     reads_plan = False
-    decided_by: ClassVar = {}
+    decided_by: ClassVar[dict[str, Any]] = {}
 
     def needs(self, index: int, layers: int) -> frozenset[Statistic]:
         """See `Survey`."""
@@ -55,7 +55,7 @@ class FlapSurvey:
         }
 
 
-def scored(findings: Findings, sizes: Sizes) -> tuple[Tensor, Tensor]:
+def scored(findings: Findings) -> tuple[Tensor, Tensor]:
     """Scores standardised within the layer: (s - mean) / deviation; zero where all are equal or there is but one."""
     parts = (findings[GROUP_SCORES], findings[CHANNEL_SCORES])
     groups, channels = ((part - part.mean()) / part.std(correction=0).clamp(min=1e-30) for part in parts)
@@ -67,7 +67,7 @@ def found(name: str) -> Needing[[Layer], Tensor]:
     return needs()(lambda layer: layer.findings[name].to(layer.weights.down_proj.weight.device))
 
 
-def flap(parameters: NoParameters) -> Method:
+def flap(_parameters: NoParameters) -> Method:
     """The method; means are those of the dense model, as the scores are."""
     mlp = ThinnedMLP(found(CHANNEL_SCORES), repairs=(RemovedMean("down_proj", found("intermediate")),))
     heads = RemovedGroups(found(GROUP_SCORES), repairs=(RemovedMean("o_proj", found("heads")),))

@@ -3,7 +3,7 @@
 The baseline of the field; no text has a part in it. D hidden size, K key/value heads, d head width, F channels
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -43,7 +43,7 @@ class MagnitudeSurvey:
     """Reads the weights of all layers; sends nothing through them."""
 
     reads_plan = False
-    decided_by: ClassVar = {}
+    decided_by: ClassVar[dict[str, Any]] = {}
 
     def needs(self, index: int, layers: int) -> frozenset[Statistic]:
         """See `Survey`."""
@@ -58,12 +58,12 @@ class MagnitudeSurvey:
         return {GROUP_SCORES: group_scores(layer).cpu(), CHANNEL_SCORES: channel_scores(layer).cpu()}
 
 
-def scored(found: Findings, sizes: Sizes) -> tuple[Tensor, Tensor]:
+def scored(found: Findings) -> tuple[Tensor, Tensor]:
     """The scores as they are: mean squares are comparable."""
     return found[GROUP_SCORES], found[CHANNEL_SCORES]
 
 
-def magnitude(parameters: NoParameters) -> Method:
+def magnitude(_parameters: NoParameters) -> Method:
     """The method."""
     stages = (ThinnedMLP(channel_scores), RemovedGroups(group_scores))
     return Method("pruned", MagnitudeSurvey(), GlobalThreshold(scored, biases=False), (stages,))

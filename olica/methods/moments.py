@@ -105,7 +105,8 @@ def cosine(tap: str, other: str) -> Statistic:
     return Statistic("cosine", tap, other)
 
 
-Arguments, Result = ParamSpec("Arguments"), TypeVar("Result")
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 class Needing(Generic[Arguments, Result]):
@@ -174,27 +175,29 @@ class Moments:
         diagonals = (s for s in self.statistics if s.kind == "diagonal")
         vectors |= {s: centred.get(s.tap, flat[s.tap]).square().sum(0) for s in diagonals}
         cosines = (s for s in self.statistics if s.kind == "cosine")
-        vectors |= {s: cosine_similarity(*(flat[tap] for tap in s.taps)).double().sum() for s in cosines}
+        vectors |= {s: cosine_similarity(flat[s.tap], flat[s.other or s.tap]).double().sum() for s in cosines}
         for statistic in self.statistics - self._sums.keys():
-            self._sums[statistic] = self._empty_sum(statistic, flat[statistic.tap], flat.get(statistic.other))
+            self._sums[statistic] = self._empty_sum(
+                statistic, flat[statistic.tap], flat[statistic.other or statistic.tap]
+            )
         self._centres = centres
         for statistic, vector in vectors.items():
             self._sums[statistic] += vector
         for statistic in self.statistics - vectors.keys():
             if statistic.kind == "per_head":
-                self._add_products(statistic, flat[statistic.tap], None)
+                self._add_products(statistic, flat[statistic.tap], flat[statistic.tap])
             else:
-                self._add_products(statistic, centred[statistic.tap], centred.get(statistic.other))
+                self._add_products(statistic, centred[statistic.tap], centred[statistic.other or statistic.tap])
         if flat:
             self.count += len(next(iter(flat.values())))
 
-    def _empty_sum(self, statistic: Statistic, x: Tensor, y: Tensor | None) -> Tensor:
+    def _empty_sum(self, statistic: Statistic, x: Tensor, y: Tensor) -> Tensor:
         width = x.shape[-1]
         head = width // self.num_heads
         shapes = {
             "full": (width, width),
             "per_head": (self.num_heads, head, head),
-            "cross": (width, None if y is None else y.shape[-1]),
+            "cross": (width, y.shape[-1]),
         }
         if statistic.kind in shapes:
             return x.new_zeros(shapes[statistic.kind])
@@ -202,7 +205,7 @@ class Moments:
             return x.new_zeros((), dtype=torch.float64)
         return x.new_zeros(width, dtype=torch.float64)  # vectors are cheap to sum in double precision
 
-    def _add_products(self, statistic: Statistic, x: Tensor, y: Tensor | None) -> None:
+    def _add_products(self, statistic: Statistic, x: Tensor, y: Tensor) -> None:
         summed = self._sums[statistic]
         match statistic.kind:
             case "full":

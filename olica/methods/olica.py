@@ -56,11 +56,14 @@ class Regression(Protocol):
         reads_plan: whether it depends on the sizes planned.
     """
 
-    needs: frozenset[Statistic]
-    reads_plan: bool
+    @property
+    def needs(self) -> frozenset[Statistic]: ...  # noqa: D102
 
-    def __call__(self, layer: Layer, shape: LayerShape) -> RegressionSums:
-        """Its sums."""
+    @property
+    def reads_plan(self) -> bool: ...  # noqa: D102
+
+    def __call__(self, layer: Layer, shape: LayerShape | None) -> RegressionSums:
+        """Its sums; `shape` are the sizes planned for the layer, which it needs if it reads the plan."""
 
     def workspace(self, sizes: Sizes, shape: LayerShape) -> int:
         """Bytes that it takes beside the statistics."""
@@ -73,7 +76,7 @@ class OfDenseOutput:
     needs = dense_output_sums.needs
     reads_plan = False
 
-    def __call__(self, layer: Layer, shape: LayerShape) -> RegressionSums:
+    def __call__(self, layer: Layer, shape: LayerShape | None) -> RegressionSums:
         """See `Regression`."""
         return dense_output_sums(layer.moments)
 
@@ -95,8 +98,9 @@ class OfResidual:
         """See `Regression`."""
         return residual_sums.needs | self.mlp.importance.needs
 
-    def __call__(self, layer: Layer, shape: LayerShape) -> RegressionSums:
+    def __call__(self, layer: Layer, shape: LayerShape | None) -> RegressionSums:
         """See `Regression`."""
+        assert shape is not None, "sizes are planned before"
         thinned = thin(layer.weights.down_proj.weight, self.mlp.kept(layer, shape), layer)
         return residual_sums(layer.moments, *thinned.lost())
 
@@ -142,7 +146,7 @@ class OlicaSurvey:
         """See `Survey`."""
         return self.regression.workspace(sizes, shape) + fit_workspace(sizes) if self.corrections.number else 0
 
-    def __call__(self, layer: Layer, shape: LayerShape) -> Findings:
+    def __call__(self, layer: Layer, shape: LayerShape | None) -> Findings:
         """See `Survey`; a layer whose statistics are not summed has no `correlation`."""
         findings = {name: layer.moments[statistic].cpu() for name, statistic in self.keeps.items()}
         if layer.moments.cover(self.regression.needs):
@@ -174,7 +178,7 @@ def released(
     repair = LowRankCorrection(ridge, parameters.percdamp, correction.released_output_weights)
     mlp = ThinnedMLP(feed_forward.released_importance, feed_forward.RELEASED_PROTECTED_FRACTION, repairs=(repair,))
     is_factorised = isinstance(value_heads, FactorisedProjections)
-    is_measured = not is_factorised and value_heads.directions is value_output.output_directions
+    is_measured = getattr(value_heads, "directions", None) is value_output.output_directions
     keeps = {OUTPUT_MOMENT: diagonal("attention_output")} if is_measured else {}
     survey = OlicaSurvey(OfDenseOutput(), ridge, parameters.percdamp, corrections, keeps)
     return Method(

@@ -5,7 +5,7 @@ layer's weights and moments into the weights of those sizes. None of them sees a
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
 
 from torch import Tensor
@@ -31,7 +31,7 @@ class Layer:
         moments: of the calibration set that streams through it.
         findings: what the survey kept of it; empty in the survey.
         sizes: of the dense layer.
-        norms: weights of the norms of all queries and of all keys, where they span all heads.
+        norms: weights of the norms of all queries and of all keys, where they span all heads; else none.
         later: statistics that the stages to come read.
     """
 
@@ -39,7 +39,7 @@ class Layer:
     moments: Moments
     findings: Findings
     sizes: Sizes
-    norms: dict[str, Tensor] | None = None
+    norms: dict[str, Tensor] = field(default_factory=dict)
     later: frozenset[Statistic] = frozenset()
 
     def drop(self, statistics: Iterable[Statistic]) -> None:
@@ -55,8 +55,11 @@ class Survey(Protocol):
         decided_by: plain values that decide the findings, by name: of the recipe's parameters those that do.
     """
 
-    reads_plan: bool
-    decided_by: dict[str, Any]
+    @property
+    def reads_plan(self) -> bool: ...  # noqa: D102
+
+    @property
+    def decided_by(self) -> dict[str, Any]: ...  # noqa: D102
 
     def needs(self, index: int, layers: int) -> frozenset[Statistic]:
         """Statistics of layer `index` of so many."""

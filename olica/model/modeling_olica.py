@@ -9,7 +9,7 @@ attention code sees. Masks, caches, rotary embeddings and attention kernels stay
 
 from collections.abc import Collection
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -129,7 +129,7 @@ def module_paths(layer: nn.Module) -> dict[str, str]:
 def projections_of(layer: nn.Module) -> Projections:
     """The projections of a decoder layer, dense or shrunk; fused ones have to be separate already."""
     paths = module_paths(layer)
-    return Projections(*(layer.get_submodule(paths[name]) for name in Projections._fields))
+    return Projections(*(cast(nn.Linear, layer.get_submodule(paths[name])) for name in Projections._fields))
 
 
 def separate_projections(layer: nn.Module, config) -> None:
@@ -150,10 +150,12 @@ def _separated(fused: nn.Linear, sizes: dict[str, int]) -> SideBySide:
     biases = [None] * len(sizes) if fused.bias is None else fused.bias.split(list(sizes.values()))
     projections = {}
     for name, weight, bias in zip(sizes, weights, biases, strict=True):
-        projections[name] = nn.Linear(*weight.shape[::-1], bias=bias is not None, device="meta")
+        out_features, in_features = weight.shape
+        projections[name] = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
         # Copies: rows that went on sharing the fused matrix would keep it in memory.
         projections[name].weight = nn.Parameter(weight.clone())
-        projections[name].bias = None if bias is None else nn.Parameter(bias.clone())
+        if bias is not None:
+            projections[name].bias = nn.Parameter(bias.clone())
     return SideBySide(**projections)
 
 
@@ -210,12 +212,12 @@ def shrink_layer(layer: nn.Module, config, shape: LayerShape, only: Collection[s
     paths = module_paths(layer)
     for name in Projections._fields:
         if name in names:
-            dense = layer.get_submodule(paths[name])
+            dense = cast(nn.Linear, layer.get_submodule(paths[name]))
             is_mlp = name in ("gate_proj", "up_proj", "down_proj")
             new = _shrunk_mlp(name, dense, shape) if is_mlp else _shrunk_attention(name, dense, config, shape)
             layer.set_submodule(paths[name], new)
     if shape.correction_rank and "correction" in names:
-        layer.mlp = CorrectedMLP(layer.mlp, config.hidden_size, shape.correction_rank)
+        layer.mlp = CorrectedMLP(cast(nn.Module, layer.mlp), config.hidden_size, shape.correction_rank)
 
 
 class PrunedModel:
@@ -265,7 +267,7 @@ def model_class(model_type: str, kind: str) -> type:
     """
     library, pruned = KINDS[kind]
     config, name = config_class(model_type), f"Olica{FAMILY_NAMES[model_type]}{kind}"
-    dense = library[CONFIG_MAPPING[model_type]]
+    dense = cast(type, library[CONFIG_MAPPING[model_type]])
     doc = f"The pruned form of {dense.__name__}."
     members = dict(__module__=__name__, __qualname__=name, __doc__=doc, config_class=config)
     if kind != "Model":

@@ -25,13 +25,12 @@ EVALUATION_CODE = ("*.py", "model/**/*.py", "sources/**/*.py", "evaluation/**/*.
 PRUNING_PACKAGES = ("torch", "transformers", "numpy", "safetensors", "gguf")
 
 
-def of_run(settings: dict, location: Location, config, token_hash: str, device: torch.device) -> dict:
+def of_run(settings: dict, location: Location, token_hash: str, device: torch.device) -> dict:
     """The settings, the dense model, the calibration set, the code and the machine of a run, by names for messages.
 
     Args:
         settings: values of the flags by their names.
         location: of the dense model.
-        config: its configuration.
         token_hash: of the calibration set.
         device: where layers run.
     """
@@ -39,7 +38,7 @@ def of_run(settings: dict, location: Location, config, token_hash: str, device: 
     return {
         "calibration set": token_hash,
         **{f"--{name}": value for name, value in settings.items() if name not in NOT_COMPARED},
-        **_source(location, config),
+        **_source(location),
         "version of the code": _code(PRUNING_CODE),
         "version of Python": machine["python"],
         **{f"version of {name}": machine["packages"][name] for name in PRUNING_PACKAGES},
@@ -48,21 +47,18 @@ def of_run(settings: dict, location: Location, config, token_hash: str, device: 
     }
 
 
-def of_evaluation(
-    settings: dict, locations: dict[str, Location], configs: dict, data: dict[str, str], device: torch.device
-) -> dict:
+def of_evaluation(settings: dict, locations: dict[str, Location], data: dict[str, str], device: torch.device) -> dict:
     """The settings, models, texts and rows, code and machine of an evaluation: figures of another are not taken up.
 
     Args:
         settings: values of the flags by their names.
         locations: of the models, by their names in the record.
-        configs: their configurations.
         data: digests of texts and local rows, by their names.
         device: where the models run.
     """
     return {
         "settings": {name: value for name, value in settings.items() if name != "output_path"},
-        "models": {name: _source(location, configs[name]) for name, location in locations.items()},
+        "models": {name: _source(location) for name, location in locations.items()},
         "data": data,
         "code": _code(EVALUATION_CODE, without="jobs.py"),
         # What the commit changed in the code, the digest of the code knows.
@@ -70,7 +66,7 @@ def of_evaluation(
     }
 
 
-def _source(location: Location, config) -> dict:
+def _source(location: Location) -> dict:
     """Size and time of the last change of every file of a local model; the commit of one of the hub."""
     if not location.is_local:
         return {"revision of the model": location.revision}

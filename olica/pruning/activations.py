@@ -67,7 +67,7 @@ def final_logits(dense: DenseModel, ids: Tensor, states: Tensor) -> Tensor:
         logits = []
         for sample, state in zip(ids.split(1), states.split(1), strict=True):
 
-            def forward(index: int, hidden_states: Tensor, state: Tensor = state, **kwargs) -> Tensor:
+            def forward(index: int, hidden_states: Tensor, state: Tensor = state, **_) -> Tensor:
                 return state.to(device) if index == 0 else hidden_states
 
             with _in_place_of(dense.decoder.layers, forward):
@@ -137,8 +137,8 @@ def recording(layer: nn.Module, taps: set[str], stop: bool) -> Iterator[dict[str
 
     def hook(tap: str, side: str):
         if side == "input":
-            return lambda module, args: keep(tap, args[0])
-        return lambda module, args, output: keep(tap, first_of(output))
+            return lambda _, args: keep(tap, args[0])
+        return lambda _module, _args, output: keep(tap, first_of(output))
 
     projections, handles = projections_of(layer), []
     for tap in taps:

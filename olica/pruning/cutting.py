@@ -20,7 +20,7 @@ NORMS = ("q_norm", "k_norm")
 
 def as_seen(layer: nn.Module, config: PreTrainedConfig, moments: Moments, findings: Findings) -> Layer:
     """What a method gets of a decoder layer."""
-    sizes, norms = Sizes.of(config), None
+    sizes, norms = Sizes.of(config), {}
     if sizes.norm_spans_heads:
         norms = {name: layer.get_submodule(path).weight for name, path in _paths(layer, NORMS).items()}
     return Layer(projections_of(layer), moments, findings, sizes, norms)

@@ -60,29 +60,32 @@ class CalibrationSet:
 
 
 @dataclass(frozen=True)
-class _Request:
-    """What decides the draw from each source."""
+class Draw:
+    """What decides the draw from each source.
 
-    num_samples: int
-    seqlen: int
-    seed: int
+    Attributes:
+        num_samples: windows.
+        seqlen: T, tokens in each.
+        seed: of the generator.
+    """
+
+    num_samples: int = 128
+    seqlen: int = 128
+    seed: int = 0
 
 
 def build_calibration_set(
     datasets: str,
     tokenizer: PreTrainedTokenizerBase | None,
-    *,
-    num_samples: int,
-    seqlen: int,
-    seed: int,
+    draw: Draw,
     data_dir: Path | None,
     cache_dir: Path,
     vocab_size: int,
 ) -> CalibrationSet:
-    """Draw `num_samples` windows of `seqlen` tokens from each source of `datasets`, which "+" joins.
+    """Make the `draw` from each source of `datasets`, which "+" joins.
 
     A source is a name of `text_sources.SOURCES` or a path. A token file (.safetensors with `calibration_ids`
-    (N, T)) is repeated as it is: it needs no tokenizer, and num_samples, seqlen and seed are not asked for.
+    (N, T)) is repeated as it is: it needs no tokenizer, and the draw is not asked for.
 
     Raises UsageError, naming the flag or file, for wrong values, for sources that cannot be read or have too
     few rows of at least `seqlen` tokens, and for token ids outside a vocabulary of `vocab_size`.
@@ -91,15 +94,14 @@ def build_calibration_set(
     if _names_token_file(names[0]):
         found = read_token_file(Path(names[0]))
     else:
-        _check_numbers(num_samples, seqlen)
+        _check_numbers(draw.num_samples, draw.seqlen)
         if tokenizer is None:
             raise UsageError(
                 f"--datasets {datasets} is text, but --base_model has no tokenizer to read it with: "
                 "add one, or give a token file (.safetensors with calibration_ids)"
             )
-        request = _Request(num_samples, seqlen, seed)
         sources = [read_rows(name, "train", data_dir) for name in names]
-        found = _draw_or_reuse(sources, tokenizer, request, cache_dir)
+        found = _draw_or_reuse(sources, tokenizer, draw, cache_dir)
     lowest, highest = int(found.ids.min()), int(found.ids.max())
     if lowest < 0 or highest >= vocab_size:
         raise UsageError(
@@ -219,7 +221,7 @@ def _split_sources(datasets: str) -> list[str]:
 
 
 def _draw_or_reuse(
-    sources: Sequence[Rows], tokenizer: PreTrainedTokenizerBase, request: _Request, cache_dir: Path
+    sources: Sequence[Rows], tokenizer: PreTrainedTokenizerBase, request: Draw, cache_dir: Path
 ) -> CalibrationSet:
     """The cached draw of the same request, or else a new one, which is then cached."""
     described = describe_tokenizer(tokenizer)
@@ -242,7 +244,7 @@ def _draw_or_reuse(
     return drawn
 
 
-def _draw_windows(rows: Rows, tokenizer: PreTrainedTokenizerBase, request: _Request) -> tuple[list[list[int]], dict]:
+def _draw_windows(rows: Rows, tokenizer: PreTrainedTokenizerBase, request: Draw) -> tuple[list[list[int]], dict]:
     """Windows of `seqlen` tokens from distinct random rows that are long enough, and the source's record.
 
     Prose is cropped at random, a prompt keeps its beginning. As in the released code every source starts from
@@ -280,7 +282,7 @@ def _row_text(rows: Rows, index: int) -> tuple[str, bool]:
     return (row[rows.text_field] if rows.text_field else None) or "", False
 
 
-def _too_few(rows: Rows, request: _Request, accepted: int, tried: int) -> UsageError:
+def _too_few(rows: Rows, request: Draw, accepted: int, tried: int) -> UsageError:
     return UsageError(
         f"--datasets {rows.name} has too few long rows: {accepted} of {tried} tried ({accepted / tried:.2%}) "
         f"have --seqlen {request.seqlen} tokens or more, but --num_samples asks for {request.num_samples}: "
@@ -288,7 +290,7 @@ def _too_few(rows: Rows, request: _Request, accepted: int, tried: int) -> UsageE
     )
 
 
-def _cache_key(sources: Sequence[Rows], described: dict, request: _Request) -> str:
+def _cache_key(sources: Sequence[Rows], described: dict, request: Draw) -> str:
     """The sha256 of everything that decides the draw."""
     decides = {
         "version": SAMPLING_VERSION,

@@ -192,7 +192,7 @@ def stored_weights(paths: Iterable[str | Path]) -> dict[str, StoredWeight]:
     stored = {}
     for path in paths:
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():
+            for name in file.keys():  # noqa: SIM118  (it is no dict)
                 view = file.get_slice(name)
                 stored[name] = StoredWeight(Path(path), tuple(view.get_shape()), view[:0].dtype)
     return stored

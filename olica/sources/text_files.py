@@ -146,7 +146,7 @@ def _read_json(path: Path, cached: dict) -> datasets.Dataset:
         return table.select_columns(held)
 
 
-def _needed_columns(path: Path, content: str) -> Iterator[dict[str, str | None]]:
+def _needed_columns(path: Path, content: str) -> Iterator[dict[str, str | None]]:  # noqa: ARG001
     """The rows of a .jsonl file, gzipped or not, with all of `COLUMNS` and no other; `content` keeps files apart."""
     with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):

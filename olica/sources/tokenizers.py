@@ -25,9 +25,9 @@ def read_tokenizer(location: Location) -> PreTrainedTokenizerBase | None:
     Raises:
         UsageError: it cannot be read, or not as SentencePiece itself reads it.
     """
-    if location.is_local and not location.gguf_file:
-        if not any((Path(location.path) / name).is_file() for name in TOKENIZER_FILES):
-            return None
+    in_folder = location.is_local and not location.gguf_file
+    if in_folder and not any((Path(location.path) / name).is_file() for name in TOKENIZER_FILES):
+        return None
     with location.in_words("its tokenizer cannot be read"):
         if location.gguf_file:
             return AutoTokenizer.from_pretrained(location.path, **location.arguments)
