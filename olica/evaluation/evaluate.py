@@ -87,7 +87,6 @@ def evaluate(
     protocol = make_protocol(asked, common_dtype(asked, locations))
     subjects = [prepare(name, location, protocol) for name, location in locations.items()]
     stages = records.Stages(device)
-    configs = {subject.name: subject.config for subject in subjects}
     evaluation = identity.of_evaluation(asdict(asked), locations, protocol.data, device)
     measures = Measures(path.parent, path.name if asked.output_path else None, evaluation, stages, processes)
     if measures.found and processes.is_main:
