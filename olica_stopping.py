@@ -63,7 +63,7 @@ def _raise(number: int, _: FrameType | None) -> NoReturn:
 def _end(number: int, how: str) -> NoReturn:
     """Print one line, if this is the first of the processes that `accelerate launch` started, and die of the signal.
 
-    A shell that sees its command die of Ctrl-C stops the script too; that a command exited with 130 tells it nothing.
+    A shell that sees its command die of Ctrl-C stops the script too; that a command exited with 130 says nothing to it.
     """
     with suppress(OSError, ValueError):  # whoever read it has got the signal too
         if os.environ.get("RANK", "0") == "0":

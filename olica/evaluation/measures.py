@@ -40,7 +40,7 @@ class Measures:
     def __init__(self, folder: Path, name: str | None, identity: dict, stages: Stages, processes: Processes):
         """Take up what a file in `folder` holds of an evaluation of the same `identity`.
 
-        The file has the name of the record, if that is fixed, else one that tells it from other evaluations'.
+        The file has the name of the record, if that is fixed, else one that no other evaluation has.
         """
         name = name or f"olica_eval-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]}"
         self._path, self._identity = folder / f".{name}.measures", identity
@@ -146,7 +146,7 @@ def measure(subject: Subject, protocol: Protocol, measures: Measures, stages: St
 
 
 def sizes(model: PreTrainedModel) -> dict:
-    """What a model's sizes alone tell."""
+    """What follows from a model's sizes alone."""
     return {
         "parameters": count_parameters(model),
         "weight_bytes": cost.weight_bytes(model),

@@ -106,7 +106,7 @@ def zero_shot(
 
 
 def check_tasks(tasks: list[str], protocol: TaskProtocol) -> dict[str, int]:
-    """Read the rows of `tasks`, so that what is wrong with them is told before any model is read.
+    """Read the rows of `tasks`, so that what is wrong with them is reported before any model is read.
 
     Returns how many tokens those tasks generate that do so, by their names.
     Raises UsageError as `zero_shot` does, and if a task has fewer rows to draw examples from than are asked for.

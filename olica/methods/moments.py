@@ -144,7 +144,7 @@ class Moments:
         for statistic in wanted:
             if statistic.kind not in KINDS:
                 raise ValueError(f"unknown kind of statistic: {statistic.kind}")
-        # Products about a centre need the sums about it to be told about zero.
+        # Products about a centre need the sums about it to be taken about zero.
         wanted |= {total(tap) for s in wanted if s.kind in ("full", "cross") for tap in s.taps}
         # The diagonal of a matrix that is summed anyway is read off it.
         self.statistics = {s for s in wanted if s.kind != "diagonal" or full(s.tap) not in wanted}
@@ -262,6 +262,6 @@ class Moments:
             self._sums.pop(statistic, None)
 
     def not_finite(self) -> list[str]:
-        """Names of the taps whose sums hold a NaN or an infinity; a product of two taps does not tell which it was."""
+        """Names of the taps whose sums hold a NaN or an infinity; a product of two taps does not say which it was."""
         own = {s: summed for s, summed in self._sums.items() if s.other is None}
         return sorted({s.tap for s, summed in own.items() if not all_finite(summed)})

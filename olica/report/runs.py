@@ -23,7 +23,7 @@ PAPER_MODELS = {
     "vicuna-7b": "Vicuna-7B",
     "vicuna-13b": "Vicuna-13B",
 }
-# What readers are told of other models; the paper has none of them.
+# What is said of other models; the paper has none of them.
 OTHER_MODELS = {"smollm2": "SmolLM2-135M-Instruct, dequantised from Q4_1"}
 
 
