@@ -6,7 +6,6 @@ if __name__ == "__main__":
     olica_stopping.at_once()
 
 import argparse
-import logging
 from dataclasses import asdict
 
 from olica.command_line import run_command
@@ -49,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, help="windows or prompts that go through the model at a time")
     add = parser.add_argument_group("output").add_argument
     add("--output_path", help="file of the record; else olica_eval_TIME.json in the checkpoint's folder")
+    add("--verbose", action="store_true", help="print what the log holds, too")
     parser.set_defaults(**asdict(EvaluationSettings()))
     return parser
 
@@ -124,8 +124,8 @@ def print_table(results: dict[str, dict]) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate as the flags say, and print what came of it."""
-    logging.getLogger("olica").setLevel(logging.INFO)
     settings = vars(args).copy()
+    del settings["verbose"]
     done = evaluate(settings.pop("checkpoint"), **settings)
     if done is None:
         return

@@ -90,7 +90,7 @@ def evaluate(
     evaluation = identity.of_evaluation(asdict(asked), locations, protocol.data, device)
     measures = Measures(path.parent, path.name if asked.output_path else None, evaluation, stages, processes)
     if measures.found and processes.is_main:
-        logger.info("going on with a stopped evaluation; measured before: %d", measures.found)
+        logger.warning("going on with a stopped evaluation; measured before: %d", measures.found)
     with measures.says_how_to_go_on(), memory_in_words(partial(memory_advice, asked, processes.count)):
         results = {subject.name: measure(subject, protocol, measures, stages, processes) for subject in subjects}
     if not processes.is_main:

@@ -72,6 +72,7 @@ class Measures:
             with self._stages.stage(name):
                 value = work()
             self._rows[name] = {"value": value, "stage": self._stages.rows[name]}
+            logger.info("%s: measured in %.1f s", name, 60 * self._stages.rows[name]["minutes"])
             if self._processes.is_main:
                 write_record(self._path, {"identity": self._identity, "measures": self._rows})
         self._stages.rows[name] = self._rows[name]["stage"]
