@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+import tomllib
 from collections.abc import Iterable
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -54,3 +55,16 @@ def test_the_lower_bounds_are_the_tested_versions(file):
     tested = versions("constraints.txt", "==")
     bounds = versions(file, ">=")
     assert bounds and bounds == {name: tested[name] for name in bounds}
+
+
+def test_the_package_asks_for_what_the_lists_name():
+    """`pip install .` with all extras takes the packages of both lists, at the same lower bounds, and no other."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert extras.keys() == {"eval", "plots", "dev"}
+    named = [
+        entry.split(">=")
+        for entry in [*project["dependencies"], *(name for extra in extras.values() for name in extra)]
+    ]
+    listed = versions("requirements.txt", ">=") | versions("requirements-dev.txt", ">=")
+    assert {normal(name): bound for name, bound in named} == listed
