@@ -353,8 +353,6 @@ def _prune_and_save(job: Job, folder: RunFolder) -> dict:
             f"{job.location.flag} {job.location.name}: its weights hold another model than its configuration; give the "
             "same command again, which plans by the weights, now that they are here"
         )
-    # A run that goes on with smaller batches made its survey with those that it began with.
-    surveying = replace(options, batch_size=BatchSize(options.batch_size.size))
     progress = folder.begin(
         identity.of_run(settings.flat(), job.location, calibration.token_hash, options.device),
         settings.overwrite,
@@ -367,15 +365,16 @@ def _prune_and_save(job: Job, folder: RunFolder) -> dict:
     if job.plan:
         checkpoint.check_description(folder, dense, job.plan, tokenizer)
     work, layers = Work(dense, calibration.ids, job.method, options), len(job.sizes)
+    surveying = BatchSize(folder.began_with)  # a run that goes on may have smaller batches by now
     with one_bar(2 * layers if job.method.survey else layers) as bar:
         with stages.stage("survey"), _kept_survey(job, surveying, calibration.token_hash) as survey:
             if survey.is_complete:
                 bar.skip(layers)
-            plan, findings = measure_and_decide(replace(work, options=surveying), job.budget, survey)
-            taken_up = survey.described()
+            work_of_survey = replace(work, options=replace(options, batch_size=surveying))
+            plan, findings = measure_and_decide(work_of_survey, job.budget, survey)
+        options.batch_size.size = min(options.batch_size.size, surveying.size)
         logger.info("survey: %d of %d layers were there already", survey.layers_before, layers)
         logger.info("sizes of all layers:\n%s", describe_plan(plan))
-        options.batch_size.size = min(options.batch_size.size, surveying.batch_size.size)
         if not job.plan:
             checkpoint.check_description(folder, dense, plan, tokenizer)
         with stages.stage("prune"):
@@ -384,7 +383,7 @@ def _prune_and_save(job: Job, folder: RunFolder) -> dict:
         after = checkpoint.complete(folder, progress, dense, plan, tokenizer)
     record = _make_record(job, calibration, plan, {"before": before, "after": after}) | {
         "multiple_correlation": [found["correlation"].item() if "correlation" in found else None for found in findings],
-        "survey": taken_up,
+        "survey": survey.described(),
         "went_on_after": folder.interruptions,
         "stages": stages.rows,
         "weight_bytes_on_disk": sum(path.stat().st_size for path in weight_files(folder.checkpoint)),
@@ -397,9 +396,9 @@ def _prune_and_save(job: Job, folder: RunFolder) -> dict:
 
 
 @contextmanager
-def _kept_survey(job: Job, options: PruningOptions, token_hash: str) -> Iterator[SurveyProgress]:
+def _kept_survey(job: Job, batch_size: BatchSize, token_hash: str) -> Iterator[SurveyProgress]:
     """The survey that this job needs, as far as it lies under the data folder, where it is going to be kept."""
-    settings, batch_size = job.settings, options.batch_size
+    settings = job.settings
     with ExitStack() as stack:
         survey = SurveyProgress()
         if job.method.survey:

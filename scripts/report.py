@@ -17,8 +17,8 @@ from olica.report.tables import TABLES
 
 TITLES = {
     "figure2": "Figure 2: singular values of the attention projections",
-    "figure3": "Figure 3: calibrated MLPs, and how well each can be calibrated",
-    "figure4": "Figure 4: calibrated MLPs and rank of the corrections",
+    "figure3": "Figure 3: corrected MLPs, and how well each is explained",
+    "figure4": "Figure 4: number of corrected MLPs and rank of the corrections",
     "figure5": "Figure 5: size of the calibration set",
     "figure6": "Figure 6: calibration texts",
 }

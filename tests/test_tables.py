@@ -223,7 +223,7 @@ def test_runs_that_were_made_otherwise_are_told_apart(record):
     assert "Tasks: lm-eval 1, the first 20 rows of each, no examples, start token: no (20%)." in lines
     assert "Calibration: 16 samples of 128 tokens, seed 0 (33%)." in lines
     assert "Calibration texts: bookcorpus + alpaca." in lines
-    assert "MLPs with linear calibration: 6, of rank 0.03 of the hidden size (20%)." in lines
+    assert "MLPs with a linear correction: 6, of rank 0.03 of the hidden size (20%)." in lines
 
 
 def test_a_limit_that_is_a_share_is_said_as_one():
@@ -343,7 +343,7 @@ def test_figures_say_what_their_runs_have_in_common(record):
     measured = "Perplexity: 30 windows of 128 tokens, start token: none; run in float16 on a GPU."
     tasks = "Tasks: lm-eval 1, the first 200 rows of each, no examples, start token: no."
     size, texts = "Calibration: 256 samples of 128 tokens, seed 0.", "Calibration texts: bookcorpus + alpaca."
-    corrected = "MLPs with linear calibration: 6, of rank 0.03 of the hidden size."
+    corrected = "MLPs with a linear correction: 6, of rank 0.03 of the hidden size."
     reserved = "The paper measured all windows and all rows."
     assert FIGURES["figure5"](record.results).notes[:-1] == [measured, tasks, texts, corrected, reserved]
     assert FIGURES["figure6"](record.results).notes[:-1] == [measured, tasks, size, corrected, reserved]

@@ -139,6 +139,7 @@ class RunFolder:
                 "overwrite": overwrite,
                 "went_on_after": [],
                 "batch_size": batch_size.size,
+                "began_with": batch_size.size,
                 "pruned": 0,
                 "hidden": None,
                 "entered": 0,
@@ -183,6 +184,11 @@ class RunFolder:
                     f"({before.get(name)}, now {now.get(name)}); go on as it was started, or give --overwrite to start "
                     "afresh"
                 )
+
+    @property
+    def began_with(self) -> int:
+        """The batch size that the run began with."""
+        return self._journal.facts["began_with"]
 
     @property
     def interruptions(self) -> list[int]:

@@ -88,13 +88,13 @@ def singular_values(results: Results) -> Drawing | None:
 
 
 def corrected_layers(results: Results) -> Drawing | None:
-    """Figure 3: perplexity over the number of calibrated MLPs, and the multiple correlation of every layer."""
+    """Figure 3: perplexity over the number of corrected MLPs, and the multiple correlation of every layer."""
     if len(runs := newest_alike(results.runs("figure3"), "mlp_num")) < 2:
         return None
     figure, (left, right) = _panels(2)
     _draw_perplexity(left, runs, lambda run: run.mlp_num)
     sparsity = runs[0].sparsity
-    left.set(title=f"{results.title} at {sparsity:.0%}", xlabel="calibrated MLPs")
+    left.set(title=f"{results.title} at {sparsity:.0%}", xlabel="corrected MLPs")
     correlations = next(r for run in runs if (r := run.pruning["multiple_correlation"]) and r[0] is not None)
     known = [value for value in correlations if value is not None]
     right.bar(range(len(known)), known)
@@ -104,7 +104,7 @@ def corrected_layers(results: Results) -> Drawing | None:
 
 
 def rank_grid(results: Results) -> Drawing | None:
-    """Figure 4: perplexity over calibrated MLPs and rank of the corrections, and the parameters these add."""
+    """Figure 4: perplexity over corrected MLPs and rank of the corrections, and the parameters these add."""
     runs = newest_alike(results.runs("figure4"), "mlp_num", "ratio")
     plain = next((run for run in runs if run.mlp_num == 0), None)
     grid = {(_ratio(run), run.mlp_num): run for run in runs if run is not plain}
@@ -133,7 +133,7 @@ def rank_grid(results: Results) -> Drawing | None:
                 axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="white" if dark else "black")
         axes.set_xticks(range(len(numbers)), [str(number) for number in numbers])
         axes.set_yticks(range(len(ratios)), [f"{ratio:g}" for ratio in ratios])
-        axes.set(title=heading, xlabel="calibrated MLPs", ylabel="rank, as a share of the hidden size")
+        axes.set(title=heading, xlabel="corrected MLPs", ylabel="rank, as a share of the hidden size")
     figure.suptitle(f"{results.title} at {plain.sparsity:.0%}")
     return Drawing(figure, in_common(runs))
 
@@ -174,9 +174,9 @@ def calibration_mixes(results: Results) -> Drawing | None:
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.legend(title="calibration texts", fontsize="small")
-    calibrated = told_apart(correction, {f"{run.sparsity:.0%}": run for run in runs})
+    corrected = told_apart(correction, {f"{run.sparsity:.0%}": run for run in runs})
     *said, origin_line = in_common(runs)
-    return Drawing(figure, [*dict.fromkeys(said + calibrated), origin_line])
+    return Drawing(figure, [*dict.fromkeys(said + corrected), origin_line])
 
 
 FIGURES: dict[str, Callable[[Results], Drawing | None]] = {

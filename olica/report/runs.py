@@ -261,7 +261,7 @@ def correction(run: Run) -> str | None:
     if not run.pruning:
         return None
     number, ratio = len(corrected_layers(run.pruning)), run.pruning["settings"]["ratio"]
-    return f"MLPs with linear calibration: {number}{f', of rank {ratio:g} of the hidden size' if number else ''}."
+    return f"MLPs with a linear correction: {number}{f', of rank {ratio:g} of the hidden size' if number else ''}."
 
 
 def _shares(run: Run) -> str | None:

@@ -214,7 +214,7 @@ def _add_quality(table: Table, names: list[str], run: Run, there: dict, fast: Ru
 
 
 def value_output_methods(results: Results) -> str | None:
-    """Table 5: other methods on value and output projections, with and without linear calibration."""
+    """Table 5: other methods on value and output projections, with and without the linear correction."""
     methods = [run for run in results.runs("tables") if run.pruning and run.recipe in VALUE_OUTPUT_METHODS]
     others = newest_alike([run for run in methods if run.recipe != "olica"], "recipe", "mlp_num")
     if not others:
