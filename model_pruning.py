@@ -9,17 +9,14 @@ import argparse
 from dataclasses import fields
 from os.path import expanduser
 
-from olica import jobs
+import olica.run
 from olica.command_line import run_command
-from olica.jobs import Job, Settings, prepare, settings_of
+from olica.jobs import Job, Settings, describe, prepare, settings_of
 from olica.methods.allocation import describe_plan
 from olica.methods.recipes import RECIPES, recipe_name
 from olica.model.configuration_olica import LayerShape
 from olica.outputs.checkpoint import SPARSITY_OF
 from olica.sources.weights import DTYPES
-
-# Layers that lose so many times what was asked are warned of: the embedding, which is not pruned, has the rest.
-WARNED_RATIO = 1.5
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -102,43 +99,6 @@ def batch_size(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
-def print_plan(job: Job) -> None:
-    """Print the sizes of the layers, the parameters and the expected peak memory; warn where layers lose far more."""
-    settings, before = job.settings, job.parameters.before["total"]
-    size = job.bytes_per_weight / 1e9
-    if job.plan is None:
-        of = "model" if settings.sparsity_of == "model" else "decoder layers"
-        after = before - round(job.budget.sparsity * job.budget.whole)
-        print("sizes        the survey decides them")
-        print(f"budget       {before - after:,} parameters of the {of} go: {before:,} -> about {after:,}")
-    else:
-        after = job.parameters.planned["total"]
-        print_sizes(job)
-    for note in job.notes:
-        print(f"note         {note}")
-    print(f"weights      {before * size:.3f} GB -> {after * size:.3f} GB")
-    device = f", device {job.memory['device_bytes'] / 1e9:.2f} GB" if job.memory["device_bytes"] else ""
-    print(f"peak memory  host {job.memory['host_bytes'] / 1e9:.2f} GB{device} (expected)")
-    print(f"batch size   {job.options.batch_size.size}")
-
-
-def print_sizes(job: Job) -> None:
-    """Print a plan, and what it leaves of the parameters."""
-    before, after = (counted["total"] for counted in (job.parameters.before, job.parameters.planned))
-    ranks = [shape.correction_rank for shape in job.plan if shape.correction_rank]
-    print(describe_plan(job.plan, without=("correction_rank",)))
-    if ranks:
-        print(f"and a correction of rank {ranks[0]} beside {len(ranks)} MLPs, which the survey chooses")
-    of_model, of_layers = job.parameters.lost("total"), job.parameters.lost("decoder_layers")
-    print(f"parameters   {before:,} -> {after:,}, sparsity {of_model:.4f} of the model, {of_layers:.4f} of its layers")
-    if of_layers > WARNED_RATIO * job.settings.sparsity:
-        print(
-            f"note         the decoder layers lose {of_layers:.0%}, since they are but "
-            f"{job.parameters.before['decoder_layers'] / before:.0%} of the model and nothing else is pruned; "
-            "--sparsity_of layers takes --sparsity as their share"
-        )
-
-
 def print_result(job: Job, record: dict) -> None:
     """Print what was done, and how long and how much memory each stage took."""
     parameters = record["parameters"]
@@ -162,9 +122,9 @@ def run(args: argparse.Namespace) -> None:
     given = {name: value for name, value in vars(args).items() if name not in ("dry_run", "verbose", "sparsity")}
     planned = prepare(settings_of(given), args.sparsity)
     for job in planned:
-        print_plan(job)
+        print(describe(job))
     for job in planned if not args.dry_run else ():
-        print_result(job, jobs.run(job).record)
+        print_result(job, olica.run.run(job).record)
 
 
 if __name__ == "__main__":

@@ -30,12 +30,11 @@ from olica.checks import check_record_path
 from olica.command_line import run_command
 from olica.errors import UsageError
 from olica.evaluation.cost import synchronize
-from olica.jobs import prepare, settings_of
-from olica.jobs import run as prune_job
+from olica.jobs import describe, prepare, settings_of
 from olica.machine import BatchSize, pick_device
-from olica.methods.allocation import describe_plan
 from olica.outputs.records import write_record
 from olica.pruning.activations import propagate, record_layer_calls
+from olica.run import run as prune_job
 from olica.sources.calibration_set import is_token_file, read_token_file
 from olica.sources.configuration import read_config
 from olica.sources.dense_model import open_dense_model
@@ -225,8 +224,7 @@ def run(args: argparse.Namespace) -> None:
     flags["save_dir"] = str(args.work_dir / "pruned")
     (job,) = prepare(settings_of(flags), [args.sparsity])
     if args.dry_run:
-        print(describe_plan(job.plan))
-        print_memory("expected", job.memory)
+        print(describe(job))
         return
     ids = read_token_file(tokens).ids
 

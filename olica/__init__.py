@@ -21,7 +21,7 @@ from .version import __version__
 __all__ = ["FAMILIES", "LayerShape", "RECIPES", "__version__", "evaluate", "prune"]
 
 # Public names, by the modules that define them: these take seconds to import, and loading a checkpoint needs none.
-_LAZY = {"evaluate": "olica.evaluation.evaluate", "prune": "olica.jobs", "RECIPES": "olica.methods.recipes"}
+_LAZY = {"evaluate": "olica.evaluation.evaluate", "prune": "olica.run", "RECIPES": "olica.methods.recipes"}
 
 for _causal_lm in FAMILIES.values():
     _config, _model = _causal_lm.config_class, _causal_lm.base_class

@@ -1,41 +1,29 @@
-"""A pruning from its settings to its checkpoint: the one composition, which users, command lines and tests call."""
+"""What a pruning is asked for, and all that is decided of it before a weight is read."""
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from .errors import UsageError, memory_in_words
+from .errors import UsageError
 from .machine import BatchSize, pick_device
 from .methods.allocation import describe_plan, largest_possible
-from .methods.recipe import Findings, Method, Recipe
-from .methods.recipes import RECIPES, recipe_name
+from .methods.recipe import Method, Recipe
+from .methods.recipes import RECIPES
 from .methods.sizes import Budget, Sizes
 from .model.configuration_olica import LayerShape
 from .model.skeleton import count_parameters, pruned_skeleton, try_out
-from .outputs import checkpoint, identity, records
-from .outputs.model_card import write_card
-from .outputs.run_folder import RunFolder
-from .outputs.run_progress import Shards
-from .outputs.survey_store import StoredSurvey
-from .progress_bar import one_bar
-from .pruning.layers import prune_layers
+from .outputs import checkpoint
 from .pruning.memory import Task, expected_peaks, fit_batch_size
-from .pruning.options import PruningOptions, Work
-from .pruning.progress import SurveyProgress
-from .pruning.survey import survey_layers
-from .sources.calibration_set import CalibrationSet, Draw, build_calibration_set, calibration_shape, is_token_file
-from .sources.configuration import count_dense_parameters, describe_source, read_config, refuse_unprunable
-from .sources.dense_model import is_streamed, open_dense_model
+from .pruning.options import PruningOptions
+from .sources.calibration_set import calibration_shape, is_token_file
+from .sources.configuration import count_dense_parameters, read_config, refuse_unprunable
+from .sources.dense_model import is_streamed
 from .sources.locate import Location, locate
-from .sources.model_files import weight_files
-from .sources.tokenizers import read_tokenizer
 from .sources.weights import DTYPES, bytes_per_weight
 
 logger = logging.getLogger(__name__)
@@ -160,53 +148,6 @@ class Job:
         return [Sizes.of(self.config)] * self.config.num_hidden_layers
 
 
-@dataclass(frozen=True)
-class Pruned:
-    """What a pruning has done.
-
-    Attributes:
-        folder: the checkpoint's.
-        plan: sizes of all layers.
-        record: what was asked, expected and done, as `olica_run.json` has it.
-    """
-
-    folder: Path
-    plan: list[LayerShape]
-    record: dict
-
-
-def prune(
-    model: str | Path,
-    *,
-    datasets: str = Settings.datasets,
-    sparsity: float | Sequence[float] = Settings.sparsity,
-    recipe: str = Settings.recipe,
-    save_dir: str | Path = Settings.save_dir,
-    **settings: Any,
-) -> Pruned | list[Pruned]:
-    """Prune a model and save it, as `model_pruning.py` does.
-
-    Args:
-        model: name (7b, llama2-7b, smollm2, ...), hub id, folder or .gguf file.
-        datasets: texts to calibrate on, joined by +: names or paths; or one token file.
-        sparsity: share of the parameters to remove, in [0, 1); or several, which share one survey where they can.
-        recipe: a name of `RECIPES`.
-        save_dir: folder that receives the checkpoint's folder.
-        **settings: further fields of `Settings`, or parameters of the recipe, by the names of their flags.
-
-    Returns:
-        What was done; of several sparsities a list of it.
-
-    Raises:
-        UsageError: wrong input, or too little memory or disk; the message says what to do.
-    """
-    wanted = {"base_model": str(model), "datasets": datasets, "recipe": recipe_name(recipe), "save_dir": str(save_dir)}
-    several = not isinstance(sparsity, int | float)
-    jobs = prepare(settings_of(wanted | settings), list(sparsity) if several else [sparsity])
-    done = [run(job) for job in jobs]
-    return done if several else done[0]
-
-
 def settings_of(given: dict[str, Any]) -> Settings:
     """Settings, some of which are parameters of the recipe.
 
@@ -316,158 +257,48 @@ def check_seqlen(seqlen: int, flag: str, config: PreTrainedConfig) -> None:
         raise UsageError(f"{flag}: samples of {seqlen} tokens do not fit the model's {positions} positions")
 
 
-def run(job: Job) -> Pruned:
-    """Do a job: draw the calibration set, survey, prune and save.
-
-    Raises:
-        UsageError: memory or disk does not suffice, another run is at work or finished there, or numbers overflow.
-    """
-    checkpoint.check_folder(job.folder)
-    with RunFolder.locked(job.folder) as folder:
-        needed = 0 if folder.is_published else job.disk_bytes - folder.written_bytes
-        checkpoint.check_room(job.folder, needed, job.settings.overwrite or folder.is_published)
-        with memory_in_words(partial(memory_advice, job.settings)):
-            record = _prune_and_save(job, folder)
-    return Pruned(job.folder, [LayerShape(**shape) for shape in record["plan"]], record)
+# Layers that lose so many times what was asked are warned of: the embedding, which is not pruned, has the rest.
+WARNED_RATIO = 1.5
 
 
-def measure_and_decide(work: Work, budget: Budget, progress: SurveyProgress) -> tuple[list[LayerShape], list[Findings]]:
-    """Survey the dense layers, and allocate; returns the plan and the findings of all layers."""
-    sizes = [Sizes.of(work.dense.config)] * work.dense.config.num_hidden_layers
-    allocate = work.method.allocate
-    findings = survey_layers(work, allocate.before_survey(sizes, budget), progress)
-    return allocate(sizes, budget, findings), findings
+def describe(job: Job) -> str:
+    """Lines that say what a job is going to do: sizes, parameters, what to know of them, expected peak memory."""
+    before, size = job.parameters.before["total"], job.bytes_per_weight / 1e9
+    after = before - round(job.budget.sparsity * job.budget.whole)
+    if job.plan is None:
+        of = "model" if job.settings.sparsity_of == "model" else "decoder layers"
+        lines = [
+            "sizes        the survey decides them",
+            f"budget       {before - after:,} parameters of the {of} go: {before:,} -> about {after:,}",
+        ]
+    else:
+        after = job.parameters.planned["total"]
+        lines = _sizes_of(job)
+    device = f", device {job.memory['device_bytes'] / 1e9:.2f} GB" if job.memory["device_bytes"] else ""
+    return "\n".join([
+        *lines,
+        *(f"note         {note}" for note in job.notes),
+        f"weights      {before * size:.3f} GB -> {after * size:.3f} GB",
+        f"peak memory  host {job.memory['host_bytes'] / 1e9:.2f} GB{device} (expected)",
+        f"batch size   {job.options.batch_size.size}",
+    ])  # fmt: skip
 
 
-def _prune_and_save(job: Job, folder: RunFolder) -> dict:
-    """Draw the calibration set, survey, prune and save; returns the record, which lies beside the checkpoint."""
-    settings, options, stages = job.settings, job.options, records.Stages(job.options.device)
-    with stages.stage("calibration set"):
-        tokenizer = read_tokenizer(job.location)
-        calibration = draw_calibration_set(settings, tokenizer, job.config)
-    with stages.stage("open model"):
-        dense = open_dense_model(job.location, settings.dtype)
-        before = count_parameters(dense.model)
-    if before != job.parameters.before:  # the plan was made before the hub gave the weights
-        raise UsageError(
-            f"{job.location.flag} {job.location.name}: its weights hold another model than its configuration; give the "
-            "same command again, which plans by the weights, now that they are here"
+def _sizes_of(job: Job) -> list[str]:
+    """A plan, and what it leaves of the parameters."""
+    before, after = (counted["total"] for counted in (job.parameters.before, job.parameters.planned))
+    ranks = [shape.correction_rank for shape in job.plan if shape.correction_rank]
+    of_model, of_layers = job.parameters.lost("total"), job.parameters.lost("decoder_layers")
+    lines = [describe_plan(job.plan, without=("correction_rank",))]
+    if ranks:
+        lines.append(f"and a correction of rank {ranks[0]} beside {len(ranks)} MLPs, which the survey chooses")
+    lines.append(
+        f"parameters   {before:,} -> {after:,}, sparsity {of_model:.4f} of the model, {of_layers:.4f} of its layers"
+    )
+    if of_layers > WARNED_RATIO * job.settings.sparsity:
+        share = job.parameters.before["decoder_layers"] / before
+        lines.append(
+            f"note         the decoder layers lose {of_layers:.0%}, since they are but {share:.0%} of the model and "
+            "nothing else is pruned; --sparsity_of layers takes --sparsity as their share"
         )
-    progress = folder.begin(
-        identity.of_run(settings.flat(), job.location, calibration.token_hash, options.device),
-        settings.overwrite,
-        Shards(dense.layers_prefix, len(job.sizes)),
-        options.batch_size,
-        in_background=options.device.type == "cuda",  # on the CPU it competes for the cores
-    )
-    if folder.is_complete:
-        return records.read_pruning_record(job.folder)
-    if job.plan:
-        checkpoint.check_description(folder, dense, job.plan, tokenizer)
-    work, layers = Work(dense, calibration.ids, job.method, options), len(job.sizes)
-    surveying = BatchSize(folder.began_with)  # a run that goes on may have smaller batches by now
-    with one_bar(2 * layers if job.method.survey else layers) as bar:
-        with stages.stage("survey"), _kept_survey(job, surveying, calibration.token_hash) as survey:
-            if survey.is_complete:
-                bar.skip(layers)
-            work_of_survey = replace(work, options=replace(options, batch_size=surveying))
-            plan, findings = measure_and_decide(work_of_survey, job.budget, survey)
-        options.batch_size.size = min(options.batch_size.size, surveying.size)
-        logger.info("survey: %d of %d layers were there already", survey.layers_before, layers)
-        logger.info("sizes of all layers:\n%s", describe_plan(plan))
-        if not job.plan:
-            checkpoint.check_description(folder, dense, plan, tokenizer)
-        with stages.stage("prune"):
-            prune_layers(work, plan, findings, progress)
-    with stages.stage("write"):
-        after = checkpoint.complete(folder, progress, dense, plan, tokenizer)
-    record = _make_record(job, calibration, plan, {"before": before, "after": after}) | {
-        "multiple_correlation": [found["correlation"].item() if "correlation" in found else None for found in findings],
-        "survey": survey.described(),
-        "went_on_after": folder.interruptions,
-        "stages": stages.rows,
-        "weight_bytes_on_disk": sum(path.stat().st_size for path in weight_files(folder.checkpoint)),
-    }
-    with folder.explained():
-        records.write_record(folder.checkpoint / records.PRUNING_RECORD, record)
-        write_card(folder.checkpoint, record)
-    folder.publish()
-    return record
-
-
-@contextmanager
-def _kept_survey(job: Job, batch_size: BatchSize, token_hash: str) -> Iterator[SurveyProgress]:
-    """The survey that this job needs, as far as it lies under the data folder, where it is going to be kept."""
-    settings = job.settings
-    with ExitStack() as stack:
-        survey = SurveyProgress()
-        if job.method.survey:
-            decides = {"dtype": settings.dtype, "batch_size": batch_size.size, "recipe": settings.recipe}
-            decides |= job.method.survey.decided_by
-            if job.method.survey.reads_plan:
-                decides["plan"] = [shape.to_dict() for shape in job.plan]
-            what = identity.of_run(decides, job.location, token_hash, job.options.device)
-            try:
-                survey = stack.enter_context(StoredSurvey.locked(Path(settings.data_dir), what, batch_size))
-            except OSError as error:
-                logger.warning("the survey is not kept for other runs: %s", error)
-        yield survey
-
-
-def draw_calibration_set(settings: Settings, tokenizer, config: PreTrainedConfig) -> CalibrationSet:
-    """The calibration set that the settings describe."""
-    return build_calibration_set(
-        settings.datasets,
-        tokenizer,
-        Draw(settings.num_samples, settings.seqlen, settings.seed),
-        data_dir=Path(settings.data_dir),
-        cache_dir=Path(settings.data_dir) / "calibration",
-        vocab_size=config.vocab_size,
-    )
-
-
-def _make_record(
-    job: Job, calibration: CalibrationSet, plan: list[LayerShape], counted: dict[str, dict[str, int]]
-) -> dict:
-    """What a run was asked, expected to do and did; `counted` are the parameters of the models before and after."""
-    before, after = counted["before"], counted["after"]
-    planned = job.parameters.planned or after
-    return {
-        "kind": "pruning",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "settings": job.settings.flat(),
-        "recipe": {
-            "name": job.recipe.name,
-            "about": job.recipe.about,
-            "parameters": job.recipe.parameter_names,
-        },
-        "model": describe_source(job.location, job.config),
-        "calibration": {**vars(calibration), "ids": list(calibration.ids.shape)},
-        "shares_removed": job.method.allocate.shares(job.sizes, job.budget),
-        "plan": [shape.to_dict() for shape in plan],
-        "dense_layer": {"v_head_dim": job.sizes[0].head_dim, "intermediate_size": job.sizes[0].intermediate_size},
-        "corrected_layers": [index for index, shape in enumerate(plan) if shape.correction_rank],
-        "parameters": {
-            "before": before["total"],
-            "planned": planned["total"],
-            "after": after["total"],
-            "decoder_layers_before": before["decoder_layers"],
-            "decoder_layers_after": after["decoder_layers"],
-        },
-        "measured_sparsity": 1 - after["total"] / before["total"],
-        "measured_sparsity_of_layers": 1 - after["decoder_layers"] / before["decoder_layers"],
-        "batch_size": job.options.batch_size.size,
-        "expected_peak_memory": job.memory,
-        "environment": records.environment(job.options.device),
-    }
-
-
-def memory_advice(settings: Settings, of_host: bool) -> str:
-    """What to do when memory, the host's or a GPU's, runs out with a single sample at a time, or outside of batches."""
-    ways = ["a --dtype of half the width", "a smaller calibration set (--num_samples, --seqlen)"]
-    if pick_device(settings.device).type == "cuda":
-        if of_host == (settings.cache_dev == "cpu"):  # hidden states live where there is no room
-            ways.insert(0, f"--cache_dev {'cuda' if of_host else 'cpu'}")
-        if not of_host:
-            ways.append("--device cpu")
-    return f"give {', '.join(ways[:-1])} or {ways[-1]}"
+    return lines

@@ -20,8 +20,8 @@ from olica.checks import check_record_path
 from olica.command_line import run_command
 from olica.errors import UsageError
 from olica.evaluation.perplexity import perplexity
-from olica.jobs import prune
 from olica.outputs.records import write_record
+from olica.run import prune
 from olica.sources.locate import locate
 from olica.sources.weights import read_model
 

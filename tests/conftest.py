@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from olica.jobs import measure_and_decide, plan_before_survey
+from olica.jobs import plan_before_survey
 from olica.machine import BatchSize
 from olica.methods.moments import Moments
 from olica.methods.recipe import Findings, Layer, Method
@@ -39,6 +39,7 @@ from olica.pruning.layers import prune_layers
 from olica.pruning.options import PruningOptions, Work
 from olica.pruning.progress import Progress, SurveyProgress
 from olica.pruning.survey import survey_layers
+from olica.run import measure_and_decide
 from olica.sources.dense_model import DenseModel
 
 CPU = torch.device("cpu")

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 import model_evaluate
 import model_pruning
 import olica  # noqa: F401
-from olica import jobs
+from olica import jobs, run
 from olica.command_line import run_command
 from olica.errors import UsageError
 
@@ -244,7 +244,7 @@ def test_cache_dev_and_device_are_told_apart(here, capsys, monkeypatch):
 
     named = {"--device": "cpu", "--cache_dev": "meta"}
     monkeypatch.setattr(jobs, "pick_device", lambda name, flag="--device": torch.device(named[flag]))
-    monkeypatch.setattr(jobs, "survey_layers", survey_layers)
+    monkeypatch.setattr(run, "survey_layers", survey_layers)
     refused(capsys, prune, "--save_dir=out", "--cache_dev=cpu")
     refused(capsys, prune, "--save_dir=out")  # auto: where layers run
     assert seen == [("cpu", "meta"), ("cpu", "cpu")]
@@ -387,7 +387,7 @@ def test_a_checkpoint_that_would_not_load_is_seen_before_layers_are_pruned(here,
     """LLaMA has no sliding window, so nothing looks at the setting until a cache is made."""
     settings = json.loads(Path("tiny/config.json").read_text())
     Path("tiny/config.json").write_text(json.dumps(settings | {"sliding_window": window}))
-    monkeypatch.setattr(jobs, "survey_layers", lambda *arguments: pytest.fail("the survey has begun"))
+    monkeypatch.setattr(run, "survey_layers", lambda *arguments: pytest.fail("the survey has begun"))
     message = refused(capsys, prune, "--save_dir=out")
     assert "--base_model" in message and "can be pruned and run" in message
     assert not Path("out").exists()
@@ -522,12 +522,12 @@ def test_memory_that_runs_out_names_the_flags(here, capsys, monkeypatch, place, 
         assert "--cache_dev" not in message, "hidden states are on the CPU already"
         patched.setattr(torch.cuda, "is_available", lambda: True)
         gpu = jobs.Settings(cache_dev="auto")
-        assert "--cache_dev cpu" in jobs.memory_advice(gpu, of_host=False)
-        assert "--device cpu" in jobs.memory_advice(gpu, of_host=False)
-        assert "--cache_dev" not in jobs.memory_advice(gpu, of_host=True)
-        assert "--device" not in jobs.memory_advice(gpu, of_host=True), "the host would have to hold more"
+        assert "--cache_dev cpu" in run.memory_advice(gpu, of_host=False)
+        assert "--device cpu" in run.memory_advice(gpu, of_host=False)
+        assert "--cache_dev" not in run.memory_advice(gpu, of_host=True)
+        assert "--device" not in run.memory_advice(gpu, of_host=True), "the host would have to hold more"
         gpu = jobs.Settings(cache_dev="cpu")
-        assert "--cache_dev cuda" in jobs.memory_advice(gpu, of_host=True)
+        assert "--cache_dev cuda" in run.memory_advice(gpu, of_host=True)
     assert prune("--save_dir=out") == 0
 
 

@@ -23,7 +23,7 @@ from tiny_families import make_family
 from tiny_run import contents
 from transformers import AutoModelForCausalLM
 
-from olica import jobs
+import olica
 from olica.errors import UsageError
 from olica.machine import BatchSize
 from olica.methods.sizes import Budget
@@ -34,6 +34,7 @@ from olica.outputs.run_progress import RunProgress
 from olica.outputs.survey_store import StoredSurvey
 from olica.pruning.layers import prune_layers
 from olica.pruning.progress import Progress, SurveyProgress
+from olica.run import measure_and_decide
 
 IDS = torch.randint(3, 319, (9, 23), generator=torch.Generator().manual_seed(0))
 
@@ -156,9 +157,9 @@ def test_a_sparsity_of_the_layers_is_theirs(recipe):
     model = make_llama(num_key_value_heads=2, vocab_size=4000, intermediate_size=512)
     work = work_on(model, IDS, uncorrected(recipe))
     before = count_parameters(model)["decoder_layers"]
-    plan, findings = jobs.measure_and_decide(work, Budget(before, 0.3, round_to=8), SurveyProgress())
+    plan, findings = measure_and_decide(work, Budget(before, 0.3, round_to=8), SurveyProgress())
     assert all(shape.intermediate_size % 8 == 0 for shape in plan)
-    plan, _ = jobs.measure_and_decide(work, Budget(before, 0.3), SurveyProgress())
+    plan, _ = measure_and_decide(work, Budget(before, 0.3), SurveyProgress())
     prune_layers(work, plan, findings, Progress())
     assert 1 - count_parameters(model)["decoder_layers"] / before == pytest.approx(0.3, abs=0.005)
 
@@ -168,7 +169,7 @@ def test_a_budget_that_cannot_be_met_is_refused_before_anything_is_read(here, re
     Path("tiny/model.safetensors").write_bytes(Path("tiny/model.safetensors").read_bytes()[:-1000])
     asked = dict(datasets="ids.safetensors", recipe=recipe, save_dir="out", sparsity=0.95)
     with pytest.raises(UsageError, match=f"--sparsity 0.95 is impossible .*--recipe {recipe}: .*largest possible is 0"):
-        jobs.prune("tiny", **asked)
+        olica.prune("tiny", **asked)
     assert not Path("out").exists() and not Path("data").exists()
 
 
@@ -179,7 +180,7 @@ def test_a_run_goes_on_with_equal_bits(here, monkeypatch, recipe, seconds):
     folder = Path(f"out/tiny_sparsity-0.2_{recipe}")
 
     def run() -> dict:
-        return jobs.prune("tiny", datasets="ids.safetensors", recipe=recipe, save_dir="out").record
+        return olica.prune("tiny", datasets="ids.safetensors", recipe=recipe, save_dir="out").record
 
     assert run()["survey"]["layers_taken_up"] == 0
     expected = contents(folder)

@@ -16,6 +16,7 @@ PRUNING += (
     "outputs/run_progress.py",
     "outputs/survey_store.py",
     "jobs.py",
+    "run.py",
     "methods/deeper/new.py",
     "pruning/new.py",
 )

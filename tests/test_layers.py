@@ -6,7 +6,6 @@ import torch
 from conftest import as_method, make_llama, prune, work_on
 
 from olica.errors import UsageError
-from olica.jobs import measure_and_decide
 from olica.machine import BatchSize
 from olica.methods.moments import diagonal, full
 from olica.methods.recipes import RECIPES
@@ -16,6 +15,7 @@ from olica.model.modeling_olica import Projections, projections_of, shrink_layer
 from olica.pruning.cutting import put
 from olica.pruning.layers import prune_layers
 from olica.pruning.progress import Progress, SurveyProgress
+from olica.run import measure_and_decide
 
 UNROTATED = ("olica-svd", "olica-awsvd", "olica-wanda", "magnitude", "flap")
 CORRECTING = [name for name, recipe in RECIPES.items() if "mlp_num" in recipe.parameter_names]

@@ -28,7 +28,8 @@ MAY_IMPORT = {
     },
     "report": {"outputs.records", "outputs.model_card", "sources", "model", "evaluation.paired"},
     "jobs": {"pruning", "outputs", "methods", "sources", "model"},
-    "__init__": {"jobs", "evaluation", "methods", "model"},
+    "run": {"jobs", "pruning", "outputs", "methods", "sources", "model"},
+    "__init__": {"run", "evaluation", "methods", "model"},
 }
 # Copied into checkpoints, where there is nothing else of this program.
 COPIED = {"model.configuration_olica", "model.modeling_olica"}

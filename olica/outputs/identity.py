@@ -15,7 +15,7 @@ NOT_COMPARED += ("save_dir", "overwrite", "dry_run")
 
 PACKAGE = Path(__file__).parents[1]
 # The code that decides the bits of a pruned model, and that which decides the figures of an evaluation, as patterns
-# within the package, whose own modules are the ground, and jobs.py. What shows results is left out.
+# within the package, whose own modules are the ground, and jobs.py and run.py. What shows results is left out.
 PRUNING_CODE = ("*.py", "model/**/*.py", "methods/**/*.py", "sources/**/*.py", "pruning/**/*.py")
 PRUNING_CODE += tuple(
     f"outputs/{name}.py" for name in ("checkpoint", "journal", "run_folder", "run_progress", "survey_store")
@@ -60,7 +60,7 @@ def of_evaluation(settings: dict, locations: dict[str, Location], data: dict[str
         "settings": {name: value for name, value in settings.items() if name != "output_path"},
         "models": {name: _source(location) for name, location in locations.items()},
         "data": data,
-        "code": _code(EVALUATION_CODE, without="jobs.py"),
+        "code": _code(EVALUATION_CODE, without=("jobs.py", "run.py")),
         # What the commit changed in the code, the digest of the code knows.
         "environment": {name: value for name, value in environment(device).items() if name != "git_commit"},
     }
@@ -74,8 +74,8 @@ def _source(location: Location) -> dict:
     return {f"{path.name} of the model": [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
 
 
-def _code(patterns: tuple[str, ...], without: str = "") -> str:
+def _code(patterns: tuple[str, ...], without: tuple[str, ...] = ()) -> str:
     """The sha256 (hex) of the names and contents of the files of the package that fit `patterns`, but for one."""
-    paths = {path for pattern in patterns for path in PACKAGE.glob(pattern)} - {PACKAGE / without}
+    paths = {path for pattern in patterns for path in PACKAGE.glob(pattern)} - {PACKAGE / name for name in without}
     names = {path.relative_to(PACKAGE).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
     return hashlib.sha256(json.dumps(names, sort_keys=True).encode()).hexdigest()
