@@ -88,7 +88,7 @@ def prune(
 
 
 def run_all(jobs: list[Job]) -> Iterator[Pruned]:
-    """Do jobs that were given together; of several, those that a stopped run of the same finished are not done again."""
+    """Do jobs that were given together; of several, those that a stopped run has finished are left as they are."""
     for job in jobs:
         finished = _finished(job) if len(jobs) > 1 else None
         yield finished or run(job)
