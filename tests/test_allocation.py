@@ -4,23 +4,20 @@ from transformers import Gemma3TextConfig, LlamaConfig
 
 from olica.errors import UsageError
 from olica.jobs import plan_before_survey
-from olica.methods.allocation import (
+from olica.methods.allocation import attention_parameters, describe_plan, factor_rank, round_shape
+from olica.methods.recipes import RECIPES
+from olica.methods.shares import (
     FEWEST_ALONE,
     LEAST_ALONE,
     MOST_ALONE,
     RELEASED_SPLIT,
     Corrections,
-    attention_parameters,
-    describe_plan,
-    factor_rank,
     grouped_sparsities,
     kept_by_code,
     paper_sparsities,
     released_sparsities,
-    round_shape,
     uniform_shape,
 )
-from olica.methods.recipes import RECIPES
 from olica.methods.sizes import Budget, Sizes
 from olica.model.configuration_olica import LayerShape
 from olica.model.skeleton import pruned_skeleton
