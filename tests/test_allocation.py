@@ -285,7 +285,7 @@ def test_more_than_all_units_but_one_of_each_kind_is_refused(recipe):
     sizes, row = layers_of(config), RECIPES[recipe]
     most = (removable - added) / total
     assert plan_before_survey(row, as_method(recipe), sizes, Budget(total, most - 1e-6)) is None
-    words = rf"--sparsity {most + 0.01:g} .*--recipe {recipe}: a layer would keep neither .* possible is (0\.\d+)$"
+    words = rf"--sparsity {most + 0.01:g} .*--recipe {recipe}: every layer would be left .* possible is (0\.\d+)$"
     with pytest.raises(UsageError, match=words) as caught:
         plan_before_survey(row, as_method(recipe), sizes, Budget(total, most + 0.01))
     largest = float(str(caught.value).rsplit(" ", 1)[1])
