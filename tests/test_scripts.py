@@ -280,3 +280,14 @@ def test_a_hollow_model_is_planned_with_as_a_whole_one(tmp_path, capsys):
     with pytest.raises(SystemExit):
         planned(script, f"--base_model={tmp_path / 'whole'}", tokens)
     assert "--dry_run goes with --shape" in capsys.readouterr().err
+
+
+def test_pruning_speed_gives_a_recipe_its_own_parameters(tmp_path, capsys):
+    script = load("benchmarks/pruning_speed.py")
+    flags = ["--shape=7b", "--scale=16", "--layers=2", f"--work_dir={tmp_path}", "--num_samples=4", "--seqlen=16"]
+    flags += ["--recipe=magnitude", "--dry_run"]
+    assert run_command(script.build_parser(), script.run, flags) == 0
+    assert "the survey decides them" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run_command(script.build_parser(), script.run, [*flags, "--mlp_num=1"])
+    assert "--mlp_num is no parameter of --recipe magnitude" in capsys.readouterr().err
