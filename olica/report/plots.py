@@ -32,7 +32,7 @@ def _panels(columns: int, rows: int = 1) -> "tuple[Figure, list[Axes]]":
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UsageError("figures need the package matplotlib: pip install matplotlib") from error
+        raise UsageError('figures need the package matplotlib: pip install "olica[plots]"') from error
     figure = Figure(figsize=(5.2 * columns, 4 * rows), layout="constrained", dpi=130)
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
