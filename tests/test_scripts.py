@@ -87,6 +87,13 @@ def test_summary_prints_what_the_records_say(tmp_path, capsys):
     assert rows["weight files on disk"] == ["hub", "3.3", "MB"]
     assert rows["time of the perplexity"] == ["12", "s", "6", "s"]
     assert rows["time of pruning"] == ["90", "s"] and rows["peak memory of pruning"] == ["2.00", "GB"]
+    assert "survey" not in printed
+    survey = {"digest": "d", "layers_taken_up": 3, "seconds": 45.0}
+    write_record(tmp_path / PRUNING_RECORD, pruning | {"survey": survey})
+    assert run_command(summary.build_parser(), summary.run, [str(tmp_path)]) == 0
+    *lines, note = capsys.readouterr().out.splitlines()
+    assert [line[48:].split() for line in lines if line.startswith("time of pruning")] == [["105", "s"]]
+    assert "what making it took is in the time" in note
 
 
 def test_forward_speed_records_every_model(tmp_path, capsys):
