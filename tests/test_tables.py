@@ -1,12 +1,14 @@
 """Tables and figures from made-up records, and the paper's own figures."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from olica.errors import UsageError
 from olica.evaluation.paired import PAPER_METRIC, pack_floats, standard_error
 from olica.report.plots import FIGURES, draw
 from olica.report.runs import PAPER, Results, limited
@@ -301,6 +303,13 @@ def test_a_survey_that_was_taken_up_counts_as_if_it_had_been_made(record, pruned
     rows = {row[1]: row[-1 if record.label == "smollm2" else 3] for row in cells(shown)[1:]}
     assert rows["minutes"] == minutes
     assert (note in shown) if note else ("Took up a survey" not in shown)
+
+
+def test_figures_want_matplotlib(record, monkeypatch):
+    grid_of_records(record)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UsageError, match=r'pip install "olica\[plots\]"'):
+        FIGURES["figure4"](record.results)
 
 
 def test_of_two_series_the_newer_is_drawn_and_shown(record):
