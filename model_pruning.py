@@ -14,7 +14,7 @@ from olica.jobs import Job, Settings, describe, prepare, settings_of
 from olica.methods.allocation import describe_plan
 from olica.methods.recipes import RECIPES, recipe_name
 from olica.model.configuration_olica import LayerShape
-from olica.outputs.checkpoint import SPARSITY_OF
+from olica.outputs.names import SPARSITY_OF
 from olica.run import run_all
 from olica.sources.weights import DTYPES
 

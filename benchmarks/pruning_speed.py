@@ -52,7 +52,7 @@ SHAPES = {
 VOCABULARY, HEAD_DIM = 32000, 128
 SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 # Flags that go to model_pruning.py as they are, and the batches of the dense pass, whatever those of pruning are.
-PRUNING_FLAGS = ("dtype", "device", "cache_dev", "recipe", "mlp_num")
+PRUNING_FLAGS = ("dtype", "device", "cache_dev", "recipe")
 DENSE_BATCH_SIZE = 16
 # What is timed, and under which names: functions of the library, by the modules that call them.
 STAGES = {
@@ -84,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", default="16", help="as of model_pruning.py (default: 16)")
     parser.add_argument("--sparsity", type=float, default=0.2, help="default: 0.2")
     parser.add_argument("--recipe", default="olica", help="default: olica")
-    parser.add_argument("--mlp_num", type=int, default=6, help="default: 6")
+    parser.add_argument("--mlp_num", type=int, help="of recipes that have it (default: the recipe's)")
     parser.add_argument("--dry_run", action="store_true", help="print what is expected of --shape, no weight written")
     parser.add_argument("--work_dir", type=Path, default=Path("pruning_speed"), help="receives models and tokens")
     parser.add_argument("--output_path", type=Path, help="file of the record")
@@ -217,6 +217,8 @@ def run(args: argparse.Namespace) -> None:
         tokens.parent.mkdir(parents=True, exist_ok=True)
         save_tensors({"calibration_ids": drawn}, tokens, metadata={})
     flags = {name: getattr(args, name) for name in PRUNING_FLAGS}
+    if args.mlp_num is not None:
+        flags["mlp_num"] = args.mlp_num
     flags["batch_size"] = args.batch_size if args.batch_size == "auto" else int(args.batch_size)
     data_dir = args.work_dir / "data"
     shutil.rmtree(data_dir, ignore_errors=True)  # a survey that is taken up is no measurement

@@ -19,7 +19,7 @@ from .methods.recipes import RECIPES
 from .methods.sizes import Budget, Sizes
 from .model.configuration_olica import LayerShape
 from .model.skeleton import count_parameters, pruned_skeleton, try_out
-from .outputs import checkpoint
+from .outputs.names import SPARSITY_OF, checkpoint_folder
 from .pruning.memory import Task, expected_peaks, fit_batch_size
 from .pruning.options import PruningOptions
 from .sources.calibration_set import calibration_shape, is_token_file
@@ -68,7 +68,7 @@ class Settings:
     seed: int = 0
     recipe: str = "olica"
     sparsity: float = 0.2
-    sparsity_of: str = checkpoint.SPARSITY_OF[0]
+    sparsity_of: str = SPARSITY_OF[0]
     round_to: int = 1
     device: str = "auto"
     cache_dev: str = "auto"
@@ -87,8 +87,8 @@ class Settings:
             raise UsageError(f"--recipe {self.recipe} is none of {', '.join(RECIPES)}")
         if not 0 <= self.sparsity < 1:
             raise UsageError(f"--sparsity {self.sparsity:g} is outside [0, 1): it is the share of parameters to remove")
-        if self.sparsity_of not in checkpoint.SPARSITY_OF:
-            raise UsageError(f"--sparsity_of {self.sparsity_of} is neither {' nor '.join(checkpoint.SPARSITY_OF)}")
+        if self.sparsity_of not in SPARSITY_OF:
+            raise UsageError(f"--sparsity_of {self.sparsity_of} is neither {' nor '.join(SPARSITY_OF)}")
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise UsageError(f"--dtype {self.dtype} is none of auto, {', '.join(DTYPES)}")
         if self.batch_size != "auto" and self.batch_size < 1:
@@ -227,7 +227,7 @@ def _prepare(settings: Settings) -> Job:
         bytes_per_weight=itemsize,
         disk_bytes=expected * itemsize + 2 * task.states,  # two, while one takes the place of the other
         memory=expected_peaks(task, options),
-        folder=checkpoint.checkpoint_folder(
+        folder=checkpoint_folder(
             settings.save_dir, location.label, settings.sparsity, recipe.name, settings.sparsity_of
         ),
     )

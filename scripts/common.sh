@@ -15,6 +15,7 @@
 #   PYTHON      made by scripts/install.sh
 # Relative paths are relative to the repository. What is recorded by the same flags is not run again, and what was stopped
 # is taken up; DATA_DIR, DEVICE and BATCH_SIZE are no such flags: for other data or another machine give other RESULTS.
+# Runs of one model, text and recipe share a survey in DATA_DIR; the times that scripts name are of runs that each made one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 DATASETS=${DATASETS:-bookcorpus+alpaca}

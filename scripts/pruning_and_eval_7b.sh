@@ -13,12 +13,12 @@ PYTHON=${PYTHON:-.venv/bin/python}  # made by scripts/install.sh
 # Where the commands themselves put the checkpoint.
 folder=$("$PYTHON" -c '
 import sys
-from olica.outputs import checkpoint
 from olica import errors
+from olica.outputs.names import checkpoint_folder
 from olica.sources.locate import locate
 save_dir, model, sparsity = sys.argv[1:]
 try:
-    print(checkpoint.checkpoint_folder(save_dir, locate(model).label, float(sparsity)))
+    print(checkpoint_folder(save_dir, locate(model).label, float(sparsity)))
 except errors.UsageError as error:
     sys.exit(str(error))
 ' "$SAVE_DIR" "$MODEL" "$SPARSITY")

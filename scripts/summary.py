@@ -10,7 +10,7 @@ import olica_stopping
 from olica.command_line import run_command
 from olica.errors import UsageError
 from olica.output import with_error
-from olica.outputs.records import latest_comparison, read_pruning_record
+from olica.outputs.records import latest_comparison, note_on_survey, read_pruning_record, seconds_of_stages
 
 
 def rows(pruning: dict, evaluation: dict) -> list[tuple[str, str, str]]:
@@ -30,7 +30,6 @@ def rows(pruning: dict, evaluation: dict) -> list[tuple[str, str, str]]:
     def both(cell: Callable[[dict], str]) -> tuple[str, str]:
         return cell(dense), cell(pruned)
 
-    stages = pruning["stages"].values()
     perplexities = [
         (
             f"perplexity ({text}, {measured['windows']} windows of {measured['seqlen']})",
@@ -45,8 +44,8 @@ def rows(pruning: dict, evaluation: dict) -> list[tuple[str, str, str]]:
         (f"weights as {pruned['dtype']}", *both(lambda r: megabytes(r["weight_bytes"]))),
         ("weight files on disk", *both(lambda r: megabytes(r["file_bytes"]))),
         ("time of the perplexity", seconds("dense"), seconds("pruned")),
-        ("time of pruning", "", f"{sum(row['minutes'] for row in stages) * 60:.0f} s"),
-        ("peak memory of pruning", "", f"{max(row['host_bytes'] for row in stages) / 1e9:.2f} GB"),
+        ("time of pruning", "", f"{sum(seconds_of_stages(pruning).values()):.0f} s"),
+        ("peak memory of pruning", "", f"{max(row['host_bytes'] for row in pruning['stages'].values()) / 1e9:.2f} GB"),
     ]
 
 
@@ -65,6 +64,8 @@ def run(args: argparse.Namespace) -> None:
     print(f"{'':<48}{'dense':>20}{'pruned':>20}")
     for name, dense, pruned in rows(pruning, evaluation):
         print(f"{name:<48}{dense:>20}{pruned:>20}")
+    if note := note_on_survey(pruning):
+        print(f"{note}.")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from olica.errors import UsageError
-from olica.outputs.checkpoint import check_folder, check_room, checkpoint_folder
+from olica.outputs.checkpoint import check_folder, check_room
+from olica.outputs.names import checkpoint_folder
 
 ROOT = Path(__file__).parents[1]
 IDS = torch.randint(0, 320, (6, 20), generator=torch.Generator().manual_seed(0))

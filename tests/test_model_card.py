@@ -156,8 +156,17 @@ def test_a_recipe_without_parameters_names_none(tmp_path, recipe):
     settings = {name: RECORD["settings"][name] for name in ("sparsity", "seed", "sparsity_of", "round_to", "datasets")}
     changed = {"recipe": of_recipe(recipe), "settings": settings | {"recipe": recipe}, "corrected_layers": []}
     write_card(tmp_path, RECORD | changed)
-    assert f"Recipe `{recipe}` with `{ASKED} --seed 0`;\nno corrections;" in text(tmp_path)
+    assert f"Recipe `{recipe}` with `{ASKED} --seed 0`;\ncalibrated on 256 samples" in text(tmp_path)
+    assert "correction" not in text(tmp_path).split("Recipe")[1]
     assert f"({RECIPES[recipe].about})" in text(tmp_path) and "Olica, ICML" not in text(tmp_path)
+
+
+def test_a_recipe_of_another_kind_names_all_of_its_parameters(tmp_path):
+    recipe = {"name": "mine", "about": "mine", "parameters": ["spared", "percdamp", "order"]}
+    settings = RECORD["settings"] | {"recipe": "mine", "spared": 2, "order": "up"}
+    write_card(tmp_path, RECORD | {"recipe": recipe, "settings": settings, "corrected_layers": []})
+    words = f"Recipe `mine` with `{ASKED} --spared 2 --percdamp 0.5 --order up --seed 0`;\ncalibrated on 256 samples"
+    assert words in text(tmp_path)
 
 
 def test_another_card_is_left_alone(folder):

@@ -25,6 +25,7 @@ from olica.evaluation.paired import compare, perplexity_error
 from olica.methods.recipes import RECIPES
 from olica.model.families import FAMILIES
 from olica.output import with_error
+from olica.outputs.records import has_former_shares
 from olica.sources.locate import MODEL_NAMES, locate
 from olica.sources.tokenizers import read_tokenizer
 from olica.sources.weights import read_model
@@ -229,84 +230,56 @@ def accuracy(name: str) -> str:
 
 def pruning_cells(name: str) -> dict[str, str]:
     run = record(name)
-    samples, mlps = run["calibration"]["ids"][0], len([row for row in run["plan"] if row["calibration_rank"]])
     return {
         "parameters": f"{run['parameters']['after']:,}",
         "parameters of the decoder layers": f"{run['parameters']['decoder_layers_after']:,}",
         "weights as float32": f"{4 * run['parameters']['after'] / 1e6:.1f} MB",
-        "calibration samples, corrected MLPs": f"{samples}, {mlps}",
+        "corrected MLPs": str(len([row for row in run["plan"] if row["calibration_rank"]])),
         "seconds of pruning": f"{60 * sum(stage['minutes'] for stage in run['stages'].values()):.0f}",
     }
 
 
-WIKITEXT, C4 = "perplexity, WikiText-2 test, first 96 windows", "perplexity, C4, first 96 windows"
-WIKITEXT_WHOLE = "perplexity, WikiText-2 test, all 2,382 windows, bfloat16"
-ACCURACY = "mean accuracy of seven tasks, %, 200 rows each, bfloat16"
+README_RUNS = ["tables/dense", "tables/sparsity-0.25", "tables/sparsity-0.33"]
 
 
 def test_the_readmes_figures_are_those_of_the_records():
-    few, whole, c4 = "two_texts", "tables", "data/c4_report.jsonl"
-    sizes = measured(f"{few}/dense")["parameters"]
+    rows = table(README.read_text(), "")
+    assert rows["perplexity, WikiText-2 test"] == [perplexity(f"{run}/evaluation", "wikitext2") for run in README_RUNS]
+    assert rows["mean accuracy of seven tasks, %"] == [accuracy(f"{run}/evaluation") for run in README_RUNS]
+    sizes = measured(f"{README_RUNS[0]}/evaluation")["parameters"]
     dense = {
-        WIKITEXT: perplexity(f"{few}/dense", "wikitext2"),
-        C4: perplexity(f"{few}/dense", c4),
-        WIKITEXT_WHOLE: perplexity(f"{whole}/dense/evaluation", "wikitext2"),
-        ACCURACY: accuracy(f"{whole}/dense/evaluation"),
         "parameters": f"{sizes['total']:,}",
         "parameters of the decoder layers": f"{sizes['decoder_layers']:,}",
         "weights as float32": f"{4 * sizes['total'] / 1e6:.1f} MB",
-        "calibration samples, corrected MLPs": "",
+        "corrected MLPs": "",
         "seconds of pruning": "",
     }
-    fifth = {
-        WIKITEXT: perplexity(f"{few}/sparsity-0.2_olica", "wikitext2"),
-        C4: perplexity(f"{few}/sparsity-0.2_olica", c4),
-        WIKITEXT_WHOLE: "not run",
-        ACCURACY: "not run",
-        **pruning_cells(f"{few}/sparsity-0.2_olica_pruning"),
-    }
-    third = {
-        WIKITEXT: "not run",
-        C4: "not run",
-        WIKITEXT_WHOLE: perplexity(f"{whole}/sparsity-0.33/evaluation", "wikitext2"),
-        ACCURACY: accuracy(f"{whole}/sparsity-0.33/evaluation"),
-        **pruning_cells(f"{whole}/sparsity-0.33/pruning"),
-    }
-    columns = zip(*table(README.read_text(), "").values(), strict=True)
-    for column, expected in zip(columns, (dense, fifth, third), strict=True):
-        found = dict(zip(table(README.read_text(), ""), column, strict=True))
-        assert found["machine"] == "2 CPU cores"
-        assert {name: found[name] for name in expected} == expected
+    columns = [dense, *(pruning_cells(f"{run}/pruning") for run in README_RUNS[1:])]
+    for name in dense:
+        assert rows[name] == [column[name] for column in columns]
 
 
 def test_the_readmes_commits_are_those_of_the_records():
-    sources = [
-        ["two_texts/dense", "tables/dense/evaluation"],
-        ["two_texts/sparsity-0.2_olica", "two_texts/sparsity-0.2_olica_pruning"],
-        ["tables/sparsity-0.33/evaluation", "tables/sparsity-0.33/pruning"],
-    ]
-    for cell, names in zip(table(README.read_text(), "")["commits"], sources, strict=True):
+    for cell, run in zip(table(README.read_text(), "")["commits"], README_RUNS, strict=True):
+        names = [f"{run}/evaluation", *([f"{run}/pruning"] if run != README_RUNS[0] else [])]
         environments = [record(name)["environment"] for name in names]
         assert cell == ", ".join(sorted({environment["git_commit"][:7] for environment in environments}))
         assert all((environment["device"], environment["cpu_threads"]) == ("cpu", 2) for environment in environments)
 
 
 def test_the_readmes_protocol_is_that_of_the_records():
-    for name in ("dense", "sparsity-0.2_olica"):
-        result = measured(f"two_texts/{name}")
-        assert result["dtype"] == "float32"
-        for text in result["perplexity"].values():
-            assert (text["windows"], text["seqlen"], text["bos"]) == (96, 128, "none")
-    for name in ("dense", "sparsity-0.33"):
-        result = measured(f"tables/{name}/evaluation")
+    for run in README_RUNS:
+        result = measured(f"{run}/evaluation")
         assert result["dtype"] == "bfloat16"
         text, tasks = result["perplexity"]["wikitext2"], result["zero_shot"]
         assert (text["windows"], text["seqlen"], text["bos"]) == (2382, 128, "none")
         assert (len(tasks["tasks"]), tasks["limit"], tasks["harness"]) == (7, 200, "lm-eval 0.4.13")
         assert {task["num_fewshot"] for task in tasks["tasks"].values()} == {0}
-    for name in ("two_texts/sparsity-0.2_olica_pruning", "tables/sparsity-0.33/pruning"):
-        settings = record(name)["settings"]
-        assert (settings["base_model"], settings["recipe"]) == ("smollm2", "olica")
+    for run, sparsity in zip(README_RUNS[1:], (0.25, 0.33), strict=True):
+        pruned = record(f"{run}/pruning")
+        settings = pruned["settings"]
+        assert (settings["base_model"], settings["recipe"], settings["sparsity"]) == ("smollm2", "olica", sparsity)
+        assert pruned["calibration"]["ids"] == [256, 128] and not has_former_shares(pruned)
 
 
 def test_the_figures_of_the_papers_table_are_those_of_the_records():

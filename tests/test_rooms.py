@@ -22,7 +22,7 @@ MAY_IMPORT = {
         "outputs.records",
         "outputs.model_card",
         "outputs.identity",
-        "outputs.checkpoint",
+        "outputs.names",
         "sources",
         "model",
     },
@@ -31,6 +31,8 @@ MAY_IMPORT = {
     "run": {"jobs", "pruning", "outputs", "methods", "sources", "model"},
     "__init__": {"run", "evaluation", "methods", "model"},
 }
+# All that `evaluation` and `report` may have of `outputs`, at any remove.
+READ_OF_OUTPUTS = {"outputs.records", "outputs.model_card", "outputs.identity", "outputs.names"}
 # Copied into checkpoints, where there is nothing else of this program.
 COPIED = {"model.configuration_olica", "model.modeling_olica"}
 
@@ -90,6 +92,48 @@ def broken(package: Path) -> list[str]:
 
 def test_every_import_is_one_that_its_room_may_make():
     assert broken(PACKAGE) == []
+
+
+def reached_from(room: str, package: Path) -> set[str]:
+    """The modules of other rooms that the modules of a room import, themselves or through what they import."""
+    imports = imports_of(package)
+    reached, new = set(), {name for name in imports if room_of(name) == room}
+    while new:
+        reached |= new
+        new = set().union(*(imports[name] for name in new)) - reached
+    return {name for name in reached if room_of(name) != room}
+
+
+def wrongly_reached(room: str, package: Path) -> list[str]:
+    """What a room that only reads checkpoints and records imports, at any remove, of what prunes and writes them."""
+    reached = reached_from(room, package)
+    return sorted(
+        name
+        for name in reached
+        if room_of(name) in ("pruning", "methods", "jobs", "run")
+        or (room_of(name) == "outputs" and name not in READ_OF_OUTPUTS)
+    )
+
+
+@pytest.mark.parametrize("room", ["evaluation", "report"])
+def test_what_measures_and_shows_never_reaches_what_prunes(room):
+    assert "outputs.records" in reached_from(room, PACKAGE)
+    assert wrongly_reached(room, PACKAGE) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "fault"),
+    [
+        ("outputs/names.py", "from .run_folder import RunFolder", "pruning.progress"),
+        ("outputs/records.py", "from .journal import Journal", "outputs.journal"),
+        ("sources/locate.py", "def late():\n    from ..methods.linalg import by_rows", "methods.linalg"),
+    ],
+)
+def test_an_import_at_a_remove_is_found(tmp_path, file, line, fault):
+    copy = shutil.copytree(PACKAGE, tmp_path / "olica", ignore=shutil.ignore_patterns("*.pyc"))
+    with (copy / file).open("a") as edited:
+        edited.write(f"\n{line}\n")
+    assert fault in wrongly_reached("evaluation", copy)
 
 
 def test_every_room_has_rules_and_every_rule_a_room():

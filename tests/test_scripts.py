@@ -87,6 +87,13 @@ def test_summary_prints_what_the_records_say(tmp_path, capsys):
     assert rows["weight files on disk"] == ["hub", "3.3", "MB"]
     assert rows["time of the perplexity"] == ["12", "s", "6", "s"]
     assert rows["time of pruning"] == ["90", "s"] and rows["peak memory of pruning"] == ["2.00", "GB"]
+    assert "survey" not in printed
+    survey = {"digest": "d", "layers_taken_up": 3, "seconds": 45.0}
+    write_record(tmp_path / PRUNING_RECORD, pruning | {"survey": survey})
+    assert run_command(summary.build_parser(), summary.run, [str(tmp_path)]) == 0
+    *lines, note = capsys.readouterr().out.splitlines()
+    assert [line[48:].split() for line in lines if line.startswith("time of pruning")] == [["105", "s"]]
+    assert "what making it took is in the time" in note
 
 
 def test_forward_speed_records_every_model(tmp_path, capsys):
@@ -280,3 +287,14 @@ def test_a_hollow_model_is_planned_with_as_a_whole_one(tmp_path, capsys):
     with pytest.raises(SystemExit):
         planned(script, f"--base_model={tmp_path / 'whole'}", tokens)
     assert "--dry_run goes with --shape" in capsys.readouterr().err
+
+
+def test_pruning_speed_gives_a_recipe_its_own_parameters(tmp_path, capsys):
+    script = load("benchmarks/pruning_speed.py")
+    flags = ["--shape=7b", "--scale=16", "--layers=2", f"--work_dir={tmp_path}", "--num_samples=4", "--seqlen=16"]
+    flags += ["--recipe=magnitude", "--dry_run"]
+    assert run_command(script.build_parser(), script.run, flags) == 0
+    assert "the survey decides them" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run_command(script.build_parser(), script.run, [*flags, "--mlp_num=1"])
+    assert "--mlp_num is no parameter of --recipe magnitude" in capsys.readouterr().err

@@ -1,12 +1,14 @@
 """Tables and figures from made-up records, and the paper's own figures."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from olica.errors import UsageError
 from olica.evaluation.paired import PAPER_METRIC, pack_floats, standard_error
 from olica.report.plots import FIGURES, draw
 from olica.report.runs import PAPER, Results, limited
@@ -50,13 +52,13 @@ def evaluation(perplexity: float, mean: float, dtype: str = "float16") -> dict:
     return {"results": {"model": result}, **rest}
 
 
-def pruning(ids=(256, 128), texts=("bookcorpus", "alpaca"), after=5_390_000_000, calibrated=6, **settings) -> dict:
+def pruning(ids=(256, 128), texts=("bookcorpus", "alpaca"), after=5_390_000_000, corrected=6, **settings) -> dict:
     settings = {"sparsity": 0.2, "recipe": "olica", "seed": 0, "mlp_num": 6, "ratio": 0.03} | settings
     return {
         "settings": settings,
         "shares_removed": {"query": 0.4, "key": 0.4, "value_output": 0.1, "feed_forward": 0.25},
         "calibration": {"ids": list(ids), "sources": [{"name": name} for name in texts]},
-        "corrected_layers": list(range(calibrated)),
+        "corrected_layers": list(range(corrected)),
         "went_on_after": [],
         "multiple_correlation": [0.5, 0.25, None] if settings["mlp_num"] else [None] * 3,
         "parameters": {"before": 6_738_000_000, "after": after},
@@ -165,14 +167,15 @@ def test_table_4_has_costs(record):
 def test_table_5_has_methods_in_the_papers_order(record):
     for recipe in ("olica-wanda", "olica", "olica-awsvd", "olica-svd"):
         for number in (12, 0):
-            settings = pruning(sparsity=0.33, recipe=recipe, mlp_num=number, calibrated=number)
+            settings = pruning(sparsity=0.33, recipe=recipe, mlp_num=number, corrected=number)
             record(f"tables/{recipe}_{number}", evaluation(20.0, 60.0), settings)
     record("tables/sparsity-0.2", evaluation(15.0, 64.0), pruning())
     record("tables/dense", evaluation(12.0, 66.0))
-    rows = cells(TABLES["table5"](record.results))[1:]
+    header, *rows = cells(TABLES["table5"](record.results))
+    assert header[:3] == ["correction", "method", "measure"]
     methods = [(row[0], row[1]) for row in rows if row[2] == "perplexity"]
     order = ["SVD", "AWSVD", "Wanda", "Fast-OND"]
-    assert methods == [(calibration, method) for calibration in ("without", "with") for method in order]
+    assert methods == [(correction, method) for correction in ("without", "with") for method in order]
     if record.label == "7b":
         assert rows[0][3:] == ["71.01", f"20.00 ± {20 * ERROR:.2f}", "-51.01"]
         assert rows[-1][3:] == ["61.21", "60.00 ± 0.50", "-1.21"]
@@ -211,12 +214,12 @@ def test_a_model_that_the_paper_has_in_another_table(tmp_path):
     assert not Results(tmp_path, "smollm2").belongs_elsewhere(3)
 
 
-def test_runs_that_were_made_otherwise_are_told_apart(record):
+def test_what_differs_between_runs_names_the_runs(record):
     record("tables/dense", evaluation(12.0, 66.0))
     fewer = evaluation(15.0, 64.0)
     fewer["results"]["model"]["zero_shot"]["limit"] = 20
     record("tables/sparsity-0.2", fewer, pruning())
-    record("tables/sparsity-0.33", evaluation(19.0, 61.0), pruning((16, 128), sparsity=0.33, calibrated=12))
+    record("tables/sparsity-0.33", evaluation(19.0, 61.0), pruning((16, 128), sparsity=0.33, corrected=12))
     lines = TABLES["table2"](record.results).splitlines()
     assert "Perplexity: 30 windows of 128 tokens, start token: none; run in float16 on a GPU." in lines
     assert "Tasks: lm-eval 1, the first 200 rows of each, no examples, start token: no (0%, 33%)." in lines
@@ -232,10 +235,10 @@ def test_a_limit_that_is_a_share_is_said_as_one():
     assert said[3:] == ["the first 10 % of the rows of each", "the first 12.5 % of the rows of each"]
 
 
-def test_table_5_is_of_one_number_of_calibrated_mlps(record):
+def test_table_5_is_of_one_number_of_corrected_mlps(record):
     for date, number in (("2026-01-01", 6), ("2026-01-02", 12), ("2026-01-03", 0)):
         for recipe in ("olica", "olica-svd"):
-            settings = pruning(sparsity=0.33, recipe=recipe, mlp_num=number, calibrated=number)
+            settings = pruning(sparsity=0.33, recipe=recipe, mlp_num=number, corrected=number)
             record(f"tables/{recipe}_{number}", evaluation(20.0 + number, 60.0) | {"date": date}, settings)
     rows = cells(TABLES["table5"](record.results))[1:]
     perplexities = [row[:2] + [row[-1 if record.label == "smollm2" else 4]] for row in rows if row[2] == "perplexity"]
@@ -273,6 +276,40 @@ def test_figures_of_one_row_and_one_window_have_no_errors(tmp_path):
 def test_an_interrupted_run_is_named(record):
     record("tables/sparsity-0.25", evaluation(16.0, 63.0), pruning(sparsity=0.25) | {"went_on_after": [4]})
     assert "Interrupted, so that its time is that of its last part: 25%." in TABLES["table1"](record.results)
+
+
+def of_survey(**survey) -> dict:
+    """A pruning by 25 % that has this to say of its survey, and took 2 minutes for it and 4 for the rest."""
+    return pruning(sparsity=0.25) | {"survey": {"digest": "d", **survey}}
+
+
+@pytest.mark.parametrize(
+    ("pruned", "minutes", "note"),
+    [
+        (of_survey(layers_taken_up=0, seconds=120.0), "6.0", None),
+        (pruning(sparsity=0.25) | {"survey": None}, "6.0", None),
+        (
+            of_survey(layers_taken_up=30, seconds=90.0),
+            "5.5",
+            "in the time, and not in the peak memory: 25%.",
+        ),
+        (of_survey(layers_taken_up=30, seconds=None), "6.0", "is not known, and in neither time nor peak memory: 25%."),
+        (of_survey(layers_taken_up=30), "6.0", "is not known, and in neither time nor peak memory: 25%."),
+    ],
+)
+def test_a_survey_that_was_taken_up_counts_as_if_it_had_been_made(record, pruned, minutes, note):
+    record("tables/sparsity-0.25", evaluation(16.0, 63.0), pruned)
+    shown = TABLES["table1"](record.results)
+    rows = {row[1]: row[-1 if record.label == "smollm2" else 3] for row in cells(shown)[1:]}
+    assert rows["minutes"] == minutes
+    assert (note in shown) if note else ("Took up a survey" not in shown)
+
+
+def test_figures_want_matplotlib(record, monkeypatch):
+    grid_of_records(record)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UsageError, match=r'pip install "olica\[plots\]"'):
+        FIGURES["figure4"](record.results)
 
 
 def test_of_two_series_the_newer_is_drawn_and_shown(record):
@@ -348,7 +385,7 @@ def test_figures_say_what_their_runs_have_in_common(record):
     assert FIGURES["figure5"](record.results).notes[:-1] == [measured, tasks, texts, corrected, reserved]
     assert FIGURES["figure6"](record.results).notes[:-1] == [measured, tasks, size, corrected, reserved]
     for number in (1, 2):
-        settings = pruning(sparsity=number / 10, texts=("c4",), calibrated=6 * number)
+        settings = pruning(sparsity=number / 10, texts=("c4",), corrected=6 * number)
         record(f"figure6/mix-3_sparsity-{number}", evaluation(20.0, 60.0) | {"date": "2027-01-01"}, settings)
     assert f"{corrected[:-1]} (10%, 40%)." in FIGURES["figure6"](record.results).notes
 

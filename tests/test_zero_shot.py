@@ -352,7 +352,7 @@ def test_unknown_task_names_its_neighbours(grouped_llama, tokenizer):
 
 def test_missing_harness(monkeypatch, grouped_llama, tokenizer):
     monkeypatch.setattr(zero_shot.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match="pip install lm-eval"):
+    with pytest.raises(UsageError, match=r'pip install "olica\[eval\]"'):
         score(grouped_llama, tokenizer, ["piqa"], None)
 
 

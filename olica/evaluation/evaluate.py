@@ -13,8 +13,9 @@ from typing import Any
 from ..checks import check_record_path
 from ..errors import UsageError, memory_in_words
 from ..machine import pick_device
-from ..outputs import checkpoint, identity, records
+from ..outputs import identity, records
 from ..outputs.model_card import add_metrics
+from ..outputs.names import checkpoint_folder
 from ..processes import join_processes
 from ..sources.configuration import count_dense_parameters, read_config
 from ..sources.locate import Location, locate
@@ -128,7 +129,7 @@ def find_models(asked: EvaluationSettings) -> dict[str, Location]:
     else:
         base = locate(asked.base_model or DEFAULT_BASE_MODEL)
         found_by = {"sparsity": asked.sparsity, "sparsity_of": asked.sparsity_of}
-        folder = checkpoint.checkpoint_folder(asked.save_dir, base.label, **found_by)
+        folder = checkpoint_folder(asked.save_dir, base.label, **found_by)
         if not folder.is_dir():
             raise UsageError(f"--save_dir: there is no {folder}; prune the model first, or name one with --checkpoint")
         measured = locate(str(folder), "--save_dir")

@@ -9,7 +9,7 @@ from os.path import exists, expanduser
 from typing import Any, Self
 
 from ..errors import UsageError
-from ..outputs.checkpoint import SPARSITY_OF
+from ..outputs.names import SPARSITY_OF
 from ..sources.weights import DTYPES
 
 # The values of the settings that are one of a few.

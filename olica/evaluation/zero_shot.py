@@ -246,7 +246,7 @@ def _marked(run: Callable) -> Callable:
 def _import_harness():
     """The package lm_eval, imported where it is used: it takes seconds, and perplexity does without it."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise UsageError("--tasks needs the package lm-eval: pip install lm-eval")
+        raise UsageError('--tasks needs the package lm-eval: pip install "olica[eval]"')
     import lm_eval
 
     return lm_eval

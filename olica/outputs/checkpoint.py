@@ -26,19 +26,6 @@ from ..sources.dense_model import DenseModel, StoredWeight, stored_weights
 from .run_folder import RunFolder
 from .run_progress import RunProgress
 
-DEFAULT_RECIPE = "olica"
-# What `--sparsity` is a share of: the whole model, as in the paper, or the decoder layers alone.
-SPARSITY_OF = ("model", "layers")
-
-
-def checkpoint_folder(
-    save_dir: str, label: str, sparsity: float, recipe: str = DEFAULT_RECIPE, sparsity_of: str = SPARSITY_OF[0]
-) -> Path:
-    """Where a pruned model is saved; defaults are not named, so that evaluation finds it by two flags."""
-    of = "" if sparsity_of == SPARSITY_OF[0] else f"_of-{sparsity_of}"
-    suffix = "" if recipe == DEFAULT_RECIPE else f"_{recipe}"
-    return Path(save_dir) / f"{label}_sparsity-{sparsity:g}{of}{suffix}"
-
 
 def check_folder(folder: Path) -> None:
     """Raise UsageError unless a checkpoint's folder can be made at `folder`, or is one."""

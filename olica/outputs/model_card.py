@@ -10,6 +10,8 @@ from ..sources.calibration_set import is_token_file
 from .records import alone_in, write_text
 
 CARD = "README.md"
+# Parameters of the recipes that correct MLPs; where no MLP got a correction they had no part in the result.
+OF_CORRECTIONS = ("mlp_num", "ratio", "percdamp")
 METRICS, NONE_YET = "## Metrics\n\n", "None measured yet.\n"
 CARD_TEXT = """---
 {metadata}
@@ -25,8 +27,7 @@ CARD_TEXT = """---
 | of the decoder layers | {parameters[decoder_layers_before]:,} | {parameters[decoder_layers_after]:,} |
 
 Recipe `{settings[recipe]}` with `{flags}`;
-{corrections};
-calibrated on {samples} samples of {tokens} tokens from {texts}. `olica_run.json` has the rest.
+{corrections}calibrated on {samples} samples of {tokens} tokens from {texts}. `olica_run.json` has the rest.
 
 ## Loading
 
@@ -121,25 +122,36 @@ def changes(plan: list[dict[str, int]], dense: dict[str, int]) -> str:
 def flags(record: dict) -> str:
     """The flags, beside the recipe, that had a part in the result."""
     settings, parameters = record["settings"], record["parameters"]
-    own, corrected = record["recipe"]["parameters"], ("mlp_num", "ratio", "percdamp")
+    own, of_corrections = record["recipe"]["parameters"], OF_CORRECTIONS if can_correct(record) else ()
     names = ["sparsity", "sparsity_of"]
     if parameters["after"] < parameters["before"]:
-        names += [name for name in own if name not in corrected]
+        names += [name for name in own if name not in of_corrections]
         names += ["round_to"] if settings["round_to"] > 1 else []
     if record["corrected_layers"]:
-        names += [name for name in own if name in corrected]
+        names += [name for name in own if name in of_corrections]
     if not is_token_file(settings["datasets"]):
         names.append("seed")
     values = {name: settings[name] for name in names}
     return " ".join(f"--{name} {value if isinstance(value, str) else f'{value:g}'}" for name, value in values.items())
 
 
+def can_correct(record: dict) -> bool:
+    """Whether the recipe has the parameters of corrections."""
+    return set(OF_CORRECTIONS) <= set(record["recipe"]["parameters"])
+
+
 def corrections(record: dict) -> str:
-    """Beside which MLPs there are corrections; or that there are none, and why where some were asked for."""
+    """A line that says beside which MLPs there are corrections; or that there are none, and why if some were wanted.
+
+    Empty where the recipe has no corrections.
+    """
     if record["corrected_layers"]:
-        return f"corrections beside the MLPs of the layers {', '.join(map(str, record['corrected_layers']))}"
-    number = record["settings"].get("mlp_num", 0)
-    return "no corrections" + (f" (no MLP lost a channel, so `--mlp_num {number}` had no effect)" if number else "")
+        return f"corrections beside the MLPs of the layers {', '.join(map(str, record['corrected_layers']))};\n"
+    if not can_correct(record):
+        return ""
+    number = record["settings"]["mlp_num"]
+    why = f" (no MLP lost a channel, so `--mlp_num {number}` had no effect)" if number else ""
+    return f"no corrections{why};\n"
 
 
 def metrics(result: dict) -> dict[str, str]:

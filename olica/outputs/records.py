@@ -144,6 +144,32 @@ def read_pruning_record(folder: str | Path) -> dict | None:
     return record
 
 
+def seconds_of_stages(record: dict) -> dict[str, float]:
+    """Seconds that the stages of a pruning took, by their names, as if it had made its survey itself.
+
+    Of a survey that was taken up, wholly or in part, that is what making it took in all runs. Where this is not known
+    (`note_on_survey` says so) it is what this run took to finish or read it.
+    """
+    seconds = {name: 60 * stage["minutes"] for name, stage in record["stages"].items()}
+    if took_up_survey(record) and record["survey"].get("seconds") is not None:
+        seconds["survey"] = record["survey"]["seconds"]
+    return seconds
+
+
+def took_up_survey(record: dict) -> bool:
+    """Whether layers had been surveyed for a pruning before, by another run or an earlier part of this one."""
+    return bool((record.get("survey") or {}).get("layers_taken_up"))
+
+
+def note_on_survey(record: dict) -> str | None:
+    """What is to be said of a time of `seconds_of_stages`; None where the run made its survey itself."""
+    if not took_up_survey(record):
+        return None
+    if record["survey"].get("seconds") is None:
+        return "Took up a survey that was there: what that had taken is not known, and in neither time nor peak memory"
+    return "Took up a survey that was there: what making it took is in the time, and not in the peak memory"
+
+
 def corrected_layers(record: dict) -> list[int]:
     """Indices of the layers whose MLPs got a correction, as records of any age name them."""
     return record["corrected_layers"] if "corrected_layers" in record else record["calibrated_layers"]

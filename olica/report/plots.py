@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UsageError
 from ..evaluation.paired import paired_difference, unpack_floats
-from .runs import Results, Run, correction, in_common, newest_alike, origin, told_apart
+from .runs import Results, Run, correction, in_common, newest_alike, origin, statements
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +32,7 @@ def _panels(columns: int, rows: int = 1) -> "tuple[Figure, list[Axes]]":
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UsageError("figures need the package matplotlib: pip install matplotlib") from error
+        raise UsageError('figures need the package matplotlib: pip install "olica[plots]"') from error
     figure = Figure(figsize=(5.2 * columns, 4 * rows), layout="constrained", dpi=130)
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
@@ -174,7 +174,7 @@ def calibration_mixes(results: Results) -> Drawing | None:
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.legend(title="calibration texts", fontsize="small")
-    corrected = told_apart(correction, {f"{run.sparsity:.0%}": run for run in runs})
+    corrected = statements(correction, {f"{run.sparsity:.0%}": run for run in runs})
     *said, origin_line = in_common(runs)
     return Drawing(figure, [*dict.fromkeys(said + corrected), origin_line])
 

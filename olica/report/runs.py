@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ..outputs.records import corrected_layers, has_former_shares
+from ..outputs.records import corrected_layers, has_former_shares, note_on_survey, seconds_of_stages
 
 PAPER = Path(__file__).parents[2] / "results/paper"
 TEXT = "wikitext2"
@@ -95,17 +95,18 @@ class Run:
 
     @property
     def mlp_num(self) -> int:
-        """How many MLPs were to be calibrated."""
+        """How many MLPs were to be corrected."""
         return self.pruning["settings"]["mlp_num"]
 
     @property
     def seconds(self) -> float:
         """Time of the pruning, from the opening of the model on: whether the calibration set had been drawn is luck.
 
-        Of a run that was interrupted, that of its last part.
+        So is whether the survey was there: one that was taken up counts as if it had been made. Of a run that was
+        interrupted, the time of the other stages is that of its last part.
         """
-        stages = self.pruning["stages"].items()
-        return 60 * sum(stage["minutes"] for name, stage in stages if name != "calibration set")
+        stages = seconds_of_stages(self.pruning).items()
+        return sum(seconds for name, seconds in stages if name != "calibration set")
 
     @property
     def peak_bytes(self) -> int:
@@ -171,13 +172,15 @@ def newest_alike(runs: list[Run], *but: str) -> list[Run]:
 
 def protocol(runs: dict[str, Run]) -> list[str]:
     """Lines that say how the runs of a table were made, by what it calls them; where they differ, which is which."""
+    made = {name: run.pruning for name, run in runs.items() if run.pruning}
     lines = [
         f"Interrupted, so that its time is that of its last part: {name}."
-        for name, run in runs.items()
-        if run.pruning and run.pruning["went_on_after"]
+        for name, record in made.items()
+        if record["went_on_after"]
     ]
+    lines += [f"{note}: {name}." for name, record in made.items() if (note := note_on_survey(record))]
     for describe in MADE:
-        lines += told_apart(describe, runs)
+        lines += statements(describe, runs)
     return lines + _reservations(runs.values()) + origins(runs.values())
 
 
@@ -202,7 +205,7 @@ def origin(folders: Iterable[str], environments: Iterable[dict]) -> str:
     )
 
 
-def told_apart(describe: Callable[[Run], str | None], runs: dict[str, Run]) -> list[str]:
+def statements(describe: Callable[[Run], str | None], runs: dict[str, Run]) -> list[str]:
     """What is to be said of the runs, each thing once, with the names of the runs where it does not hold of all."""
     said = {name: line for name, run in runs.items() if (line := describe(run))}
     asked = [name for name, run in runs.items() if name in said or run.pruning]
@@ -245,7 +248,7 @@ def limited(limit: int | float | None) -> str:
     return f"the first {100 * limit:g} % of the rows of each" if limit < 1 else f"the first {limit} rows of each"
 
 
-def _calibration(run: Run) -> str | None:
+def _calibration_set(run: Run) -> str | None:
     if not run.pruning:
         return None
     samples, tokens = run.pruning["calibration"]["ids"]
@@ -274,4 +277,4 @@ def _shares(run: Run) -> str | None:
 
 
 # What is to be said of every run.
-MADE = (_measuring, _scoring, _calibration, _texts, correction, _shares)
+MADE = (_measuring, _scoring, _calibration_set, _texts, correction, _shares)

@@ -221,20 +221,20 @@ def value_output_methods(results: Results) -> str | None:
         return None
     setup = others[0].setup("recipe", "mlp_num")
     alike = [run for run in methods if run.setup("recipe", "mlp_num") == setup]
-    calibrated = newest_alike([run for run in alike if run.mlp_num], "recipe")
-    sections = {"without": [run for run in alike if not run.mlp_num], "with": calibrated}
+    corrected = newest_alike([run for run in alike if run.mlp_num], "recipe")
+    sections = {"without": [run for run in alike if not run.mlp_num], "with": corrected}
     title = f"Table 5: Fast-OND against other methods on value and output at {setup['sparsity']:.0%}"
-    table = Table(title, ["calibration", "method", "measure"])
+    table = Table(title, ["correction", "method", "measure"])
     of_paper = results.paper(5) if setup["sparsity"] == TABLE_5_SPARSITY else []
     printed = {(row["method"], row["linear_calibration"]): row for row in of_paper}
     order = list(VALUE_OUTPUT_METHODS)
     shown = {}
-    for calibration, runs in sections.items():
+    for correction, runs in sections.items():
         fast = next((run for run in runs if run.recipe == "olica"), None)
         for run in sorted(runs, key=lambda run: order.index(run.recipe)):
             method = VALUE_OUTPUT_METHODS[run.recipe]
-            there, of_fast = (printed.get((name, calibration == "with"), {}) for name in (method, "Fast-OND"))
-            names = [calibration, method]
+            there, of_fast = (printed.get((name, correction == "with"), {}) for name in (method, "Fast-OND"))
+            names = [correction, method]
             _add_quality(table, names, run, there, fast, of_fast)
             shown[" ".join(names)] = run
     table.notes += protocol(shown) + (results.papers_notes(5) if printed else [])
