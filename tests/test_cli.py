@@ -234,7 +234,7 @@ def test_the_papers_recipe_is_saved_under_its_name(here):
     assert record["settings"]["recipe"] == "olica-paper"
 
 
-def test_cache_dev_and_device_are_told_apart(here, capsys, monkeypatch):
+def test_cache_dev_and_device_are_two_flags(here, capsys, monkeypatch):
     """No machine of two devices is needed to see which flag decides what."""
     seen = []
 
@@ -531,7 +531,7 @@ def test_memory_that_runs_out_names_the_flags(here, capsys, monkeypatch, place, 
     assert prune("--save_dir=out") == 0
 
 
-def test_an_existing_checkpoint_is_replaced_only_when_told(here, capsys):
+def test_an_existing_checkpoint_is_replaced_only_when_asked_to(here, capsys):
     prune("--save_dir=out")
     first = Path("out/tiny_sparsity-0.2/olica_run.json").read_text()
     assert "--overwrite" in refused(capsys, prune, "--save_dir=out")

@@ -1,4 +1,4 @@
-"""Runs that die, go on, and are told apart (test_kills.py kills them from outside)."""
+"""Runs that die, go on, and are not taken for one another (test_kills.py kills them from outside)."""
 
 import json
 import multiprocessing
@@ -125,7 +125,7 @@ def test_hidden_states_are_written_before_the_next_layer_changes_them(here, monk
 @pytest.mark.parametrize("recipe", ["olica", "olica-paper"])
 @pytest.mark.parametrize("layers", [1, LAYERS - 1])
 def test_a_run_goes_on_after_the_last_finished_layer(here, monkeypatch, recipe, layers, seconds):
-    """Whether hidden states are kept after every layer or have to be told from the finished ones."""
+    """Whether hidden states are kept after every layer or follow from the finished ones."""
     monkeypatch.setattr(run_progress, "SAVED_EVERY", seconds)
     folder, flag = folder_of(recipe), f"--recipe={recipe}"
     expected = checkpoint_of(recipe)
@@ -319,7 +319,7 @@ def test_where_hidden_states_live_and_files_lie_may_change(here, undisturbed, mo
 
 
 @pytest.mark.parametrize("harm", ["cut", "a fact", "a checksum"])
-def test_an_altered_journal_is_told_by_its_checksum(here, undisturbed, capsys, monkeypatch, harm):
+def test_an_altered_journal_is_found_by_its_checksum(here, undisturbed, capsys, monkeypatch, harm):
     interrupted_after(3, monkeypatch)
     path = WORK / "progress.json"
     text = path.read_text()
@@ -341,7 +341,7 @@ def test_an_altered_journal_is_told_by_its_checksum(here, undisturbed, capsys, m
 
 @pytest.mark.parametrize("harm", ["altered", "cut", "missing"])
 @pytest.mark.parametrize("file", ["checkpoint/model-00003-of-00008.safetensors", "hidden-pruned-3.safetensors"])
-def test_altered_files_are_told_by_their_checksums(here, undisturbed, capsys, monkeypatch, harm, file):
+def test_altered_files_are_found_by_their_checksums(here, undisturbed, capsys, monkeypatch, harm, file):
     monkeypatch.setattr(run_progress, "SAVED_EVERY", -1.0)
     interrupted_after(3, monkeypatch)
     path = WORK / file
@@ -358,7 +358,7 @@ def test_altered_files_are_told_by_their_checksums(here, undisturbed, capsys, mo
     ("recipe", "place"), [("olica", "propagate"), ("olica", "calibrate"), ("olica-paper", "calibrate")]
 )
 def test_a_batch_that_became_smaller_is_followed(here, monkeypatch, recipe, place):
-    """Hidden states that came from batches of two sizes cannot be told from the layers, so they are kept at once."""
+    """Hidden states that came from batches of two sizes do not follow from the layers, so they are kept at once."""
     suffix = "" if recipe == "olica" else f"_{recipe}"
     folder, flag = Path(f"out/tiny_sparsity-0.2{suffix}"), f"--recipe={recipe}"
     original = getattr(pruning_module, place)

@@ -211,7 +211,7 @@ def test_a_model_that_the_paper_has_in_another_table(tmp_path):
     assert not Results(tmp_path, "smollm2").belongs_elsewhere(3)
 
 
-def test_runs_that_were_made_otherwise_are_told_apart(record):
+def test_where_runs_were_made_otherwise_each_way_names_its_runs(record):
     record("tables/dense", evaluation(12.0, 66.0))
     fewer = evaluation(15.0, 64.0)
     fewer["results"]["model"]["zero_shot"]["limit"] = 20
