@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,13 @@ from transformers import AutoModelForCausalLM
 
 import model_evaluate
 import model_pruning
-import olica  # noqa: F401
+import olica
 from olica import jobs, run
 from olica.command_line import run_command
 from olica.errors import UsageError
+from olica.methods.olica import OlicaParameters, released
+from olica.methods.recipe import Recipe
+from olica.methods.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
 PAPERS_PRUNING = (
@@ -169,6 +173,53 @@ def test_another_name_of_a_recipe_is_that_recipe(here):
     assert all(torch.equal(weight, again[name]) for name, weight in same.items()) and same.keys() == again.keys()
     record = json.loads((here / "again/tiny_sparsity-0.2/olica_run.json").read_text())
     assert record["settings"]["recipe"] == "olica"
+
+
+@dataclass(frozen=True)
+class Damped:
+    strength: float = field(default=0.4, metadata={"help": "ridge of the first"})
+
+    def method(self):
+        return released(OlicaParameters(percdamp=self.strength, mlp_num=1, ratio=0.1))
+
+
+@dataclass(frozen=True)
+class DampedMore:
+    strength: float = field(default=0.6, metadata={"help": "ridge of the second"})
+
+    method = Damped.method
+
+
+@pytest.fixture
+def alike(monkeypatch) -> None:
+    """Two recipes whose parameters are two classes with a field of one name."""
+    for name, kind in (("first", Damped), ("second", DampedMore)):
+        monkeypatch.setitem(RECIPES, name, Recipe(name, "Olica with a ridge", kind, lambda given: given.method()))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "strength"), [("first", [], 0.4), ("second", [], 0.6), ("second", ["--strength=0.5"], 0.5)]
+)
+def test_recipes_may_have_parameters_of_one_name(here, alike, recipe, flags, strength):
+    plain = ["--base_model=tiny", "--datasets=rows.jsonl", "--num_samples=6", "--seqlen=32", "--save_dir=out"]
+
+    def pruned(*arguments: str) -> dict[str, torch.Tensor]:
+        assert run_command(model_pruning.build_parser(), model_pruning.run, [*plain, *arguments]) == 0
+        (folder,) = Path("out").iterdir()
+        return load_weights(folder)
+
+    found = pruned(f"--recipe={recipe}", *flags)
+    record = json.loads(Path(f"out/tiny_sparsity-0.2_{recipe}/olica_run.json").read_text())
+    assert record["settings"]["strength"] == strength
+    shutil.rmtree("out")
+    expected = pruned(f"--percdamp={strength}", "--mlp_num=1", "--ratio=0.1")
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_help_says_what_each_recipe_says_of_a_parameter_of_one_name(alike):
+    said = " ".join(model_pruning.build_parser().format_help().split())
+    for words in ("--strength", "ridge of the first", "0.4", "ridge of the second", "0.6"):
+        assert words in said, words
 
 
 def test_products_are_taken_in_full_single_precision(here, monkeypatch):
@@ -359,6 +410,22 @@ def test_wrong_input_to_pruning(here, capsys, flags, words):
     before = files_in(here)
     message = refused(capsys, prune, *flags)
     assert all(word in message for word in words), message
+    assert files_in(here) == before, "something was left behind"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("batch_size", "16"), ("batch_size", 2.5), ("sparsity", "0.2"), ("sparsity", [0.2, "0.3"]), ("sparsity", None),
+        ("k", "x"), ("mlp_num", "3"), ("mlp_num", 1.5), ("percdamp", None), ("num_samples", "6"), ("seqlen", None),
+        ("round_to", "8"),
+    ],
+)  # fmt: skip
+def test_values_of_another_type_are_refused_by_their_flag(here, name, value):
+    """The command line makes numbers of what was typed; a call from Python does not."""
+    before, usual = files_in(here), {"datasets": "rows.jsonl", "num_samples": 6, "seqlen": 32, "mlp_num": 1}
+    with pytest.raises(UsageError, match=rf"--{name}\b"):
+        olica.prune("tiny", **usual | {name: value})
     assert files_in(here) == before, "something was left behind"
 
 
