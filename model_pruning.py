@@ -9,13 +9,13 @@ import argparse
 from dataclasses import fields
 from os.path import expanduser
 
-import olica.run
 from olica.command_line import run_command
 from olica.jobs import Job, Settings, describe, prepare, settings_of
 from olica.methods.allocation import describe_plan
 from olica.methods.recipes import RECIPES, recipe_name
 from olica.model.configuration_olica import LayerShape
 from olica.outputs.checkpoint import SPARSITY_OF
+from olica.run import run_all
 from olica.sources.weights import DTYPES
 
 
@@ -78,15 +78,23 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_parameters(parser: argparse.ArgumentParser) -> None:
-    """A group of flags for each set of parameters that recipes have; a flag that is not given is not set."""
-    for kind in dict.fromkeys(recipe.parameters for recipe in RECIPES.values()):
-        if not fields(kind):
-            continue
+    """A group of flags for each set of parameters that recipes have; one that is not given is not set.
+
+    A flag that several sets have stands in the group of the first. What is given is text here: the recipe makes of it
+    what its own parameter is.
+    """
+    flags = {}
+    for recipe in RECIPES.values():
+        for field in fields(recipe.parameters):
+            flags.setdefault(field.name, (recipe.parameters, field, []))[2].append(recipe.name)
+    for kind in dict.fromkeys(first for first, _, _ in flags.values()):
         names = [recipe.name for recipe in RECIPES.values() if recipe.parameters is kind]
         group = parser.add_argument_group(f"parameters of {', '.join(names)}")
-        for field in fields(kind):
-            text = f"{field.metadata['help']} (default: {field.default})"
-            group.add_argument(f"--{field.name}", type=type(field.default), default=argparse.SUPPRESS, help=text)
+        for name, (first, field, owners) in flags.items():
+            if first is kind:
+                others = ", ".join(owner for owner in owners if owner not in names)
+                default = f"default: {field.default}" + (f"; also of {others}" if others else "")
+                group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=f"{field.metadata['help']} ({default})")
 
 
 def shares(text: str) -> list[float]:
@@ -123,8 +131,9 @@ def run(args: argparse.Namespace) -> None:
     planned = prepare(settings_of(given), args.sparsity)
     for job in planned:
         print(describe(job))
-    for job in planned if not args.dry_run else ():
-        print_result(job, olica.run.run(job).record)
+    if not args.dry_run:
+        for job, done in zip(planned, run_all(planned), strict=True):
+            print_result(job, done.record)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,26 @@ POINTER_START, POINTER_BYTES = b"version https://git-lfs", 1024
 def all_finite(tensor: Tensor) -> bool:
     """Whether nothing in `tensor` is NaN or infinite; takes no memory of its size."""
     return not tensor.numel() or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
+
+
+def as_kind(flag: str, value: Any, kind: type) -> Any:
+    """A value of an int, a float or a str, which may come as text.
+
+    Raises:
+        UsageError: it is none; names the flag.
+    """
+    words = {int: "a whole number", float: "a number", str: "a text"}[kind]
+    fits = isinstance(value, str | int | float) and not isinstance(value, bool)
+    if kind is str:
+        fits = isinstance(value, str | os.PathLike)
+    elif kind is int and isinstance(value, float):
+        fits = value.is_integer()
+    try:
+        if not fits:
+            raise ValueError
+        return kind(value)
+    except ValueError as error:
+        raise UsageError(f"--{flag} {value}: give {words}") from error
 
 
 def check_writable(path: Path, flag: str) -> Path:

@@ -6,10 +6,10 @@ import logging
 import os
 from collections.abc import Callable
 
-import torch
 from transformers.utils import logging as transformers_logging
 
 from .errors import UsageError, memory_in_words
+from .machine import full_precision
 from .output import forgiving_output
 
 # What a path that a user gave can be at fault for.
@@ -35,7 +35,6 @@ def run_command(
     to what is behind it where the variable OLICA_DEBUG is set.
     """
     args = parser.parse_args(arguments)
-    torch.set_float32_matmul_precision("highest")  # TF32 keeps ten bits: too few for sums that are subtracted
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     if getattr(args, "verbose", False):
         logging.getLogger("olica").setLevel(logging.INFO)
@@ -43,7 +42,7 @@ def run_command(
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        with memory_in_words(memory_advice):
+        with full_precision(), memory_in_words(memory_advice):
             run(args)
     except UsageError as error:
         if os.environ.get("OLICA_DEBUG"):

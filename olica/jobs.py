@@ -4,11 +4,13 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
+from .checks import as_kind
 from .errors import UsageError
 from .machine import BatchSize, pick_device
 from .methods.allocation import describe_plan, largest_possible
@@ -27,6 +29,10 @@ from .sources.locate import Location, locate
 from .sources.weights import DTYPES, bytes_per_weight
 
 logger = logging.getLogger(__name__)
+
+
+# Settings that may begin with ~.
+PATHS = ("base_model", "data_dir", "save_dir")
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,11 @@ class Settings:
     parameters: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            kind = type(f.default)
+            if kind in (int, float, str) and not (f.name == "batch_size" and self.batch_size == "auto"):
+                value = as_kind(f.name, getattr(self, f.name), kind)
+                object.__setattr__(self, f.name, expanduser(value) if f.name in PATHS else value)
         if self.recipe not in RECIPES:
             raise UsageError(f"--recipe {self.recipe} is none of {', '.join(RECIPES)}")
         if not 0 <= self.sparsity < 1:
@@ -145,7 +156,7 @@ class Job:
     @property
     def sizes(self) -> list[Sizes]:
         """Of all dense layers."""
-        return [Sizes.of(self.config)] * self.config.num_hidden_layers
+        return Sizes.of_all(self.config)
 
 
 def settings_of(given: dict[str, Any]) -> Settings:
@@ -170,7 +181,7 @@ def prepare(settings: Settings, sparsities: Sequence[float]) -> list[Job]:
     """
     if not sparsities:
         raise UsageError("--sparsity: give a share, or several joined by commas")
-    return [_prepare(replace(settings, sparsity=sparsity)) for sparsity in dict.fromkeys(sparsities)]
+    return [_prepare(replace(settings, sparsity=sparsity)) for sparsity in sparsities]
 
 
 def _prepare(settings: Settings) -> Job:
@@ -184,7 +195,7 @@ def _prepare(settings: Settings) -> Job:
     dense = count_dense_parameters(location, config)
     whole = dense["total" if settings.sparsity_of == "model" else "decoder_layers"]
     budget = Budget(whole, settings.sparsity, settings.round_to)
-    sizes = [Sizes.of(config)] * config.num_hidden_layers
+    sizes = Sizes.of_all(config)
     plan = plan_before_survey(recipe, method, sizes, budget)
     device = pick_device(settings.device)
     options = PruningOptions(
@@ -201,7 +212,7 @@ def _prepare(settings: Settings) -> Job:
         pruned = pruned_skeleton(config, shapes)
         try_out(pruned)
     planned = count_parameters(pruned) if plan else None
-    expected = planned["total"] if planned else dense["total"] - int(budget.sparsity * budget.whole)
+    expected = planned["total"] if planned else dense["total"] - round(budget.to_remove)
     return Job(
         settings=settings,
         recipe=recipe,
@@ -264,7 +275,7 @@ WARNED_RATIO = 1.5
 def describe(job: Job) -> str:
     """Lines that say what a job is going to do: sizes, parameters, what to know of them, expected peak memory."""
     before, size = job.parameters.before["total"], job.bytes_per_weight / 1e9
-    after = before - round(job.budget.sparsity * job.budget.whole)
+    after = before - round(job.budget.to_remove)
     if job.plan is None:
         of = "model" if job.settings.sparsity_of == "model" else "decoder layers"
         lines = [

@@ -1,5 +1,6 @@
 """A pruning from its plan to its checkpoint: the one composition, which users, command lines and tests call."""
 
+import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -9,11 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 
 from .errors import UsageError, memory_in_words
 from .jobs import Job, Settings, prepare, settings_of
-from .machine import BatchSize, pick_device
+from .machine import BatchSize, full_precision, pick_device
 from .methods.allocation import describe_plan
 from .methods.recipe import Findings
 from .methods.recipes import recipe_name
@@ -80,10 +82,32 @@ def prune(
         UsageError: wrong input, or too little memory or disk; the message says what to do.
     """
     wanted = {"base_model": str(model), "datasets": datasets, "recipe": recipe_name(recipe), "save_dir": str(save_dir)}
-    several = not isinstance(sparsity, int | float)
-    jobs = prepare(settings_of(wanted | settings), list(sparsity) if several else [sparsity])
-    done = [run(job) for job in jobs]
-    return done if several else done[0]
+    several = isinstance(sparsity, Sequence) and not isinstance(sparsity, str)
+    done = run_all(prepare(settings_of(wanted | settings), sparsity if several else [sparsity]))
+    return [*done] if several else next(done)
+
+
+def run_all(jobs: list[Job]) -> Iterator[Pruned]:
+    """Do jobs that were given together; of several, those that a stopped run has finished are left as they are."""
+    for job in jobs:
+        finished = _finished(job) if len(jobs) > 1 else None
+        yield finished or run(job)
+
+
+def _finished(job: Job) -> Pruned | None:
+    """What the same job has made before, if it has and it lies there."""
+    record = records.read_pruning_record(job.folder)
+    if not record or "identity" not in record:
+        return None
+    calibration = draw_calibration_set(job.settings, read_tokenizer(job.location), job.config)
+    if record["identity"] != identity.digest_of(_identity(job, calibration)):
+        return None
+    return Pruned(job.folder, [LayerShape(**shape) for shape in record["plan"]], record)
+
+
+def _identity(job: Job, calibration: CalibrationSet) -> dict:
+    """What decides the bits of a job's checkpoint."""
+    return identity.of_run(job.settings.flat(), job.location, calibration.token_hash, job.options.device)
 
 
 def run(job: Job) -> Pruned:
@@ -93,7 +117,7 @@ def run(job: Job) -> Pruned:
         UsageError: memory or disk does not suffice, another run is at work or finished there, or numbers overflow.
     """
     checkpoint.check_folder(job.folder)
-    with RunFolder.locked(job.folder) as folder:
+    with RunFolder.locked(job.folder) as folder, full_precision():
         needed = 0 if folder.is_published else job.disk_bytes - folder.written_bytes
         checkpoint.check_room(job.folder, needed, job.settings.overwrite or folder.is_published)
         with memory_in_words(partial(memory_advice, job.settings)):
@@ -103,7 +127,7 @@ def run(job: Job) -> Pruned:
 
 def measure_and_decide(work: Work, budget: Budget, progress: SurveyProgress) -> tuple[list[LayerShape], list[Findings]]:
     """Survey the dense layers, and allocate; returns the plan and the findings of all layers."""
-    sizes = [Sizes.of(work.dense.config)] * work.dense.config.num_hidden_layers
+    sizes = Sizes.of_all(work.dense.config)
     allocate = work.method.allocate
     findings = survey_layers(work, allocate.before_survey(sizes, budget), progress)
     return allocate(sizes, budget, findings), findings
@@ -124,7 +148,7 @@ def _prune_and_save(job: Job, folder: RunFolder) -> dict:
             "same command again, which plans by the weights, now that they are here"
         )
     progress = folder.begin(
-        identity.of_run(settings.flat(), job.location, calibration.token_hash, options.device),
+        what := _identity(job, calibration),
         settings.overwrite,
         Shards(dense.layers_prefix, len(job.sizes)),
         options.batch_size,
@@ -137,12 +161,13 @@ def _prune_and_save(job: Job, folder: RunFolder) -> dict:
     work, layers = Work(dense, calibration.ids, job.method, options), len(job.sizes)
     surveying = BatchSize(folder.began_with)  # a run that goes on may have smaller batches by now
     with one_bar(2 * layers if job.method.survey else layers) as bar:
-        with stages.stage("survey"), _kept_survey(job, surveying, calibration.token_hash) as survey:
+        with _kept_survey(job, surveying, calibration.token_hash) as survey, stages.stage("survey"):
             if survey.is_complete:
                 bar.skip(layers)
             work_of_survey = replace(work, options=replace(options, batch_size=surveying))
             plan, findings = measure_and_decide(work_of_survey, job.budget, survey)
         options.batch_size.size = min(options.batch_size.size, surveying.size)
+        folder.bind(_digest_of_plan(plan, findings))
         logger.info("survey: %d of %d layers were there already", survey.layers_before, layers)
         logger.info("sizes of all layers:\n%s", describe_plan(plan))
         if not job.plan:
@@ -152,6 +177,7 @@ def _prune_and_save(job: Job, folder: RunFolder) -> dict:
     with stages.stage("write"):
         after = checkpoint.complete(folder, progress, dense, plan, tokenizer)
     record = _make_record(job, calibration, plan, {"before": before, "after": after}) | {
+        "identity": identity.digest_of(what),
         "multiple_correlation": [found["correlation"].item() if "correlation" in found else None for found in findings],
         "survey": survey.described(),
         "went_on_after": folder.interruptions,
@@ -172,16 +198,35 @@ def _kept_survey(job: Job, batch_size: BatchSize, token_hash: str) -> Iterator[S
     with ExitStack() as stack:
         survey = SurveyProgress()
         if job.method.survey:
-            decides = {"dtype": settings.dtype, "batch_size": batch_size.size, "recipe": settings.recipe}
-            decides |= job.method.survey.decided_by
-            if job.method.survey.reads_plan:
-                decides["plan"] = [shape.to_dict() for shape in job.plan]
-            what = identity.of_run(decides, job.location, token_hash, job.options.device)
+            what = _identity_of_survey(job, batch_size.size, token_hash)
             try:
                 survey = stack.enter_context(StoredSurvey.locked(Path(settings.data_dir), what, batch_size))
             except OSError as error:
-                logger.warning("the survey is not kept for other runs: %s", error)
+                logger.warning("the survey is not kept, for this run or others to go on with: %s", error)
         yield survey
+
+
+def _identity_of_survey(job: Job, batch_size: int, token_hash: str) -> dict:
+    """What decides the findings of a job's survey."""
+    survey, layers = job.method.survey, len(job.sizes)
+    decides = {"dtype": job.settings.dtype, "recipe": job.settings.recipe}
+    decides |= survey.decided_by(job.recipe.with_parameters(job.settings.parameters))
+    if survey.reads_plan:  # all but corrections, which are decided later
+        decides["plan"] = [replace(shape, correction_rank=0).to_dict() for shape in job.plan or []]
+    if any(survey.needs(index, layers) for index in range(layers)):
+        decides["batch_size"] = batch_size
+    else:  # no text is read
+        token_hash = ""
+    return identity.of_run(decides, job.location, token_hash, job.options.device)
+
+
+def _digest_of_plan(plan: list[LayerShape], findings: list[Findings]) -> str:
+    """The sha256 (hex) of what the cut goes by."""
+    digest = hashlib.sha256(repr(plan).encode())
+    for found in findings:
+        for name in sorted(found):
+            digest.update(name.encode() + found[name].reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def draw_calibration_set(settings: Settings, tokenizer, config: PreTrainedConfig) -> CalibrationSet:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..model.configuration_olica import LayerShape
-from .recipe import Findings
+from .recipe import Allocate, Findings
 from .sizes import Budget, Sizes
 
 # The released code splits here without a comment: up to it query/key lose twice the sparsity whatever `k` is.
@@ -48,7 +48,7 @@ def spend_rest(sizes: list[Sizes], budget: Budget, query: float, key: float, val
     """Let the MLPs lose what is missing to the budget; the layers are alike."""
     layer, layers = sizes[0], len(sizes)
     attention = layer.query * query + layer.key * key + layer.value_output * value_output
-    rest = budget.sparsity * budget.whole - layers * attention
+    rest = budget.to_remove - layers * attention
     return Sparsities(query, key, value_output, rest / (layers * layer.feed_forward))
 
 
@@ -242,7 +242,7 @@ class Corrections:
 
 
 @dataclass(frozen=True)
-class FixedShares:
+class FixedShares(Allocate):
     """An allocation that gives every layer the same sizes, by shares that a rule fixes.
 
     Attributes:
@@ -336,7 +336,7 @@ GROUP_SCORES, CHANNEL_SCORES = "group_scores", "channel_scores"
 
 
 @dataclass(frozen=True)
-class GlobalThreshold:
+class GlobalThreshold(Allocate):
     """An allocation by one threshold for all layers: units go in the order of their scores until the budget is met.
 
     A unit is a key/value head with its query heads, or a channel of an MLP. Of each kind a layer keeps at least one.
@@ -357,7 +357,7 @@ class GlobalThreshold:
             for layer in sizes
         )
         if self._to_remove(sizes, budget) > most:
-            raise ValueError("a layer would keep neither a head nor a channel")
+            raise ValueError("every layer would be left with one head and one channel, or less")
 
     def __call__(self, sizes: list[Sizes], budget: Budget, findings: list[Findings]) -> list[LayerShape]:
         """See `Allocate`."""
@@ -369,8 +369,14 @@ class GlobalThreshold:
         owners = torch.cat([torch.full((len(part),), number) for number, part in enumerate(scores)])
         order = owners[torch.cat(scores).argsort(stable=True)].tolist()
         counts = self._taken(order, costs, self._to_remove(sizes, budget))
-        pairs = zip(counts[::2], counts[1::2], strict=True)
-        return [self._shape(layer, budget, *gone) for layer, gone in zip(sizes, pairs, strict=True)]
+        # What rounding adds to a layer, the next ones have less of.
+        shapes, owed = [], 0.0
+        for layer, groups, channels in zip(sizes, counts[::2], counts[1::2], strict=True):
+            wanted = layer.intermediate_size - channels + owed
+            kept = _rounded(wanted, budget.round_to, layer.intermediate_size)
+            owed = wanted - kept
+            shapes.append(self._shape(layer, groups, kept))
+        return shapes
 
     @staticmethod
     def _taken(order: list[int], costs: list[int], left: float) -> list[int]:
@@ -387,26 +393,17 @@ class GlobalThreshold:
                 left -= costs[part]
         return counts
 
-    def shares(self, sizes: list[Sizes], budget: Budget) -> dict[str, float]:
-        """See `Allocate`."""
-        return {}
-
-    def notes(self, sizes: list[Sizes], budget: Budget) -> list[str]:
-        """See `Allocate`."""
-        return []
-
     def _to_remove(self, sizes: list[Sizes], budget: Budget) -> float:
         added = sum(2 * layer.hidden_size for layer in sizes) if self.biases else 0
-        return budget.sparsity * budget.whole + (added if budget.sparsity else 0)
+        return budget.to_remove + (added if budget.sparsity else 0)
 
     @staticmethod
     def _without_best(scores: Tensor) -> Tensor:
         """Scores (n - 1,) of the units that may go: all but the highest."""
         return scores.sort().values[:-1]
 
-    def _shape(self, layer: Sizes, budget: Budget, groups: int, channels: int) -> LayerShape:
-        """Sizes of a layer that loses so many of each."""
-        kept = _rounded(layer.intermediate_size - channels, budget.round_to, layer.intermediate_size)
+    def _shape(self, layer: Sizes, groups: int, kept: int) -> LayerShape:
+        """Sizes of a layer that loses so many groups of heads and keeps so many channels."""
         return LayerShape(
             q_rank=0,
             k_rank=0,

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..model.configuration_olica import LayerShape
 from .linalg import by_rows
 from .moments import Needing, Statistic, diagonal, needs
-from .recipe import Layer, Weights
+from .recipe import Layer, Weights, needs_of, together
 from .sizes import Sizes
 from .thinning import Refit, Repair, highest, thin
 
@@ -57,11 +57,11 @@ class ThinnedMLP:
     refit: Refit | None = None
     repairs: tuple[Repair, ...] = ()
 
-    about = "the correction beside down_proj"
+    about = "the MLP"
 
     def needs(self, shape: LayerShape) -> frozenset[Statistic]:
         """See `Stage`."""
-        return self.importance.needs.union(*(repair.needs(shape) for repair in self.repairs))
+        return self.importance.needs | needs_of(self.repairs, shape)
 
     def workspace(self, sizes: Sizes, shape: LayerShape) -> int:
         """See `Stage`."""
@@ -88,8 +88,7 @@ class ThinnedMLP:
             for name, linear in (("gate_proj", gate), ("up_proj", up))
             if linear.bias is not None
         }
+        weights |= together(repair(thinned, layer, shape) for repair in self.repairs)
         if down.bias is not None:
-            weights["down_proj.bias"] = down.bias
-        for repair in self.repairs:
-            weights |= repair(thinned, layer, shape)
+            weights.setdefault("down_proj.bias", down.bias)
         return weights

@@ -4,8 +4,6 @@ A feature's score is its fluctuation, Var(x_j) ||W_:,j||^2, standardised in ever
 decides what goes, and the bias of what read it takes up its mean. D hidden size, K key/value heads, F channels
 """
 
-from typing import Any, ClassVar
-
 from torch import Tensor
 
 from ..model.configuration_olica import LayerShape
@@ -14,8 +12,7 @@ from .feed_forward import ThinnedMLP
 from .heads import RemovedGroups, by_group
 from .linalg import by_rows
 from .moments import Moments, Needing, Statistic, diagonal, needs, total
-from .recipe import Findings, Layer, Method, NoParameters
-from .sizes import Sizes
+from .recipe import Findings, Layer, Method, NoParameters, Survey
 from .thinning import RemovedMean
 
 NEEDS = frozenset(statistic for tap in ("heads", "intermediate") for statistic in (total(tap), diagonal(tap)))
@@ -29,19 +26,12 @@ def fluctuation(moments: Moments, tap: str, weight: Tensor) -> Tensor:
     return variance.clamp(min=0) * by_rows(lambda columns: columns.square().sum(1), weight.T)
 
 
-class FlapSurvey:
+class FlapSurvey(Survey):
     """The fluctuations of all layers of the dense model, and the means that biases take up."""
-
-    reads_plan = False
-    decided_by: ClassVar[dict[str, Any]] = {}
 
     def needs(self, index: int, layers: int) -> frozenset[Statistic]:
         """See `Survey`."""
         return NEEDS
-
-    def workspace(self, sizes: Sizes, shape: LayerShape) -> int:
-        """See `Survey`: blocks of rows, which are small beside a layer."""
-        return 0
 
     def __call__(self, layer: Layer, shape: LayerShape | None) -> Findings:
         """See `Survey`; a head's score is the sum over the features that read it."""

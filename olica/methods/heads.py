@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..model.configuration_olica import LayerShape
 from .moments import Needing, Statistic
-from .recipe import Layer, Weights
+from .recipe import Layer, Weights, needs_of, together
 from .sizes import Sizes
-from .thinning import Repair, highest, thin
+from .thinning import Refit, Repair, highest, others, thin
 
 
 def by_group(features: Tensor, sizes: Sizes) -> Tensor:
@@ -33,17 +33,19 @@ class RemovedGroups:
 
     Attributes:
         scores: layer -> (K,).
+        refit: of `o_proj`; None leaves the columns that stay as they are.
         repairs: what makes up for the heads that are gone.
     """
 
     scores: Needing[[Layer], Tensor]
+    refit: Refit | None = None
     repairs: tuple[Repair, ...] = ()
 
     about = "the attention heads"
 
     def needs(self, shape: LayerShape) -> frozenset[Statistic]:
         """See `Stage`."""
-        return self.scores.needs.union(*(repair.needs(shape) for repair in self.repairs))
+        return self.scores.needs | needs_of(self.repairs, shape)
 
     def workspace(self, sizes: Sizes, shape: LayerShape) -> int:
         """See `Stage`."""
@@ -59,8 +61,7 @@ class RemovedGroups:
         new: Weights = {}
         order = kept
         if sizes.norm_spans_heads:
-            gone = torch.tensor([group for group in range(sizes.num_kv_heads) if group not in kept.tolist()])
-            order = torch.cat([kept, gone.to(kept)])
+            order = torch.cat([kept, others(kept, sizes.num_kv_heads)])
             for name, width in (("q_norm", query), ("k_norm", key)):
                 new[f"{name}.weight"] = layer.norms[name][_rows(order, width)]
         for name, groups, width in (("q_proj", order, query), ("k_proj", order, key), ("v_proj", kept, key)):
@@ -68,10 +69,9 @@ class RemovedGroups:
             new[f"{name}.weight"] = projection.weight[rows]
             if projection.bias is not None:
                 new[f"{name}.bias"] = projection.bias[rows]
-        thinned = thin(weights.o_proj.weight, _rows(kept, query), layer)
+        thinned = thin(weights.o_proj.weight, _rows(kept, query), layer, self.refit)
         new["o_proj.weight"] = thinned.weight
+        new |= together(repair(thinned, layer, shape) for repair in self.repairs)
         if weights.o_proj.bias is not None:
-            new["o_proj.bias"] = weights.o_proj.bias
-        for repair in self.repairs:
-            new |= repair(thinned, layer, shape)
+            new.setdefault("o_proj.bias", weights.o_proj.bias)
         return new

@@ -3,8 +3,6 @@
 The baseline of the field; no text has a part in it. D hidden size, K key/value heads, d head width, F channels
 """
 
-from typing import Any, ClassVar
-
 from torch import Tensor
 
 from ..model.configuration_olica import LayerShape
@@ -13,8 +11,7 @@ from .feed_forward import ThinnedMLP
 from .heads import RemovedGroups, by_group
 from .linalg import by_rows
 from .moments import Statistic, needs
-from .recipe import Findings, Layer, Method, NoParameters
-from .sizes import Sizes
+from .recipe import Findings, Layer, Method, NoParameters, Survey
 
 
 def _squares(weight: Tensor) -> Tensor:
@@ -39,19 +36,12 @@ def group_scores(layer: Layer) -> Tensor:
     return (of_queries + of_keys.sum(1)) / (2 * sizes.hidden_size * sizes.head_dim * (1 + sizes.groups))
 
 
-class MagnitudeSurvey:
+class MagnitudeSurvey(Survey):
     """Reads the weights of all layers; sends nothing through them."""
-
-    reads_plan = False
-    decided_by: ClassVar[dict[str, Any]] = {}
 
     def needs(self, index: int, layers: int) -> frozenset[Statistic]:
         """See `Survey`."""
         return frozenset()
-
-    def workspace(self, sizes: Sizes, shape: LayerShape) -> int:
-        """See `Survey`: blocks of rows, which are small beside a layer."""
-        return 0
 
     def __call__(self, layer: Layer, shape: LayerShape | None) -> Findings:
         """See `Survey`."""

@@ -22,7 +22,7 @@ from .feed_forward import ThinnedMLP
 from .linalg import RegressionSums, multiple_correlation, ridge_regression
 from .moments import Statistic, diagonal
 from .query_key import LowRankQueryKey
-from .recipe import Findings, Layer, Method
+from .recipe import Findings, Layer, Method, Survey
 from .sizes import Sizes
 from .thinning import thin
 from .value_output import OUTPUT_MOMENT, FactorisedProjections, NarrowedHeads
@@ -110,7 +110,7 @@ class OfResidual:
 
 
 @dataclass(frozen=True)
-class OlicaSurvey:
+class OlicaSurvey(Survey):
     """What Olica measures of the dense layers: what the value heads' basis needs, and what ranks the MLPs.
 
     Attributes:
@@ -128,14 +128,13 @@ class OlicaSurvey:
     keeps: dict[str, Statistic]
 
     @property
-    def reads_plan(self) -> bool:
+    def reads_plan(self) -> bool:  # type: ignore[override]
         """See `Survey`."""
         return self.corrections.number > 0 and self.regression.reads_plan
 
-    @property
-    def decided_by(self) -> dict[str, Any]:
+    def decided_by(self, parameters: OlicaParameters) -> dict[str, Any]:
         """See `Survey`; how many layers get a correction, and of which rank, is decided later."""
-        return {"ranking": self.corrections.number > 0, "percdamp": self.percdamp}
+        return {"ranking": self.corrections.number > 0, "percdamp": parameters.percdamp}
 
     def needs(self, index: int, layers: int) -> frozenset[Statistic]:
         """See `Survey`."""

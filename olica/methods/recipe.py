@@ -4,12 +4,14 @@ The survey turns every dense layer into findings, the allocation turns all findi
 layer's weights and moments into the weights of those sizes. None of them sees an activation or runs a layer.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
+from ..checks import as_kind
 from ..errors import UsageError
 from ..model.configuration_olica import LayerShape
 from ..model.modeling_olica import Projections
@@ -47,31 +49,33 @@ class Layer:
         self.moments.drop(statistics, self.later)
 
 
-class Survey(Protocol):
+class Survey(ABC):
     """What is measured of the dense layers before sizes are decided.
 
     Attributes:
         reads_plan: whether the findings depend on the sizes planned so far, so that another sparsity has others.
-        decided_by: plain values that decide the findings, by name: of the recipe's parameters those that do.
     """
 
-    @property
-    def reads_plan(self) -> bool: ...  # noqa: D102
+    reads_plan = False
 
-    @property
-    def decided_by(self) -> dict[str, Any]: ...  # noqa: D102
+    def decided_by(self, parameters: Any) -> dict[str, Any]:
+        """Plain values that decide the findings, by name: all parameters, unless a survey knows better."""
+        return asdict(parameters)
 
+    @abstractmethod
     def needs(self, index: int, layers: int) -> frozenset[Statistic]:
         """Statistics of layer `index` of so many."""
 
     def workspace(self, sizes: Sizes, shape: LayerShape) -> int:
-        """Bytes that a call takes beside the sums."""
+        """Bytes that a call takes beside the sums; nothing worth counting, unless a survey says so."""
+        return 0
 
+    @abstractmethod
     def __call__(self, layer: Layer, shape: LayerShape | None) -> Findings:
         """Findings of a layer; `shape` are its sizes planned so far, None where the findings decide them."""
 
 
-class TravellingSurvey(Survey, Protocol):
+class TravellingSurvey(Survey):
     """A survey that measures what a change of a layer does to the model's output.
 
     Variants of every layer are run on the first samples of the calibration set; their outputs travel through the dense
@@ -79,13 +83,17 @@ class TravellingSurvey(Survey, Protocol):
 
     Attributes:
         samples: n, how many samples of the calibration set the variants see.
+        most_variants: how many variants a layer has at the most, from which memory is foreseen.
     """
 
     samples: int
+    most_variants: int
 
+    @abstractmethod
     def variants(self, layer: Layer, shape: LayerShape | None) -> list[tuple[LayerShape, Weights]]:
         """Forms of the layer to be tried in its place, with what stages return for them."""
 
+    @abstractmethod
     def complete(self, findings: list[Findings], logits: Callable[[int | None, int | None], Tensor]) -> list[Findings]:
         """The findings of all layers, now that the logits (n, T, V) are known.
 
@@ -94,26 +102,30 @@ class TravellingSurvey(Survey, Protocol):
         """
 
 
-class Allocate(Protocol):
+class Allocate(ABC):
     """What decides the sizes."""
 
+    @abstractmethod
     def before_survey(self, sizes: list[Sizes], budget: Budget) -> list[LayerShape] | None:
         """Sizes of all layers as far as the findings have no part in them; None where the findings decide.
 
-        A correction that some layers are going to have stands in the first layers: which is not known yet.
+        Corrections stand in the first layers that may get one; which layers do is decided after the survey.
 
         Raises:
             ValueError: the budget cannot be met.
         """
 
+    @abstractmethod
     def __call__(self, sizes: list[Sizes], budget: Budget, findings: list[Findings]) -> list[LayerShape]:
         """Sizes of all layers."""
 
     def shares(self, sizes: list[Sizes], budget: Budget) -> dict[str, float]:
-        """Shares that parts of every layer are to lose, by name, for records; empty where there is no such rule."""
+        """Shares that parts of every layer are to lose, by name, for records; none where there is no such rule."""
+        return {}
 
     def notes(self, sizes: list[Sizes], budget: Budget) -> list[str]:
         """What a user should know of the plan, in sentences."""
+        return []
 
 
 class Stage(Protocol):
@@ -135,6 +147,25 @@ class Stage(Protocol):
         """Weights and biases of what the stage replaces; empty where it leaves the layer as it is."""
 
 
+def needs_of(parts: Iterable[Any], shape: LayerShape) -> frozenset[Statistic]:
+    """Statistics that any of some stages, or repairs, reads for a layer that gets the sizes `shape`."""
+    return frozenset().union(*(part.needs(shape) for part in parts))
+
+
+def together(parts: Iterable[Weights]) -> Weights:
+    """The weights of all parts.
+
+    Raises:
+        RuntimeError: two of them have one of the same name, of which one would be lost.
+    """
+    weights: Weights = {}
+    for part in parts:
+        if twice := weights.keys() & part.keys():
+            raise RuntimeError(f"{', '.join(sorted(twice))} was computed twice")
+        weights |= part
+    return weights
+
+
 @dataclass(frozen=True)
 class Method:
     """A recipe with its parameters.
@@ -153,7 +184,7 @@ class Method:
 
     def needs(self, shape: LayerShape) -> list[frozenset[Statistic]]:
         """Statistics of every pass over a layer that gets the sizes `shape`."""
-        return [frozenset().union(*(stage.needs(shape) for stage in stages)) for stages in self.passes]
+        return [needs_of(stages, shape) for stages in self.passes]
 
 
 @dataclass(frozen=True)
@@ -194,4 +225,5 @@ class Recipe:
             raise UsageError(
                 f"--{unknown[0]} is no parameter of --recipe {self.name}, which has {flags or 'none'}; leave it out"
             )
-        return self.parameters(**given)
+        kinds = {field.name: type(field.default) for field in fields(self.parameters)}
+        return self.parameters(**{name: as_kind(name, value, kinds[name]) for name, value in given.items()})

@@ -42,6 +42,11 @@ class Sizes:
             norm_spans_heads(config),
         )
 
+    @classmethod
+    def of_all(cls, config: PreTrainedConfig) -> "list[Sizes]":
+        """Of each layer of the model of `config`."""
+        return [cls.of(config)] * config.num_hidden_layers
+
     @property
     def groups(self) -> int:
         """Query heads that read one key/value head: G."""
@@ -96,3 +101,8 @@ class Budget:
     whole: int
     sparsity: float
     round_to: int = 1
+
+    @property
+    def to_remove(self) -> float:
+        """Parameters that are to go."""
+        return self.sparsity * self.whole

@@ -35,6 +35,13 @@ def highest(scores: Tensor, kept: int, protected_fraction: float = 0.0) -> Tenso
     return staying.sort(dim=-1).values
 
 
+def others(kept: Tensor, units: int) -> Tensor:
+    """Indices (f - k,), ascending, of the units that are not among those `kept` (k,) of f."""
+    staying = torch.zeros(units, dtype=torch.bool, device=kept.device)
+    staying[kept] = True
+    return (~staying).nonzero().flatten()
+
+
 @dataclass(frozen=True)
 class Thinned:
     """A map W (O, f) of which only some columns are left.
@@ -54,12 +61,10 @@ class Thinned:
     def lost(self) -> tuple[Tensor, Tensor]:
         """The columns (p,) that are not what they were, and the difference W - W' there, dW (O, p), float64."""
         if self.is_refitted:
-            change = self.dense.double()
+            change = self.dense.to(torch.float64, copy=True)
             change[:, self.kept] -= self.weight.double()
             return torch.arange(self.dense.shape[1], device=self.kept.device), change
-        staying = torch.zeros(self.dense.shape[1], dtype=torch.bool, device=self.kept.device)
-        staying[self.kept] = True
-        gone = (~staying).nonzero().flatten()
+        gone = others(self.kept, self.dense.shape[1])
         return gone, self.dense[:, gone].double()
 
 

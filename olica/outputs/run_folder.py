@@ -190,6 +190,19 @@ class RunFolder:
         """The batch size that the run began with."""
         return self._journal.facts["began_with"]
 
+    def bind(self, plan: str) -> None:
+        """Have the journal say of which plan, a digest, the layers are cut that are kept from now on.
+
+        Raises:
+            UsageError: the layers that are finished were cut by another one: the survey was made anew, and differently.
+        """
+        before = self._journal.facts.setdefault("plan", plan)
+        if before != plan:
+            raise UsageError(
+                f"--save_dir: the survey by which the unfinished run for {self.folder} began is gone, and another one "
+                "gives other sizes or bases; give --overwrite to start afresh"
+            )
+
     @property
     def interruptions(self) -> list[int]:
         """How many layers were finished when the run went on, for every time that it then finished something."""

@@ -9,11 +9,10 @@ A folder `surveys/DIGEST` holds one, whose name is a digest of all that decides 
 While a process is at work on it others wait for the lock `DIGEST.lock` beside it.
 """
 
-import hashlib
-import json
 import logging
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import monotonic
 
@@ -25,6 +24,7 @@ from ..errors import UsageError
 from ..machine import BatchSize
 from ..pruning.progress import Surveyed, SurveyProgress
 from . import run_progress
+from .identity import CODE, digest_of
 from .journal import Journal
 from .run_progress import read_tensors
 
@@ -38,11 +38,13 @@ class StoredSurvey(SurveyProgress):
 
     Attributes:
         digest: the folder's name.
+        code: the version of the code that makes it.
     """
 
     def __init__(self, folder: Path, batch_size: BatchSize):
-        self.digest = folder.name
-        self._batch_size, self._saved_at = batch_size, monotonic()
+        self.digest, self.code = folder.name, None
+        self._batch_size, self._saved_at, self._begun = batch_size, monotonic(), monotonic()
+        self._is_kept = True
         self._journal = Journal(folder / "survey.json", FLAG)
         try:
             self._journal.read()
@@ -52,6 +54,7 @@ class StoredSurvey(SurveyProgress):
             self._journal.forget()
         facts = self._journal.facts
         self.layers_before, self.is_complete = facts.get("layers", 0), facts.get("is_complete", False)
+        self._seconds_before = facts.get("seconds", 0.0)
         if facts:
             batch_size.size = min(batch_size.size, facts["batch_size"])
         self._journal.remove_others([])
@@ -69,8 +72,7 @@ class StoredSurvey(SurveyProgress):
         Raises:
             OSError: nothing can be written there.
         """
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
-        folder = data_dir / FOLDER / digest
+        folder = data_dir / FOLDER / digest_of(identity)[:24]
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.with_suffix(".lock"))
         try:
@@ -81,6 +83,8 @@ class StoredSurvey(SurveyProgress):
         survey = None
         try:
             survey = cls(folder, batch_size)
+            survey.code = identity.get(CODE)
+            _remove_unfinished(folder, survey.code)
             yield survey
         except KeyboardInterrupt as stopped:
             if survey and (layers := survey._journal.facts.get("layers")) and not survey.is_complete:
@@ -92,7 +96,11 @@ class StoredSurvey(SurveyProgress):
 
     def described(self) -> dict:
         """See `SurveyProgress`."""
-        return {"digest": self.digest, "layers_taken_up": self.layers_before}
+        return {
+            "digest": self.digest,
+            "layers_taken_up": self.layers_before,
+            "seconds": self._journal.facts.get("seconds"),  # of all runs that had a part in it
+        }
 
     def surveyed(self) -> Surveyed:
         """See `SurveyProgress`."""
@@ -109,23 +117,24 @@ class StoredSurvey(SurveyProgress):
         return Surveyed(findings, hidden, travelling)
 
     def save(self, surveyed: Surveyed) -> None:
-        """See `SurveyProgress`.
-
-        Raises:
-            UsageError: it cannot be written.
-        """
+        """See `SurveyProgress`."""
         if monotonic() - self._saved_at > run_progress.SAVED_EVERY:
-            self._write(surveyed, is_complete=False)
+            self._keep(surveyed, is_complete=False)
             self._saved_at = monotonic()
 
     def finish(self, findings: list[dict[str, Tensor]]) -> None:
-        """See `SurveyProgress`.
+        """See `SurveyProgress`."""
+        self._keep(Surveyed(findings), is_complete=True)
 
-        Raises:
-            UsageError: it cannot be written.
-        """
-        self._write(Surveyed(findings), is_complete=True)
-        self.is_complete = True
+    def _keep(self, surveyed: Surveyed, is_complete: bool) -> None:
+        """Write how far the survey is; a disk that is full is no reason to end a run, which has it in memory."""
+        if not self._is_kept:
+            return
+        try:
+            self._write(surveyed, is_complete)
+        except UsageError as error:
+            self._is_kept = False
+            logger.warning("the survey is kept no further: %s", error)
 
     def _write(self, surveyed: Surveyed, is_complete: bool) -> None:
         layers, before = len(surveyed.findings), self._journal.facts
@@ -141,7 +150,22 @@ class StoredSurvey(SurveyProgress):
             self._journal.write(names["states"], states)
         replaced = {before.get("findings"), before.get("states")} - {None, *names.values()}
         facts = {"layers": layers, "batch_size": self._batch_size.size, "is_complete": is_complete, **names}
+        facts |= {"code": self.code, "seconds": self._seconds_before + monotonic() - self._begun}
         self._journal.commit(facts, without=replaced)
 
     def _path(self, name: str) -> Path:
         return self._journal.path.parent / name
+
+
+def _remove_unfinished(folder: Path, code: str | None) -> None:
+    """Remove the other surveys that nobody can go on with: unfinished ones of another version of the code."""
+    for other in folder.parent.iterdir():
+        journal = Journal(other / "survey.json", FLAG)
+        if other == folder or not other.is_dir():
+            continue
+        lock = FileLock(other.with_suffix(".lock"))
+        with suppress(Timeout, UsageError), lock.acquire(blocking=False):
+            facts = journal.read()
+            if not facts.get("is_complete") and facts.get("code") != code:
+                shutil.rmtree(other)
+            Path(lock.lock_file).unlink(missing_ok=True)

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ..methods.moments import Moments
-from ..methods.recipe import Findings, Layer, Stage, Weights
+from ..methods.recipe import Findings, Layer, Stage, Weights, needs_of, together
 from ..methods.sizes import Sizes
-from ..model.configuration_olica import LayerShape
+from ..model.configuration_olica import LayerShape, head_dim
 from ..model.modeling_olica import MODULES, CroppedHeadsLinear, PaddedHeadsLinear, projections_of, shrink_layer
 from .soundness import cast_weights, solvable
 
@@ -26,6 +26,12 @@ def as_seen(layer: nn.Module, config: PreTrainedConfig, moments: Moments, findin
     return Layer(projections_of(layer), moments, findings, sizes, norms)
 
 
+def heads_of(layer: nn.Module, config: PreTrainedConfig) -> int:
+    """Query heads whose outputs o_proj reads, of a layer that may have lost some in an earlier pass."""
+    width = getattr(projections_of(layer).o_proj, "in_features", None)  # a wrapper or factors read all
+    return config.num_attention_heads if width is None else width // head_dim(config)
+
+
 def cut(
     index: int, layer: nn.Module, config: PreTrainedConfig, stages: tuple[Stage, ...], seen: Layer, shape: LayerShape
 ) -> set[str]:
@@ -35,15 +41,17 @@ def cut(
         UsageError: a fit or a decomposition fails, or the dtype cannot hold what it gives.
         RuntimeError: what the stages return is not what the new modules take.
     """
-    weights: Weights = {}
+    parts: list[Weights] = []
     for number, stage in enumerate(stages):
-        later = frozenset().union(*(other.needs(shape) for other in stages[number + 1 :]))
+        later = needs_of(stages[number + 1 :], shape)
+        seen = replace(seen, later=later)
         with solvable(index, stage.about):
-            computed = stage(replace(seen, later=later), shape)
+            computed = stage(seen, shape)
             # What is computed in double precision is cast before the next is.
-            weights |= cast_weights(computed, index, next(layer.parameters()))
+            parts.append(cast_weights(computed, index, next(layer.parameters())))
         del computed
-        seen.moments.drop(stage.needs(shape), later)
+        seen.drop(stage.needs(shape))
+    weights = together(parts)
     replaced = {name.partition(".")[0] for name in weights}.intersection(MODULES)
     put(layer, config, shape, weights, replaced)
     return replaced

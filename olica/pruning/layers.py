@@ -10,7 +10,7 @@ from ..methods.moments import Moments
 from ..methods.recipe import Findings
 from ..model.configuration_olica import LayerShape
 from .activations import calibrate, enter_layers, propagate
-from .cutting import as_seen, check_complete, cut, restore
+from .cutting import as_seen, check_complete, cut, heads_of, restore
 from .options import Work
 from .progress import Progress
 from .soundness import check_finite
@@ -80,7 +80,7 @@ def _prune_layer(
         following = hidden.clone()
         propagate(layer, following, call, options.batch_size)
     for stages, needs in zip(method.passes, method.needs(shape), strict=True):
-        moments = Moments(needs, config.num_attention_heads)
+        moments = Moments(needs, heads_of(layer, config))
         advance = goes_on and is_dense and is_single
         calibrate(layer, hidden, call, moments, options.batch_size, advance=advance)
         check_finite(moments, index, next(layer.parameters()).dtype)

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from ..machine import free_memory
 from ..methods.moments import SINGLE, Statistic, tap_width
-from ..methods.recipe import Method
+from ..methods.recipe import Method, TravellingSurvey, needs_of
 from ..methods.sizes import Sizes
 from ..model.configuration_olica import LayerShape
 from .options import PruningOptions
@@ -95,7 +95,17 @@ def _survey(task: Task, shape: LayerShape, tokens: int) -> int:
         return 0
     needs = frozenset().union(*(survey.needs(index, layers) for index in range(layers)))
     batch = tokens * _per_token(task, needs) if needs else 0
-    return _sums(task, needs) + max(batch, survey.workspace(task.sizes, shape))
+    return _travelling(task) + _sums(task, needs) + max(batch, survey.workspace(task.sizes, shape))
+
+
+def _travelling(task: Task) -> int:
+    """Bytes of the variants of all layers that travel to the end of the model, and of the logits of two of them."""
+    survey = task.method.survey
+    if not isinstance(survey, TravellingSurvey):
+        return 0
+    tokens = survey.samples * task.ids_shape[1]
+    states = survey.most_variants * task.config.num_hidden_layers * tokens * task.config.hidden_size
+    return (states + 2 * tokens * task.config.vocab_size) * task.itemsize
 
 
 def _cut(task: Task, shape: LayerShape, tokens: int) -> int:
@@ -104,7 +114,7 @@ def _cut(task: Task, shape: LayerShape, tokens: int) -> int:
     for stages, needs in zip(task.method.passes, task.method.needs(shape), strict=True):
         peaks.append(_sums(task, needs) + tokens * _per_token(task, needs))
         for number, stage in enumerate(stages):
-            left = frozenset().union(*(other.needs(shape) for other in stages[number:]))
+            left = needs_of(stages[number:], shape)
             peaks.append(_sums(task, left) + stage.workspace(task.sizes, shape))
     return max(peaks)
 

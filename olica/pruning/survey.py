@@ -40,10 +40,10 @@ def survey_layers(work: Work, plan: list[LayerShape] | None, progress: SurveyPro
         return [{} for _ in range(layers)]
     so_far = progress.surveyed()
     found, hidden = list(so_far.findings), so_far.hidden
-    if len(found) == layers and not so_far.travelling:
+    if progress.is_complete:
         return found
     needs = [survey.needs(index, layers) for index in range(layers)]
-    probes = Probes(survey, work, so_far.travelling) if hasattr(survey, "variants") else None
+    probes = Probes(survey, work, so_far.travelling) if isinstance(survey, TravellingSurvey) else None
     is_streaming = any(needs) or probes is not None
     calls: list[dict] = [{}] * layers
     if is_streaming:
