@@ -24,9 +24,9 @@ from olica.errors import UsageError
 from olica.evaluation.perplexity import perplexity, token_windows
 from olica.jobs import plan_before_survey
 from olica.machine import BatchSize, pick_device
-from olica.methods.allocation import Sparsities, released_sparsities, spend_rest
 from olica.methods.recipe import Method
 from olica.methods.recipes import RECIPES
+from olica.methods.shares import Sparsities, released_sparsities, spend_rest
 from olica.methods.sizes import Budget, Sizes
 from olica.model.skeleton import count_parameters
 from olica.outputs.records import environment, write_record

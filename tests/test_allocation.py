@@ -5,25 +5,22 @@ from transformers import Gemma3TextConfig, LlamaConfig
 
 from olica.errors import UsageError
 from olica.jobs import plan_before_survey
-from olica.methods.allocation import (
+from olica.methods.allocation import attention_parameters, describe_plan, factor_rank, round_shape
+from olica.methods.recipes import RECIPES
+from olica.methods.shares import (
     FEWEST_ALONE,
     LEAST_ALONE,
     MOST_ALONE,
     RELEASED_SPLIT,
     Corrections,
-    GlobalThreshold,
-    attention_parameters,
-    describe_plan,
-    factor_rank,
     grouped_sparsities,
     kept_by_code,
     paper_sparsities,
     released_sparsities,
-    round_shape,
     uniform_shape,
 )
-from olica.methods.recipes import RECIPES
 from olica.methods.sizes import Budget, Sizes
+from olica.methods.threshold import GlobalThreshold
 from olica.model.configuration_olica import LayerShape
 from olica.model.skeleton import pruned_skeleton
 from olica.sources.configuration import count_dense_parameters
@@ -290,7 +287,7 @@ def test_more_than_all_units_but_one_of_each_kind_is_refused(recipe):
     sizes, row = layers_of(config), RECIPES[recipe]
     most = (removable - added) / total
     assert plan_before_survey(row, as_method(recipe), sizes, Budget(total, most - 1e-6)) is None
-    words = rf"--sparsity {most + 0.01:g} .*--recipe {recipe}: a layer would keep neither .* possible is (0\.\d+)$"
+    words = rf"--sparsity {most + 0.01:g} .*--recipe {recipe}: every layer would be left .* possible is (0\.\d+)$"
     with pytest.raises(UsageError, match=words) as caught:
         plan_before_survey(row, as_method(recipe), sizes, Budget(total, most + 0.01))
     largest = float(str(caught.value).rsplit(" ", 1)[1])

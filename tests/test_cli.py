@@ -27,6 +27,7 @@ from olica.errors import UsageError
 from olica.methods.olica import OlicaParameters, released
 from olica.methods.recipe import Recipe
 from olica.methods.recipes import RECIPES
+from olica.methods.value_output import NarrowedHeads, given_directions, released_importance
 
 ROOT = Path(__file__).parents[1]
 PAPERS_PRUNING = (
@@ -176,31 +177,33 @@ def test_another_name_of_a_recipe_is_that_recipe(here):
 
 
 @dataclass(frozen=True)
-class Damped:
-    strength: float = field(default=0.4, metadata={"help": "ridge of the first"})
+class Double:
+    share: float = field(default=2.0, metadata={"help": "of query/key, as the first has it"})
 
     def method(self):
-        return released(OlicaParameters(percdamp=self.strength, mlp_num=1, ratio=0.1))
+        """Of the recipe olica-wanda without corrections, whose k is called share."""
+        values = NarrowedHeads(given_directions, released_importance)
+        return released(OlicaParameters(k=self.share, mlp_num=0), value_heads=values)
 
 
 @dataclass(frozen=True)
-class DampedMore:
-    strength: float = field(default=0.6, metadata={"help": "ridge of the second"})
+class Triple:
+    share: float = field(default=3.0, metadata={"help": "of query/key, as the second has it"})
 
-    method = Damped.method
+    method = Double.method
 
 
 @pytest.fixture
 def alike(monkeypatch) -> None:
     """Two recipes whose parameters are two classes with a field of one name."""
-    for name, kind in (("first", Damped), ("second", DampedMore)):
-        monkeypatch.setitem(RECIPES, name, Recipe(name, "Olica with a ridge", kind, lambda given: given.method()))
+    for name, kind in (("first", Double), ("second", Triple)):
+        monkeypatch.setitem(RECIPES, name, Recipe(name, "Olica by another name", kind, lambda given: given.method()))
 
 
 @pytest.mark.parametrize(
-    ("recipe", "flags", "strength"), [("first", [], 0.4), ("second", [], 0.6), ("second", ["--strength=0.5"], 0.5)]
+    ("recipe", "flags", "share"), [("first", [], 2.0), ("second", [], 3.0), ("second", ["--share=2.5"], 2.5)]
 )
-def test_recipes_may_have_parameters_of_one_name(here, alike, recipe, flags, strength):
+def test_recipes_may_have_parameters_of_one_name(here, alike, recipe, flags, share):
     plain = ["--base_model=tiny", "--datasets=rows.jsonl", "--num_samples=6", "--seqlen=32", "--save_dir=out"]
 
     def pruned(*arguments: str) -> dict[str, torch.Tensor]:
@@ -210,15 +213,15 @@ def test_recipes_may_have_parameters_of_one_name(here, alike, recipe, flags, str
 
     found = pruned(f"--recipe={recipe}", *flags)
     record = json.loads(Path(f"out/tiny_sparsity-0.2_{recipe}/olica_run.json").read_text())
-    assert record["settings"]["strength"] == strength
+    assert record["settings"]["share"] == share
     shutil.rmtree("out")
-    expected = pruned(f"--percdamp={strength}", "--mlp_num=1", "--ratio=0.1")
+    expected = pruned("--recipe=olica-wanda", f"--k={share}", "--mlp_num=0")
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
 def test_help_names_all_recipes_that_have_a_parameter_of_one_name(alike):
     said = " ".join(model_pruning.build_parser().format_help().split())
-    assert "--strength STRENGTH ridge of the first (default: 0.4; also of second)" in said
+    assert "--share SHARE of query/key, as the first has it (default: 2.0; also of second)" in said
 
 
 def test_products_are_taken_in_full_single_precision(here, monkeypatch):

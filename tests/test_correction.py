@@ -4,7 +4,6 @@ import torch
 from conftest import make_llama
 
 from olica.methods import correction
-from olica.methods.allocation import Corrections, FixedShares, kept_by_code, released_sparsities
 from olica.methods.correction import (
     RELEASED_RIDGE_TOKENS,
     RELEASED_TEMPERATURE,
@@ -18,6 +17,7 @@ from olica.methods.correction import (
 )
 from olica.methods.linalg import ridge_regression
 from olica.methods.moments import Moments
+from olica.methods.shares import Corrections, FixedShares, kept_by_code, released_sparsities
 from olica.methods.sizes import Budget, Sizes
 
 

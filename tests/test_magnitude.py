@@ -19,8 +19,8 @@ from conftest import make_llama, prune, prune_to, write_pruned
 from tiny_families import make_family
 from transformers import AutoModelForCausalLM
 
-from olica.methods.allocation import channel_parameters, group_parameters
 from olica.methods.sizes import Sizes
+from olica.methods.threshold import channel_parameters, group_parameters
 from olica.model.families import FAMILIES
 from olica.pruning import survey
 

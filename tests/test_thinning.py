@@ -5,11 +5,11 @@ import pytest
 import torch
 from conftest import make_llama, seen, work_on
 
-from olica.methods.allocation import Corrections, FixedShares, kept_by_code, released_sparsities
 from olica.methods.correction import LowRankCorrection, equal_output_weights, paper_ridge, residual_sums
 from olica.methods.feed_forward import ThinnedMLP
 from olica.methods.moments import Moments, full, needs, total
 from olica.methods.recipe import Method
+from olica.methods.shares import Corrections, FixedShares, kept_by_code, released_sparsities
 from olica.methods.thinning import RemovedMean, highest, thin
 from olica.model.configuration_olica import LayerShape
 from olica.pruning.layers import prune_layers

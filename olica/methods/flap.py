@@ -7,13 +7,13 @@ decides what goes, and the bias of what read it takes up its mean. D hidden size
 from torch import Tensor
 
 from ..model.configuration_olica import LayerShape
-from .allocation import CHANNEL_SCORES, GROUP_SCORES, GlobalThreshold
 from .feed_forward import ThinnedMLP
 from .heads import RemovedGroups, by_group
 from .linalg import by_rows
 from .moments import Moments, Needing, Statistic, diagonal, needs, total
 from .recipe import Findings, Layer, Method, NoParameters, Survey
 from .thinning import RemovedMean
+from .threshold import CHANNEL_SCORES, GROUP_SCORES, GlobalThreshold
 
 NEEDS = frozenset(statistic for tap in ("heads", "intermediate") for statistic in (total(tap), diagonal(tap)))
 

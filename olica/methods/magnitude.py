@@ -6,12 +6,12 @@ The baseline of the field; no text has a part in it. D hidden size, K key/value 
 from torch import Tensor
 
 from ..model.configuration_olica import LayerShape
-from .allocation import CHANNEL_SCORES, GROUP_SCORES, GlobalThreshold
 from .feed_forward import ThinnedMLP
 from .heads import RemovedGroups, by_group
 from .linalg import by_rows
 from .moments import Statistic, needs
 from .recipe import Findings, Layer, Method, NoParameters, Survey
+from .threshold import CHANNEL_SCORES, GROUP_SCORES, GlobalThreshold
 
 
 def _squares(weight: Tensor) -> Tensor:

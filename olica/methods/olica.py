@@ -6,8 +6,7 @@ from typing import Any, Protocol
 
 from ..errors import UsageError
 from ..model.configuration_olica import LayerShape
-from . import allocation, correction, feed_forward, value_output
-from .allocation import Corrections, FixedShares
+from . import correction, feed_forward, shares, value_output
 from .correction import (
     LowRankCorrection,
     Ridge,
@@ -23,6 +22,7 @@ from .linalg import RegressionSums, multiple_correlation, ridge_regression
 from .moments import Statistic, diagonal
 from .query_key import LowRankQueryKey
 from .recipe import Findings, Layer, Method, Survey
+from .shares import Corrections, FixedShares
 from .sizes import Sizes
 from .thinning import thin
 from .value_output import OUTPUT_MOMENT, FactorisedProjections, NarrowedHeads
@@ -162,7 +162,7 @@ FAST_OND = NarrowedHeads(value_output.output_directions, value_output.released_i
 
 def released(
     parameters: OlicaParameters,
-    rule: allocation.Shares = allocation.released_sparsities,
+    rule: shares.Shares = shares.released_sparsities,
     value_heads: NarrowedHeads | FactorisedProjections = FAST_OND,
 ) -> Method:
     """The released code's arithmetic, which made the paper's tables; grouped heads lose what it says of plain ones.
@@ -183,7 +183,7 @@ def released(
     return Method(
         stream="pruned",
         survey=survey if keeps or corrections.number else None,
-        allocate=FixedShares(rule, allocation.kept_by_code, parameters.k, is_factorised, corrections),
+        allocate=FixedShares(rule, shares.kept_by_code, parameters.k, is_factorised, corrections),
         passes=((mlp, LowRankQueryKey(), value_heads),),
     )
 
@@ -199,6 +199,6 @@ def paper(parameters: OlicaParameters) -> Method:
     return Method(
         stream="dense",
         survey=survey if corrections.number else None,
-        allocate=FixedShares(allocation.paper_sparsities, allocation.kept_by_paper, parameters.k, False, corrections),
+        allocate=FixedShares(shares.paper_sparsities, shares.kept_by_paper, parameters.k, False, corrections),
         passes=((mlp, LowRankQueryKey(), value_heads),),
     )

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from . import allocation, value_output
+from . import shares, value_output
 from .flap import flap
 from .magnitude import magnitude
 from .olica import OlicaParameters, paper, released
@@ -23,7 +23,7 @@ RECIPES = {
             "olica-grouped",
             "Olica with shares of ours: keys stay dense where heads are grouped",
             OlicaParameters,
-            partial(released, rule=allocation.grouped_sparsities),
+            partial(released, rule=shares.grouped_sparsities),
         ),
         Recipe(
             "olica-paper",
