@@ -44,7 +44,7 @@ def test_recording_calls_leaves_the_model_as_it_was(ids):
     assert all("forward" not in vars(layer) for layer in model.model.layers)
 
 
-def test_hidden_states_live_where_they_are_told(ids):
+def test_hidden_states_live_where_they_are_to(ids):
     hidden, _ = record_layer_calls(make_llama().model, ids, torch.device("meta"))
     assert hidden.device.type == "meta" and hidden.shape == (5, 12, 64)
 
@@ -121,7 +121,7 @@ def test_the_cosine_of_batches_is_that_of_the_whole(ids):
 
 
 @torch.no_grad()
-def test_calibrate_advances_only_when_told(ids):
+def test_calibrate_advances_only_when_asked_to(ids):
     model = make_llama()
     hidden, calls = record_layer_calls(model.model, ids, CPU)
     layer, start = model.model.layers[0], hidden.clone()

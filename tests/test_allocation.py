@@ -1,4 +1,5 @@
 import pytest
+import torch
 from conftest import allocate, as_method, make_llama
 from transformers import Gemma3TextConfig, LlamaConfig
 
@@ -19,6 +20,7 @@ from olica.methods.shares import (
     uniform_shape,
 )
 from olica.methods.sizes import Budget, Sizes
+from olica.methods.threshold import GlobalThreshold
 from olica.model.configuration_olica import LayerShape
 from olica.model.skeleton import pruned_skeleton
 from olica.sources.configuration import count_dense_parameters
@@ -342,3 +344,20 @@ def test_describe_plan_folds_equal_layers():
     assert [line.split()[0] for line in lines[1:]] == ["0-1", "2", "3"]
     assert lines[2].split()[1:] == ["3", "2", "4", "50", "6"]
     assert len(describe_plan(plan, without=("correction_rank",)).splitlines()) == 2
+
+
+@pytest.mark.parametrize("sparsity", [0.05, 0.1, 0.2, 0.3, 0.45])
+def test_rounding_layers_that_are_alike_keeps_to_the_budget(sparsity):
+    """A threshold takes as many channels from each, and rounding every one to the same side would add up."""
+    sizes, draw = layers_of(SMOLLM2), torch.Generator().manual_seed(0)
+    findings = [{"heads": torch.rand(3, generator=draw), "channels": torch.rand(1536, generator=draw)} for _ in sizes]
+    allocate = GlobalThreshold(lambda found: (found["heads"], found["channels"]), biases=False)
+    whole = dense_parameters(SMOLLM2, "decoder_layers")
+    plan = allocate(sizes, Budget(whole, sparsity, round_to=64), findings)
+    # Of a group of three heads of width 64 the queries, their outputs, the keys and the values; of a channel three.
+    lost = sum(
+        (3 - (shape.kv_heads or 3)) * 576 * 64 * (3 + 3 + 1 + 1) + (1536 - shape.intermediate_size) * 576 * 3
+        for shape in plan
+    )
+    assert all(shape.intermediate_size % 64 == 0 and shape.intermediate_size > 0 for shape in plan)
+    assert lost / whole == pytest.approx(sparsity, abs=0.005)

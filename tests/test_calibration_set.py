@@ -383,7 +383,7 @@ def test_a_token_file_of_another_shape_or_type_is_refused(tmp_path, build, tenso
     assert str(tuple(ids.shape)) in str(caught.value) and str(ids.dtype) in str(caught.value)
 
 
-def test_a_token_file_without_ids_is_told_what_it_has(tmp_path, build):
+def test_a_token_file_without_ids_is_refused_with_what_it_has(tmp_path, build):
     save_file({"weight": torch.zeros(2), "bias": torch.zeros(2)}, tmp_path / "ids.safetensors")
     with pytest.raises(UsageError, match="ids.safetensors has the tensors .*calibration_ids") as caught:
         build(tmp_path / "ids.safetensors")

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,14 @@ from transformers import AutoModelForCausalLM
 
 import model_evaluate
 import model_pruning
-import olica  # noqa: F401
+import olica
 from olica import jobs, run
 from olica.command_line import run_command
 from olica.errors import UsageError
+from olica.methods.olica import OlicaParameters, released
+from olica.methods.recipe import Recipe
+from olica.methods.recipes import RECIPES
+from olica.methods.value_output import NarrowedHeads, given_directions, released_importance
 
 ROOT = Path(__file__).parents[1]
 PAPERS_PRUNING = (
@@ -171,6 +176,54 @@ def test_another_name_of_a_recipe_is_that_recipe(here):
     assert record["settings"]["recipe"] == "olica"
 
 
+@dataclass(frozen=True)
+class Double:
+    share: float = field(default=2.0, metadata={"help": "of query/key, as the first has it"})
+
+    def method(self):
+        """Of the recipe olica-wanda without corrections, whose k is called share."""
+        values = NarrowedHeads(given_directions, released_importance)
+        return released(OlicaParameters(k=self.share, mlp_num=0), value_heads=values)
+
+
+@dataclass(frozen=True)
+class Triple:
+    share: float = field(default=3.0, metadata={"help": "of query/key, as the second has it"})
+
+    method = Double.method
+
+
+@pytest.fixture
+def alike(monkeypatch) -> None:
+    """Two recipes whose parameters are two classes with a field of one name."""
+    for name, kind in (("first", Double), ("second", Triple)):
+        monkeypatch.setitem(RECIPES, name, Recipe(name, "Olica by another name", kind, lambda given: given.method()))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "share"), [("first", [], 2.0), ("second", [], 3.0), ("second", ["--share=2.5"], 2.5)]
+)
+def test_recipes_may_have_parameters_of_one_name(here, alike, recipe, flags, share):
+    plain = ["--base_model=tiny", "--datasets=rows.jsonl", "--num_samples=6", "--seqlen=32", "--save_dir=out"]
+
+    def pruned(*arguments: str) -> dict[str, torch.Tensor]:
+        assert run_command(model_pruning.build_parser(), model_pruning.run, [*plain, *arguments]) == 0
+        (folder,) = Path("out").iterdir()
+        return load_weights(folder)
+
+    found = pruned(f"--recipe={recipe}", *flags)
+    record = json.loads(Path(f"out/tiny_sparsity-0.2_{recipe}/olica_run.json").read_text())
+    assert record["settings"]["share"] == share
+    shutil.rmtree("out")
+    expected = pruned("--recipe=olica-wanda", f"--k={share}", "--mlp_num=0")
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_help_names_all_recipes_that_have_a_parameter_of_one_name(alike):
+    said = " ".join(model_pruning.build_parser().format_help().split())
+    assert "--share SHARE of query/key, as the first has it (default: 2.0; also of second)" in said
+
+
 def test_products_are_taken_in_full_single_precision(here, monkeypatch):
     torch.set_float32_matmul_precision("high")
     try:
@@ -234,7 +287,7 @@ def test_the_papers_recipe_is_saved_under_its_name(here):
     assert record["settings"]["recipe"] == "olica-paper"
 
 
-def test_cache_dev_and_device_are_told_apart(here, capsys, monkeypatch):
+def test_cache_dev_and_device_are_two_flags(here, capsys, monkeypatch):
     """No machine of two devices is needed to see which flag decides what."""
     seen = []
 
@@ -360,6 +413,29 @@ def test_wrong_input_to_pruning(here, capsys, flags, words):
     message = refused(capsys, prune, *flags)
     assert all(word in message for word in words), message
     assert files_in(here) == before, "something was left behind"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("batch_size", "x"), ("batch_size", 2.5), ("batch_size", None), ("sparsity", "x"), ("sparsity", [0.2, "x"]),
+        ("sparsity", None), ("sparsity", True), ("k", "x"), ("k", [3.0]), ("mlp_num", "3.5"), ("mlp_num", 1.5),
+        ("percdamp", None), ("num_samples", "six"), ("seqlen", None), ("round_to", True),
+    ],
+)  # fmt: skip
+def test_values_of_another_type_are_refused_by_their_flag(here, name, value):
+    """The command line makes numbers of what was typed; a call from Python may give anything."""
+    before, usual = files_in(here), {"datasets": "rows.jsonl", "num_samples": 6, "seqlen": 32, "mlp_num": 1}
+    with pytest.raises(UsageError, match=rf"--{name}\b"):
+        olica.prune("tiny", **usual | {name: value})
+    assert files_in(here) == before, "something was left behind"
+
+
+def test_numbers_that_are_given_as_text_are_those_numbers(here):
+    given = {"num_samples": "6", "seqlen": "32", "mlp_num": "1", "ratio": "0.1", "k": "3", "batch_size": "4"}
+    record = olica.prune("tiny", datasets="rows.jsonl", sparsity="0.2", save_dir=Path("out"), **given).record
+    found = {name: record["settings"][name] for name in (*given, "sparsity")}
+    assert found == {name: float(value) for name, value in given.items()} | {"sparsity": 0.2}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="wants a machine without a GPU")
@@ -531,7 +607,7 @@ def test_memory_that_runs_out_names_the_flags(here, capsys, monkeypatch, place, 
     assert prune("--save_dir=out") == 0
 
 
-def test_an_existing_checkpoint_is_replaced_only_when_told(here, capsys):
+def test_an_existing_checkpoint_is_replaced_only_when_asked_to(here, capsys):
     prune("--save_dir=out")
     first = Path("out/tiny_sparsity-0.2/olica_run.json").read_text()
     assert "--overwrite" in refused(capsys, prune, "--save_dir=out")

@@ -89,7 +89,7 @@ def test_a_configuration_that_is_no_json(saved_llama):
         read_config(locate(str(saved_llama)))
 
 
-def test_a_row_of_layer_shapes_that_was_lost_is_told(tmp_path):
+def test_a_row_of_layer_shapes_that_was_lost_is_named(tmp_path):
     model = make_llama()
     plan, _ = allocate(RECIPES["olica"], model.config, model.num_parameters(), 0.0, 3.0)
     write_pruned(model, plan, None, tmp_path / "pruned")
@@ -154,7 +154,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 +
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer.model",
                                   "model.safetensors.index.json", "pytorch_model.bin"])  # fmt: skip
-def test_pointers_of_git_lfs_are_told_before_anything_is_read(saved_llama, name):
+def test_pointers_of_git_lfs_are_refused_before_anything_is_read(saved_llama, name):
     if name.startswith(("model.safetensors.index", "pytorch")):
         (saved_llama / "model.safetensors").unlink()
     (saved_llama / name).write_text(POINTER)
@@ -189,7 +189,7 @@ def prepare(folder: Path) -> model_pruning.Job:
         ({"pad_token_id": 320}, "pad_token_id 320 in its configuration is beyond the vocabulary of 320; make it null"),
     ],
 )
-def test_settings_that_only_the_pruned_model_would_meet_are_told_at_once(saved_llama, changes, words):
+def test_settings_that_only_the_pruned_model_would_meet_are_refused_at_once(saved_llama, changes, words):
     assert prepare(saved_llama).parameters.before["total"]
     edit_config(saved_llama, **changes)
     (saved_llama / "model.safetensors").unlink()

@@ -76,20 +76,20 @@ def test_only_the_files_that_hold_the_model_are_its_files(saved_llama, grouped_l
     location = locate(str(saved_llama))
     holding = list(saved_llama.glob("model*.safetensors"))
 
-    def told_by() -> dict:
+    def identified() -> dict:
         return identity.of_run({}, location, "", torch.device("cpu"))
 
-    before = told_by()
+    before = identified()
     for name in STRAY:
         (saved_llama / name).write_bytes(b"not of this model")
     assert location.file_bytes == sum(path.stat().st_size for path in holding)
-    assert told_by() == before
+    assert identified() == before
     assert torch.equal(read_model(location)(IDS).logits, grouped_llama(IDS).logits)
     holding[0].touch()
-    assert told_by() != before
+    assert identified() != before
 
 
-def test_shards_that_are_not_there_are_told_before_anything_is_read(saved_llama, grouped_llama):
+def test_shards_that_are_not_there_are_named_before_anything_is_read(saved_llama, grouped_llama):
     (saved_llama / "model.safetensors").unlink()
     grouped_llama.save_pretrained(saved_llama, max_shard_size="100KB")
     lost = sorted(saved_llama.glob("model-*.safetensors"))[1]

@@ -250,7 +250,7 @@ def test_one_layer_at_a_time_is_on_the_device(here, gpu, monkeypatch):
 
 
 def check_embedding(gpu, monkeypatch) -> None:
-    """A model that is on the device embeds there; hidden states live where they are told."""
+    """A model that is on the device embeds there; hidden states live where they are to."""
     model, ids = read_model(locate("./tiny")), torch.arange(3, 35).view(2, 16)
     expected, _ = record_layer_calls(model.model, ids, CPU)
     model.to(CUDA)

@@ -1,7 +1,8 @@
-"""Runs that die, go on, and are told apart (test_kills.py kills them from outside)."""
+"""Runs that die, go on, and are not taken for one another (test_kills.py kills them from outside)."""
 
 import json
 import multiprocessing
+import os
 import shutil
 import threading
 import time
@@ -42,12 +43,12 @@ def refused(capsys, *arguments: str) -> str:
     return capsys.readouterr().err.split("error: ", 1)[1]
 
 
-def interrupted_after(layers: int, monkeypatch, *arguments: str) -> None:
-    """A run that dies when it has kept so many layers."""
+def interrupted_after(layers: int, monkeypatch, *arguments: str, of: str = "") -> None:
+    """A run that dies when it has kept so many layers; of several checkpoints, of that whose name ends in `of`."""
     save = RunProgress._save_layer
 
     def dying(self, index, *arguments):
-        if index == layers:
+        if index == layers and self._journal.path.parent.name.endswith(f"{of}.partial"):
             raise Killed
         save(self, index, *arguments)
 
@@ -125,7 +126,7 @@ def test_hidden_states_are_written_before_the_next_layer_changes_them(here, monk
 @pytest.mark.parametrize("recipe", ["olica", "olica-paper"])
 @pytest.mark.parametrize("layers", [1, LAYERS - 1])
 def test_a_run_goes_on_after_the_last_finished_layer(here, monkeypatch, recipe, layers, seconds):
-    """Whether hidden states are kept after every layer or have to be told from the finished ones."""
+    """Whether hidden states are kept after every layer or follow from the finished ones."""
     monkeypatch.setattr(run_progress, "SAVED_EVERY", seconds)
     folder, flag = folder_of(recipe), f"--recipe={recipe}"
     expected = checkpoint_of(recipe)
@@ -205,12 +206,92 @@ def test_a_survey_serves_other_sparsities(here, surveyed, monkeypatch):
     assert len(visited) == 2 * LAYERS
 
 
+SPARSER = FOLDER.with_name("tiny_sparsity-0.3")
+BOTH = "--sparsity=0.2,0.3"
+
+
+def state(folder: Path) -> dict[str, tuple[int, int]]:
+    """What changes when a file of a folder is written anew."""
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]])
+@pytest.mark.parametrize("layers", [0, 2])
+def test_a_kill_in_the_second_of_two_sparsities_leaves_the_first_as_it_is(
+    here, undisturbed, monkeypatch, layers, flags
+):
+    """The same command goes on: what was finished by it is not made again."""
+    prune("--sparsity=0.3")
+    expected = contents(SPARSER)
+    for folder in ("out", "data"):
+        shutil.rmtree(folder)
+    if flags:
+        prune(BOTH, "--percdamp=0.3")  # what is replaced
+    interrupted_after(layers, monkeypatch, BOTH, *flags, of="0.3")
+    finished = state(FOLDER)
+    assert contents(FOLDER) == undisturbed
+    assert SPARSER.exists() == bool(flags), "the old checkpoint stays until the new one is whole"
+    pruned, cut = [], pruning_module.cut
+    with monkeypatch.context() as patched:
+        patched.setattr(pruning_module, "cut", lambda *args: pruned.append(args) or cut(*args))
+        assert prune(BOTH, *flags) == 0
+    assert len(pruned) == LAYERS - layers
+    assert state(FOLDER) == finished and contents(SPARSER) == expected
+    assert json.loads((SPARSER / "olica_run.json").read_text())["went_on_after"] == ([layers] if layers else [])
+    assert {path.name for path in Path("out").iterdir()} == {FOLDER.name, SPARSER.name}
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]])
+def test_a_kill_in_the_first_of_two_sparsities_goes_on_with_both(here, undisturbed, monkeypatch, flags):
+    interrupted_after(2, monkeypatch, BOTH, *flags, of="0.2")
+    assert not FOLDER.exists() and not SPARSER.exists()
+    assert prune(BOTH, *flags) == 0
+    assert contents(FOLDER) == undisturbed
+    went_on = [json.loads((folder / "olica_run.json").read_text())["went_on_after"] for folder in (FOLDER, SPARSER)]
+    assert went_on == [[2], []]
+
+
+def test_another_command_of_two_sparsities_takes_no_finished_checkpoint_for_its_own(here, capsys, monkeypatch):
+    interrupted_after(2, monkeypatch, BOTH, of="0.3")
+    finished = state(FOLDER)
+    assert "--overwrite" in refused(capsys, BOTH, "--percdamp=0.4")
+    assert state(FOLDER) == finished
+    assert prune(BOTH, "--percdamp=0.4", "--overwrite") == 0
+    for folder in (FOLDER, SPARSER):
+        record = json.loads((folder / "olica_run.json").read_text())
+        assert record["settings"]["percdamp"] == 0.4 and record["went_on_after"] == []
+
+
 @pytest.mark.parametrize("change", ["--percdamp=0.4", "--mlp_num=0", "--batch_size=3", "--dtype=bfloat16", "ids"])
 def test_another_survey_is_not_taken_up(here, surveyed, change):
     if change == "ids":
         save_file({"calibration_ids": torch.randint(3, 259, (8, 32))}, "ids.safetensors")
     assert prune(*([change] if change != "ids" else [])) == 0
     assert len([*Path("data/surveys").iterdir()]) == 2
+
+
+@pytest.mark.parametrize("recipe", ["olica", "magnitude"])
+def test_models_whose_files_have_equal_sizes_and_times_share_no_survey(here, recipe):
+    """As copies have that keep the times."""
+    make_llama(1, num_key_value_heads=2, num_hidden_layers=LAYERS).save_pretrained("other")
+    for path in Path("tiny").iterdir():
+        twin = Path("other") / path.name
+        if not twin.exists():
+            shutil.copy(path, twin)
+        stat = path.stat()
+        os.utime(twin, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        assert twin.stat().st_size == stat.st_size
+    other, folder = (
+        [*flags_of(recipe), "--base_model=other"],
+        Path("out") / folder_of(recipe).name.replace("tiny", "other"),
+    )
+    assert bare(*other, "--data_dir=elsewhere") == 0
+    expected = contents(folder)
+    shutil.rmtree("out")
+    assert bare(*flags_of(recipe)) == 0
+    assert bare(*other) == 0
+    assert len([*Path("data/surveys").iterdir()]) == 2
+    assert contents(folder) == expected
 
 
 def test_corrections_of_another_number_and_rank_share_a_survey(here, surveyed):
@@ -319,7 +400,7 @@ def test_where_hidden_states_live_and_files_lie_may_change(here, undisturbed, mo
 
 
 @pytest.mark.parametrize("harm", ["cut", "a fact", "a checksum"])
-def test_an_altered_journal_is_told_by_its_checksum(here, undisturbed, capsys, monkeypatch, harm):
+def test_an_altered_journal_is_found_by_its_checksum(here, undisturbed, capsys, monkeypatch, harm):
     interrupted_after(3, monkeypatch)
     path = WORK / "progress.json"
     text = path.read_text()
@@ -341,7 +422,7 @@ def test_an_altered_journal_is_told_by_its_checksum(here, undisturbed, capsys, m
 
 @pytest.mark.parametrize("harm", ["altered", "cut", "missing"])
 @pytest.mark.parametrize("file", ["checkpoint/model-00003-of-00008.safetensors", "hidden-pruned-3.safetensors"])
-def test_altered_files_are_told_by_their_checksums(here, undisturbed, capsys, monkeypatch, harm, file):
+def test_altered_files_are_found_by_their_checksums(here, undisturbed, capsys, monkeypatch, harm, file):
     monkeypatch.setattr(run_progress, "SAVED_EVERY", -1.0)
     interrupted_after(3, monkeypatch)
     path = WORK / file
@@ -358,7 +439,7 @@ def test_altered_files_are_told_by_their_checksums(here, undisturbed, capsys, mo
     ("recipe", "place"), [("olica", "propagate"), ("olica", "calibrate"), ("olica-paper", "calibrate")]
 )
 def test_a_batch_that_became_smaller_is_followed(here, monkeypatch, recipe, place):
-    """Hidden states that came from batches of two sizes cannot be told from the layers, so they are kept at once."""
+    """Hidden states that came from batches of two sizes do not follow from the layers, so they are kept at once."""
     suffix = "" if recipe == "olica" else f"_{recipe}"
     folder, flag = Path(f"out/tiny_sparsity-0.2{suffix}"), f"--recipe={recipe}"
     original = getattr(pruning_module, place)

@@ -266,7 +266,7 @@ def test_one_part_of_a_split_gguf_file_says_how_to_merge_them(name, tmp_path):
         read_config(locate(str(tmp_path / name)))
 
 
-def test_gguf_tensors_that_transformers_does_not_read_are_told(tmp_path):
+def test_gguf_tensors_that_transformers_does_not_read_are_named(tmp_path):
     sizes = dict(vocab_size=320, hidden_size=64, head_dim=16, intermediate_size=160, num_attention_heads=4)
     dense = make_family("llama", tied=True, peculiar=False, **sizes | {"num_key_value_heads": 2}, attention_bias=True)
     write_gguf(dense, "llama", tmp_path / "tiny.gguf")

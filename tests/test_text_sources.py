@@ -426,7 +426,7 @@ def test_pydoc_rows_are_long_unique_and_named_after_the_version():
     assert text == "\n\n".join(texts(read_rows("pydoc", "test", None))) and origin == rows.origin
 
 
-def test_a_python_without_the_topics_is_told(monkeypatch):
+def test_a_python_without_the_topics_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     with pytest.raises(UsageError, match="--datasets names pydoc"):
         read_rows("pydoc", "train", None)

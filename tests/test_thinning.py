@@ -164,6 +164,13 @@ ALLOCATE = FixedShares(released_sparsities, kept_by_code, 3.0, False, Correction
 DENSE = LayerShape(0, 0, 16, 176)
 
 
+def prune_by(*stages: Returning, shape: LayerShape = DENSE) -> None:
+    """Prune all layers of a model in one pass of the stages."""
+    method = Method("pruned", None, ALLOCATE, (stages,))
+    work = work_on(make_llama(), torch.zeros(2, 4, dtype=torch.long), method)
+    prune_layers(work, [shape] * 3, [{}] * 3, Progress())
+
+
 @pytest.mark.parametrize(
     ("weights", "shape", "words"),
     [
@@ -176,7 +183,13 @@ DENSE = LayerShape(0, 0, 16, 176)
     ],
 )
 def test_what_a_stage_returns_is_what_the_layer_takes(weights, shape, words):
-    method = Method("pruned", None, ALLOCATE, ((Returning(weights),),))
-    work = work_on(make_llama(), torch.zeros(2, 4, dtype=torch.long), method)
     with pytest.raises(RuntimeError, match=words):
-        prune_layers(work, [shape] * 3, [{}] * 3, Progress())
+        prune_by(Returning(weights), shape=shape)
+
+
+def test_two_stages_return_no_weight_of_one_name():
+    """Whichever of them came last would win in silence."""
+    keys, values = ({f"{name}.weight": torch.zeros(64, 64)} for name in ("k_proj", "v_proj"))
+    prune_by(Returning(keys), Returning(values))
+    with pytest.raises(RuntimeError, match=r"k_proj\.weight"):
+        prune_by(Returning(keys), Returning(values | keys))

@@ -197,7 +197,7 @@ def test_accuracy_is_that_of_the_log_likelihoods(hellaswag, grouped_llama, bos_t
     right = right_answers(grouped_llama, bos_tokenizer, rows)
     acc, acc_norm = (row.mean() for row in right)
     hits, normed_hits = ("".join(str(int(hit)) for hit in row) for row in right)
-    assert len({0.0, acc, acc_norm, 1.0}) == 4  # rows that did not tell the metrics apart would show nothing
+    assert len({0.0, acc, acc_norm, 1.0}) == 4  # rows that give two metrics one value would show nothing
     grouped_llama.register_forward_pre_hook(seen_ids, with_kwargs=True)
     record = score(grouped_llama, bos_tokenizer, ["hellaswag"], folder)["tasks"]["hellaswag"]
     assert record == {
@@ -546,7 +546,7 @@ def test_start_token_in_front_of_every_prompt(hellaswag, grouped_llama, tokenize
     assert len(seen_ids) == 32 and all(ids[0] == tokenizer.bos_token_id for ids in seen_ids)
 
 
-def test_rows_are_told_apart_by_their_hash(hellaswag, grouped_llama, tokenizer):
+def test_other_rows_have_another_hash(hellaswag, grouped_llama, tokenizer):
     folder, rows = hellaswag
     whole = score(grouped_llama, tokenizer, ["hellaswag"], folder)["tasks"]["hellaswag"]["hash"]
     again = score(make_llama(3), tokenizer, ["hellaswag"], folder)["tasks"]["hellaswag"]["hash"]
