@@ -227,8 +227,12 @@ def test_help_names_all_recipes_that_have_a_parameter_of_one_name(alike):
 def test_products_are_taken_in_full_single_precision(here, monkeypatch):
     torch.set_float32_matmul_precision("high")
     try:
+        seen, survey = [], run.survey_layers
+        monkeypatch.setattr(
+            run, "survey_layers", lambda *work: seen.append(torch.get_float32_matmul_precision()) or survey(*work)
+        )
         prune("--save_dir=out")
-        assert torch.get_float32_matmul_precision() == "highest"
+        assert seen == ["highest"] and torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")
 

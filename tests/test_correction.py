@@ -118,7 +118,7 @@ def test_ridges():
     assert RELEASED_RIDGE_TOKENS == 128 * 128
     assert released_ridge(0.5, 8.0, tokens=256 * 128) == pytest.approx(2.0)  # half of the paper's
     assert released_ridge(0.5, 8.0, tokens=24 * 32) == pytest.approx(4 / (24 / 128 * 32 / 128))
-    assert paper_ridge(0.5, 8.0, tokens=256 * 128) == 4.0
+    assert paper_ridge(0.5, 8.0, 256 * 128) == 4.0
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ import sys
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
-assert importlib.util.find_spec("olica") is None
+sys.modules["olica"] = None  # whoever imports it fails, as where it is not installed
 folder = sys.argv[1]
 code = dict(trust_remote_code=True)
 expected = load_file(folder + ".safetensors")

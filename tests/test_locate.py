@@ -86,6 +86,10 @@ def test_only_the_files_that_hold_the_model_are_its_files(saved_llama, grouped_l
     assert identified() == before
     assert torch.equal(read_model(location)(IDS).logits, grouped_llama(IDS).logits)
     holding[0].touch()
+    assert identified() == before, "it is known by what it holds"
+    data = bytearray(holding[0].read_bytes())
+    data[-1] ^= 1
+    holding[0].write_bytes(data)
     assert identified() != before
 
 

@@ -34,12 +34,12 @@ from olica.outputs import run_progress
 from olica.outputs.run_progress import RunProgress
 from olica.processes import Processes
 from olica.pruning import layers as pruning_module
-from olica.pruning.activations import propagate, record_layer_calls
+from olica.pruning.activations import final_logits, propagate, record_layer_calls
 from olica.pruning.options import Work
 from olica.pruning.progress import SurveyProgress
 from olica.pruning.survey import survey_layers
 from olica.sources import dense_model
-from olica.sources.dense_model import open_dense_model
+from olica.sources.dense_model import DenseModel, open_dense_model
 from olica.sources.locate import locate
 from olica.sources.weights import read_model
 
@@ -72,7 +72,9 @@ def here(tmp_path, monkeypatch) -> Path:
 
 def prune(save_dir: str, *flags: str) -> dict:
     """Prune on the device that is there; returns the record, whose checkpoint is alone in its folder."""
-    common = ["--base_model=tiny", "--datasets=ids.safetensors", "--mlp_num=1", "--ratio=0.1", f"--save_dir={save_dir}"]
+    common = ["--base_model=tiny", "--datasets=ids.safetensors", f"--save_dir={save_dir}"]
+    if not {"--recipe=magnitude", "--recipe=flap"} & set(flags):
+        common += ["--mlp_num=1", "--ratio=0.1"]
     assert run_command(model_pruning.build_parser(), model_pruning.run, [*common, *flags]) == 0
     return json.loads((checkpoint(save_dir) / "olica_run.json").read_text())
 
@@ -266,6 +268,13 @@ def test_a_model_on_the_device_embeds_there(here, gpu, monkeypatch):
     check_embedding(gpu, monkeypatch)
 
 
+def check_final_logits(gpu, monkeypatch) -> None:
+    """Of a model on the device, from what lies on the host."""
+    model = read_model(locate("./tiny")).to(CUDA)
+    ids, states = torch.arange(3, 19).view(1, 16), torch.ones(1, 16, model.config.hidden_size)
+    assert final_logits(DenseModel(model), ids, states).is_cuda
+
+
 def check_survey(gpu, monkeypatch) -> None:
     """What a survey keeps of a layer is on the host."""
     dense = open_dense_model(locate("./tiny"))
@@ -443,7 +452,7 @@ def test_no_memory_in_a_batch_halves_it(here, gpu, monkeypatch, caplog, place, r
         ("olica.methods.olica.multiple_correlation", "olica"),
         ("olica.pruning.layers.calibrate", "olica-paper"),
         ("olica.methods.feed_forward.thin", "olica"),
-        ("olica.methods.correction.RegressionSums", "olica"),
+        ("olica.methods.correction.residual_sums", "olica"),
         ("olica.methods.correction.low_rank_correction", "olica-paper"),
         ("olica.methods.query_key.low_rank_factors", "olica"),
         ("olica.methods.value_output.rotate", "olica"),
@@ -545,7 +554,7 @@ def test_the_check_of_a_gpu_runs_with_tiny_sizes(gpu_guard, tmp_path):
 
 # What shows that tensors are where they should be, by the modules that place them.
 CHECKS = {
-    "pruning.activations": [check_embedding, check_pruning, partial(check_resuming, seconds=-1.0)],
+    "pruning.activations": [check_embedding, check_final_logits, check_pruning, partial(check_resuming, seconds=-1.0)],
     "evaluation.cost": [check_latencies],
     "sources.dense_model": [check_layers],
     "evaluation.measures": [check_that_the_model_is_moved],

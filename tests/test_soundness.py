@@ -107,7 +107,7 @@ def test_activations_that_overflow_name_the_layer_and_the_projection(projection,
     [
         ("olica.methods.linalg", "in layer 0 the decomposition of q_proj or k_proj"),
         ("olica.methods.value_output", "in layer 0 the decomposition of v_proj and o_proj"),
-        ("olica.methods.correction", "in layer [01] the decomposition of the correction beside down_proj"),
+        ("olica.methods.correction", "in layer [01] the decomposition of the MLP"),
     ],
 )
 def test_a_decomposition_that_fails_names_the_layer_and_the_projections(monkeypatch, place, projections):

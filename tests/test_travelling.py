@@ -11,6 +11,7 @@ from olica.machine import BatchSize
 from olica.methods.feed_forward import ThinnedMLP
 from olica.methods.heads import RemovedGroups
 from olica.methods.moments import diagonal, needs
+from olica.methods.recipe import TravellingSurvey
 from olica.model.configuration_olica import LayerShape
 from olica.outputs import run_progress
 from olica.outputs.survey_store import StoredSurvey
@@ -29,11 +30,11 @@ class Killed(BaseException):
     """Stands for a signal that no code handles."""
 
 
-class Trying:
+class Trying(TravellingSurvey):
     """Tries every layer with its last channels only, and with its last group of heads only; keeps the logits."""
 
     reads_plan = False
-    samples = SAMPLES
+    samples, most_variants = SAMPLES, 2
 
     def needs(self, index, layers):
         return frozenset({diagonal("mlp_input")})
