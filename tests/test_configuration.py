@@ -4,17 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import edit_config, make_llama, write_pruned
+from conftest import allocate, edit_config, make_llama, write_pruned
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config
 from transformers.utils import is_peft_available
 
 import model_evaluate
-import model_pruning
+from olica import jobs
 from olica.command_line import run_command
 from olica.errors import UsageError
-from olica.methods.allocation import allocate
-from olica.methods.recipes import RECIPES
 from olica.sources.configuration import count_dense_parameters, describe_source, read_config, refuse_unprunable
 from olica.sources.locate import locate
 from olica.sources.weights import read_model
@@ -44,7 +42,7 @@ def test_an_unknown_family_lists_the_supported_ones(tmp_path):
 
 def test_a_pruned_model_is_not_pruned_again(tmp_path):
     model = make_llama()
-    plan, _ = allocate(RECIPES["olica"], model.config, model.num_parameters(), 0.0, 3.0)
+    plan, _ = allocate("olica", model.config, model.num_parameters(), 0.0, 3.0)
     write_pruned(model, plan, None, tmp_path / "pruned")
     location = locate(str(tmp_path / "pruned"))
     with pytest.raises(UsageError, match="pruned already"):
@@ -91,7 +89,7 @@ def test_a_configuration_that_is_no_json(saved_llama):
 
 def test_a_row_of_layer_shapes_that_was_lost_is_named(tmp_path):
     model = make_llama()
-    plan, _ = allocate(RECIPES["olica"], model.config, model.num_parameters(), 0.0, 3.0)
+    plan, _ = allocate("olica", model.config, model.num_parameters(), 0.0, 3.0)
     write_pruned(model, plan, None, tmp_path / "pruned")
     edit_config(tmp_path / "pruned", layer_shapes=[shape.to_dict() for shape in plan[:2]])
     with pytest.raises(UsageError, match="layer_shapes has 2 rows for 3 layers"):
@@ -168,10 +166,11 @@ def test_a_gguf_file_that_is_a_pointer(tmp_path):
         read_config(locate(str(tmp_path / "tiny.gguf")))
 
 
-def prepare(folder: Path) -> model_pruning.Job:
+def prepare(folder: Path) -> jobs.Job:
     """What pruning checks and plans before a weight is read, as --dry_run does."""
-    flags = [f"--base_model={folder}", f"--datasets={folder / 'rows.jsonl'}", "--seqlen=32", "--mlp_num=1"]
-    return model_pruning.prepare(model_pruning.build_parser().parse_args(flags))
+    asked = {"base_model": str(folder), "datasets": str(folder / "rows.jsonl"), "seqlen": 32, "mlp_num": 1}
+    (job,) = jobs.prepare(jobs.settings_of(asked), [0.2])
+    return job
 
 
 @pytest.mark.parametrize(

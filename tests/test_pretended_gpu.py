@@ -72,7 +72,13 @@ def here(tmp_path, monkeypatch) -> Path:
 
 def prune(save_dir: str, *flags: str) -> dict:
     """Prune on the device that is there; returns the record, whose checkpoint is alone in its folder."""
-    common = ["--base_model=tiny", "--datasets=ids.safetensors", f"--save_dir={save_dir}"]
+    # A survey that is taken up takes no memory: none is shared.
+    common = [
+        "--base_model=tiny",
+        "--datasets=ids.safetensors",
+        f"--save_dir={save_dir}",
+        f"--data_dir={save_dir}-data",
+    ]
     if not {"--recipe=magnitude", "--recipe=flap"} & set(flags):
         common += ["--mlp_num=1", "--ratio=0.1"]
     assert run_command(model_pruning.build_parser(), model_pruning.run, [*common, *flags]) == 0
@@ -198,7 +204,10 @@ def check_pruning(gpu, monkeypatch, recipe: str = "olica") -> None:
         assert 0.5 < peaks[cache_dev] / record["expected_peak_memory"]["device_bytes"] < 1.02
         assert gpu.allocated == 0
     states = SAMPLES * TOKENS * 48 * 4
-    assert states / 3 < peaks["cuda"] - peaks["cpu"] <= states
+    if recipe == "magnitude":  # no text goes through the layers
+        assert peaks["cuda"] == peaks["cpu"]
+    else:
+        assert states / 3 < peaks["cuda"] - peaks["cpu"] <= states
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -83,10 +83,17 @@ def estimate(task: Task, options: PruningOptions) -> Demand:
     return Demand(
         embedding=task.config.vocab_size * task.config.hidden_size * task.itemsize,
         layer=task.sizes.layer * task.itemsize,
-        states=task.states * (2 if is_kept_twice else 1),
+        states=task.states * (2 if is_kept_twice else 1) if streams(task) else 0,
         survey=max(_survey(task, shape, tokens) for shape in task.shapes),
         prune=max(_cut(task, shape, tokens) for shape in task.shapes),
     )
+
+
+def streams(task: Task) -> bool:
+    """Whether any text goes through the layers."""
+    survey, layers = task.method.survey, task.config.num_hidden_layers
+    surveyed = survey and (isinstance(survey, TravellingSurvey) or any(survey.needs(i, layers) for i in range(layers)))
+    return bool(surveyed) or any(needs for shape in task.shapes for needs in task.method.needs(shape))
 
 
 def _survey(task: Task, shape: LayerShape, tokens: int) -> int:
@@ -112,7 +119,8 @@ def _cut(task: Task, shape: LayerShape, tokens: int) -> int:
     """The peak over the passes: while a batch is summed, or in a stage, beside the sums that are not dropped yet."""
     peaks = [0]
     for stages, needs in zip(task.method.passes, task.method.needs(shape), strict=True):
-        peaks.append(_sums(task, needs) + tokens * _per_token(task, needs))
+        if needs:  # else no batch goes through the layer
+            peaks.append(_sums(task, needs) + tokens * _per_token(task, needs))
         for number, stage in enumerate(stages):
             left = needs_of(stages[number:], shape)
             peaks.append(_sums(task, left) + stage.workspace(task.sizes, shape))
