@@ -71,9 +71,18 @@ def here(tmp_path, monkeypatch) -> Path:
 
 
 def prune(save_dir: str, *flags: str) -> dict:
-    """Prune on the device that is there; returns the record, whose checkpoint is alone in its folder."""
-    common = ["--base_model=tiny", "--datasets=ids.safetensors", "--mlp_num=1", "--ratio=0.1", f"--save_dir={save_dir}"]
-    assert run_command(model_pruning.build_parser(), model_pruning.run, [*common, *flags]) == 0
+    """Prune on the device that is there; returns the record, whose checkpoint is alone in its folder.
+
+    Each folder has surveys of its own, so that every run makes one.
+    """
+    common = [
+        "--base_model=tiny",
+        "--datasets=ids.safetensors",
+        f"--save_dir={save_dir}",
+        f"--data_dir={save_dir}-data",
+    ]
+    corrections = [] if {"--recipe=magnitude", "--recipe=flap"}.intersection(flags) else ["--mlp_num=1", "--ratio=0.1"]
+    assert run_command(model_pruning.build_parser(), model_pruning.run, [*common, *corrections, *flags]) == 0
     return json.loads((checkpoint(save_dir) / "olica_run.json").read_text())
 
 
@@ -195,8 +204,8 @@ def check_pruning(gpu, monkeypatch, recipe: str = "olica") -> None:
         peaks[cache_dev] = device_peak(record)
         assert 0.5 < peaks[cache_dev] / record["expected_peak_memory"]["device_bytes"] < 1.02
         assert gpu.allocated == 0
-    states = SAMPLES * TOKENS * 48 * 4
-    assert states / 3 < peaks["cuda"] - peaks["cpu"] <= states
+    states = SAMPLES * TOKENS * 48 * 4 if recipe != "magnitude" else 0  # which reads no text
+    assert states / 3 <= peaks["cuda"] - peaks["cpu"] <= states
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
