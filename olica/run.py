@@ -100,7 +100,9 @@ def _finished(job: Job) -> Pruned | None:
     if not record or "identity" not in record:
         return None
     calibration = draw_calibration_set(job.settings, read_tokenizer(job.location), job.config)
-    if record["identity"] != identity.digest_of(_identity(job, calibration)):
+    is_same = record["identity"] == identity.digest_of(_identity(job, calibration))
+    on_disk = sum(path.stat().st_size for path in weight_files(job.folder))
+    if not is_same or on_disk != record["weight_bytes_on_disk"]:  # another one, or not whole any more
         return None
     return Pruned(job.folder, [LayerShape(**shape) for shape in record["plan"]], record)
 

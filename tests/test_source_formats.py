@@ -72,7 +72,7 @@ def test_weight_files_are_pruned_and_saved_in_their_dtype(save, dtype, tmp_path,
 
 def train_sentencepiece(folder: Path, **settings) -> None:
     """Write `tokenizer.model`: byte-pair encoding, bytes to fall back on, text left as it is."""
-    text = (Path(__file__).parents[1] / "README.md").read_text().splitlines()
+    text = (Path(__file__).parents[1] / "LICENSE").read_text().splitlines()  # which stays as it is
     trained = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(text),
@@ -352,7 +352,8 @@ def test_a_pruned_checkpoint_of_the_first_llama_conversions_generates(tmp_path, 
     model = AutoModelForCausalLM.from_pretrained("pruned_models/old_sparsity-0.2")
     prompt = tokenizer("some plain", return_tensors="pt")
     assert prompt.input_ids[0, 0] == tokenizer.bos_token_id == 1
-    whole = model.generate(**prompt, max_new_tokens=4, do_sample=False, eos_token_id=tokenizer.eos_token_id)
+    settings = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    whole = model.generate(**prompt, **settings, eos_token_id=tokenizer.eos_token_id)
     ended = model.generate(**prompt, max_new_tokens=4, do_sample=False, eos_token_id=int(whole[0, -4]))
     assert ended.shape[1] == prompt.input_ids.shape[1] + 1
 

@@ -132,9 +132,9 @@ class OlicaSurvey(Survey):
         """See `Survey`."""
         return self.corrections.number > 0 and self.regression.reads_plan
 
-    def decided_by(self, parameters: OlicaParameters) -> dict[str, Any]:
+    def decided_by(self, parameters: Any) -> dict[str, Any]:
         """See `Survey`; how many layers get a correction, and of which rank, is decided later."""
-        return {"ranking": self.corrections.number > 0, "percdamp": parameters.percdamp}
+        return {"ranking": self.corrections.number > 0, "percdamp": self.percdamp}
 
     def needs(self, index: int, layers: int) -> frozenset[Statistic]:
         """See `Survey`."""

@@ -125,6 +125,7 @@ class StoredSurvey(SurveyProgress):
     def finish(self, findings: list[dict[str, Tensor]]) -> None:
         """See `SurveyProgress`."""
         self._keep(Surveyed(findings), is_complete=True)
+        self.is_complete = True
 
     def _keep(self, surveyed: Surveyed, is_complete: bool) -> None:
         """Write how far the survey is; a disk that is full is no reason to end a run, which has it in memory."""
@@ -166,6 +167,7 @@ def _remove_unfinished(folder: Path, code: str | None) -> None:
         lock = FileLock(other.with_suffix(".lock"))
         with suppress(Timeout, UsageError), lock.acquire(blocking=False):
             facts = journal.read()
-            if not facts.get("is_complete") and facts.get("code") != code:
+            # Without facts it may be one that another process is just beginning.
+            if facts and not facts.get("is_complete") and facts.get("code") != code:
                 shutil.rmtree(other)
             Path(lock.lock_file).unlink(missing_ok=True)
