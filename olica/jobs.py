@@ -1,6 +1,5 @@
 """What a pruning is asked for, and all that is decided of it before a weight is read."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -27,9 +26,6 @@ from .sources.configuration import count_dense_parameters, read_config, refuse_u
 from .sources.dense_model import is_streamed
 from .sources.locate import Location, locate
 from .sources.weights import DTYPES, bytes_per_weight
-
-logger = logging.getLogger(__name__)
-
 
 # Settings that may begin with ~.
 PATHS = ("base_model", "data_dir", "save_dir")

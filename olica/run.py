@@ -35,7 +35,7 @@ from .pruning.survey import survey_layers
 from .sources.calibration_set import CalibrationSet, Draw, build_calibration_set
 from .sources.configuration import describe_source
 from .sources.dense_model import open_dense_model
-from .sources.model_files import weight_files
+from .sources.model_files import folder_weight_bytes
 from .sources.tokenizers import read_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -101,8 +101,8 @@ def _finished(job: Job) -> Pruned | None:
         return None
     calibration = draw_calibration_set(job.settings, read_tokenizer(job.location), job.config)
     is_same = record["identity"] == identity.digest_of(_identity(job, calibration))
-    on_disk = sum(path.stat().st_size for path in weight_files(job.folder))
-    if not is_same or on_disk != record["weight_bytes_on_disk"]:  # another one, or not whole any more
+    is_whole = folder_weight_bytes(job.folder) == record["weight_bytes_on_disk"]
+    if not (is_same and is_whole):
         return None
     return Pruned(job.folder, [LayerShape(**shape) for shape in record["plan"]], record)
 
@@ -184,9 +184,9 @@ def _prune_and_save(job: Job, folder: RunFolder) -> dict:
         "survey": survey.described(),
         "went_on_after": folder.interruptions,
         "stages": stages.rows,
-        "weight_bytes_on_disk": sum(path.stat().st_size for path in weight_files(folder.checkpoint)),
+        "weight_bytes_on_disk": folder_weight_bytes(folder.checkpoint),
     }
-    with folder.explained():
+    with folder.in_words():
         records.write_record(folder.checkpoint / records.PRUNING_RECORD, record)
         write_card(folder.checkpoint, record)
     folder.publish()

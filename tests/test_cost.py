@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from olica.evaluation import cost
 from olica.model.skeleton import count_parameters
+from olica.sources.model_files import folder_weight_bytes
 
 # The grouped tiny LLaMA, by hand: D 64, F 176, 4 query and 2 key/value heads of width 16, 3 layers, V 320.
 GROUPED_LAYER = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 176 + 2 * 64
@@ -83,12 +84,12 @@ def test_folder_bytes_are_weights_and_headers_of_every_shard(grouped_llama, tmp_
     shards = list(tmp_path.glob("model-*.safetensors"))
     headers = [struct.unpack("<Q", path.read_bytes()[:8])[0] + 8 for path in shards]
     assert len(shards) > 1
-    assert cost.folder_weight_bytes(tmp_path) == 4 * GROUPED_TOTAL + sum(headers)
+    assert folder_weight_bytes(tmp_path) == 4 * GROUPED_TOTAL + sum(headers)
 
 
 def test_folder_without_weights(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    assert cost.folder_weight_bytes(tmp_path) == 0
+    assert folder_weight_bytes(tmp_path) == 0
 
 
 def test_latency_takes_turns_and_leaves_the_warm_up_out(monkeypatch):

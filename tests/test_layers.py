@@ -11,8 +11,8 @@ from olica.methods.moments import diagonal, full
 from olica.methods.recipes import RECIPES
 from olica.methods.sizes import Budget
 from olica.model.configuration_olica import LayerShape
-from olica.model.modeling_olica import Projections, projections_of, shrink_layer
-from olica.pruning.cutting import put
+from olica.model.modeling_olica import projections_of, shrink_layer
+from olica.pruning.cutting import check_complete, put
 from olica.pruning.layers import prune_layers
 from olica.pruning.progress import Progress, SurveyProgress
 from olica.run import measure_and_decide
@@ -126,6 +126,12 @@ def test_overflowing_activations_name_the_layer_and_the_place(ids):
         prune(model, ids, "olica", 0.2)
 
 
+def replace_all(layer, shape, weights) -> None:
+    """As the only pass does, in which each part that `weights` leave out stays as it is."""
+    config = make_llama().config
+    check_complete(layer, config, shape, put(layer, config, shape, weights))
+
+
 @pytest.mark.parametrize(
     ("lacking", "added", "message"),
     [
@@ -133,7 +139,8 @@ def test_overflowing_activations_name_the_layer_and_the_place(ids):
         ([], ["q_proj.weight"], "no place for self_attn.q_proj.weight"),
         ([], ["correction.reduce.weight"], "no place for correction.reduce.weight"),
         (["q_proj.expand.weight"], [], "no weights were computed for self_attn.q_proj.expand.weight"),
-        (["up_proj.weight", "k_proj.reduce.weight"], [], "k_proj.reduce.weight, mlp.up_proj.weight"),
+        (["up_proj.weight"], [], "no weights were computed for mlp.up_proj.weight"),
+        (["k_proj.reduce.weight", "k_proj.expand.weight"], [], "k_proj.reduce.weight, self_attn.k_proj.expand.weight"),
         ([], [], None),
     ],
 )
@@ -149,7 +156,7 @@ def test_every_computed_weight_finds_its_place_and_every_place_its_weight(lackin
     weights = {name: weight for name, weight in computed.items() if name not in lacking}
     weights |= {name: torch.ones(5, 64) for name in added}
     if message is None:
-        put(layer, make_llama().config, shape, weights, Projections._fields)
+        replace_all(layer, shape, weights)
         assert layer.self_attn.v_proj.linear.weight is not None and layer.mlp.up_proj.weight.shape == (100, 64)
         found = {name.replace("linear.", ""): weight for name, weight in layer.state_dict().items()}
         for name, weight in weights.items():
@@ -157,4 +164,4 @@ def test_every_computed_weight_finds_its_place_and_every_place_its_weight(lackin
             assert torch.equal(found[place], weight), name
         return
     with pytest.raises(RuntimeError, match=message):
-        put(layer, make_llama().config, shape, weights, Projections._fields)
+        replace_all(layer, shape, weights)

@@ -6,14 +6,12 @@ B sequences, T tokens of each
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from ..model.configuration_olica import attends_with_all_heads, head_dim
-from ..sources.model_files import weight_files
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -50,11 +48,6 @@ def _attended_groups(config) -> list[int]:
     if not shapes or attends_with_all_heads(config):
         return [config.num_key_value_heads] * config.num_hidden_layers
     return [shape.get("kv_heads") or config.num_key_value_heads for shape in shapes]
-
-
-def folder_weight_bytes(folder: str | Path) -> int:
-    """Bytes on disk of the files that hold a model's weights, headers included; 0 if `folder` holds no model."""
-    return sum(path.stat().st_size for path in weight_files(folder))
 
 
 @torch.no_grad()

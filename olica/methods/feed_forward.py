@@ -10,7 +10,7 @@ from torch import Tensor
 from ..model.configuration_olica import LayerShape
 from .linalg import by_rows
 from .moments import Needing, Statistic, diagonal, needs
-from .recipe import Layer, Weights, needs_of, together
+from .recipe import Layer, Weights, needs_of, together, workspace_of
 from .sizes import Sizes
 from .thinning import Refit, Repair, highest, thin
 
@@ -65,7 +65,7 @@ class ThinnedMLP:
 
     def workspace(self, sizes: Sizes, shape: LayerShape) -> int:
         """See `Stage`."""
-        return max((repair.workspace(sizes, shape) for repair in self.repairs), default=0)
+        return workspace_of(self.repairs, sizes, shape)
 
     def kept(self, layer: Layer, shape: LayerShape) -> Tensor:
         """Indices (k,), ascending, of the channels that stay."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..model.configuration_olica import LayerShape
 from .moments import Needing, Statistic
-from .recipe import Layer, Weights, needs_of, together
+from .recipe import Layer, Weights, needs_of, together, workspace_of
 from .sizes import Sizes
 from .thinning import Refit, Repair, highest, others, thin
 
@@ -49,7 +49,7 @@ class RemovedGroups:
 
     def workspace(self, sizes: Sizes, shape: LayerShape) -> int:
         """See `Stage`."""
-        return max((repair.workspace(sizes, shape) for repair in self.repairs), default=0)
+        return workspace_of(self.repairs, sizes, shape)
 
     def __call__(self, layer: Layer, shape: LayerShape) -> Weights:
         """Weights and biases of the four projections of the heads that stay."""

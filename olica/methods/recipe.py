@@ -152,6 +152,11 @@ def needs_of(parts: Iterable[Any], shape: LayerShape) -> frozenset[Statistic]:
     return frozenset().union(*(part.needs(shape) for part in parts))
 
 
+def workspace_of(parts: Iterable[Any], sizes: Sizes, shape: LayerShape) -> int:
+    """Bytes that the one that takes most of some stages, or repairs, takes; they come one after the other."""
+    return max((part.workspace(sizes, shape) for part in parts), default=0)
+
+
 def together(parts: Iterable[Weights]) -> Weights:
     """The weights of all parts.
 

@@ -74,7 +74,7 @@ def complete(
         "total": sum(sizes.values()),
         "decoder_layers": sum(size for name, size in sizes.items() if name.startswith(dense.layers_prefix)),
     }
-    with run.explained():
+    with run.in_words():
         _write_index(run.checkpoint, stored, written["total"])
     return written
 
@@ -103,7 +103,7 @@ def _describe(
         UsageError: it cannot be written, or not be loaded.
     """
     try:
-        with run.explained():
+        with run.in_words():
             _write_description(pruned_skeleton(dense.config, plan), dense.model, folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)

@@ -208,7 +208,7 @@ class RunFolder:
         """How many layers were finished when the run went on, for every time that it then finished something."""
         return self._journal.facts["went_on_after"]
 
-    def explained(self) -> AbstractContextManager:
+    def in_words(self) -> AbstractContextManager:
         """Have files that cannot be written end in a UsageError."""
         return writing_in_words(self.work)
 
@@ -218,7 +218,7 @@ class RunFolder:
         What was there is put aside until then, so that there is always a checkpoint that is whole.
         """
         self._journal.commit({"publishing": True})
-        with self.explained():
+        with self.in_words():
             if self.folder.exists():
                 self.folder.replace(self._replaced)
             try:

@@ -2,9 +2,9 @@
 
 A folder `surveys/DIGEST` holds one, whose name is a digest of all that decides it:
 
-    findings.safetensors   what was found of the layers so far
-    states.safetensors     hidden states that enter the next layer, while it is unfinished
-    survey.json            the journal
+    findings-*.safetensors   what was found of so many layers
+    states-*.safetensors     hidden states that enter the next layer, while it is unfinished
+    survey.json              the journal
 
 While a process is at work on it others wait for the lock `DIGEST.lock` beside it.
 """
@@ -41,8 +41,9 @@ class StoredSurvey(SurveyProgress):
         code: the version of the code that makes it.
     """
 
-    def __init__(self, folder: Path, batch_size: BatchSize):
-        self.digest, self.code = folder.name, None
+    def __init__(self, folder: Path, code: str | None, batch_size: BatchSize):
+        """See `locked`."""
+        self.digest, self.code = folder.name, code
         self._batch_size, self._saved_at, self._begun = batch_size, monotonic(), monotonic()
         self._is_kept = True
         self._journal = Journal(folder / "survey.json", FLAG)
@@ -82,8 +83,7 @@ class StoredSurvey(SurveyProgress):
             lock.acquire()
         survey = None
         try:
-            survey = cls(folder, batch_size)
-            survey.code = identity.get(CODE)
+            survey = cls(folder, identity.get(CODE), batch_size)
             _remove_unfinished(folder, survey.code)
             yield survey
         except KeyboardInterrupt as stopped:

@@ -51,20 +51,16 @@ def cut(
             parts.append(cast_weights(computed, index, next(layer.parameters())))
         del computed
         seen.drop(stage.needs(shape))
-    weights = together(parts)
-    replaced = {name.partition(".")[0] for name in weights}.intersection(MODULES)
-    put(layer, config, shape, weights, replaced)
-    return replaced
+    return put(layer, config, shape, together(parts))
 
 
-def put(
-    layer: nn.Module, config: PreTrainedConfig, shape: LayerShape, weights: Weights, replaced: Collection[str]
-) -> None:
-    """Shrink the parts `replaced` of `layer` to `shape`, and fill them with `weights`, by the names of projections.
+def put(layer: nn.Module, config: PreTrainedConfig, shape: LayerShape, weights: Weights) -> set[str]:
+    """Shrink the parts of `layer` that `weights` name to `shape`, and fill them; returns the parts' names.
 
     Raises:
-        RuntimeError: they are more or fewer than the new modules take, or of other sizes.
+        RuntimeError: the weights are more or fewer than the new modules take, or of other sizes.
     """
+    replaced = {name.partition(".")[0] for name in weights}.intersection(MODULES)
     _shrink(layer, config, shape, replaced)
     paths, filling = _paths(layer, {name.partition(".")[0] for name in weights}), {}
     for name, tensor in weights.items():
@@ -75,6 +71,11 @@ def put(
     placeless = layer.load_state_dict(filling, strict=False, assign=True).unexpected_keys
     if placeless:
         raise RuntimeError(f"the pruned layer has no place for {', '.join(placeless)}")
+    _check_filled(layer)
+    return replaced
+
+
+def _check_filled(layer: nn.Module) -> None:
     unfilled = [name for name, parameter in layer.named_parameters() if parameter.is_meta]
     if unfilled:
         raise RuntimeError(f"no weights were computed for {', '.join(unfilled)}")
@@ -82,7 +83,8 @@ def put(
 
 def check_complete(layer: nn.Module, config: PreTrainedConfig, shape: LayerShape, replaced: Collection[str]) -> None:
     """Raise RuntimeError unless nothing but the parts `replaced` had to become other modules for `shape`."""
-    put(layer, config, shape, {}, set(MODULES) - set(replaced))
+    _shrink(layer, config, shape, set(MODULES) - set(replaced))
+    _check_filled(layer)
 
 
 def restore(layer: nn.Module, config: PreTrainedConfig, shape: LayerShape, weights: dict[str, Tensor]) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ..methods.moments import Moments
 from ..methods.recipe import Findings, TravellingSurvey
 from ..model.configuration_olica import LayerShape
-from ..model.modeling_olica import MODULES
 from .activations import calibrate, enter_layers, final_logits, propagate
 from .cutting import as_seen, put
 from .options import Work
@@ -93,8 +92,7 @@ class Probes:
         config = self._dense.config
         for number, (shape, weights) in enumerate(variants):
             variant, state = copy.deepcopy(layer), entering.clone()
-            replaced = {name.partition(".")[0] for name in weights}.intersection(MODULES)
-            put(variant, config, shape, cast_weights(weights, index, next(layer.parameters())), replaced)
+            put(variant, config, shape, cast_weights(weights, index, next(layer.parameters())))
             propagate(variant, state, call, self._options.batch_size)
             self.states[index, number] = state
 

@@ -34,6 +34,11 @@ def weight_files(folder: str | Path) -> list[Path]:
     return []
 
 
+def folder_weight_bytes(folder: str | Path) -> int:
+    """Bytes on disk of the files that hold a model's weights, headers included; 0 if `folder` holds no model."""
+    return sum(path.stat().st_size for path in weight_files(folder))
+
+
 def model_files(folder: str | Path) -> list[Path]:
     """All files that say what the model in `folder` is: its weights, and those of settings and tokenizers.
 
