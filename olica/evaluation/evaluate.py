@@ -108,14 +108,19 @@ def evaluate(
         "stages": stages.rows,
         "environment": records.environment(device),
     }
-    if asked.output_path:
-        records.write_record(path, record)
-    else:
-        path = records.add_record(path, record)
+    path = write(record, path, bool(asked.output_path))
     measures.forget()
     if records.read_pruning_record(measured.path):
         add_metrics(Path(measured.path), results[list(results)[-1]])
     return Evaluated(record, path)
+
+
+def write(record: dict, path: Path, in_place: bool) -> Path:
+    """Write the record, in the place of one of that name or else beside it; returns its path."""
+    if not in_place:
+        return records.add_record(path, record)
+    records.write_record(path, record)
+    return path
 
 
 def find_models(asked: EvaluationSettings) -> dict[str, Location]:
