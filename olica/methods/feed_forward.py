@@ -9,10 +9,11 @@ from torch import Tensor
 
 from ..model.configuration_olica import LayerShape
 from .linalg import by_rows
-from .moments import Needing, Statistic, diagonal, needs
+from .moments import DOUBLE, Needing, Statistic, diagonal, full, needs
 from .recipe import Layer, Weights, needs_of, together, workspace_of
+from .refit import Refit
 from .sizes import Sizes
-from .thinning import Refit, Repair, highest, thin
+from .thinning import Repair, highest, thin
 
 # The released code keeps the hundredth of the channels with the *lowest* scores, as LoRAP did; the paper is silent.
 RELEASED_PROTECTED_FRACTION = 0.01
@@ -61,11 +62,14 @@ class ThinnedMLP:
 
     def needs(self, shape: LayerShape) -> frozenset[Statistic]:
         """See `Stage`."""
-        return self.importance.needs | needs_of(self.repairs, shape)
+        refit = {full("intermediate")} if self.refit else set()
+        return self.importance.needs | refit | needs_of(self.repairs, shape)
 
     def workspace(self, sizes: Sizes, shape: LayerShape) -> int:
         """See `Stage`."""
-        return workspace_of(self.repairs, sizes, shape)
+        hidden, features, kept = sizes.hidden_size, sizes.intermediate_size, shape.intermediate_size
+        refit = DOUBLE * features**2 + self.refit.workspace(hidden, features, kept) if self.refit else 0
+        return max(refit, workspace_of(self.repairs, sizes, shape))
 
     def kept(self, layer: Layer, shape: LayerShape) -> Tensor:
         """Indices (k,), ascending, of the channels that stay."""
@@ -77,7 +81,9 @@ class ThinnedMLP:
         if shape.intermediate_size == down.in_features:
             return {}
         kept = self.kept(layer, shape)
-        thinned = thin(down.weight, kept, layer, self.refit)
+        moment = layer.moments[full("intermediate")] if self.refit else None
+        thinned = thin(down.weight, kept, self.refit, moment)
+        del moment
         weights = {
             "gate_proj.weight": gate.weight[kept],
             "up_proj.weight": up.weight[kept],

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ..model.configuration_olica import LayerShape
-from .moments import Needing, Statistic
+from .moments import DOUBLE, Needing, Statistic, full
 from .recipe import Layer, Weights, needs_of, together, workspace_of
+from .refit import Refit
 from .sizes import Sizes
-from .thinning import Refit, Repair, highest, others, thin
+from .thinning import Repair, highest, others, thin
 
 
 def by_group(features: Tensor, sizes: Sizes) -> Tensor:
@@ -45,11 +46,15 @@ class RemovedGroups:
 
     def needs(self, shape: LayerShape) -> frozenset[Statistic]:
         """See `Stage`."""
-        return self.scores.needs | needs_of(self.repairs, shape)
+        refit = {full("heads")} if self.refit else set()
+        return self.scores.needs | refit | needs_of(self.repairs, shape)
 
     def workspace(self, sizes: Sizes, shape: LayerShape) -> int:
         """See `Stage`."""
-        return workspace_of(self.repairs, sizes, shape)
+        width = sizes.query_width
+        kept = width * (shape.kv_heads or sizes.num_kv_heads) // sizes.num_kv_heads
+        refit = DOUBLE * width**2 + self.refit.workspace(sizes.hidden_size, width, kept) if self.refit else 0
+        return max(refit, workspace_of(self.repairs, sizes, shape))
 
     def __call__(self, layer: Layer, shape: LayerShape) -> Weights:
         """Weights and biases of the four projections of the heads that stay."""
@@ -69,7 +74,8 @@ class RemovedGroups:
             new[f"{name}.weight"] = projection.weight[rows]
             if projection.bias is not None:
                 new[f"{name}.bias"] = projection.bias[rows]
-        thinned = thin(weights.o_proj.weight, _rows(kept, query), layer, self.refit)
+        moment = layer.moments[full("heads")] if self.refit else None
+        thinned = thin(weights.o_proj.weight, _rows(kept, query), self.refit, moment)
         new["o_proj.weight"] = thinned.weight
         new |= together(repair(thinned, layer, shape) for repair in self.repairs)
         if weights.o_proj.bias is not None:

@@ -101,7 +101,7 @@ class OfResidual:
     def __call__(self, layer: Layer, shape: LayerShape | None) -> RegressionSums:
         """See `Regression`."""
         assert shape is not None, "sizes are planned before"
-        thinned = thin(layer.weights.down_proj.weight, self.mlp.kept(layer, shape), layer)
+        thinned = thin(layer.weights.down_proj.weight, self.mlp.kept(layer, shape))
         return residual_sums(layer.moments, *thinned.lost())
 
     def workspace(self, sizes: Sizes, shape: LayerShape) -> int:

@@ -79,26 +79,37 @@ class TravellingSurvey(Survey):
     """A survey that measures what a change of a layer does to the model's output.
 
     Variants of every layer are run on the first samples of the calibration set; their outputs travel through the dense
-    layers that follow, and the findings are completed when all have reached the end.
+    layers that follow, and the findings are completed when all have reached the end. Layers may form groups, of which
+    all are replaced at once, so that deep models have no more variants than others.
 
     Attributes:
         samples: n, how many samples of the calibration set the variants see.
+        stride: the logits of every so many tokens of a sample are compared.
         most_variants: how many variants a layer has at the most, from which memory is foreseen.
     """
 
     samples: int
+    stride: int
     most_variants: int
+
+    def group_size(self, layers: int) -> int:
+        """How many neighbouring layers, of so many in all, form a group."""
+        return 1
 
     @abstractmethod
     def variants(self, layer: Layer, shape: LayerShape | None) -> list[tuple[LayerShape, Weights]]:
-        """Forms of the layer to be tried in its place, with what stages return for them."""
+        """Forms of the layer to be tried in its place, with what stages return for them; as many for every layer."""
 
     @abstractmethod
-    def complete(self, findings: list[Findings], logits: Callable[[int | None, int | None], Tensor]) -> list[Findings]:
-        """The findings of all layers, now that the logits (n, T, V) are known.
+    def compare(self, dense: Tensor, changed: Tensor) -> float:
+        """How far the logits of a changed model are from those of the dense one, both (tokens, V) of one sample."""
 
-        `logits(layer, number)` are those of the model with that variant of that layer, `logits(None, None)` those of
-        the dense model.
+    @abstractmethod
+    def complete(self, findings: list[Findings], compared: dict[tuple[int, int], float]) -> list[Findings]:
+        """The findings of all layers.
+
+        `compared` are the means over the samples of `compare`, by the index of the first layer of a group and the
+        number of the variant that all of its layers had.
         """
 
 

@@ -6,6 +6,7 @@ from . import shares, value_output
 from .flap import flap
 from .magnitude import magnitude
 from .olica import OlicaParameters, paper, released
+from .plus import PlusParameters, plus
 from .recipe import NoParameters, Recipe
 from .value_output import FactorisedProjections, NarrowedHeads
 
@@ -56,6 +57,12 @@ RECIPES = {
             "Olica with value heads pruned without a decomposition (Table 5)",
             OlicaParameters,
             partial(released, value_heads=_beside(value_output.given_directions)),
+        ),
+        Recipe(
+            "olica-plus",
+            "Olica with refits by least squares and sizes by what they damage",
+            PlusParameters,
+            plus,
         ),
         Recipe("magnitude", "magnitude: the smallest heads and channels go, by one threshold", NoParameters, magnitude),
         Recipe(

@@ -7,7 +7,6 @@ the others are dropped. With grouped-query attention a key/value head is read by
     D hidden size, H query heads, K key/value heads, G = H/K, d head width, v kept width
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,11 +15,12 @@ from torch import Tensor
 
 from ..model.configuration_olica import LayerShape
 from .linalg import principal_components
-from .moments import DOUBLE, Moments, Needing, Statistic, diagonal, needs, per_head
+from .moments import DOUBLE, Moments, Needing, Statistic, diagonal, full, needs, per_head
 from .query_key import low_rank_factors
 from .recipe import Layer, Weights
+from .refit import Refit, with_ridge
 from .sizes import Sizes
-from .thinning import highest
+from .thinning import highest, thin
 
 # What the released basis asks of the survey: the diagonal of the attention output's second moment, by this name.
 OUTPUT_MOMENT = "attention_output"
@@ -56,6 +56,7 @@ def rotate(layer: Layer, basis: Tensor) -> Directions:
     return Directions(basis.mT @ _value_heads(layer), _output_heads(layer) @ basis[:, None], basis)
 
 
+@needs()
 def output_directions(layer: Layer) -> Directions:
     """Basis of the released code (D3): eigenvectors of W_o^T D^2 W_o, D the norms of the dense layer's output.
 
@@ -67,12 +68,14 @@ def output_directions(layer: Layer) -> Directions:
     return rotate(layer, principal_components((weighted.mT @ weight).sum(1)))
 
 
+@needs()
 def value_directions(layer: Layer) -> Directions:
     """Basis of the paper's Fast-OND: right singular vectors of W_v (D, d) in the paper's orientation."""
     weight = _value_heads(layer)
     return rotate(layer, principal_components(weight @ weight.mT))
 
 
+@needs()
 def product_directions(layer: Layer) -> Directions:
     """The paper's full OND: singular vectors of W_o W_v (G D, D), a group's output projections one below the other.
 
@@ -87,11 +90,42 @@ def product_directions(layer: Layer) -> Directions:
     return Directions(features.mT @ value, (output_basis @ left).view_as(output), features)
 
 
+def activation_directions(ridge: float) -> Needing[[Layer], Directions]:
+    """Basis in which leading directions are those that the output needs most, by what the heads carry.
+
+    A group's query heads mix its values z with the second moments A_q and read them by W_o,q. With A = sum A_q = L L^T
+    and B = sum W_o,q^T W_o,q, the r directions N that lose least, if every query head had the moment A and its map were
+    refitted to N^T z, are L^-T V, V the r leading eigenvectors of L^T B L. The basis is orthogonal, and its first r
+    directions span the same space for every r: Q of N = Q R. Exact where heads are plain.
+
+    `ridge` is added to A, in its mean diagonals.
+    """
+
+    @needs(full("heads"))
+    def directions(layer: Layer) -> Directions:
+        output = _output_heads(layer)
+        pooled = head_blocks(layer.moments[full("heads")], layer.sizes).sum(1)
+        factor = torch.linalg.cholesky(with_ridge(pooled, ridge))
+        needed = factor.mT @ (output.mT @ output).sum(1) @ factor
+        leading = torch.linalg.solve_triangular(factor.mT, principal_components(needed), upper=True)
+        return rotate(layer, torch.linalg.qr(leading).Q)
+
+    return directions
+
+
+@needs()
 def given_directions(layer: Layer) -> Directions:
     """The value heads as they are: Wanda without any decomposition."""
     sizes = layer.sizes
     identity = torch.eye(sizes.head_dim, dtype=torch.float64, device=layer.weights.v_proj.weight.device)
     return rotate(layer, identity.expand(sizes.num_kv_heads, -1, -1))
+
+
+@needs()
+def in_order(layer: Layer, directions: Directions) -> Tensor:
+    """Importance (K, d) of directions that come with the most important one first."""
+    sizes = layer.sizes
+    return torch.arange(sizes.head_dim, 0, -1, device=directions.value.device).expand(sizes.num_kv_heads, -1)
 
 
 def _head_moment(moments: Moments, features: Tensor, num_kv_heads: int) -> Tensor:
@@ -101,34 +135,29 @@ def _head_moment(moments: Moments, features: Tensor, num_kv_heads: int) -> Tenso
 
 
 @needs(diagonal("attention_input"), per_head("heads"))
-def released_importance(value: Tensor, output: Tensor, head_moment: Tensor, input_moment: Tensor) -> Tensor:
-    """Importance of the released code (D5): L2 norm of the Wanda-scaled row of W_v, plus that of the column of W_o.
+def released_importance(layer: Layer, directions: Directions) -> Tensor:
+    """Importance (K, d) of the released code (D5): L2 norms of the Wanda-scaled row of W_v and column of W_o, added.
 
-    Args:
-        value: W_v (K, d, D) in the new basis.
-        output: W_o (K, G, D, d) there.
-        head_moment: (K, G, d) second moment of the heads' features there.
-        input_moment: (D,) second moment of the attention's input.
-
-    Returns:
-        (K, d); a group's column spans its query heads.
+    A group's column spans its query heads.
     """
-    from_value = (value.square() @ input_moment).sqrt()
-    from_output = (output.square().sum(-2) * head_moment).sum(1).sqrt()
+    head_moment = _head_moment(layer.moments, directions.features, layer.sizes.num_kv_heads)
+    from_value = (directions.value.square() @ layer.moments[diagonal("attention_input")]).sqrt()
+    from_output = (directions.output.square().sum(-2) * head_moment).sum(1).sqrt()
     return from_value + from_output
 
 
 @needs(diagonal("attention_input"), per_head("heads"))
-def paper_importance(value: Tensor, output: Tensor, head_moment: Tensor, input_moment: Tensor) -> Tensor:
-    """Importance of the paper's eq. 6: the sum of the Wanda scores of the weights. Shapes as above.
+def paper_importance(layer: Layer, directions: Directions) -> Tensor:
+    """Importance (K, d) of the paper's eq. 6: the sum of the Wanda scores of the weights.
 
     Fast-OND moves the singular values from W_v to W_o, so that the rows of W_v have norm 1. The score of a column of
     W_o does not change by that: its weights grow by what its feature shrinks.
     """
-    norms = value.norm(dim=-1, keepdim=True)
-    orthonormal = torch.where(norms > 0, value / norms, 0.0)
-    from_value = orthonormal.abs() @ input_moment.sqrt()
-    from_output = (output.abs().sum(-2) * head_moment.sqrt()).sum(1)
+    head_moment = _head_moment(layer.moments, directions.features, layer.sizes.num_kv_heads)
+    norms = directions.value.norm(dim=-1, keepdim=True)
+    orthonormal = torch.where(norms > 0, directions.value / norms, 0.0)
+    from_value = orthonormal.abs() @ layer.moments[diagonal("attention_input")].sqrt()
+    from_output = (directions.output.abs().sum(-2) * head_moment.sqrt()).sum(1)
     return from_value + from_output
 
 
@@ -138,21 +167,28 @@ class NarrowedHeads:
 
     Attributes:
         directions: layer -> the heads in the basis whose directions are to be dropped.
-        importance: one of the functions above.
+        importance: (layer, directions) -> (K, d).
+        refit: of `o_proj`, over the features of all heads; None leaves the columns that stay as they are.
     """
 
-    directions: Callable[[Layer], Directions]
-    importance: Needing[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    directions: Needing[[Layer], Directions]
+    importance: Needing[[Layer, Directions], Tensor]
+    refit: Refit | None = None
 
     about = "v_proj and o_proj"
 
     def needs(self, shape: LayerShape) -> frozenset[Statistic]:
         """See `Stage`."""
-        return self.importance.needs
+        refit = {full("heads")} if self.refit else set()
+        return self.directions.needs | self.importance.needs | refit
 
     def workspace(self, sizes: Sizes, shape: LayerShape) -> int:
-        """See `Stage`: both projections, and both again in the basis."""
-        return DOUBLE * 2 * sizes.value_output
+        """See `Stage`: both projections, and both again in the basis; the moment for a refit, in two bases."""
+        bases = DOUBLE * 2 * sizes.value_output
+        if self.refit is None:
+            return bases
+        refit = self.refit.workspace(sizes.hidden_size, sizes.query_width, sizes.num_heads * shape.v_head_dim)
+        return bases + DOUBLE * 2 * sizes.query_width**2 + refit
 
     def __call__(self, layer: Layer, shape: LayerShape) -> Weights:
         """Put every value head into its basis and keep its most important `shape.v_head_dim` directions.
@@ -161,27 +197,39 @@ class NarrowedHeads:
             Weights and biases of `v_proj` and `o_proj`; where heads keep their width, rotated, and nothing dropped.
         """
         sizes = layer.sizes
-        value, output, features = self.directions(layer)
+        directions = self.directions(layer)
+        value, features = directions.value, directions.features
+        output = directions.output.flatten(0, 1).movedim(0, 1).flatten(1)  # (D, H d)
         v_bias, o_bias = layer.weights.v_proj.bias, layer.weights.o_proj.bias
         turned_bias = None
         if v_bias is not None:
             turned_bias = (features.mT @ v_bias.double().view(sizes.num_kv_heads, -1, 1)).squeeze(-1)
         if shape.v_head_dim < sizes.head_dim:
-            head_moment = _head_moment(layer.moments, features, sizes.num_kv_heads)
-            input_moment = layer.moments[diagonal("attention_input")]
-            kept = highest(self.importance(value, output, head_moment, input_moment), shape.v_head_dim)  # (K, v)
+            kept = highest(self.importance(layer, directions), shape.v_head_dim)  # (K, v)
             value = value.take_along_dim(kept[..., None], dim=1)  # (K, v, D)
-            output = output.take_along_dim(kept[:, None, None], dim=-1)  # (K, G, D, v)
             turned_bias = None if turned_bias is None else turned_bias.gather(-1, kept)
-        pruned = {
-            "v_proj.weight": value.flatten(0, 1),
-            "o_proj.weight": output.flatten(0, 1).movedim(0, 1).flatten(1),
-        }
+            heads = torch.arange(sizes.num_heads, device=kept.device) * sizes.head_dim
+            columns = (heads[:, None] + kept.repeat_interleave(sizes.groups, 0)).flatten()  # (H v,)
+            moment = moment_in_basis(layer.moments[full("heads")], features, sizes) if self.refit else None
+            output = thin(output, columns, self.refit, moment).weight
+        pruned = {"v_proj.weight": value.flatten(0, 1), "o_proj.weight": output}
         if turned_bias is not None:
             pruned["v_proj.bias"] = turned_bias.flatten()
         if o_bias is not None:
             pruned["o_proj.bias"] = o_bias
         return pruned
+
+
+def moment_in_basis(moment: Tensor, features: Tensor, sizes: Sizes) -> Tensor:
+    """Second moment (H d, H d) of all heads' features in the basis `features` (K, d, d), from what it is (H d, H d)."""
+    basis = torch.block_diag(*features.repeat_interleave(sizes.groups, 0))
+    return basis.T @ moment @ basis
+
+
+def head_blocks(moment: Tensor, sizes: Sizes) -> Tensor:
+    """The blocks (K, G, d, d) of every head of a second moment (H d, H d)."""
+    heads = moment.unflatten(1, (sizes.num_heads, -1)).unflatten(0, (sizes.num_heads, -1))  # (H, d, H, d)
+    return heads.diagonal(dim1=0, dim2=2).movedim(-1, 0).unflatten(0, (sizes.num_kv_heads, -1))
 
 
 @dataclass(frozen=True)

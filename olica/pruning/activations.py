@@ -59,20 +59,21 @@ def _pass_through(layers: nn.ModuleList) -> Iterator[tuple[list[Tensor], list[di
         yield inputs, calls
 
 
-@torch.no_grad()
-def final_logits(dense: DenseModel, ids: Tensor, states: Tensor) -> Tensor:
-    """Logits (n, T, V) that the model makes of `states` (n, T, D) behind its last decoder layer, of samples `ids`."""
-    with dense.surroundings():
+@contextmanager
+def reading_logits(dense: DenseModel, positions: Tensor) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+    """Yields (ids (1, T), states (1, T, D) behind the last decoder layer) -> logits (P, V) at `positions` (P,)."""
+    with dense.surroundings(), torch.no_grad():
         device = dense.decoder.embed_tokens.weight.device
-        logits = []
-        for sample, state in zip(ids.split(1), states.split(1), strict=True):
+        positions = positions.to(device)
 
-            def forward(index: int, hidden_states: Tensor, state: Tensor = state, **_) -> Tensor:
-                return state.to(device) if index == 0 else hidden_states
+        def logits(ids: Tensor, states: Tensor) -> Tensor:
+            def forward(index: int, hidden_states: Tensor, **_) -> Tensor:
+                return states.to(device) if index == 0 else hidden_states
 
             with _in_place_of(dense.decoder.layers, forward):
-                logits.append(dense.model(sample.to(device), use_cache=False).logits)
-    return torch.cat(logits)
+                return dense.model(ids.to(device), use_cache=False, logits_to_keep=positions).logits[0]
+
+        yield logits
 
 
 def _to_device(value, device):

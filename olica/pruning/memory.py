@@ -5,13 +5,13 @@ n tokens of a batch, D hidden size, F intermediate channels
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 
 import psutil
 from transformers import PreTrainedConfig
 
 from ..machine import free_memory
-from ..methods.moments import SINGLE, Statistic, tap_width
+from ..methods.moments import DOUBLE, SINGLE, Statistic, tap_width
 from ..methods.recipe import Method, TravellingSurvey, needs_of
 from ..methods.sizes import Sizes
 from ..model.configuration_olica import LayerShape
@@ -106,13 +106,17 @@ def _survey(task: Task, shape: LayerShape, tokens: int) -> int:
 
 
 def _travelling(task: Task) -> int:
-    """Bytes of the variants of all layers that travel to the end of the model, and of the logits of two of them."""
+    """Bytes of variants: their states, and their weights when they begin or the logits of two when they end."""
     survey = task.method.survey
     if not isinstance(survey, TravellingSurvey):
         return 0
-    tokens = survey.samples * task.ids_shape[1]
-    states = survey.most_variants * task.config.num_hidden_layers * tokens * task.config.hidden_size
-    return (states + 2 * tokens * task.config.vocab_size) * task.itemsize
+    layers, tokens = task.config.num_hidden_layers, task.ids_shape[1]
+    travelling = survey.most_variants * ceil(layers / survey.group_size(layers)) * survey.samples
+    states = travelling * tokens * task.config.hidden_size * task.itemsize
+    # The weights of a layer's variants; logits of a sample in the model's precision, compared in double precision.
+    weights = DOUBLE * task.sizes.layer
+    logits = tokens // survey.stride * task.config.vocab_size * 2 * (task.itemsize + DOUBLE)
+    return states + max(weights, logits)
 
 
 def _cut(task: Task, shape: LayerShape, tokens: int) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..methods.moments import Moments
 from ..methods.recipe import Findings, TravellingSurvey
 from ..model.configuration_olica import LayerShape
-from .activations import calibrate, enter_layers, final_logits, propagate
+from .activations import calibrate, enter_layers, propagate, reading_logits
 from .cutting import as_seen, put
 from .options import Work
 from .progress import Surveyed, SurveyProgress
@@ -60,8 +60,10 @@ def survey_layers(work: Work, plan: list[LayerShape] | None, progress: SurveyPro
         with solvable(index, "the survey's statistics"):
             found.append(survey(seen, shape))
         if probes:
-            probes.advance(index, layer, calls[index])
-            probes.depart(index, layer, calls[index], entering, survey.variants(seen, shape))
+            with solvable(index, "a variant"):
+                variants = survey.variants(seen, shape)
+            probes.advance(index, layer, calls[index], variants, entering)
+            del variants
         if not last or probes:
             progress.save(Surveyed(found, hidden if is_streaming else None, probes.states if probes else {}))
     if probes:
@@ -74,7 +76,7 @@ class Probes:
     """Variants of the layers, whose outputs travel through the dense layers that follow.
 
     Attributes:
-        states: (n, T, D) of every variant, by the index of its layer and its number.
+        states: (n, T, D) of every variant, by the index of the first layer of its group and its number.
     """
 
     def __init__(self, survey: TravellingSurvey, work: Work, states: dict[tuple[int, int], Tensor]):
@@ -82,25 +84,29 @@ class Probes:
         self._survey, self._dense, self._options = survey, work.dense, work.options
         self._ids = work.calibration_ids[: survey.samples]
 
-    def advance(self, index: int, layer: nn.Module, call: dict) -> None:
-        """Send the variants of the layers before through the dense layer `index`."""
-        for state in self.states.values():
-            propagate(layer, state, call, self._options.batch_size)
+    def advance(self, index: int, layer: nn.Module, call: dict, variants: list, entering: Tensor) -> None:
+        """Send the variants of other groups through the dense layer `index`, and those of its own through its variants.
 
-    def depart(self, index: int, layer: nn.Module, call: dict, entering: Tensor, variants: list) -> None:
-        """Run the variants of layer `index` on the states (n, T, D) that enter it."""
-        config = self._dense.config
+        `entering` (n, T, D) are the states that enter the dense layer; the first of a group begins with them.
+        """
+        config, batch_size = self._dense.config, self._options.batch_size
+        first = index - index % self._survey.group_size(config.num_hidden_layers)
+        for (other, _), state in self.states.items():
+            if other != first:
+                propagate(layer, state, call, batch_size)
         for number, (shape, weights) in enumerate(variants):
-            variant, state = copy.deepcopy(layer), entering.clone()
+            variant = copy.deepcopy(layer)
             put(variant, config, shape, cast_weights(weights, index, next(layer.parameters())))
-            propagate(variant, state, call, self._options.batch_size)
-            self.states[index, number] = state
+            state = self.states.setdefault((first, number), entering.clone())
+            propagate(variant, state, call, batch_size)
 
     def complete(self, found: list[Findings], hidden: Tensor) -> list[Findings]:
-        """The findings, completed by the logits of all variants beside those of the dense model."""
-
-        def logits(layer: int | None, number: int | None) -> Tensor:
-            state = hidden[: self._survey.samples] if layer is None else self.states[layer, number]
-            return final_logits(self._dense, self._ids, state)
-
-        return self._survey.complete(found, logits)
+        """The findings, completed by how far the logits of all variants are from those of the dense model."""
+        survey, compared = self._survey, dict.fromkeys(self.states, 0.0)
+        positions = torch.arange(survey.stride - 1, self._ids.shape[1], survey.stride)
+        with reading_logits(self._dense, positions) as logits:
+            for row, sample in enumerate(self._ids.split(1)):
+                dense = logits(sample, hidden[row : row + 1])
+                for key, state in self.states.items():
+                    compared[key] += survey.compare(dense, logits(sample, state[row : row + 1])) / len(self._ids)
+        return survey.complete(found, compared)
