@@ -1,5 +1,8 @@
 """A survey whose variants of a layer travel through the dense layers that follow, to the model's logits."""
 
+from functools import partial
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -21,8 +24,9 @@ from olica.pruning.survey import survey_layers
 from olica.sources.dense_model import DenseModel, StreamedModel, open_dense_model
 from olica.sources.locate import locate
 
-IDS = torch.randint(3, 319, (5, 23), generator=torch.Generator().manual_seed(0))
-SAMPLES, LAYERS, CHANNELS, GROUPS = 3, 3, 60, 1
+IDS = torch.randint(3, 319, (7, 23), generator=torch.Generator().manual_seed(0))
+SAMPLES, STRIDE, LAYERS, CHANNELS, GROUPS = 3, 4, 3, 60, 1
+ROWS = [0, 2, 4]  # as far apart as they can be
 FAMILIES = ["llama", "olmo2", "gemma2", "granite", "phi3"]
 
 
@@ -31,10 +35,19 @@ class Killed(BaseException):
 
 
 class Trying(TravellingSurvey):
-    """Tries every layer with its last channels only, and with its last group of heads only; keeps the logits."""
+    """Tries every layer with its last channels only, and with its last group of heads only; keeps the logits.
 
-    reads_plan = False
-    samples, most_variants = SAMPLES, 2
+    Attributes:
+        compared: (logits of the dense model, those of a changed one) in the order in which they came.
+    """
+
+    samples, stride, most_variants = SAMPLES, STRIDE, 2
+
+    def __init__(self, group: int = 1):
+        self.group, self.compared = group, []
+
+    def group_size(self, layers):
+        return self.group
 
     def needs(self, index, layers):
         return frozenset({diagonal("mlp_input")})
@@ -54,24 +67,30 @@ class Trying(TravellingSurvey):
         heads = RemovedGroups(needs()(lambda layer: torch.arange(sizes.num_kv_heads)))
         return [(thinner, mlp(layer, thinner)), (fewer, heads(layer, fewer))]
 
-    def complete(self, findings, logits):
-        dense = logits(None, None)
-        return [
-            found | {"dense": dense, "thinner": logits(index, 0), "fewer": logits(index, 1)}
-            for index, found in enumerate(findings)
-        ]
+    def compare(self, dense, changed):
+        self.compared.append((dense, changed))
+        return changed.double().square().mean().item()
+
+    def complete(self, findings, compared):
+        """Finds the means of what was compared, under the names of the variants."""
+        names = {0: "thinner", 1: "fewer"}
+        completed = [dict(found) for found in findings]
+        for (first, number), mean in compared.items():
+            completed[first][names[number]] = torch.tensor(mean, dtype=torch.float64)
+        return completed
 
 
-def work_of(dense: DenseModel) -> Work:
+def work_of(dense: DenseModel, survey: Trying | None = None) -> Work:
     method = uncorrected("magnitude")
-    method = type(method)(method.stream, Trying(), method.allocate, method.passes)
+    method = type(method)(method.stream, survey or Trying(), method.allocate, method.passes)
     return Work(dense, IDS, method, pruning_options(batch_size=BatchSize(2)))
 
 
 @torch.no_grad()
-def expected_of(model) -> list[dict[str, torch.Tensor]]:
-    """Logits of the dense model, and of those whose layer lacks channels or heads, by hooks that silence them."""
-    config, ids, found = model.config, IDS[:SAMPLES], []
+def expected_of(model, group: int = 1) -> dict[tuple[int, str] | None, torch.Tensor]:
+    """Logits at every STRIDE-th token of the dense model (None), and of those of which one layer, or all of a group,
+    lacks channels or heads, by hooks that silence them."""
+    config, ids = model.config, IDS[ROWS]
     widths = {"o_proj": config.num_attention_heads * config.head_dim, "down_proj": config.intermediate_size}
     zeros = [{name: np.zeros(width) for name, width in widths.items()}] * LAYERS
     nothing = dict.fromkeys(widths, np.array([], dtype=int))
@@ -79,38 +98,45 @@ def expected_of(model) -> list[dict[str, torch.Tensor]]:
         "thinner": {"down_proj": np.arange(config.intermediate_size - CHANNELS)},
         "fewer": {"o_proj": features(np.arange(config.num_key_value_heads - GROUPS), config)},
     }
-    for layer in range(LAYERS):
-        logits = {"dense": model(ids).logits}
+    found = {None: model(ids).logits[:, STRIDE - 1 :: STRIDE]}
+    for first in range(0, LAYERS, group):
         for variant, indices in lost.items():
-            gone = [nothing | (indices if index == layer else {}) for index in range(LAYERS)]
+            gone = [nothing | (indices if first <= index < first + group else {}) for index in range(LAYERS)]
             with silenced(model, gone, zeros):
-                logits[variant] = model(ids).logits
-        found.append(logits)
+                found[first, variant] = model(ids).logits[:, STRIDE - 1 :: STRIDE]
     return found
 
 
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_logits_are_those_of_the_dense_model_with_that_layer_replaced(family, streamed, tmp_path):
+@pytest.mark.parametrize("group", [1, 2])
+def test_the_logits_are_those_of_the_dense_model_with_those_layers_replaced(family, streamed, group, tmp_path):
     model = make_family(family)
-    expected = expected_of(model)
+    expected = expected_of(model, group)
     if streamed:
         model.save_pretrained(tmp_path / "dense")
         dense = open_dense_model(locate(str(tmp_path / "dense")))
         assert isinstance(dense, StreamedModel)
     else:
         dense = DenseModel(model)
-    findings = survey_layers(work_of(dense), None, SurveyProgress())
-    for found, logits in zip(findings, expected, strict=True):
-        assert found["dense"].shape == (SAMPLES, 23, 319) and found["norms"].shape == (63,)
-        for name in logits:
-            torch.testing.assert_close(found[name], logits[name], rtol=1e-3, atol=1e-4)
-        assert not torch.allclose(found["thinner"], found["dense"], rtol=1e-2, atol=1e-2)
-        assert not torch.allclose(found["fewer"], found["dense"], rtol=1e-2, atol=1e-2)
+    survey = Trying(group)
+    findings = survey_layers(work_of(dense, survey), None, SurveyProgress())
+    close = partial(torch.testing.assert_close, rtol=1e-3, atol=1e-4)
+    variants = [key for key in expected if key]
+    # Sample by sample, all variants of each.
+    for (found_dense, found), (row, key) in zip(survey.compared, product(range(SAMPLES), variants), strict=True):
+        assert found.shape == (23 // STRIDE, 319)
+        close(found_dense, expected[None][row])
+        close(found, expected[key][row])
+        assert not torch.allclose(found, found_dense, rtol=1e-2, atol=1e-2)
+    for first, variant in variants:
+        mean = expected[first, variant].double().square().mean((1, 2)).mean()
+        close(findings[first][variant], mean)
+    assert all(found["norms"].shape == (63,) for found in findings)
     if streamed:
         assert all(parameter.is_meta for parameter in dense.model.parameters()), "the weights are given back"
     else:
-        torch.testing.assert_close(dense.model(IDS[:SAMPLES]).logits, expected[0]["dense"])
+        close(model(IDS[ROWS]).logits[:, STRIDE - 1 :: STRIDE], expected[None])
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])

@@ -78,7 +78,7 @@ class Survey(ABC):
 class TravellingSurvey(Survey):
     """A survey that measures what a change of a layer does to the model's output.
 
-    Variants of every layer are run on the first samples of the calibration set; their outputs travel through the dense
+    Variants of every layer are run on a few samples of the calibration set; their outputs travel through the dense
     layers that follow, and the findings are completed when all have reached the end. Layers may form groups, of which
     all are replaced at once, so that deep models have no more variants than others.
 

@@ -49,7 +49,7 @@ def survey_layers(work: Work, plan: list[LayerShape] | None, progress: SurveyPro
         hidden, calls = enter_layers(dense, work.calibration_ids, hidden, options.cache_device)
     for index, layer in dense.layers(options.device, "survey", first=len(found)):
         last, shape = index + 1 == layers, None if plan is None else plan[index]
-        entering = hidden[: survey.samples].clone() if probes else None
+        entering = hidden[probes.rows] if probes else None
         moments = Moments(needs[index], dense.config.num_attention_heads)
         if is_streaming:
             # The states behind the last layer are those of the dense model, which variants are compared with.
@@ -76,13 +76,17 @@ class Probes:
     """Variants of the layers, whose outputs travel through the dense layers that follow.
 
     Attributes:
+        rows: (n,) of the samples that they see, spread over the calibration set: its texts come one after the other.
         states: (n, T, D) of every variant, by the index of the first layer of its group and its number.
     """
 
     def __init__(self, survey: TravellingSurvey, work: Work, states: dict[tuple[int, int], Tensor]):
         self.states = {key: state.to(work.options.cache_device) for key, state in states.items()}
         self._survey, self._dense, self._options = survey, work.dense, work.options
-        self._ids = work.calibration_ids[: survey.samples]
+        samples = len(work.calibration_ids)
+        number = min(survey.samples, samples)
+        self.rows = torch.arange(number) * samples // number
+        self._ids = work.calibration_ids[self.rows]
 
     def advance(self, index: int, layer: nn.Module, call: dict, variants: list, entering: Tensor) -> None:
         """Send the variants of other groups through the dense layer `index`, and those of its own through its variants.
@@ -103,10 +107,12 @@ class Probes:
     def complete(self, found: list[Findings], hidden: Tensor) -> list[Findings]:
         """The findings, completed by how far the logits of all variants are from those of the dense model."""
         survey, compared = self._survey, dict.fromkeys(self.states, 0.0)
-        positions = torch.arange(survey.stride - 1, self._ids.shape[1], survey.stride)
+        tokens = self._ids.shape[1]
+        positions = torch.arange(min(survey.stride, tokens) - 1, tokens, survey.stride)
         with reading_logits(self._dense, positions) as logits:
-            for row, sample in enumerate(self._ids.split(1)):
+            for number, (row, sample) in enumerate(zip(self.rows.tolist(), self._ids.split(1), strict=True)):
                 dense = logits(sample, hidden[row : row + 1])
                 for key, state in self.states.items():
-                    compared[key] += survey.compare(dense, logits(sample, state[row : row + 1])) / len(self._ids)
+                    changed = logits(sample, state[number : number + 1])
+                    compared[key] += survey.compare(dense, changed) / len(self.rows)
         return survey.complete(found, compared)
