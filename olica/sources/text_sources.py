@@ -1,4 +1,4 @@
-"""Where text comes from: a table of named sources, local files and folders, and the text inside CPython.
+"""Where text comes from: a table of named sources, local files and folders, and the text and code inside CPython.
 
 A row is prose (one text) or a prompt (instruction, input, output); its columns say which.
 Splits: "train" is what calibrates, "test" is what measures.
@@ -7,6 +7,7 @@ Splits: "train" is what calibrates, "test" is what measures.
 import hashlib
 import platform
 import re
+import sysconfig
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -17,8 +18,9 @@ import datasets
 from ..errors import UsageError
 from .text_files import Rows, format_of, reading, rows_at, rows_of
 
-PYDOC = "pydoc"
-# Passages of CPython's help have so many characters or more, and every so many-th topic is held back to measure on.
+PYDOC, PYSOURCE = "pydoc", "pysource"
+# Passages of CPython's help have so many characters or more; every so many-th of its topics, and of its modules, is held
+# back to measure on.
 PASSAGE_CHARACTERS = 1000
 HELD_BACK_EVERY = 5
 
@@ -83,6 +85,7 @@ SOURCES = {
         row_of_line=str.strip,
     ),
     PYDOC: Source(splits={"train": "train", "test": "test"}),
+    PYSOURCE: Source(splits={"train": "train", "test": "test"}),
 }
 
 
@@ -94,6 +97,8 @@ def read_rows(source: str, split: str, data_dir: Path | None, *, flag: str = "--
     """
     if source == PYDOC:
         return _pydoc_rows(split, flag)
+    if source == PYSOURCE:
+        return _pysource_rows(split, flag)
     if source in SOURCES:
         return _named_rows(source, split, data_dir, flag)
     path = Path(source)
@@ -118,10 +123,35 @@ def _pydoc_rows(split: str, flag: str) -> Rows:
     """The topics and their text differ by version of Python, which the origin therefore names."""
     with reading(f"{flag} names {PYDOC}, which this Python lacks", "give another source"):
         from pydoc_data.topics import topics
-    passages = pydoc_passages(topics, split)
-    fingerprint = hashlib.sha256("\0".join(passages).encode()).hexdigest()
-    origin = f"CPython {platform.python_version()} pydoc_data.topics"
-    return Rows(PYDOC, origin, fingerprint, datasets.Dataset.from_dict({"text": passages}), "text", False)
+    return _python_rows(PYDOC, "pydoc_data.topics", pydoc_passages(topics, split))
+
+
+def _pysource_rows(split: str, flag: str) -> Rows:
+    """The modules of CPython's own library, one a row; they differ by version, which the origin therefore names."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    with reading(f"{flag} names {PYSOURCE}: {folder} cannot be read", "give another source"):
+        modules = [path.read_text("utf-8", "replace") for path in source_modules(folder, split)]
+    if not modules:
+        raise UsageError(f"{flag} names {PYSOURCE}, but {folder} holds no modules: give another source")
+    return _python_rows(PYSOURCE, "library", modules)
+
+
+def source_modules(folder: Path, split: str) -> list[Path]:
+    """Modules of Python's library below `folder`, but for tests and installed packages, in order of their paths.
+
+    "test" is every fifth, "train" the others.
+    """
+    left_out = {"test", "tests", "idle_test", "pydoc_data", "site-packages", "dist-packages", "__pycache__"}
+    paths = sorted(path for path in folder.rglob("*.py") if not left_out & {*path.relative_to(folder).parts})
+    is_held_back = [number % HELD_BACK_EVERY == 0 for number in range(len(paths))]
+    return [path for path, held_back in zip(paths, is_held_back, strict=True) if held_back == (split == "test")]
+
+
+def _python_rows(name: str, part: str, texts: list[str]) -> Rows:
+    """Rows of text that comes with Python."""
+    fingerprint = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    origin = f"CPython {platform.python_version()} {part}"
+    return Rows(name, origin, fingerprint, datasets.Dataset.from_dict({"text": texts}), "text", False)
 
 
 def pydoc_passages(topics: dict[str, str], split: str) -> list[str]:
