@@ -34,7 +34,7 @@ from olica.outputs import run_progress
 from olica.outputs.run_progress import RunProgress
 from olica.processes import Processes
 from olica.pruning import layers as pruning_module
-from olica.pruning.activations import final_logits, propagate, record_layer_calls
+from olica.pruning.activations import propagate, reading_logits, record_layer_calls
 from olica.pruning.options import Work
 from olica.pruning.progress import SurveyProgress
 from olica.pruning.survey import survey_layers
@@ -79,7 +79,7 @@ def prune(save_dir: str, *flags: str) -> dict:
         f"--save_dir={save_dir}",
         f"--data_dir={save_dir}-data",
     ]
-    if not {"--recipe=magnitude", "--recipe=flap"} & set(flags):
+    if not {"--recipe=magnitude", "--recipe=flap", "--recipe=olica-plus"} & set(flags):
         common += ["--mlp_num=1", "--ratio=0.1"]
     assert run_command(model_pruning.build_parser(), model_pruning.run, [*common, *flags]) == 0
     return json.loads((checkpoint(save_dir) / "olica_run.json").read_text())
@@ -203,7 +203,8 @@ def check_pruning(gpu, monkeypatch, recipe: str = "olica") -> None:
         peaks[cache_dev] = device_peak(record)
         assert 0.5 < peaks[cache_dev] / record["expected_peak_memory"]["device_bytes"] < 1.02
         assert gpu.allocated == 0
-    states = SAMPLES * TOKENS * 48 * 4
+    variants = 3 * LAYERS if recipe == "olica-plus" else 0  # whose states travel, of four samples each
+    states = (SAMPLES + 4 * variants) * TOKENS * 48 * 4
     if recipe == "magnitude":  # no text goes through the layers
         assert peaks["cuda"] == peaks["cpu"]
     else:
@@ -281,7 +282,8 @@ def check_final_logits(gpu, monkeypatch) -> None:
     """Of a model on the device, from what lies on the host."""
     model = read_model(locate("./tiny")).to(CUDA)
     ids, states = torch.arange(3, 19).view(1, 16), torch.ones(1, 16, model.config.hidden_size)
-    assert final_logits(DenseModel(model), ids, states).is_cuda
+    with reading_logits(DenseModel(model), torch.tensor([3, 7])) as logits:
+        assert logits(ids, states).is_cuda
 
 
 def check_survey(gpu, monkeypatch) -> None:

@@ -73,7 +73,8 @@ def folder_of(recipe: str) -> Path:
 
 
 def flags_of(recipe: str) -> list[str]:
-    return [*(FLAGS if recipe.startswith("olica") else PLAIN_FLAGS), f"--recipe={recipe}"]
+    has_corrections = "mlp_num" in RECIPES[recipe].parameter_names
+    return [*(FLAGS if has_corrections else PLAIN_FLAGS), f"--recipe={recipe}"]
 
 
 @pytest.fixture
@@ -155,7 +156,7 @@ def dying_in_survey(patched, after: int) -> list:
     return surveyed
 
 
-@pytest.mark.parametrize("recipe", ["olica", "olica-paper", "flap"])
+@pytest.mark.parametrize("recipe", ["olica", "olica-paper", "olica-plus", "flap"])
 def test_a_survey_goes_on_too(here, monkeypatch, recipe):
     folder, flags, expected = folder_of(recipe), flags_of(recipe), checkpoint_of(recipe)
     monkeypatch.setattr(run_progress, "SAVED_EVERY", -1.0)

@@ -64,7 +64,6 @@ def reading_logits(dense: DenseModel, positions: Tensor) -> Iterator[Callable[[T
     """Yields (ids (1, T), states (1, T, D) behind the last decoder layer) -> logits (P, V) at `positions` (P,)."""
     with dense.surroundings(), torch.no_grad():
         device = dense.decoder.embed_tokens.weight.device
-        positions = positions.to(device)
 
         def logits(ids: Tensor, states: Tensor) -> Tensor:
             def forward(index: int, hidden_states: Tensor, **_) -> Tensor:

@@ -98,8 +98,9 @@ class Probes:
         for (other, _), state in self.states.items():
             if other != first:
                 propagate(layer, state, call, batch_size)
+        shared = {id(tensor): tensor for tensor in (*layer.parameters(), *layer.buffers())}
         for number, (shape, weights) in enumerate(variants):
-            variant = copy.deepcopy(layer)
+            variant = copy.deepcopy(layer, dict(shared))  # its modules are its own, but for what is replaced no weight
             put(variant, config, shape, cast_weights(weights, index, next(layer.parameters())))
             state = self.states.setdefault((first, number), entering.clone())
             propagate(variant, state, call, batch_size)
