@@ -40,7 +40,7 @@ SIZES_OF = ("layer", "model")
 class PlusParameters:
     """What Olica-plus leaves open; `results/choices` has the records by which the defaults were chosen."""
 
-    ridge: float = field(default=0.1, metadata={"help": "how strongly refits are drawn to the old weights, above 0"})
+    ridge: float = field(default=1.0, metadata={"help": "how strongly refits are drawn to the old weights, above 0"})
     probes: int = field(default=4, metadata={"help": "samples on which the damage of sizes is measured"})
     sizes_of: str = field(default="layer", metadata={"help": "layer: each has its own sizes; model: all have the same"})
 
