@@ -1,11 +1,14 @@
 """Olica-plus: value bases, error curves, damages and plans against brute force and numerical optimisation."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from conftest import make_llama, pruning_options, seen
 from torch import Tensor
 
+import olica.methods.plus as plus_module
 from olica.errors import UsageError
 from olica.machine import BatchSize
 from olica.methods.moments import Moments, diagonal, full
@@ -15,8 +18,10 @@ from olica.methods.sizes import Budget, Sizes
 from olica.methods.value_output import activation_directions, head_blocks
 from olica.model.configuration_olica import LayerShape
 from olica.model.modeling_olica import projections_of
+from olica.model.skeleton import count_parameters
+from olica.pruning.layers import prune_layers
 from olica.pruning.options import Work
-from olica.pruning.progress import SurveyProgress
+from olica.pruning.progress import Progress, SurveyProgress
 from olica.pruning.survey import survey_layers
 from olica.run import measure_and_decide
 from olica.sources.dense_model import DenseModel
@@ -159,21 +164,123 @@ def test_the_error_of_value_heads_bounds_that_of_the_cut(layer, activations, num
     assert part.errors(layer)[size].item() == pytest.approx(alone / whole, rel=1e-3)
 
 
-def survey(method, group: int = 1, ids: Tensor = IDS, **sizes) -> list[dict[str, Tensor]]:
+def survey(method, ids: Tensor = IDS, **sizes) -> list[dict[str, Tensor]]:
+    """Findings of a tiny LLaMA."""
     work = Work(DenseModel(make_llama(**sizes)), ids, method, pruning_options(batch_size=BatchSize(4)))
     return survey_layers(work, None, SurveyProgress())
 
 
 def test_variants_that_travel_together_do_the_damage_of_each_alone():
     """Bit for bit."""
-    together = plus(PlusParameters(probes=3))
-    found = survey(together, num_key_value_heads=2)
-    for part in together.allocate.parts:
-        alone = type(together.survey)((part,), together.survey.samples)
-        for one, all_of_them in zip(survey(replace_survey(together, alone), num_key_value_heads=2), found, strict=True):
-            assert one.keys() == {part.name}
-            assert torch.equal(one[part.name], all_of_them[part.name])
+    method = plus(PlusParameters(probes=3))
+    together = survey(method, num_key_value_heads=2)
+    for part in method.allocate.parts:
+        alone = survey(replace(method, survey=replace(method.survey, parts=(part,))), num_key_value_heads=2)
+        for one, all_parts in zip(alone, together, strict=True):
+            assert one.keys() == {part.name} and one[part.name][1] > 0
+            assert torch.equal(one[part.name], all_parts[part.name])
 
 
-def replace_survey(method, survey):
-    return type(method)(method.stream, survey, method.allocate, method.passes)
+def test_the_damage_of_the_size_that_is_tried_is_what_it_does_to_the_output():
+    """Against the dense model run with the layer pruned to that size alone, for all tokens that are compared."""
+    method, model = plus(PlusParameters(probes=6)), make_llama(num_key_value_heads=2)
+    found = survey(method, num_key_value_heads=2)
+    sizes = Sizes.of(model.config)
+    for index in range(3):
+        for part in method.allocate.parts:
+            size = part.tried_size(sizes)
+            dense = LayerShape(0, 0, WIDTH, F)
+            plan = [part.shape(dense, sizes, size) if index == layer else dense for layer in range(3)]
+            pruned = make_llama(num_key_value_heads=2)
+            only = replace(method, stream="dense", passes=((part.stage,),))
+            prune_layers(Work(DenseModel(pruned), IDS, only, pruning_options()), plan, [{}] * 3, Progress())
+            with torch.no_grad():
+                expected, changed = (m(IDS).logits[:, 3::4].double().log_softmax(-1) for m in (model, pruned))
+            damage = (expected.exp() * (expected - changed)).sum(-1).mean().item()
+            assert found[index][part.name][size].item() == pytest.approx(damage, rel=1e-3)
+
+
+def test_neighbours_of_deep_models_are_tried_together(monkeypatch):
+    """A group does the damage that its layers do together, divided as their errors are."""
+    monkeypatch.setattr(plus_module, "MOST_GROUPS", 2)
+    method = plus(PlusParameters(probes=2))
+    assert method.survey.group_size(3) == 2 and method.survey.group_size(2) == 1
+    part = method.allocate.parts[2]
+    findings = [{"mlp": torch.tensor([4.0, 2.0, 0.0]) * scale, "mlp_tried": torch.tensor(2.0 * scale)}
+                for scale in (1, 3, 5)]  # fmt: skip
+    survey = replace(method.survey, parts=(part,))
+    damage = survey.complete(findings, {(0, 0): 0.8, (2, 0): 0.5})
+    for found, expected in zip(damage, ([0.4, 0.2, 0], [1.2, 0.6, 0], [1.0, 0.5, 0]), strict=True):
+        torch.testing.assert_close(found["mlp"], torch.tensor(expected))
+    nothing = [{"mlp": torch.zeros(3), "mlp_tried": torch.tensor(0.0)} for _ in range(3)]
+    assert all(not found["mlp"].any() for found in survey.complete(nothing, {(0, 0): 0.0, (2, 0): -1e-9}))
+
+
+@pytest.mark.parametrize(("groups", "layer_groups"), [(4, 1), (2, 2)])
+@pytest.mark.parametrize("sizes_of", ["layer", "model"])
+@pytest.mark.parametrize("round_to", [1, 8])
+@pytest.mark.parametrize("sparsity", [0.1, 0.3, 0.55])
+def test_plans_meet_the_budget(groups, layer_groups, sizes_of, round_to, sparsity):
+    model = make_llama(num_key_value_heads=groups)
+    whole = count_parameters(model)["decoder_layers"]
+    method, budget = plus(PlusParameters(sizes_of=sizes_of)), Budget(whole, sparsity, round_to)
+    work = Work(DenseModel(model), IDS, method, pruning_options())
+    plan, findings = measure_and_decide(work, budget, SurveyProgress())
+    prune_layers(work, plan, findings, Progress())
+    measured = 1 - count_parameters(model)["decoder_layers"] / whole
+    layers = 3 if sizes_of == "model" else 1
+    coarsest = 3 * 64 * round_to * layers / whole  # a step in the channels
+    assert sparsity <= measured < sparsity + coarsest
+    if sizes_of == "model":
+        assert len(set(plan)) == 1
+    for shape in plan:
+        assert (shape.k_rank > 0) == (shape.q_rank > 0 and layer_groups == 1)
+        for size, dense in ((shape.q_rank, 0), (shape.v_head_dim, WIDTH), (shape.intermediate_size, F)):
+            assert size % round_to == 0 or size == dense
+    assert torch.isfinite(model(IDS).logits).all()
+
+
+def test_a_layer_whose_parts_do_no_damage_keeps_least():
+    sizes = [Sizes(64, 4, 4, 16, F)] * 2
+    method = plus(PlusParameters())
+    curves = {"query_key": torch.linspace(1, 0, 65), "value_output": torch.linspace(1, 0, 17)}
+    curves |= {"mlp": torch.linspace(1, 0, F + 1)}
+    curves["query_key"][0] = 0
+    harmless = {name: torch.zeros_like(curve) for name, curve in curves.items()}
+    first, second = method.allocate(sizes, Budget(100_000, 0.35), [harmless, curves])
+    assert first == LayerShape(7, 7, 2, 18)
+    assert second.intermediate_size > 100
+
+
+def test_a_budget_below_what_every_part_keeps_is_refused():
+    sizes = [Sizes(64, 4, 4, 16, F)] * 2
+    method = plus(PlusParameters())
+    whole = sum(layer.layer for layer in sizes)
+    method.allocate.before_survey(sizes, Budget(whole, 0.85))
+    with pytest.raises(ValueError, match="10%"):
+        method.allocate.before_survey(sizes, Budget(whole, 0.95))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"ridge": 0}, "--ridge 0 must be a number above 0"),
+        ({"ridge": "inf"}, "--ridge inf must"),
+        ({"ridge": "much"}, "--ridge much: give a number"),
+        ({"probes": 0}, "--probes 0: give at least 1"),
+        ({"probes": 1.5}, "--probes 1.5: give a whole number"),
+        ({"sizes_of": "head"}, "--sizes_of head: give layer or model"),
+        ({"mlp_num": 3}, "--mlp_num is no parameter of --recipe olica-plus"),
+    ],
+)
+def test_wrong_parameters_are_refused(values, words):
+    with pytest.raises(UsageError, match=words):
+        RECIPES["olica-plus"].with_parameters(values)
+
+
+def test_divergence_is_that_of_the_distributions():
+    generator = torch.Generator().manual_seed(0)
+    dense, changed = torch.randn(2, 5, 11, generator=generator)
+    p, q = (torch.softmax(logits.double(), -1).numpy() for logits in (dense, changed))
+    assert divergence(dense, changed) == pytest.approx((p * np.log(p / q)).sum(-1).mean())
+    assert divergence(dense, dense) == 0
