@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from tiny_run import FLAGS, FOLDER, LAYERS, PLAIN_FLAGS, WORK, bare, contents, journal, prune
 
 from olica.machine import BatchSize
+from olica.methods.recipes import RECIPES
 from olica.outputs import identity, run_progress
 from olica.outputs import run_folder as run_folder_module
 from olica.outputs.journal import Journal

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import model_pruning
 from olica.command_line import run_command
 from olica.outputs.records import EVALUATION_RECORD, PRUNING_RECORD, write_record
+from olica.report import plots
 from olica.sources.dense_model import is_streamed
 from olica.sources.locate import locate
 
@@ -298,3 +299,26 @@ def test_pruning_speed_gives_a_recipe_its_own_parameters(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_command(script.build_parser(), script.run, [*flags, "--mlp_num=1"])
     assert "--mlp_num is no parameter of --recipe magnitude" in capsys.readouterr().err
+
+
+def test_a_plan_is_drawn_from_record_and_configuration(tmp_path, capsys):
+    shape = {"q_rank": 0, "k_rank": 0, "v_head_dim": 16, "intermediate_size": 176}
+    record = {
+        "plan": [shape, shape | {"q_rank": 16, "v_head_dim": 4, "intermediate_size": 44}],
+        "dense_layer": {"v_head_dim": 16, "intermediate_size": 176},
+        "recipe": {"name": "olica-plus"},
+        "measured_sparsity": 0.2,
+    }
+    described = {"model": {"source": "tiny", "name": "tiny"}, "parameters": {"before": 1}}
+    (axes,) = plots.plan(record, 64).axes
+    drawn = {line.get_label(): line.get_ydata() for line in axes.lines}
+    assert list(drawn["channels of the MLP"]) == list(drawn["width of value heads"]) == [1, 0.25]
+    assert list(drawn["rank of queries"]) == [1, 0.25] and list(drawn["rank of keys"]) == [1, 1]
+    script = load("scripts/plan.py")
+    with pytest.raises(SystemExit):
+        run_command(script.build_parser(), script.run, [str(tmp_path)])
+    assert "lacks the record" in capsys.readouterr().err
+    (tmp_path / "olica_run.json").write_text(json.dumps(record | described))
+    (tmp_path / "config.json").write_text('{"hidden_size": 64}')
+    assert run_command(script.build_parser(), script.run, [str(tmp_path)]) == 0
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")

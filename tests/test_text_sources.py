@@ -9,7 +9,10 @@ import os
 import platform
 import socket
 import sys
+import sysconfig
 import tempfile
+import textwrap
+from pathlib import Path
 
 import datasets
 import huggingface_hub
@@ -19,7 +22,7 @@ from pyarrow import parquet
 
 from olica.errors import UsageError
 from olica.sources import text_files
-from olica.sources.text_sources import SOURCES, evaluation_text, pydoc_passages, read_rows
+from olica.sources.text_sources import SOURCES, evaluation_text, pydoc_passages, read_rows, source_modules
 
 
 @pytest.fixture(autouse=True)
@@ -601,3 +604,28 @@ def test_a_pointer_of_git_lfs_in_place_of_text(tmp_path):
         file.write_text(POINTER)
         with pytest.raises(UsageError, match=f"{file.name} is a pointer of git-lfs .*run git lfs pull"):
             read_rows(str(tmp_path / "saved" if file == arrow else file), "train", None)
+
+
+def test_modules_of_pysource_are_those_of_the_library_and_split(tmp_path):
+    for name in ("b.py", "a.py", "c/d.py", "c/e.py", "f.py", "g.py", "c/test/x.py", "site-packages/y.py", "notes.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    test, train = (source_modules(tmp_path, split) for split in ("test", "train"))
+    assert [str(path.relative_to(tmp_path)) for path in test] == ["a.py", "g.py"]
+    assert [str(path.relative_to(tmp_path)) for path in train] == ["b.py", "c/d.py", "c/e.py", "f.py"]
+
+
+def test_pysource_is_this_pythons_library():
+    train, test = (read_rows("pysource", split, None) for split in ("train", "test"))
+    assert train.origin == test.origin == f"CPython {platform.python_version()} library"
+    texts = set(train.table["text"]), set(test.table["text"])
+    assert Path(textwrap.__file__).read_text() in texts[0] | texts[1]
+    assert len(texts[0]) > 3 * len(texts[1]) > 100
+    assert read_rows("pysource", "train", None).fingerprint == train.fingerprint != test.fingerprint
+
+
+def test_a_python_without_its_library_has_no_pysource(tmp_path, monkeypatch):
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(UsageError, match="--datasets names pysource, but .* holds no modules"):
+        read_rows("pysource", "train", None)

@@ -179,6 +179,29 @@ def calibration_mixes(results: Results) -> Drawing | None:
     return Drawing(figure, [*dict.fromkeys(said + corrected), origin_line])
 
 
+def plan(record: dict, hidden: int) -> "Figure":
+    """Sizes of all layers by the record of a pruning, as shares of the dense ones; ranks of the hidden size."""
+    figure, (axes,) = _panels(1)
+    shapes, dense = record["plan"], record["dense_layer"]
+    lines = {
+        "channels of the MLP": [shape["intermediate_size"] / dense["intermediate_size"] for shape in shapes],
+        "width of value heads": [shape["v_head_dim"] / dense["v_head_dim"] for shape in shapes],
+        "rank of queries": [(shape["q_rank"] or hidden) / hidden for shape in shapes],
+        "rank of keys": [(shape["k_rank"] or hidden) / hidden for shape in shapes],
+    }
+    for name, kept in lines.items():
+        axes.plot(kept, marker="o", markersize=4, label=name)
+    axes.set(
+        title=f"{record['recipe']['name']}, {record['measured_sparsity']:.1%} of the model gone",
+        xlabel="layer",
+        ylabel="size, as a share of the dense one (ranks: of the hidden size)",
+        ylim=(0, 1.05),
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
 FIGURES: dict[str, Callable[[Results], Drawing | None]] = {
     "figure2": singular_values,
     "figure3": corrected_layers,

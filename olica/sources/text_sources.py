@@ -19,8 +19,8 @@ from ..errors import UsageError
 from .text_files import Rows, format_of, reading, rows_at, rows_of
 
 PYDOC, PYSOURCE = "pydoc", "pysource"
-# Passages of CPython's help have so many characters or more; every so many-th of its topics, and of its modules, is held
-# back to measure on.
+# Passages of CPython's help have so many characters or more. Every so many-th of its topics, and of its modules, is
+# held back to measure on.
 PASSAGE_CHARACTERS = 1000
 HELD_BACK_EVERY = 5
 
