@@ -100,9 +100,13 @@ def run(args: argparse.Namespace) -> None:
     texts = [expanduser(name) for name in args.texts.split(",")]
     drawn = {}
     for text in texts:
-        draw = Draw(args.num_samples)
         calibration = build_calibration_set(
-            text, tokenizer, draw, data_dir=args.data_dir, cache_dir=args.data_dir / "calibration"
+            text,
+            tokenizer,
+            Draw(args.num_samples),
+            data_dir=args.data_dir,
+            cache_dir=args.data_dir / "calibration",
+            vocab_size=config.vocab_size,
         )
         if len(calibration.ids) < 2:
             raise UsageError("--num_samples: give at least 2, half of which are measured on")

@@ -168,10 +168,10 @@ def test_grouped_heads_measures_every_point(tmp_path, capsys):
     flags += [f"--ppl={tmp_path / 'text.txt'}", "--ppl_windows=4", f"--output_path={tmp_path / 'points.json'}"]
     run_command(script.build_parser(), script.run, [*flags, "--points", "0.1:0.5,0,0", "0.2:0.4,0.4"])
     first, second = json.loads((tmp_path / "points.json").read_text())["points"]
-    assert first["shape"]["k_rank"] == 0 < first["shape"]["q_rank"] and first["shape"]["v_head_dim"] == 16
+    assert first["plan"][0]["k_rank"] == 0 < first["plan"][0]["q_rank"] and first["plan"][0]["v_head_dim"] == 16
     assert second["shares_removed"]["value_output"] == pytest.approx(0.1)
     assert second["shares_removed"]["query"] == second["shares_removed"]["key"] == 0.4
-    assert second["shape"]["q_rank"] > second["shape"]["k_rank"] > 0
+    assert second["plan"][0]["q_rank"] > second["plan"][0]["k_rank"] > 0
     assert second["parameters"]["total"] < first["parameters"]["total"]
     measured = [row["perplexity"]["text.txt"] for row in (first, second)]
     assert all(1 < text["value"] < 1e5 and text["windows"] == 4 for text in measured)
@@ -299,6 +299,56 @@ def test_pruning_speed_gives_a_recipe_its_own_parameters(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_command(script.build_parser(), script.run, [*flags, "--mlp_num=1"])
     assert "--mlp_num is no parameter of --recipe magnitude" in capsys.readouterr().err
+
+
+@pytest.fixture
+def owls(tmp_path) -> list[str]:
+    """Flags that name a tiny grouped model, its token file and a text."""
+    make_llama(num_key_value_heads=2).save_pretrained(tmp_path / "tiny")
+    make_tokenizer().save_pretrained(tmp_path / "tiny")
+    (tmp_path / "text.txt").write_text("seven wise owls read old books by candle light\n" * 20)
+    save_file({"calibration_ids": torch.arange(3, 203).view(10, 20)}, tmp_path / "ids.safetensors")
+    return [f"--base_model={tmp_path / 'tiny'}", f"--output_path={tmp_path / 'record.json'}"]
+
+
+def test_the_ablation_adds_part_after_part(owls, tmp_path, capsys):
+    script = load("benchmarks/ablation.py")
+    flags = [f"--datasets={tmp_path / 'ids.safetensors'}", f"--ppl={tmp_path / 'text.txt'}", "--ppl_windows=4"]
+    run_command(script.build_parser(), script.run, [*owls, *flags, "--sparsity=0.25"])
+    record = json.loads((tmp_path / "record.json").read_text())
+    points = record["points"]
+    assert [point["step"].split()[0] for point in points] == ["olica-grouped,", *["+"] * 6]
+    whole = record["dense"]["parameters"]["total"]
+    for point in points:
+        assert 1 - point["parameters"]["total"] / whole == pytest.approx(0.25, abs=0.01)
+    values = [point["perplexity"]["text.txt"]["value"] for point in points]
+    assert len(set(values)) == 7, "every part changes something"
+    assert points[0]["plan"] == points[4]["plan"]
+    same, own = (point["plan"] for point in points[5:])
+    assert all(shape == same[0] for shape in same) and any(shape != own[0] for shape in own)
+    assert len(capsys.readouterr().out.splitlines()) == 8
+
+
+def test_refits_are_measured_on_every_text_by_every_mix(owls, tmp_path, capsys):
+    """The first text is the second, so that what is fitted to one does as well on the other."""
+    generator = torch.Generator().manual_seed(0)
+    for name, top in (("a", 40), ("b", 40), ("c", 319)):
+        ids = torch.randint(3, top, (160, 24), generator=generator.manual_seed(top))
+        save_file({"calibration_ids": ids}, tmp_path / f"{name}.safetensors")
+    script = load("benchmarks/refit_texts.py")
+    texts = ",".join(str(tmp_path / f"{name}.safetensors") for name in "abc")
+    run_command(script.build_parser(), script.run, [*owls, f"--texts={texts}", "--ridges", "0.1", "1e6"])
+    rows = json.loads((tmp_path / "record.json").read_text())["error_left"]
+    assert len(rows) == 7 * 2 and len(capsys.readouterr().out.splitlines()) == 2 + 14
+    by_mix = {("".join(Path(text).stem for text in row["fitted_to"]), row["ridge"]): row for row in rows}
+    for (mix, ridge), row in by_mix.items():
+        a, b, c = row["measured_on"].values()
+        assert a == pytest.approx(b)
+        if ridge > 1:
+            assert (a, c) == pytest.approx((1, 1), abs=1e-3), "nothing is refitted"
+        elif mix == "a":
+            assert a < 0.9 and a < c, "a fit serves its own text most"
+    assert by_mix["a", 0.1]["measured_on"] == by_mix["ab", 0.1]["measured_on"]
 
 
 def test_a_plan_is_drawn_from_record_and_configuration(tmp_path, capsys):
