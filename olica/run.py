@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from .checks import as_kind
 from .errors import UsageError, memory_in_words
 from .jobs import Job, Settings, prepare, settings_of
 from .machine import BatchSize, full_precision, pick_device
@@ -81,7 +82,8 @@ def prune(
     Raises:
         UsageError: wrong input, or too little memory or disk; the message says what to do.
     """
-    wanted = {"base_model": str(model), "datasets": datasets, "recipe": recipe_name(recipe), "save_dir": str(save_dir)}
+    wanted = {name: as_kind(name, value, str) for name, value in {"base_model": model, "save_dir": save_dir}.items()}
+    wanted |= {"datasets": datasets, "recipe": recipe_name(recipe)}
     several = isinstance(sparsity, Sequence) and not isinstance(sparsity, str)
     done = run_all(prepare(settings_of(wanted | settings), sparsity if several else [sparsity]))
     return [*done] if several else next(done)
