@@ -5,7 +5,6 @@ import os
 import re
 import socket
 import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 

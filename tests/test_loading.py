@@ -140,8 +140,9 @@ for folder in folders:
         module = f"transformers.models.{model_type_to_module_name(family)}"
         for known in [known for known in sys.modules if f"{known}.".startswith(f"{module}.")]:
             del sys.modules[known]
-        for kept in [k for k, value in vars(transformers).items() if getattr(value, "__module__", "").startswith(module)]:
-            delattr(transformers, kept)
+        for kept, value in [*vars(transformers).items()]:
+            if getattr(value, "__module__", "").startswith(module):
+                delattr(transformers, kept)
         vars(transformers.models).pop(module.rpartition(".")[2], None)
         sys.modules[module] = None  # importing it fails
         try:
