@@ -9,6 +9,7 @@ copied to.
 """
 
 import gc
+import io
 import json
 import os
 import signal
@@ -79,7 +80,9 @@ def _run(request: dict, streams: list[int]) -> None:
         os.dup2(stream, number)
         os.close(stream)
     # New ones: what the server's could do, such as seek, these need not be able to.
-    sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)
+    unbuffered = bool(request["env"].get("PYTHONUNBUFFERED"))
+    written = open(1, "wb", buffering=0 if unbuffered else -1, closefd=False)
+    sys.stdin, sys.stdout = open(0, closefd=False), io.TextIOWrapper(written, write_through=unbuffered)
     sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
     os.environ.clear()
     os.environ.update(request["env"])

@@ -315,7 +315,7 @@ def test_dtype_is_that_of_the_checkpoint(here, dtype):
     assert {str(tensor.dtype) for tensor in saved.values()} == {f"torch.{dtype}"}
 
 
-def test_the_papers_commands_run_verbatim(here, capsys):
+def test_the_papers_commands_run_verbatim(here, fast_python):
     """7b stands for a hub id, so a tiny model is put where the hub's cache has LLaMA-7B."""
     repository = here / "hub/models--huggyllama--llama-7b"
     snapshot = repository / "snapshots" / ("0" * 40)
@@ -333,9 +333,10 @@ def test_the_papers_commands_run_verbatim(here, capsys):
     write_tasks(here / "data/eval")
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(here / "home"), "HF_HUB_CACHE": str(here / "hub")}
     environment["OMP_NUM_THREADS"] = "1"  # tiny matrices gain nothing from a second thread
-    for script, flags in (("model_pruning.py", PAPERS_PRUNING), ("model_evaluate.py", PAPERS_EVALUATION)):
+    calls = (sys.executable, "model_pruning.py", PAPERS_PRUNING), (fast_python, "model_evaluate.py", PAPERS_EVALUATION)
+    for python, script, flags in calls:
         done = subprocess.run(
-            [sys.executable, ROOT / script, *flags.split()],
+            [python, ROOT / script, *flags.split()],
             capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "0", **environment},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]

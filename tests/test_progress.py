@@ -82,13 +82,24 @@ def undisturbed(here) -> dict[str, bytes]:
     return checkpoint_of("olica")
 
 
-@pytest.fixture
-def surveyed(here) -> dict[str, bytes]:
-    """The same, of a run that has left its survey."""
+@cache
+def survey_of_a_run() -> dict[str, bytes]:
+    """What a run of `here` leaves of its survey."""
     prune()
-    expected = contents(FOLDER)
-    shutil.rmtree("out")
-    return expected
+    survey = contents(Path("data"))
+    for folder in ("out", "data"):
+        shutil.rmtree(folder)
+    return survey
+
+
+@pytest.fixture
+def surveyed(undisturbed) -> dict[str, bytes]:
+    """The checkpoint of a run that has left its survey."""
+    for name, held in survey_of_a_run().items():
+        path = Path("data") / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(held)
+    return undisturbed
 
 
 @pytest.mark.parametrize("recipe", ["olica", "olica-paper"])
