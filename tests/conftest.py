@@ -7,16 +7,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported
 
 # ruff: noqa: E402
 import ctypes
+import gc
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import FileLock
 from pretended_gpu import PretendedGpu, compiled_guard
 from safetensors.torch import load_file, save_file
 from tiny_run import LAYERS
@@ -32,7 +33,7 @@ from olica.methods.recipes import RECIPES
 from olica.methods.sizes import Budget, Sizes
 from olica.model.configuration_olica import LayerShape
 from olica.model.modeling_olica import Projections, projections_of
-from olica.outputs.checkpoint import complete
+from olica.outputs.checkpoint import check_description, complete
 from olica.outputs.run_folder import RunFolder
 from olica.outputs.run_progress import Shards
 from olica.pruning.layers import prune_layers
@@ -139,6 +140,7 @@ def write_pruned(model, plan: list[LayerShape], tokenizer, folder: Path) -> None
         for index, layer in enumerate(dense.decoder.layers):
             progress.save_layer(index, layer, None)
         progress.wait()
+        check_description(run, dense, plan, tokenizer)
         complete(run, progress, dense, plan, tokenizer)
         run.publish()
 
@@ -165,49 +167,70 @@ def no_memory_for_more_than(samples: int, error: str = "cuda"):
     return hook
 
 
+def pytest_collection_finish() -> None:
+    """What was imported stays: no search for garbage has to visit it again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """No test cuts the power, after which files that were not synchronised are lost: what is killed leaves them."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture(scope="session")
-def fork_server(tmp_path_factory) -> Iterator[str]:
-    """The socket of a process that forks (forked.py), so that what is run in a process of its own starts at once."""
-    path = str(tmp_path_factory.mktemp("fork") / "socket")
+def shared_folder(tmp_path_factory) -> Path:
+    """A folder of this run of the tests, the same for all processes that share them."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def fork_server(shared_folder) -> Iterator[str]:
+    """The socket of a process that forks (forked.py), so that what is run in a process of its own starts at once.
+
+    One for all processes that share the tests: it ends when the last of them has let go of its standard input.
+    """
+    path, held = str(shared_folder / "socket"), shared_folder / "held"
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(torch.get_num_threads()))}
-    command = [sys.executable, FORKED, "--serve", path]
-    server = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
-    while not os.path.exists(path):
-        assert server.poll() is None
-        time.sleep(0.01)
+    with FileLock(shared_folder / "fork.lock"):
+        try:
+            writing = os.open(held, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:  # nobody has started it, or it has ended
+            for left in (path, held):
+                Path(left).unlink(missing_ok=True)
+            os.mkfifo(held)
+            reading = os.open(held, os.O_RDONLY | os.O_NONBLOCK)
+            writing = os.open(held, os.O_WRONLY)
+            command = [sys.executable, FORKED, "--serve", path]
+            server = subprocess.Popen(command, env=environment, stdin=reading, stdout=subprocess.DEVNULL)
+            os.close(reading)
+            while not os.path.exists(path):
+                assert server.poll() is None
+                time.sleep(0.01)
     yield path
-    server.communicate()
+    os.close(writing)
 
 
 @pytest.fixture(scope="session")
-def fast_python(fork_server) -> str:
+def fast_python(fork_server, tmp_path_factory) -> str:
     """An executable to be called as Python is, which starts at once."""
-    path = Path(fork_server).with_name("python")
+    path = tmp_path_factory.mktemp("fork") / "python"
     path.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "{FORKED}" "{fork_server}" "$@"\n')
     path.chmod(0o755)
     return str(path)
 
 
-@cache
-def stock_index() -> dict:
-    """lm-eval's index of its own tasks, by their names."""
-    from lm_eval import tasks
-
-    return tasks.TaskManager()._index
-
-
 @pytest.fixture
-def stock_tasks(monkeypatch):
-    """lm-eval's index of its thousands of tasks is made once for all tests: it takes ten seconds."""
+def stock_tasks(monkeypatch, shared_folder):
+    """lm-eval's index of its thousands of tasks is made once for all tests."""
     from lm_eval.tasks import _index
+    from stock_tasks import build_from
 
-    stock, folder, build = stock_index(), Path(_index.__file__).parent, _index.TaskIndex.build
-
-    def building(paths, **settings):
-        indices = [stock if path == folder else build([path], **settings) for path in paths]
-        return {name: entry for index in indices for name, entry in index.items()}
-
-    monkeypatch.setattr(_index.TaskIndex, "build", staticmethod(building))
+    monkeypatch.setattr(_index.TaskIndex, "build", build_from(shared_folder / "stock_tasks.pickle"))
 
 
 @pytest.fixture(scope="session")

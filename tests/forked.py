@@ -4,9 +4,12 @@
     python -I -S forked.py SOCKET ARGUMENT...   a fork of it, with this call's streams, folder, variables and arguments
 
 The second takes the place of `python ARGUMENT...`: it hands SIGINT and SIGTERM on, and ends as the fork ends. Variables
-that libraries look at while they are imported are those of the first.
+that libraries look at while they are imported are those of the first, but for where HF_HOME has the code of checkpoints
+copied to.
 """
 
+import gc
+import io
 import json
 import os
 import signal
@@ -30,6 +33,12 @@ def serve(path: str) -> None:
     listener.listen()
     for name in (*LIBRARIES, *(f"transformers.models.{family}.modeling_{family}" for family in FAMILIES)):
         importlib.import_module(name)
+    from lm_eval.tasks import _index
+    from stock_tasks import build_from
+
+    _index.TaskIndex.build = build_from(Path(path).with_name("stock_tasks.pickle"))
+    gc.collect()
+    gc.freeze()  # the forks share it: no search for garbage has to visit and so copy it
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait
     while listener in select.select([listener, sys.stdin], [], [])[0]:
         connection = listener.accept()[0]
@@ -63,6 +72,7 @@ def _run(request: dict, streams: list[int]) -> None:
     import threading
 
     import torch
+    from transformers import dynamic_module_utils
 
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -70,12 +80,16 @@ def _run(request: dict, streams: list[int]) -> None:
         os.dup2(stream, number)
         os.close(stream)
     # New ones: what the server's could do, such as seek, these need not be able to.
-    sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)
+    unbuffered = bool(request["env"].get("PYTHONUNBUFFERED"))
+    written = open(1, "wb", buffering=0 if unbuffered else -1, closefd=False)
+    sys.stdin, sys.stdout = open(0, closefd=False), io.TextIOWrapper(written, write_through=unbuffered)
     sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    if "HF_HOME" in os.environ:  # what comes with checkpoints is copied below it
+        dynamic_module_utils.HF_MODULES_CACHE = os.path.join(os.environ["HF_HOME"], "modules")
     sys.argv = request["argv"]
     sys.path[0:1] = ["", *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     status = 0

@@ -47,16 +47,23 @@ print(type(model).__module__)
 """
 
 
+INSTALLED = f"""
+sys.path.insert(0, {str(ROOT)!r})
+import olica
+assert not {{"datasets", "lm_eval"}} & sys.modules.keys(), "seconds that who loads a checkpoint would wait for"
+"""
+
+
 @pytest.mark.parametrize("installed", [True, False])
-def test_loads_in_a_fresh_process_with_and_without_olica(pruned_folder, installed, tmp_path):
+def test_loads_in_a_fresh_process_with_and_without_olica(pruned_folder, installed, tmp_path, fast_python):
     program = FRESH_PROCESS.format(
         folder=str(pruned_folder),
         logits=str(tmp_path / "logits.safetensors"),
-        prelude=f"sys.path.insert(0, {str(ROOT)!r}); import olica" if installed else "",
+        prelude=INSTALLED if installed else "",
         arguments="" if installed else "trust_remote_code=True",
     )
     done = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable if installed else fast_python, "-c", program],
         capture_output=True,
         text=True,
         cwd=tmp_path,

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -314,7 +315,7 @@ def test_dtype_is_that_of_the_checkpoint(here, dtype):
     assert {str(tensor.dtype) for tensor in saved.values()} == {f"torch.{dtype}"}
 
 
-def test_the_papers_commands_run_verbatim(here, capsys):
+def test_the_papers_commands_run_verbatim(here, fast_python):
     """7b stands for a hub id, so a tiny model is put where the hub's cache has LLaMA-7B."""
     repository = here / "hub/models--huggyllama--llama-7b"
     snapshot = repository / "snapshots" / ("0" * 40)
@@ -332,9 +333,10 @@ def test_the_papers_commands_run_verbatim(here, capsys):
     write_tasks(here / "data/eval")
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(here / "home"), "HF_HUB_CACHE": str(here / "hub")}
     environment["OMP_NUM_THREADS"] = "1"  # tiny matrices gain nothing from a second thread
-    for script, flags in (("model_pruning.py", PAPERS_PRUNING), ("model_evaluate.py", PAPERS_EVALUATION)):
+    calls = (sys.executable, "model_pruning.py", PAPERS_PRUNING), (fast_python, "model_evaluate.py", PAPERS_EVALUATION)
+    for python, script, flags in calls:
         done = subprocess.run(
-            [sys.executable, ROOT / script, *flags.split()],
+            [python, ROOT / script, *flags.split()],
             capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "0", **environment},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
@@ -548,6 +550,16 @@ def test_a_checkpoint_of_another_model_is_not_taken_for_this_one(here, capsys):
     assert "huggyllama/llama-7b" in refused(capsys, evaluate, "--base_model=13b", *flags[:2])
 
 
+@cache
+def undisturbed() -> tuple[dict[str, torch.Tensor], set[str]]:
+    """The weights and the files of a run of `here` that nobody disturbs: the same in every test."""
+    prune("--save_dir=undisturbed")
+    weights = load_weights("undisturbed/tiny_sparsity-0.2")
+    files = files_in(Path("undisturbed"))
+    shutil.rmtree("undisturbed")
+    return weights, files
+
+
 @pytest.mark.parametrize("error", [SafetensorError, OSError])
 @pytest.mark.parametrize(
     "writer", ["olica.outputs.journal.save_tensors", "olica.outputs.checkpoint.custom_object_save"]
@@ -556,16 +568,16 @@ def test_a_full_disk_stops_the_run_and_the_same_command_goes_on(here, capsys, mo
     def full(*arguments, **settings):
         raise error("disk full")
 
-    prune("--save_dir=undisturbed")
+    expected, files = undisturbed()
     with monkeypatch.context() as patched:
         patched.setattr(writer, full)
         message = refused(capsys, prune, "--save_dir=out")
     assert all(word in message for word in ("--save_dir", "disk full", "same command"))
     assert not Path("out/tiny_sparsity-0.2").exists()
     assert prune("--save_dir=out") == 0
-    first, second = (load_weights(f"{name}/tiny_sparsity-0.2") for name in ("undisturbed", "out"))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert files_in(here / "out") == {name.replace("undisturbed", "out") for name in files_in(here / "undisturbed")}
+    found = load_weights("out/tiny_sparsity-0.2")
+    assert all(torch.equal(weight, found[name]) for name, weight in expected.items())
+    assert files_in(here / "out") == files
 
 
 def test_the_disk_has_to_hold_hidden_states_too(here, capsys, monkeypatch):

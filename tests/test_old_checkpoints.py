@@ -7,7 +7,6 @@ the modelling files, as every published checkpoint has.
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -57,11 +56,11 @@ print(type(model).__module__)
 """
 
 
-def test_loads_by_its_own_old_files(tmp_path):
+def test_loads_by_its_own_old_files(tmp_path, fast_python):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
         "HF_HOME": str(tmp_path)
     }
-    command = [sys.executable, "-c", BY_ITS_OWN_FILES, FOLDER / "llama", FOLDER / "logits.safetensors"]
+    command = [fast_python, "-c", BY_ITS_OWN_FILES, FOLDER / "llama", FOLDER / "logits.safetensors"]
     run = subprocess.run(map(str, command), cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("transformers_modules.")

@@ -11,7 +11,7 @@ import textwrap
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from pathlib import Path
 
 import pytest
@@ -108,11 +108,11 @@ def refused(capsys, command: Callable, *flags: str) -> str:
     return capsys.readouterr().err.rsplit("error: ", 1)[1]
 
 
-def assert_same_weights(save_dir: str, expected: str) -> None:
-    """Two checkpoints are the same but for rounding: on the CPU attention takes another kernel."""
-    found, wanted = load_weights(checkpoint(save_dir)), load_weights(checkpoint(expected))
-    assert found.keys() == wanted.keys()
-    for name, weight in wanted.items():
+def assert_same_weights(save_dir: str, expected: dict[str, torch.Tensor]) -> None:
+    """A checkpoint has these weights but for rounding: on the CPU attention takes another kernel."""
+    found = load_weights(checkpoint(save_dir))
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
         assert (found[name] - weight).abs().max() <= 1e-4 * weight.abs().max(), name
 
 
@@ -192,14 +192,21 @@ def test_threads_see_the_device(gpu):
 # ---------------------------------------------------------------------------------------------- pruning
 
 
+@cache
+def pruned_on_the_cpu(recipe: str) -> dict[str, torch.Tensor]:
+    """The weights of a run of `here` on the CPU: the same in every test."""
+    prune("on_the_cpu", f"--recipe={recipe}", "--device=cpu")
+    return load_weights(checkpoint("on_the_cpu"))
+
+
 def check_pruning(gpu, monkeypatch, recipe: str = "olica") -> None:
     """Pruning on the device gives the weights of the CPU, in the memory that it expected, and leaves nothing there."""
-    prune("expected", f"--recipe={recipe}", "--device=cpu")
+    expected = pruned_on_the_cpu(recipe)
     peaks = {}
     for cache_dev in ("cuda", "cpu"):
         record = prune(cache_dev, f"--recipe={recipe}", f"--cache_dev={cache_dev}", "--batch_size=6")
         assert record["environment"]["device"] == "pretended GPU"
-        assert_same_weights(cache_dev, "expected")
+        assert_same_weights(cache_dev, expected)
         peaks[cache_dev] = device_peak(record)
         assert 0.5 < peaks[cache_dev] / record["expected_peak_memory"]["device_bytes"] < 1.02
         assert gpu.allocated == 0
@@ -412,12 +419,12 @@ def test_a_device_that_is_too_small_halves_the_batch(here, gpu, caplog, recipe, 
     gpu.memory = sum(peaks) // 2
     record = prune("out", *flags, "--batch_size=12")
     assert record["batch_size"] < 12 and "going on with --batch_size" in caplog.text
-    assert_same_weights("out", "1")
+    assert_same_weights("out", load_weights(checkpoint("1")))
     caplog.clear()
     gpu.memory = int(1.3 * sum(peaks) / 2)
     chosen = prune("auto", *flags, "--batch_size=auto")["batch_size"]
     assert 1 <= chosen < 12 and "out of memory" not in caplog.text
-    assert_same_weights("auto", "1")
+    assert_same_weights("auto", load_weights(checkpoint("1")))
 
 
 def no_memory_in(monkeypatch, gpu, place: str, above: int = 0) -> list:
@@ -451,7 +458,7 @@ def test_no_memory_in_a_batch_halves_it(here, gpu, monkeypatch, caplog, place, r
         no_memory_in(patched, gpu, place, above=3)
         assert prune("out", f"--recipe={recipe}", "--batch_size=12")["batch_size"] == 3
     assert "going on with --batch_size 3" in caplog.text
-    assert_same_weights("out", "expected")
+    assert_same_weights("out", load_weights(checkpoint("expected")))
 
 
 @pytest.mark.parametrize(
@@ -503,7 +510,7 @@ def test_no_memory_for_a_finished_layer_that_is_read_again(here, gpu, capsys, mo
         no_memory_in(patched, gpu, "olica.pruning.layers.restore")
         assert "give --cache_dev cpu" in refused(capsys, prune, "out")
     assert prune("out")["went_on_after"] == [1]
-    assert_same_weights("out", "expected")
+    assert_same_weights("out", load_weights(checkpoint("expected")))
 
 
 def test_no_memory_for_batches_of_an_evaluation_halves_them(here, gpu, caplog):

@@ -1,9 +1,9 @@
 """Runs that die, go on, and are not taken for one another (test_kills.py kills them from outside)."""
 
 import json
-import multiprocessing
 import os
 import shutil
+import subprocess
 import threading
 import time
 from functools import cache
@@ -31,6 +31,8 @@ from olica.pruning.progress import SurveyProgress
 from olica.pruning.survey import survey_layers
 from olica.sources.dense_model import open_dense_model
 from olica.sources.locate import locate
+
+ROOT = Path(__file__).parents[1]
 
 
 class Killed(BaseException):
@@ -84,13 +86,24 @@ def undisturbed(here) -> dict[str, bytes]:
     return checkpoint_of("olica")
 
 
-@pytest.fixture
-def surveyed(here) -> dict[str, bytes]:
-    """The same, of a run that has left its survey."""
+@cache
+def survey_of_a_run() -> dict[str, bytes]:
+    """What a run of `here` leaves of its survey."""
     prune()
-    expected = contents(FOLDER)
-    shutil.rmtree("out")
-    return expected
+    survey = contents(Path("data"))
+    for folder in ("out", "data"):
+        shutil.rmtree(folder)
+    return survey
+
+
+@pytest.fixture
+def surveyed(undisturbed) -> dict[str, bytes]:
+    """The checkpoint of a run that has left its survey."""
+    for name, held in survey_of_a_run().items():
+        path = Path("data") / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(held)
+    return undisturbed
 
 
 @pytest.mark.parametrize("recipe", ["olica", "olica-paper"])
@@ -200,8 +213,7 @@ def test_a_survey_serves_other_sparsities(here, surveyed, monkeypatch):
     both = contents(Path("out/tiny_sparsity-0.3"))
     for folder in ("out", "data"):
         shutil.rmtree(folder)
-    assert prune("--sparsity=0.3") == 0
-    assert contents(Path("out/tiny_sparsity-0.3")) == both
+    assert sparser_checkpoint() == both
     with monkeypatch.context() as patched:
         visited = dying_in_survey(patched, 2 * LAYERS)
         assert prune("--sparsity=0.2,0.3", "--recipe=olica-paper") == 0
@@ -210,6 +222,16 @@ def test_a_survey_serves_other_sparsities(here, surveyed, monkeypatch):
 
 SPARSER = FOLDER.with_name("tiny_sparsity-0.3")
 BOTH = "--sparsity=0.2,0.3"
+
+
+@cache
+def sparser_checkpoint() -> dict[str, bytes]:
+    """What the checkpoint of a run of `here` to a sparsity of 0.3 holds."""
+    prune("--sparsity=0.3")
+    expected = contents(SPARSER)
+    for folder in ("out", "data"):
+        shutil.rmtree(folder)
+    return expected
 
 
 def state(folder: Path) -> dict[str, tuple[int, int]]:
@@ -223,10 +245,7 @@ def test_a_kill_in_the_second_of_two_sparsities_leaves_the_first_as_it_is(
     here, undisturbed, monkeypatch, layers, flags
 ):
     """The same command goes on: what was finished by it is not made again."""
-    prune("--sparsity=0.3")
-    expected = contents(SPARSER)
-    for folder in ("out", "data"):
-        shutil.rmtree(folder)
+    expected = sparser_checkpoint()
     if flags:
         prune(BOTH, "--percdamp=0.3")  # what is replaced
     interrupted_after(layers, monkeypatch, BOTH, *flags, of="0.3")
@@ -353,7 +372,8 @@ def test_a_model_that_is_in_memory_as_a_whole_goes_on_too(here, undisturbed, mon
 )
 def test_another_run_is_refused_unless_it_is_to_start_afresh(here, capsys, monkeypatch, change, words):
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)
+    if change == "threads":
+        torch.set_num_threads(2)
     try:
         interrupted_after(2, monkeypatch)
         before = contents(WORK)
@@ -559,24 +579,25 @@ def test_the_next_layer_may_halve_the_batch_before_this_one_is_written(here, mon
         assert batch_size.size == 8
 
 
-def hold(folder: Path, ready, release) -> None:
-    with RunFolder.locked(folder):
-        ready.set()
-        release.wait(60)
+# Works on the folder that it is given until its input ends.
+HOLDING = """
+import sys
+from pathlib import Path
+from olica.outputs.run_folder import RunFolder
+with RunFolder.locked(Path(sys.argv[1])):
+    print("at work", flush=True)
+    sys.stdin.read()
+"""
 
 
-def test_a_second_run_into_the_same_folder_is_refused(here, capsys):
-    context = multiprocessing.get_context("spawn")
-    ready, release = context.Event(), context.Event()
-    other = context.Process(target=hold, args=(here / FOLDER, ready, release))
-    other.start()
-    try:
-        assert ready.wait(60)
+def test_a_second_run_into_the_same_folder_is_refused(here, capsys, fast_python):
+    command = [fast_python, "-c", HOLDING, str(here / FOLDER)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "at work\n"
         assert "another run is at work" in refused(capsys)
         assert "another run is at work" in refused(capsys, "--overwrite")
-    finally:
-        release.set()
-        other.join()
+    assert other.returncode == 0
     assert prune() == 0
 
 

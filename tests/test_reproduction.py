@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -93,8 +92,8 @@ done
 class Stubbed:
     """The scripts without what they call."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, python: str):
+        self.folder, self.python = folder, python
         (folder / "stub").write_text(STUB)
         (folder / "stub").chmod(0o755)
 
@@ -104,7 +103,7 @@ class Stubbed:
         calls.write_text("")
         paths = {"RESULTS": "results", "SAVE_DIR": "checkpoints", "PYTHON": "stub", "CALLS": "calls"}
         environment = os.environ | {name: str(self.folder / path) for name, path in paths.items()}
-        environment |= {"REAL": sys.executable, "MODEL": "m"}
+        environment |= {"REAL": self.python, "MODEL": "m"}
         command = ["bash", str(SCRIPTS / script)]
         self.done = subprocess.run(command, env=environment | variables, capture_output=True, text=True)
         assert (self.done.returncode == 0) == ("FAIL" not in variables), self.done.stderr
@@ -121,8 +120,8 @@ class Stubbed:
 
 
 @pytest.fixture
-def stubbed(tmp_path):
-    return Stubbed(tmp_path)
+def stubbed(tmp_path, fast_python):
+    return Stubbed(tmp_path, fast_python)
 
 
 def test_what_is_recorded_by_the_same_flags_is_not_run_again(stubbed):

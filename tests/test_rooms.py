@@ -2,6 +2,7 @@
 
 import ast
 import shutil
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -37,20 +38,26 @@ READ_OF_OUTPUTS = {"outputs.records", "outputs.model_card", "outputs.identity", 
 COPIED = {"model.configuration_olica", "model.modeling_olica"}
 
 
+@cache
+def names_in(text: str, within: tuple[str, ...]) -> set[str]:
+    """The full names that a module imports whose text this is, and which lies in the package `within`."""
+    named = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            named |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = within[: len(within) - node.level + 1] if node.level else ()
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            named |= {f"{base}.{alias.name}" for alias in node.names}
+    return named
+
+
 def imports_of(package: Path) -> dict[str, set[str]]:
     """The modules of the package that each of them imports, wherever in it, by names within the package."""
     paths = {".".join(path.relative_to(package).with_suffix("").parts): path for path in package.rglob("*.py")}
     found = {}
     for name, path in paths.items():
-        named = set()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                named |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                within = ["olica", *name.split(".")[:-1]]
-                above = within[: len(within) - node.level + 1] if node.level else []
-                base = ".".join([*above, *([node.module] if node.module else [])])
-                named |= {f"{base}.{alias.name}" for alias in node.names}
+        named = names_in(path.read_text(encoding="utf-8"), ("olica", *name.split(".")[:-1]))
         found[name] = {module for full in named if (module := module_of(full, paths)) is not None} - {name}
     return found
 

@@ -121,13 +121,14 @@ def test_a_sentencepiece_file_that_cannot_be_followed_is_refused(saved_llama):
 
 
 # In GGUF, a llama's query and key rows are in another order, and the norms of a Gemma are stored with their 1 added.
+WIDE_HEADS = {"head_dim": 256, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 960}
 GGUF_FAMILIES = {
     "llama": ("llama", {}),
     "mistral": ("llama", {"sliding_window": None}),  # files of Mistral call themselves llama, and are read as one
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {"head_dim": 128}),  # the file does not say the head width: transformers takes its default
-    "gemma2": ("gemma2", {"head_dim": 256, "intermediate_size": 960}),  # nor the scale of attention
-    "gemma3_text": ("gemma3", {"head_dim": 256, "intermediate_size": 960}),
+    "gemma2": ("gemma2", WIDE_HEADS),  # nor the scale of attention
+    "gemma3_text": ("gemma3", WIDE_HEADS),
     "phi3": ("phi3", {}),
 }
 

@@ -1,10 +1,21 @@
-"""A pruned model without weights: how it is made of a plan, tried out and counted."""
+"""A model without weights: how it is made, of a plan where it is pruned, tried out and counted."""
+
+from collections.abc import Callable
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from .configuration_olica import LayerShape
 from .families import FAMILIES
+
+
+def without_weights(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """The model that `make` makes, all of it on the meta device, where no initial weight is drawn in vain."""
+    with no_init_weights(), torch.device("meta"):
+        model = make()
+    model.tie_weights()  # which belongs to what was left out
+    return model
 
 
 def pruned_skeleton(config: PreTrainedConfig, plan: list[LayerShape]) -> PreTrainedModel:
@@ -17,8 +28,8 @@ def pruned_skeleton(config: PreTrainedConfig, plan: list[LayerShape]) -> PreTrai
     settings = config.to_dict()
     for key in ("model_type", "architectures", "transformers_version"):
         settings.pop(key, None)
-    with torch.device("meta"):
-        return pruned_class(pruned_class.config_class(**settings, layer_shapes=[shape.to_dict() for shape in plan]))
+    pruned_config = pruned_class.config_class(**settings, layer_shapes=[shape.to_dict() for shape in plan])
+    return without_weights(lambda: pruned_class(pruned_config))
 
 
 @torch.no_grad()

@@ -2,11 +2,12 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,7 +22,7 @@ from ..checks import check_writable
 from ..errors import UsageError
 from ..model.configuration_olica import LayerShape
 from ..model.families import SEQUENCE_CLASSIFIERS, TOKEN_CLASSIFIERS
-from ..model.skeleton import pruned_skeleton, try_out
+from ..model.skeleton import pruned_skeleton, try_out, without_weights
 from ..sources.dense_model import DenseModel, StoredWeight, stored_weights
 from .run_folder import RunFolder
 from .run_progress import RunProgress
@@ -66,8 +67,10 @@ def complete(
     progress.save_shard(1, dense.read(embedding))
     progress.save_shard(len(plan) + 2, dense.read(others))
     stored = stored_weights(sorted(run.checkpoint.glob("*.safetensors")))
-    loaded = _describe(run, run.checkpoint, dense, plan, tokenizer)
-    if loaded != {name: weight.shape for name, weight in stored.items()}:
+    with _as_loading():
+        loaded = _describe(run, run.checkpoint, dense, plan, tokenizer)
+    expected = {name: tuple(weight.shape) for name, weight in loaded.named_parameters()}
+    if expected != {name: weight.shape for name, weight in stored.items()}:
         raise RuntimeError("the weights written are not those of the plan")
     sizes = {name: prod(weight.shape) for name, weight in stored.items()}
     written = {
@@ -82,34 +85,16 @@ def complete(
 def check_description(
     run: RunFolder, dense: DenseModel, plan: list[LayerShape], tokenizer: PreTrainedTokenizerBase | None
 ) -> None:
-    """Raise UsageError if a checkpoint of these sizes would not load, before layers are pruned in vain."""
-    with TemporaryDirectory(dir=run.work) as folder:
-        _describe(run, Path(folder), dense, plan, tokenizer)
+    """Raise UsageError if a checkpoint of these sizes would not load or run, before layers are pruned in vain."""
+    with TemporaryDirectory(dir=run.work) as folder, _as_loading():
+        try_out(_describe(run, Path(folder), dense, plan, tokenizer))
 
 
-def _describe(
-    run: RunFolder,
-    folder: Path,
-    dense: DenseModel,
-    plan: list[LayerShape],
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> dict[str, tuple[int, ...]]:
-    """Write what a checkpoint has beside its weights, and load it again.
-
-    Returns:
-        The sizes of the weights that the Auto classes expect in the folder, by their names.
-
-    Raises:
-        UsageError: it cannot be written, or not be loaded.
-    """
+@contextmanager
+def _as_loading() -> Iterator[None]:
+    """Turn whatever is raised while a checkpoint is described into a UsageError that says what to correct."""
     try:
-        with run.in_words():
-            _write_description(pruned_skeleton(dense.config, plan), dense.model, folder)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
-        if tokenizer is not None:
-            AutoTokenizer.from_pretrained(folder)
-        return {name: tuple(weight.shape) for name, weight in _load_empty(folder).named_parameters()}
+        yield
     except (UsageError, MemoryError):
         raise
     except Exception as error:  # the libraries share none
@@ -120,16 +105,30 @@ def _describe(
         ) from error
 
 
-def _load_empty(folder: Path) -> PreTrainedModel:
-    """The model that the Auto classes make of a folder, without weights, tried out on what pruning never runs.
+def _describe(
+    run: RunFolder,
+    folder: Path,
+    dense: DenseModel,
+    plan: list[LayerShape],
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> PreTrainedModel:
+    """Write what a checkpoint has beside its weights, and load it again.
+
+    Returns:
+        The model that the Auto classes make of the folder, without weights.
 
     Raises:
-        Exception: it cannot be made, or fails when it is run.
+        UsageError: the disk is full or fails.
+        Exception: it cannot be made, or not be loaded.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    try_out(model)
-    return model
+    with run.in_words():
+        _write_description(pruned_skeleton(dense.config, plan), dense.model, folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    if tokenizer is not None:
+        AutoTokenizer.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder)
+    return without_weights(lambda: AutoModelForCausalLM.from_config(config))
 
 
 def _write_index(folder: Path, stored: dict[str, StoredWeight], parameters: int) -> None:

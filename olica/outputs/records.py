@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import metadata
 from itertools import chain, count
 from pathlib import Path
@@ -43,6 +44,7 @@ def _version(package: str) -> str | None:
         return None
 
 
+@cache  # the code that runs is that of when it was imported
 def _git_commit() -> str | None:
     """Commit of the source tree that runs, with a mark if it has been changed; None outside a git checkout."""
     try:

@@ -5,14 +5,13 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from ..checks import refuse_pointers
 from ..errors import UsageError
 from ..model.families import FAMILIES
-from ..model.skeleton import count_parameters
+from ..model.skeleton import count_parameters, without_weights
 from .gguf import describe_file, refuse_lost_settings
 from .locate import MODEL_NAMES, PACKAGED_MODEL, PACKAGED_MODEL_NAME, Location
 from .tied_head import holds_another_head
@@ -139,10 +138,10 @@ def count_dense_parameters(location: Location, config: PreTrainedConfig) -> dict
     Raises:
         UsageError: transformers cannot build a model of it.
     """
-    with location.in_words("its configuration describes no model that can be built"), torch.device("meta"):
+    with location.in_words("its configuration describes no model that can be built"):
         if config.num_hidden_layers < 1:
             raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}")
-        return count_parameters(AutoModelForCausalLM.from_config(config))
+        return count_parameters(without_weights(lambda: AutoModelForCausalLM.from_config(config)))
 
 
 def describe_source(location: Location, config: PreTrainedConfig) -> dict:
