@@ -42,15 +42,18 @@ def steps(ridge: float, probes: int) -> Iterator[Step]:
     base = released(OlicaParameters(mlp_num=0), rule=grouped_sparsities)
     whole = plus(PlusParameters(ridge=ridge, probes=probes))
     values, mlp = whole.passes[0][1], ThinnedMLP(released_importance)
-    yield Step("olica-grouped, no corrections", replace(base, passes=((mlp, LowRankQueryKey(), FAST_OND),)))
-    first = (LowRankQueryKey(), FAST_OND)
-    yield Step("+ MLP behind the pruned attention", replace(base, passes=(first, (mlp,))))
+    diagonal, complete = LowRankQueryKey(), LowRankQueryKey(full)
+    yield Step("olica-grouped, no corrections", base)
+    yield Step("+ no channel protected", replace(base, passes=((mlp, diagonal, FAST_OND),)))
+    yield Step("+ MLP behind the pruned attention", replace(base, passes=((diagonal, FAST_OND), (mlp,))))
     mlp = replace(mlp, refit=LeastSquares(ridge))
-    yield Step("+ refit of down_proj", replace(base, passes=(first, (mlp,))))
-    first = (LowRankQueryKey(full), FAST_OND)
-    yield Step("+ whole second moment for queries and keys", replace(base, passes=(first, (mlp,))))
-    yield Step("+ value directions by activations, refit of o_proj", replace(base, passes=((first[0], values), (mlp,))))
-    yield Step("+ sizes by damage, equal in all layers", plus(PlusParameters(ridge, probes, sizes_of="model")))
+    yield Step("+ refit of down_proj", replace(base, passes=((diagonal, FAST_OND), (mlp,))))
+    yield Step("+ whole second moment for queries and keys", replace(base, passes=((complete, FAST_OND), (mlp,))))
+    unfitted = replace(values, refit=None)
+    yield Step("+ value directions by activations", replace(base, passes=((complete, unfitted), (mlp,))))
+    yield Step("+ refit of o_proj", replace(base, passes=((complete, values), (mlp,))))
+    equal = replace(whole, allocate=replace(whole.allocate, is_uniform=True))
+    yield Step("+ sizes by damage, equal in all layers", equal)
     yield Step("+ sizes by damage, for each layer: olica-plus", whole)
 
 
@@ -72,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     budget = Budget(copies.parameters["total"], args.sparsity)
     copies.measure_dense()
     surveys: list[tuple[object, list[Findings]]] = []
-    print(f"{'parameters':>12}  " + "".join(f"{name[:22]:>24}" for name in copies.names()))
+    print(f"{'parameters':>12}  " + "".join(f"{name[:22]:>24}" for name in copies.names))
     for step in steps(args.ridge, args.probes):
         found = next((findings for survey, findings in surveys if survey == step.method.survey), None)
         if found is None:

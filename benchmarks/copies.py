@@ -53,7 +53,11 @@ class Copies:
     """
 
     def __init__(self, kind: str, args: argparse.Namespace):
-        """Open the model that `args` name and draw the calibration set; see `add_flags`."""
+        """Open the model that `args` name and draw the calibration set; see `add_flags`.
+
+        Raises:
+            UsageError: a flag names what cannot be read or written.
+        """
         if args.output_path:
             check_record_path(args.output_path, "--output_path")
         self._path = args.output_path
@@ -97,11 +101,10 @@ class Copies:
         """Of the dense model: `total`, and those of its `decoder_layers`."""
         return self.record["dense"]["parameters"]
 
-    def survey(self, method: Method, budget: Budget | None = None) -> list[Findings]:
-        """The findings of a method, for any budget unless its survey reads the plan."""
-        plan = method.allocate.before_survey(self.sizes, budget) if budget else None
+    def survey(self, method: Method) -> list[Findings]:
+        """The findings of a method whose survey reads no plan."""
         work = Work(DenseModel(self._dense), self._calibration.ids, method, self._options)
-        return survey_layers(work, plan, SurveyProgress())
+        return survey_layers(work, None, SurveyProgress())
 
     def prune_and_measure(self, method: Method, budget: Budget, findings: list[Findings], **about) -> dict:
         """Prune a copy; returns, and adds to the record, what is said `about` it, its sizes and its perplexities."""
@@ -118,6 +121,7 @@ class Copies:
             write_record(self._path, self.record)
         return point
 
+    @property
     def names(self) -> list[str]:
         """The texts that are measured."""
         return list(self._windows)

@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
     check_points(args.points, method, sizes, whole)
     copies.measure_dense()
     findings = copies.survey(method)  # neither the bases nor the ranking of the layers depend on the sizes
-    print(f"{'sparsity':>8}{'query':>8}{'key':>8}{'v/o':>8}{'MLPs':>8}{'parameters':>14}  " + "  ".join(copies.names()))
+    print(f"{'sparsity':>8}{'query':>8}{'key':>8}{'v/o':>8}{'MLPs':>8}{'parameters':>14}  " + "  ".join(copies.names))
     for point in args.points:
         placed, budget = point.in_place_of(method), Budget(whole, point.sparsity)
         shares = placed.allocate.shares(sizes, budget)

@@ -12,6 +12,7 @@ import argparse
 from itertools import combinations
 from os.path import expanduser
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from olica.checks import check_record_path
 from olica.command_line import run_command
 from olica.errors import UsageError
 from olica.machine import BatchSize, pick_device
+from olica.methods.feed_forward import released_importance
 from olica.methods.moments import Moments, diagonal, full
 from olica.methods.refit import LeastSquares
 from olica.methods.thinning import highest
@@ -82,11 +84,11 @@ def remaining(weight: Tensor, kept: Tensor, refitted: Tensor, moment: Tensor) ->
 
 def scores(projections, fitted: list[Moments]) -> Tensor:
     """Importance (F,) of the channels by a mix, as olica-plus ranks them."""
-    inputs = sum(moments[diagonal("mlp_input")] / moments.count for moments in fitted)
-    features = sum(moments[diagonal("intermediate")] / moments.count for moments in fitted)
-    rows = [p.weight.double().square() @ inputs for p in (projections.gate_proj, projections.up_proj)]
-    columns = projections.down_proj.weight.double().square().sum(0) * features
-    return sum(part.sqrt() for part in (*rows, columns))
+    mixed = {
+        statistic: sum(moments[statistic] / moments.count for moments in fitted)
+        for statistic in released_importance.needs
+    }
+    return released_importance(SimpleNamespace(weights=projections, moments=mixed))
 
 
 @torch.no_grad()

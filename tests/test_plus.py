@@ -9,6 +9,7 @@ from conftest import make_llama, pruning_options, seen
 from torch import Tensor
 
 import olica.methods.plus as plus_module
+import olica.pruning.survey as survey_module
 from olica.errors import UsageError
 from olica.machine import BatchSize
 from olica.methods.moments import Moments, diagonal, full
@@ -19,6 +20,7 @@ from olica.methods.value_output import activation_directions, head_blocks
 from olica.model.configuration_olica import LayerShape
 from olica.model.modeling_olica import projections_of
 from olica.model.skeleton import count_parameters
+from olica.pruning.activations import reading_logits
 from olica.pruning.layers import prune_layers
 from olica.pruning.options import Work
 from olica.pruning.progress import Progress, SurveyProgress
@@ -57,6 +59,12 @@ def layer(num_kv_heads, activations):
     moments.update(activations)
     model = make_llama(num_key_value_heads=num_kv_heads).requires_grad_(False)
     return seen(projections_of(model.model.layers[0]), moments, num_kv_heads)
+
+
+@pytest.fixture
+def exact(monkeypatch) -> None:
+    """Curves and bases of second moments as they are, that formulas can be compared with."""
+    monkeypatch.setattr(plus_module, "DEFINITE", RIDGE)
 
 
 def parts_of(ridge: float = RIDGE) -> tuple[QueryKey, ValueOutput, FeedForward]:
@@ -108,7 +116,7 @@ def relative_error(dense: np.ndarray, cut: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("size", [20, 90, 175])
-def test_the_error_of_an_mlp_is_that_of_the_stages_cut(layer, activations, size):
+def test_the_error_of_an_mlp_is_that_of_the_stages_cut(layer, activations, exact, size):
     part = parts_of()[2]
     x = activations["intermediate"].flatten(0, 1).double().numpy()
     weights = part.stage(layer, LayerShape(0, 0, WIDTH, size))
@@ -119,6 +127,27 @@ def test_the_error_of_an_mlp_is_that_of_the_stages_cut(layer, activations, size)
     assert errors.shape == (F + 1,) and errors[0] == pytest.approx(1) and errors[F] == 0
     assert errors[size].item() == pytest.approx(expected, rel=1e-2, abs=1e-5)
     assert torch.equal(weights["gate_proj.weight"], layer.weights.gate_proj.weight[kept])
+
+
+def test_errors_grow_with_what_goes_as_those_of_the_cut_do_at_the_default_ridge(layer, activations, monkeypatch):
+    """The pull of the ridge is no part of them: errors that count it grow too little."""
+    part = parts_of(PlusParameters().ridge)[2]
+    x = activations["intermediate"].flatten(0, 1).double().numpy()
+    dense = x @ layer.weights.down_proj.weight.double().numpy().T
+    tried = part.tried_size(layer.sizes)
+
+    def of_cut(size: int) -> float:
+        shape = LayerShape(0, 0, WIDTH, size)
+        kept = part.stage.kept(layer, shape).numpy()
+        return relative_error(dense, x[:, kept] @ part.stage(layer, shape)["down_proj.weight"].numpy().T)
+
+    curve = part.errors(layer)
+    monkeypatch.setattr(plus_module, "DEFINITE", PlusParameters().ridge)
+    pulled = part.errors(layer)
+    for size in (30, 60):
+        expected = of_cut(size) / of_cut(tried)
+        assert 0.9 * expected < curve[size] / curve[tried] < 2.2 * expected
+        assert pulled[size] / pulled[tried] < 0.8 * expected
 
 
 @pytest.mark.parametrize("rank", [4, 17, 30])
@@ -142,7 +171,7 @@ def test_the_error_of_queries_and_keys_is_that_of_their_factors(layer, activatio
 
 
 @pytest.mark.parametrize("size", [3, 9, 15])
-def test_the_error_of_value_heads_bounds_that_of_the_cut(layer, activations, num_kv_heads, size):
+def test_the_error_of_value_heads_bounds_that_of_the_cut(layer, activations, exact, num_kv_heads, size):
     """The curve lets every head see its own features only; the cut's refit sees those of all."""
     part = parts_of()[1]
     weights = part.stage(layer, part.shape(LayerShape(0, 0, WIDTH, F), layer.sizes, size))
@@ -213,7 +242,7 @@ def test_neighbours_of_deep_models_are_tried_together(monkeypatch):
     for found, expected in zip(damage, ([0.4, 0.2, 0], [1.2, 0.6, 0], [1.0, 0.5, 0]), strict=True):
         torch.testing.assert_close(found["mlp"], torch.tensor(expected))
     nothing = [{"mlp": torch.zeros(3), "mlp_tried": torch.tensor(0.0)} for _ in range(3)]
-    assert all(not found["mlp"].any() for found in survey.complete(nothing, {(0, 0): 0.0, (2, 0): -1e-9}))
+    assert not any(found["mlp"].any() for found in survey.complete(nothing, {(0, 0): 0.0, (2, 0): -1e-9}))
 
 
 @pytest.mark.parametrize(("groups", "layer_groups"), [(4, 1), (2, 2)])
@@ -240,6 +269,53 @@ def test_plans_meet_the_budget(groups, layer_groups, sizes_of, round_to, sparsit
     assert torch.isfinite(model(IDS).logits).all()
 
 
+def test_a_size_that_loses_nothing_says_nothing_of_smaller_ones():
+    """Keys and queries of low rank: what is divided by is rounding."""
+    method = plus(PlusParameters())
+    errors, part = torch.tensor([0.0, 0.4, 1e-16, 0.0]), method.allocate.parts[0]
+    survey = replace(method.survey, parts=(part,))
+    (found,) = survey.complete([{"query_key": errors, "query_key_tried": torch.tensor(1e-16)}], {(0, 0): 1e-9})
+    torch.testing.assert_close(found["query_key"], errors)
+
+
+def test_a_variant_whose_output_is_no_number_is_named(monkeypatch):
+    """As in half precision, where what the dense model computes is still in range."""
+    method, model = plus(PlusParameters(probes=2)), make_llama()
+    advance = survey_module.Probes.advance
+
+    def overflowing(self, index, *arguments):
+        advance(self, index, *arguments)
+        if index == 1:
+            self.states[1, 2][0, 3, 5] = torch.inf
+
+    monkeypatch.setattr(survey_module.Probes, "advance", overflowing)
+    work = Work(DenseModel(model), IDS, method, pruning_options())
+    with pytest.raises(UsageError, match="with another form of layer 1 the model's output is NaN or infinite"):
+        survey_layers(work, None, SurveyProgress())
+
+
+def test_a_ridge_that_is_too_small_is_named():
+    ids = IDS[:1, :4].expand(6, -1)  # four tokens cannot determine a refit
+    work = Work(DenseModel(make_llama()), ids, plus(PlusParameters(ridge=1e-300)), pruning_options())
+    with pytest.raises(UsageError, match="--ridge 1e-300 is too small .* layer 0 the regression on the features"):
+        survey_layers(work, None, SurveyProgress())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_small_damage_is_seen_in_half_precision(tied):
+    """Logits of half precision would round it away."""
+    model = make_llama(tie_word_embeddings=tied).to(torch.bfloat16)
+    states = torch.randn(1, 8, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with reading_logits(DenseModel(model), torch.arange(8), torch.device("cpu")) as logits:
+        found = logits(IDS[:1, :8], states)
+        with torch.no_grad():
+            normed = model.model.norm(states)
+            expected = normed.float() @ model.lm_head.weight.float().T
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected[0])
+    assert model(IDS[:1]).logits.dtype == torch.bfloat16, "the head is as it was"
+
+
 def test_a_layer_whose_parts_do_no_damage_keeps_least():
     sizes = [Sizes(64, 4, 4, 16, F)] * 2
     method = plus(PlusParameters())
@@ -257,7 +333,7 @@ def test_a_budget_below_what_every_part_keeps_is_refused():
     method = plus(PlusParameters())
     whole = sum(layer.layer for layer in sizes)
     method.allocate.before_survey(sizes, Budget(whole, 0.85))
-    with pytest.raises(ValueError, match="10%"):
+    with pytest.raises(ValueError, match="with 10% of every part"):
         method.allocate.before_survey(sizes, Budget(whole, 0.95))
 
 

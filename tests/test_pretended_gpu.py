@@ -289,7 +289,7 @@ def check_final_logits(gpu, monkeypatch) -> None:
     """Of a model on the device, from what lies on the host."""
     model = read_model(locate("./tiny")).to(CUDA)
     ids, states = torch.arange(3, 19).view(1, 16), torch.ones(1, 16, model.config.hidden_size)
-    with reading_logits(DenseModel(model), torch.tensor([3, 7])) as logits:
+    with reading_logits(DenseModel(model), torch.tensor([3, 7]), CUDA) as logits:
         assert logits(ids, states).is_cuda
 
 

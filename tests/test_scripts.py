@@ -317,16 +317,16 @@ def test_the_ablation_adds_part_after_part(owls, tmp_path, capsys):
     run_command(script.build_parser(), script.run, [*owls, *flags, "--sparsity=0.25"])
     record = json.loads((tmp_path / "record.json").read_text())
     points = record["points"]
-    assert [point["step"].split()[0] for point in points] == ["olica-grouped,", *["+"] * 6]
+    assert [point["step"].split()[0] for point in points] == ["olica-grouped,", *["+"] * 8]
     whole = record["dense"]["parameters"]["total"]
     for point in points:
         assert 1 - point["parameters"]["total"] / whole == pytest.approx(0.25, abs=0.01)
     values = [point["perplexity"]["text.txt"]["value"] for point in points]
-    assert len(set(values)) == 7, "every part changes something"
-    assert points[0]["plan"] == points[4]["plan"]
-    same, own = (point["plan"] for point in points[5:])
+    assert len(set(values)) == 9, "every part changes something"
+    assert points[0]["plan"] == points[6]["plan"]
+    same, own = (point["plan"] for point in points[7:])
     assert all(shape == same[0] for shape in same) and any(shape != own[0] for shape in own)
-    assert len(capsys.readouterr().out.splitlines()) == 8
+    assert len(capsys.readouterr().out.splitlines()) == 10
 
 
 def test_refits_are_measured_on_every_text_by_every_mix(owls, tmp_path, capsys):

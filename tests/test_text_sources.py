@@ -607,13 +607,26 @@ def test_a_pointer_of_git_lfs_in_place_of_text(tmp_path):
 
 
 def test_modules_of_pysource_are_those_of_the_library_and_split(tmp_path):
-    for name in ("b.py", "a.py", "c/d.py", "c/e.py", "f.py", "g.py", "c/test/x.py", "site-packages/y.py", "notes.txt"):
+    """What is added moves no other from one split to the other."""
+    names = ["ast.py", "json/encoder.py", "json/decoder.py", "asyncio/tasks.py", "csv.py", "zipfile/_path/glob.py"]
+    others = ["json/tests/test_x.py", "mine.py", "site-packages/y.py", "ast.txt", "_sysconfigdata__x.py"]
+    for name in names + others:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(name)
-    test, train = (source_modules(tmp_path, split) for split in ("test", "train"))
-    assert [str(path.relative_to(tmp_path)) for path in test] == ["a.py", "g.py"]
-    assert [str(path.relative_to(tmp_path)) for path in train] == ["b.py", "c/d.py", "c/e.py", "f.py"]
+
+    def split() -> tuple[list[str], list[str]]:
+        return tuple(
+            [path.relative_to(tmp_path).as_posix() for path in source_modules(tmp_path, name)]
+            for name in ("test", "train")
+        )
+
+    test, train = split()
+    assert sorted(test + train) == sorted(names) and test == sorted(test) and train == sorted(train)
+    for name in ("abc.py", "wave.py", "heapq.py"):
+        (tmp_path / name).write_text("")
+    more = split()
+    assert set(test) <= set(more[0]) and set(train) <= set(more[1])
 
 
 def test_pysource_is_this_pythons_library():

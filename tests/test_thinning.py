@@ -1,5 +1,7 @@
 """Thinning: what stays of a map, how it is refitted, and what is known of the rest."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -64,6 +66,11 @@ def least_squares(dense, kept, moment):
     return torch.from_numpy(weight @ moment[:, kept] @ np.linalg.pinv(moment[np.ix_(kept, kept)], rcond=1e-10)).float()
 
 
+def by_moment(refit, view):
+    """The refit with the second moment that it reads."""
+    return refit and partial(refit, moment=view.moments[full("intermediate")])
+
+
 REFITS = pytest.mark.parametrize("refit", [None, scaled, least_squares])
 
 
@@ -88,7 +95,7 @@ def test_equal_scores_go_in_the_order_of_their_indices():
 @REFITS
 def test_what_is_lost_is_the_difference_of_the_outputs(view, intermediate, refit):
     dense = view.weights.down_proj.weight.detach()
-    thinned = thin(dense, KEPT, refit, view.moments[full("intermediate")])
+    thinned = thin(dense, KEPT, by_moment(refit, view))
     columns, change = thinned.lost()
     x = intermediate.flatten(0, 1).double()
     expected = x @ dense.double().T - x[:, KEPT] @ thinned.weight.double().T
@@ -104,7 +111,7 @@ def test_least_squares_loses_less_than_leaving_what_stays(view, intermediate):
     dense, x = view.weights.down_proj.weight.detach(), intermediate.flatten(0, 1).double()
 
     def error(refit) -> float:
-        columns, change = thin(dense, KEPT, refit, view.moments[full("intermediate")]).lost()
+        columns, change = thin(dense, KEPT, by_moment(refit, view)).lost()
         return (x[:, columns] @ change.T).norm().item()
 
     exact = np.linalg.lstsq(x[:, KEPT].numpy(), (x @ dense.double().T).numpy(), rcond=None)[1].sum() ** 0.5

@@ -4,6 +4,7 @@ D hidden size, F intermediate channels
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -81,9 +82,9 @@ class ThinnedMLP:
         if shape.intermediate_size == down.in_features:
             return {}
         kept = self.kept(layer, shape)
-        moment = layer.moments[full("intermediate")] if self.refit else None
-        thinned = thin(down.weight, kept, self.refit, moment)
-        del moment
+        refit = partial(self.refit, moment=layer.moments[full("intermediate")]) if self.refit else None
+        thinned = thin(down.weight, kept, refit)
+        del refit  # the moment, which is large
         weights = {
             "gate_proj.weight": gate.weight[kept],
             "up_proj.weight": up.weight[kept],

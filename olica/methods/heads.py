@@ -4,6 +4,7 @@ D hidden size, H query heads, K key/value heads, G = H/K, d head width, kept k o
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -74,8 +75,8 @@ class RemovedGroups:
             new[f"{name}.weight"] = projection.weight[rows]
             if projection.bias is not None:
                 new[f"{name}.bias"] = projection.bias[rows]
-        moment = layer.moments[full("heads")] if self.refit else None
-        thinned = thin(weights.o_proj.weight, _rows(kept, query), self.refit, moment)
+        refit = partial(self.refit, moment=layer.moments[full("heads")]) if self.refit else None
+        thinned = thin(weights.o_proj.weight, _rows(kept, query), refit)
         new["o_proj.weight"] = thinned.weight
         new |= together(repair(thinned, layer, shape) for repair in self.repairs)
         if weights.o_proj.bias is not None:

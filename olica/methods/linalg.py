@@ -18,7 +18,16 @@ DOUBLE_BLOCK = 1024
 
 
 class SingularError(ArithmeticError):
-    """A regression whose matrix is singular."""
+    """A regression whose matrix is singular.
+
+    Attributes:
+        inputs: what it is a regression on, in words.
+    """
+
+    def __init__(self, message: str, inputs: str = "the MLP's input (that of gate_proj)"):
+        """See above; the message says which flag is too small."""
+        super().__init__(message)
+        self.inputs = inputs
 
 
 def by_rows(function: Callable[[Tensor], Tensor], matrix: Tensor) -> Tensor:

@@ -14,20 +14,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import kl_div
 
 from ..errors import UsageError
 from ..model.configuration_olica import LayerShape
 from .feed_forward import ThinnedMLP, released_importance
+from .linalg import ROUNDING
 from .moments import DOUBLE, Statistic, full
 from .multiplier import Choice, least_damage, merged
 from .query_key import LowRankQueryKey
 from .recipe import Allocate, Findings, Layer, Method, Stage, TravellingSurvey, Weights, needs_of, workspace_of
 from .refit import LeastSquares, refit_errors, with_ridge
 from .sizes import Budget, Sizes
-from .value_output import NarrowedHeads, activation_directions, head_blocks, in_order, moment_in_basis
+from .value_output import NarrowedHeads, activation_directions, head_blocks, in_order
 
-# Share of its size that a part keeps at least.
+# Share of its size that a part keeps at least: where the multiplier would take all, the error curve is least known.
 LEAST = 0.1
+# What makes second moments definite, in their mean diagonals, where errors are measured and bases chosen. The ridge of
+# refits would be far too much there: its pull would count as error.
+DEFINITE = 0.01
 # Groups of layers that the survey tries, at the most: in deeper models neighbouring layers are tried together.
 MOST_GROUPS = 32
 # Outputs are compared at every so many tokens.
@@ -38,7 +43,7 @@ SIZES_OF = ("layer", "model")
 
 @dataclass(frozen=True)
 class PlusParameters:
-    """What Olica-plus leaves open; `results/choices` has the records by which the defaults were chosen."""
+    """What Olica-plus leaves open."""
 
     ridge: float = field(default=1.0, metadata={"help": "how strongly refits are drawn to the old weights, above 0"})
     probes: int = field(default=4, metadata={"help": "samples on which the damage of sizes is measured"})
@@ -154,14 +159,9 @@ def eigenvalue_tails(weight: Tensor, moment: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ValueOutput(Part):
-    """The width of all value heads of a layer.
-
-    Attributes:
-        ridge: added to the second moments, in their mean diagonals.
-    """
+    """The width of all value heads of a layer."""
 
     stage: NarrowedHeads
-    ridge: float
 
     name = "value_output"
     tried = 0.75
@@ -181,25 +181,20 @@ class ValueOutput(Part):
     def errors(self, layer: Layer) -> Tensor:
         """See `Part`: every query head's map is refitted to its group's leading directions; errors are added up."""
         directions = self.stage.directions(layer)
-        moment = moment_in_basis(layer.moments[full("heads")], directions.features, layer.sizes)
-        blocks = with_ridge(head_blocks(moment, layer.sizes), self.ridge)
+        basis = directions.features[:, None]
+        blocks = with_ridge(basis.mT @ head_blocks(layer.moments[full("heads")], layer.sizes) @ basis, DEFINITE)
         return shares_of_first(refit_errors(directions.output, blocks).sum((0, 1)))
 
     def workspace(self, sizes: Sizes) -> int:
-        """See `Part`: the heads in another basis, their products with factors, and the moment in two bases."""
-        return DOUBLE * (3 * sizes.value_output + 3 * sizes.query_width**2)
+        """See `Part`: the heads in another basis, their products with factors, and the moment."""
+        return DOUBLE * (3 * sizes.value_output + sizes.query_width**2 + 4 * sizes.query_width * sizes.head_dim)
 
 
 @dataclass(frozen=True)
 class FeedForward(Part):
-    """The channels of an MLP.
-
-    Attributes:
-        ridge: added to the second moment, in its mean diagonal.
-    """
+    """The channels of an MLP."""
 
     stage: ThinnedMLP
-    ridge: float
 
     name = "mlp"
     tried = 0.7
@@ -220,7 +215,7 @@ class FeedForward(Part):
     def errors(self, layer: Layer) -> Tensor:
         """See `Part`: down_proj is refitted to the channels with the highest scores."""
         order = self.stage.importance(layer).argsort(stable=True).flip(0)
-        moment = with_ridge(layer.moments[full("intermediate")][order[:, None], order], self.ridge)
+        moment = with_ridge(layer.moments[full("intermediate")][order[:, None], order], DEFINITE)
         return shares_of_first(refit_errors(layer.weights.down_proj.weight[:, order], moment))
 
     def workspace(self, sizes: Sizes) -> int:
@@ -231,7 +226,7 @@ class FeedForward(Part):
 def divergence(dense: Tensor, changed: Tensor) -> float:
     """Mean over the tokens of KL(dense || changed), in nats, of logits (tokens, V)."""
     expected, found = (logits.double().log_softmax(-1) for logits in (dense, changed))
-    return (expected.exp() * (expected - found)).sum(-1).mean().item()
+    return kl_div(found, expected, reduction="batchmean", log_target=True).item()
 
 
 @dataclass(frozen=True)
@@ -297,7 +292,8 @@ class DamageSurvey(TravellingSurvey):
             for first in range(0, layers, size):
                 group = range(first, min(first + size, layers))
                 tried = sum(findings[index][f"{part.name}_tried"].item() for index in group)
-                per_error = max(compared[first, number], 0.0) / tried if tried else 0.0
+                # Where nothing was lost nothing was measured: a part that loses all counts as one nat then.
+                per_error = max(compared[first, number], 0.0) / tried if tried > ROUNDING else 1.0
                 for index in group:
                     completed[index][part.name] = per_error * findings[index][part.name]
         return completed
@@ -327,7 +323,7 @@ class LeastDamage(Allocate):
             part.parameters(layer, part.candidates(layer, budget.round_to)[0]) for layer, part in self._all(sizes)
         ]
         if sum(fewest) > self._left(sizes, budget):
-            raise ValueError(f"a part of every layer would keep less than {LEAST:.0%} of its size")
+            raise ValueError(f"with {LEAST:.0%} of every part, in steps of --round_to, more is left than is to be")
 
     def __call__(self, sizes: list[Sizes], budget: Budget, findings: list[Findings]) -> list[LayerShape]:
         """See `Allocate`."""
@@ -368,8 +364,8 @@ def plus(parameters: PlusParameters) -> Method:
     refit = LeastSquares(parameters.ridge)
     parts = (
         QueryKey(LowRankQueryKey(full)),
-        ValueOutput(NarrowedHeads(activation_directions(parameters.ridge), in_order, refit), parameters.ridge),
-        FeedForward(ThinnedMLP(released_importance, refit=refit), parameters.ridge),
+        ValueOutput(NarrowedHeads(activation_directions(DEFINITE), in_order, refit, rotates_whole=False)),
+        FeedForward(ThinnedMLP(released_importance, refit=refit)),
     )
     query_key, value_output, mlp = (part.stage for part in parts)
     return Method(

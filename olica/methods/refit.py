@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .linalg import SingularError
 from .moments import DOUBLE
 
 
@@ -62,13 +63,21 @@ class LeastSquares:
     ridge: float
 
     def workspace(self, outputs: int, features: int, kept: int) -> int:
-        """See `Refit`: C_KK and its factor, and W twice."""
-        return DOUBLE * (2 * kept**2 + 2 * outputs * features)
+        """See `Refit`: C_KK and its factor; W_P, its product with C, and what is kept of that."""
+        return DOUBLE * (2 * kept**2 + 3 * outputs * features)
 
     def __call__(self, dense: Tensor, kept: Tensor, moment: Tensor) -> Tensor:
-        """See `Refit`; float64."""
+        """See `Refit`; float64.
+
+        Raises:
+            SingularError: the ridge is too small.
+        """
         gone = dense.double().index_fill(1, kept, 0.0)  # W_P, zeros in place of W_K
         explained = (gone @ moment.double())[:, kept]  # W_P C_PK
         del gone
-        factor = torch.linalg.cholesky(with_ridge(moment[kept[:, None], kept], self.ridge))
+        factor, fault = torch.linalg.cholesky_ex(with_ridge(moment[kept[:, None], kept], self.ridge))
+        if fault:
+            raise SingularError(
+                f"--ridge {self.ridge:g} is too small for the calibration set", "the features that stay"
+            )
         return dense[:, kept].double() + torch.cholesky_solve(explained.T, factor).T

@@ -4,6 +4,7 @@ Channels of an MLP, directions of a value head and whole heads are all columns o
 What stays is chosen by a score, W may be refitted on it, and what W lost is repaired from the moments of its input.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +14,6 @@ from torch import Tensor
 from ..model.configuration_olica import LayerShape
 from .moments import DOUBLE, Needing, Statistic
 from .recipe import Layer, Weights
-from .refit import Refit
 from .sizes import Sizes
 
 
@@ -68,12 +68,10 @@ class Thinned:
         return gone, self.dense[:, gone].double()
 
 
-def thin(dense: Tensor, kept: Tensor, refit: Refit | None = None, moment: Tensor | None = None) -> Thinned:
-    """Keep the columns `kept` (k,) of W (O, f), as they are, or refitted by the second moment (f, f) of its input."""
-    if refit is None:
-        return Thinned(dense, kept, dense[:, kept], is_refitted=False)
-    assert moment is not None, "a refit reads the moment"
-    return Thinned(dense, kept, refit(dense, kept, moment), is_refitted=True)
+def thin(dense: Tensor, kept: Tensor, refit: Callable[[Tensor, Tensor], Tensor] | None = None) -> Thinned:
+    """Keep the columns `kept` (k,) of W (O, f), as they are, or as `refit`, given both, makes them (O, k)."""
+    weight = dense[:, kept] if refit is None else refit(dense, kept)
+    return Thinned(dense, kept, weight, refit is not None)
 
 
 class Repair(Protocol):

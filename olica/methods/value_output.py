@@ -8,6 +8,7 @@ the others are dropped. With grouped-query attention a key/value head is read by
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -98,7 +99,8 @@ def activation_directions(ridge: float) -> Needing[[Layer], Directions]:
     refitted to N^T z, are L^-T V, V the r leading eigenvectors of L^T B L. The basis is orthogonal, and its first r
     directions span the same space for every r: Q of N = Q R. Exact where heads are plain.
 
-    `ridge` is added to A, in its mean diagonals.
+    Args:
+        ridge: what is added to A, in its mean diagonals: enough to make it definite.
     """
 
     @needs(full("heads"))
@@ -169,11 +171,13 @@ class NarrowedHeads:
         directions: layer -> the heads in the basis whose directions are to be dropped.
         importance: (layer, directions) -> (K, d).
         refit: of `o_proj`, over the features of all heads; None leaves the columns that stay as they are.
+        rotates_whole: whether heads that lose nothing are put into the basis too, as the released code does.
     """
 
     directions: Needing[[Layer], Directions]
     importance: Needing[[Layer, Directions], Tensor]
     refit: Refit | None = None
+    rotates_whole: bool = True
 
     about = "v_proj and o_proj"
 
@@ -183,12 +187,12 @@ class NarrowedHeads:
         return self.directions.needs | self.importance.needs | refit
 
     def workspace(self, sizes: Sizes, shape: LayerShape) -> int:
-        """See `Stage`: both projections, and both again in the basis; the moment for a refit, in two bases."""
+        """See `Stage`: both projections, and again in the basis; for a refit the moment, in two bases and between."""
         bases = DOUBLE * 2 * sizes.value_output
         if self.refit is None:
             return bases
         refit = self.refit.workspace(sizes.hidden_size, sizes.query_width, sizes.num_heads * shape.v_head_dim)
-        return bases + DOUBLE * 2 * sizes.query_width**2 + refit
+        return bases + DOUBLE * 3 * sizes.query_width**2 + refit
 
     def __call__(self, layer: Layer, shape: LayerShape) -> Weights:
         """Put every value head into its basis and keep its most important `shape.v_head_dim` directions.
@@ -197,6 +201,8 @@ class NarrowedHeads:
             Weights and biases of `v_proj` and `o_proj`; where heads keep their width, rotated, and nothing dropped.
         """
         sizes = layer.sizes
+        if shape.v_head_dim == sizes.head_dim and not self.rotates_whole:
+            return {}
         directions = self.directions(layer)
         value, features = directions.value, directions.features
         output = directions.output.flatten(0, 1).movedim(0, 1).flatten(1)  # (D, H d)
@@ -210,8 +216,10 @@ class NarrowedHeads:
             turned_bias = None if turned_bias is None else turned_bias.gather(-1, kept)
             heads = torch.arange(sizes.num_heads, device=kept.device) * sizes.head_dim
             columns = (heads[:, None] + kept.repeat_interleave(sizes.groups, 0)).flatten()  # (H v,)
-            moment = moment_in_basis(layer.moments[full("heads")], features, sizes) if self.refit else None
-            output = thin(output, columns, self.refit, moment).weight
+            refit = None
+            if self.refit:
+                refit = partial(self.refit, moment=moment_in_basis(layer.moments[full("heads")], features, sizes))
+            output = thin(output, columns, refit).weight
         pruned = {"v_proj.weight": value.flatten(0, 1), "o_proj.weight": output}
         if turned_bias is not None:
             pruned["v_proj.bias"] = turned_bias.flatten()
@@ -222,8 +230,12 @@ class NarrowedHeads:
 
 def moment_in_basis(moment: Tensor, features: Tensor, sizes: Sizes) -> Tensor:
     """Second moment (H d, H d) of all heads' features in the basis `features` (K, d, d), from what it is (H d, H d)."""
-    basis = torch.block_diag(*features.repeat_interleave(sizes.groups, 0))
-    return basis.T @ moment @ basis
+    basis = features.repeat_interleave(sizes.groups, 0)  # (H, d, d)
+
+    def turned(rows: Tensor) -> Tensor:
+        return (basis.mT @ rows.unflatten(0, (sizes.num_heads, -1))).flatten(0, 1)
+
+    return turned(turned(moment).T).T
 
 
 def head_blocks(moment: Tensor, sizes: Sizes) -> Tensor:

@@ -12,11 +12,15 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from ..machine import BatchSize
 from ..methods.moments import TAPS, Moments
 from ..model.modeling_olica import projections_of
 from ..sources.dense_model import DenseModel
+
+# Rows of the head that are in single precision at a time.
+HEAD_ROWS = 8192
 
 
 class _SeenEnough(Exception):
@@ -60,19 +64,34 @@ def _pass_through(layers: nn.ModuleList) -> Iterator[tuple[list[Tensor], list[di
 
 
 @contextmanager
-def reading_logits(dense: DenseModel, positions: Tensor) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
-    """Yields (ids (1, T), states (1, T, D) behind the last decoder layer) -> logits (P, V) at `positions` (P,)."""
+def reading_logits(
+    dense: DenseModel, positions: Tensor, device: torch.device
+) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+    """Yields (ids (1, T), states (1, T, D) behind the last decoder layer) -> logits (P, V) at `positions` (P,).
+
+    They are in single precision, of weights as they are, since differences of small changes sink in the rounding of
+    half precision; the head works on `device`.
+    """
     with dense.surroundings(), torch.no_grad():
-        device = dense.decoder.embed_tokens.weight.device
+        home, head = dense.decoder.embed_tokens.weight.device, dense.model.get_output_embeddings()
+
+        def project(hidden: Tensor) -> Tensor:
+            single, bias = hidden.to(device).float(), getattr(head, "bias", None)
+            products = [linear(single, rows.to(device).float()) for rows in head.weight.split(HEAD_ROWS)]
+            return torch.cat(products, -1) if bias is None else torch.cat(products, -1) + bias.to(device).float()
 
         def logits(ids: Tensor, states: Tensor) -> Tensor:
             def forward(index: int, hidden_states: Tensor, **_) -> Tensor:
-                return states.to(device) if index == 0 else hidden_states
+                return states.to(home) if index == 0 else hidden_states
 
             with _in_place_of(dense.decoder.layers, forward):
-                return dense.model(ids.to(device), use_cache=False, logits_to_keep=positions).logits[0]
+                return dense.model(ids.to(home), use_cache=False, logits_to_keep=positions).logits[0]
 
-        yield logits
+        head.forward = project
+        try:
+            yield logits
+        finally:
+            del head.forward
 
 
 def _to_device(value, device):

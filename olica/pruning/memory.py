@@ -32,7 +32,8 @@ class Demand:
     Attributes:
         embedding: the largest weight beside the decoder layers.
         layer: a dense decoder layer.
-        states: the hidden states of the calibration set; twice where those that leave a dense layer are kept apart.
+        states: the hidden states of the calibration set, twice where those that leave a dense layer are kept apart; and
+            those of variants that travel.
         survey, prune: sums, activations of a batch and work of the stages of these passes, at their peak.
     """
 
@@ -83,7 +84,7 @@ def estimate(task: Task, options: PruningOptions) -> Demand:
     return Demand(
         embedding=task.config.vocab_size * task.config.hidden_size * task.itemsize,
         layer=task.sizes.layer * task.itemsize,
-        states=task.states * (2 if is_kept_twice else 1) if streams(task) else 0,
+        states=task.states * (2 if is_kept_twice else 1) + _travelling(task) if streams(task) else 0,
         survey=max(_survey(task, shape, tokens) for shape in task.shapes),
         prune=max(_cut(task, shape, tokens) for shape in task.shapes),
     )
@@ -102,21 +103,27 @@ def _survey(task: Task, shape: LayerShape, tokens: int) -> int:
         return 0
     needs = frozenset().union(*(survey.needs(index, layers) for index in range(layers)))
     batch = tokens * _per_token(task, needs) if needs else 0
-    return _travelling(task) + _sums(task, needs) + max(batch, survey.workspace(task.sizes, shape))
+    return _sums(task, needs) + max(batch, survey.workspace(task.sizes, shape), _trials(task))
 
 
 def _travelling(task: Task) -> int:
-    """Bytes of variants: their states, and their weights when they begin or the logits of two when they end."""
+    """Bytes of the hidden states of all variants that travel to the end of the model."""
+    survey, layers = task.method.survey, task.config.num_hidden_layers
+    if not isinstance(survey, TravellingSurvey):
+        return 0
+    variants = survey.most_variants * ceil(layers / survey.group_size(layers))
+    samples, tokens = min(survey.samples, task.ids_shape[0]), task.ids_shape[1]
+    return variants * samples * tokens * task.config.hidden_size * task.itemsize
+
+
+def _trials(task: Task) -> int:
+    """Bytes of the weights of a layer's variants, or of the logits of a sample when they are compared."""
     survey = task.method.survey
     if not isinstance(survey, TravellingSurvey):
         return 0
-    layers, tokens = task.config.num_hidden_layers, task.ids_shape[1]
-    travelling = survey.most_variants * ceil(layers / survey.group_size(layers)) * survey.samples
-    states = travelling * tokens * task.config.hidden_size * task.itemsize
-    # The weights of a layer's variants; logits of a sample in the model's precision, compared in double precision.
-    weights = DOUBLE * task.sizes.layer
-    logits = tokens // survey.stride * task.config.vocab_size * 2 * (task.itemsize + DOUBLE)
-    return states + max(weights, logits)
+    # Two in single precision, and what is made of them in double precision.
+    logits = task.ids_shape[1] // survey.stride * task.config.vocab_size * (2 * SINGLE + 4 * DOUBLE)
+    return max(DOUBLE * task.sizes.layer, logits)
 
 
 def _cut(task: Task, shape: LayerShape, tokens: int) -> int:

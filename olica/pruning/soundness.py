@@ -27,6 +27,14 @@ def check_finite(moments: Moments, index: int, dtype: torch.dtype) -> None:
         raise UsageError(f"in layer {index} the activations at the {places} are NaN or infinite; {_wider(dtype)}")
 
 
+def check_trial(states: Tensor, layers: range) -> None:
+    """Raise UsageError if `states` (n, T, D), those of a model with another form of `layers`, are NaN or infinite."""
+    if not all_finite(states):
+        tried = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
+        wider = _wider(states.dtype)
+        raise UsageError(f"with another form of {tried} the model's output is NaN or infinite; {wider}")
+
+
 @contextmanager
 def solvable(index: int, projections: str) -> Iterator[None]:
     """Say in which layer, and of which projections, a fit is too weakly regularised or a decomposition fails."""
@@ -34,8 +42,8 @@ def solvable(index: int, projections: str) -> Iterator[None]:
         yield
     except SingularError as error:
         raise UsageError(
-            f"{error}: in layer {index} the regression on the MLP's input (that of gate_proj) is singular; raise it, "
-            "or --num_samples, unless that input is always zero"
+            f"{error}: in layer {index} the regression on {error.inputs} is singular; raise it, or --num_samples, "
+            "unless that input is always zero"
         ) from error
     except torch.linalg.LinAlgError as error:
         raise UsageError(

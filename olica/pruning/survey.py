@@ -15,7 +15,7 @@ from .activations import calibrate, enter_layers, propagate, reading_logits
 from .cutting import as_seen, put
 from .options import Work
 from .progress import Surveyed, SurveyProgress
-from .soundness import cast_weights, check_finite, solvable
+from .soundness import cast_weights, check_finite, check_trial, solvable
 
 
 @torch.no_grad()
@@ -49,7 +49,7 @@ def survey_layers(work: Work, plan: list[LayerShape] | None, progress: SurveyPro
         hidden, calls = enter_layers(dense, work.calibration_ids, hidden, options.cache_device)
     for index, layer in dense.layers(options.device, "survey", first=len(found)):
         last, shape = index + 1 == layers, None if plan is None else plan[index]
-        entering = hidden[probes.rows] if probes else None
+        entering = hidden[probes.rows] if probes and probes.begins(index) else None
         moments = Moments(needs[index], dense.config.num_attention_heads)
         if is_streaming:
             # The states behind the last layer are those of the dense model, which variants are compared with.
@@ -83,18 +83,22 @@ class Probes:
     def __init__(self, survey: TravellingSurvey, work: Work, states: dict[tuple[int, int], Tensor]):
         self.states = {key: state.to(work.options.cache_device) for key, state in states.items()}
         self._survey, self._dense, self._options = survey, work.dense, work.options
+        self._group = survey.group_size(work.dense.config.num_hidden_layers)
         samples = len(work.calibration_ids)
         number = min(survey.samples, samples)
         self.rows = torch.arange(number) * samples // number
         self._ids = work.calibration_ids[self.rows]
 
-    def advance(self, index: int, layer: nn.Module, call: dict, variants: list, entering: Tensor) -> None:
+    def begins(self, index: int) -> bool:
+        """Whether the layer is the first of a group."""
+        return index % self._group == 0
+
+    def advance(self, index: int, layer: nn.Module, call: dict, variants: list, entering: Tensor | None) -> None:
         """Send the variants of other groups through the dense layer `index`, and those of its own through its variants.
 
-        `entering` (n, T, D) are the states that enter the dense layer; the first of a group begins with them.
+        `entering` (n, T, D) are the states that enter the first layer of a group.
         """
-        config, batch_size = self._dense.config, self._options.batch_size
-        first = index - index % self._survey.group_size(config.num_hidden_layers)
+        config, batch_size, first = self._dense.config, self._options.batch_size, index - index % self._group
         for (other, _), state in self.states.items():
             if other != first:
                 propagate(layer, state, call, batch_size)
@@ -102,15 +106,17 @@ class Probes:
         for number, (shape, weights) in enumerate(variants):
             variant = copy.deepcopy(layer, dict(shared))  # its modules are its own, but for what is replaced no weight
             put(variant, config, shape, cast_weights(weights, index, next(layer.parameters())))
-            state = self.states.setdefault((first, number), entering.clone())
-            propagate(variant, state, call, batch_size)
+            if index == first:
+                self.states[first, number] = entering.clone()
+            propagate(variant, self.states[first, number], call, batch_size)
 
     def complete(self, found: list[Findings], hidden: Tensor) -> list[Findings]:
         """The findings, completed by how far the logits of all variants are from those of the dense model."""
-        survey, compared = self._survey, dict.fromkeys(self.states, 0.0)
-        tokens = self._ids.shape[1]
+        survey, compared, tokens = self._survey, dict.fromkeys(self.states, 0.0), self._ids.shape[1]
+        for (first, _), state in self.states.items():
+            check_trial(state, range(len(found))[first : first + self._group])
         positions = torch.arange(min(survey.stride, tokens) - 1, tokens, survey.stride)
-        with reading_logits(self._dense, positions) as logits:
+        with reading_logits(self._dense, positions, self._options.device) as logits:
             for number, (row, sample) in enumerate(zip(self.rows.tolist(), self._ids.split(1), strict=True)):
                 dense = logits(sample, hidden[row : row + 1])
                 for key, state in self.states.items():

@@ -7,6 +7,7 @@ Splits: "train" is what calibrates, "test" is what measures.
 import hashlib
 import platform
 import re
+import sys
 import sysconfig
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -19,8 +20,8 @@ from ..errors import UsageError
 from .text_files import Rows, format_of, reading, rows_at, rows_of
 
 PYDOC, PYSOURCE = "pydoc", "pysource"
-# Passages of CPython's help have so many characters or more. Every so many-th of its topics, and of its modules, is
-# held back to measure on.
+# Passages of CPython's help have so many characters or more. One in so many help topics, and one in as many modules of
+# its library, is held back to measure on.
 PASSAGE_CHARACTERS = 1000
 HELD_BACK_EVERY = 5
 
@@ -137,14 +138,22 @@ def _pysource_rows(split: str, flag: str) -> Rows:
 
 
 def source_modules(folder: Path, split: str) -> list[Path]:
-    """Modules of Python's library below `folder`, but for tests and installed packages, in order of their paths.
+    """Modules of Python's library in `folder`, but for tests, in order of their paths.
 
-    "test" is every fifth, "train" the others.
+    One in five is "test", by the digest of its path, the others are "train": what one version adds moves no other.
     """
-    left_out = {"test", "tests", "idle_test", "pydoc_data", "site-packages", "dist-packages", "__pycache__"}
-    paths = sorted(path for path in folder.rglob("*.py") if not left_out & {*path.relative_to(folder).parts})
-    is_held_back = [number % HELD_BACK_EVERY == 0 for number in range(len(paths))]
-    return [path for path, held_back in zip(paths, is_held_back, strict=True) if held_back == (split == "test")]
+    left_out = {"test", "tests", "idle_test", "pydoc_data", "__pycache__"}
+    kept, names = [], sys.stdlib_module_names
+    paths = [folder / f"{name}.py" for name in names]
+    paths += [path for name in names for path in (folder / name).rglob("*.py")]
+    for path in sorted(path for path in paths if path.is_file()):
+        name = path.relative_to(folder)
+        digest = hashlib.sha256(name.as_posix().encode()).digest()
+        is_generated = name.name.startswith("_sysconfigdata")  # by how this Python was built
+        is_held_back = int.from_bytes(digest[:4]) % HELD_BACK_EVERY == 0
+        if not (left_out & {*name.parts} or is_generated) and is_held_back == (split == "test"):
+            kept.append(path)
+    return kept
 
 
 def _python_rows(name: str, part: str, texts: list[str]) -> Rows:
