@@ -10,7 +10,7 @@ from dataclasses import fields
 from os.path import expanduser
 
 from olica.command_line import run_command
-from olica.jobs import Job, Settings, describe, prepare, settings_of
+from olica.jobs import DEVICES, Job, Settings, describe, prepare, settings_of
 from olica.methods.allocation import describe_plan
 from olica.methods.recipes import RECIPES, recipe_name
 from olica.model.configuration_olica import LayerShape
@@ -65,9 +65,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(group, "round_to", type=int, help="make sizes multiples of this, which some kernels run faster; 1: off")
     add_parameters(parser)
     group = parser.add_argument_group("machine")
-    devices = ["auto", "cpu", "cuda"]
-    add(group, "device", choices=devices, help="where layers run; auto: a GPU if there is one")
-    add(group, "cache_dev", choices=devices, help="where hidden states live; auto: where layers run")
+    add(group, "device", choices=DEVICES, help="where layers run; auto: a GPU if there is one")
+    add(group, "cache_dev", choices=DEVICES, help="where hidden states live; auto: where layers run")
     add(group, "batch_size", type=batch_size, help="samples that go through a layer at a time; auto: what fits")
     group = parser.add_argument_group("output")
     add(group, "save_dir", type=expanduser, help="folder that receives the checkpoint's folder")

@@ -13,6 +13,7 @@ from copies import Copies, add_flags
 
 import olica_stopping
 from olica.command_line import run_command
+from olica.errors import UsageError
 from olica.methods.feed_forward import ThinnedMLP, released_importance
 from olica.methods.moments import full
 from olica.methods.olica import FAST_OND, OlicaParameters, released
@@ -73,6 +74,11 @@ def run(args: argparse.Namespace) -> None:
     """Prune a copy in every step and print its perplexities."""
     copies = Copies("ablation", args)
     budget = Budget(copies.parameters["total"], args.sparsity)
+    for step in steps(args.ridge, args.probes):
+        try:
+            step.method.allocate.before_survey(copies.sizes, budget)
+        except ValueError as error:
+            raise UsageError(f"--sparsity {args.sparsity:g}: {step.about}: {error}") from error
     copies.measure_dense()
     surveys: list[tuple[object, list[Findings]]] = []
     print(f"{'parameters':>12}  " + "".join(f"{name[:22]:>24}" for name in copies.names))

@@ -96,6 +96,10 @@ def run(args: argparse.Namespace) -> None:
     """Stream all texts through the dense layers together, and fit and measure in each."""
     if args.output_path:
         check_record_path(args.output_path, "--output_path")
+    if not 0 < args.share < 1:
+        raise UsageError(f"--share {args.share:g} is outside (0, 1)")
+    if min(args.ridges) <= 0:
+        raise UsageError("--ridges must be above 0")
     location, device = locate(args.base_model), pick_device(args.device)
     config, tokenizer = read_config(location), read_tokenizer(location)
     refuse_unprunable(config, location)

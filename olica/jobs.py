@@ -29,6 +29,7 @@ from .sources.weights import DTYPES, bytes_per_weight
 
 # Settings that may begin with ~.
 PATHS = ("base_model", "data_dir", "save_dir")
+DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,11 @@ class Settings:
             if kind in (int, float, str) and not (f.name == "batch_size" and self.batch_size == "auto"):
                 value = as_kind(f.name, getattr(self, f.name), kind)
                 object.__setattr__(self, f.name, expanduser(value) if f.name in PATHS else value)
+        if not isinstance(self.overwrite, bool):
+            raise UsageError(f"--overwrite {self.overwrite}: give True or False")
+        for name in ("device", "cache_dev"):
+            if getattr(self, name) not in DEVICES:
+                raise UsageError(f"--{name} {getattr(self, name)} is none of {', '.join(DEVICES)}")
         if self.recipe not in RECIPES:
             raise UsageError(f"--recipe {self.recipe} is none of {', '.join(RECIPES)}")
         if not 0 <= self.sparsity < 1:
@@ -177,7 +183,11 @@ def prepare(settings: Settings, sparsities: Sequence[float]) -> list[Job]:
     """
     if not sparsities:
         raise UsageError("--sparsity: give a share, or several joined by commas")
-    return [_prepare(replace(settings, sparsity=sparsity)) for sparsity in sparsities]
+    jobs = [_prepare(replace(settings, sparsity=sparsity)) for sparsity in sparsities]
+    folders = [job.folder for job in jobs]
+    if twice := next((folder for folder in folders if folders.count(folder) > 1), None):
+        raise UsageError(f"--sparsity: two of them would be {twice}")
+    return jobs
 
 
 def _prepare(settings: Settings) -> Job:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
+from transformers.utils import CONFIG_NAME
 
 from .checks import as_kind
 from .errors import UsageError, memory_in_words
@@ -82,8 +83,9 @@ def prune(
     Raises:
         UsageError: wrong input, or too little memory or disk; the message says what to do.
     """
-    wanted = {name: as_kind(name, value, str) for name, value in {"base_model": model, "save_dir": save_dir}.items()}
-    wanted |= {"datasets": datasets, "recipe": recipe_name(recipe)}
+    texts = {"base_model": model, "save_dir": save_dir, "recipe": recipe}
+    wanted = {name: as_kind(name, value, str) for name, value in texts.items()} | {"datasets": datasets}
+    wanted["recipe"] = recipe_name(wanted["recipe"])
     several = isinstance(sparsity, Sequence) and not isinstance(sparsity, str)
     done = run_all(prepare(settings_of(wanted | settings), sparsity if several else [sparsity]))
     return [*done] if several else next(done)
@@ -104,6 +106,7 @@ def _finished(job: Job) -> Pruned | None:
     calibration = draw_calibration_set(job.settings, read_tokenizer(job.location), job.config)
     is_same = record["identity"] == identity.digest_of(_identity(job, calibration))
     is_whole = folder_weight_bytes(job.folder) == record["weight_bytes_on_disk"]
+    is_whole &= (job.folder / CONFIG_NAME).is_file()
     if not (is_same and is_whole):
         return None
     return Pruned(job.folder, [LayerShape(**shape) for shape in record["plan"]], record)

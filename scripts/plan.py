@@ -14,6 +14,8 @@ from olica.errors import UsageError
 from olica.outputs.records import read_pruning_record
 from olica.report.plots import plan
 
+FORMATS = (".png", ".svg", ".pdf")
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of this script."""
@@ -29,6 +31,8 @@ def run(args: argparse.Namespace) -> None:
     if record is None or not (args.folder / "config.json").is_file():
         raise UsageError(f"{args.folder} lacks the record of a pruning, or a config.json")
     path = args.output_path or args.folder / "plan.png"
+    if path.suffix not in FORMATS:
+        raise UsageError(f"--output_path {path}: give a name that ends in {', '.join(FORMATS)}")
     check_record_path(path, "--output_path")
     hidden = json.loads((args.folder / "config.json").read_text())["hidden_size"]
     plan(record, hidden).savefig(path)

@@ -19,7 +19,9 @@ memory and stopped runs in [robustness](robustness.md), the methods in [recipes]
 
 
 def shown(value: object) -> str:
-    """A default or a choice as a table shows it: switches are off, what is not given is none."""
+    """A default or a choice as a table shows it: switches are off, what is not given is none, or the recipe's."""
+    if value == argparse.SUPPRESS:
+        return "the recipe's"
     if value is None or value == "":
         return "none"
     return "off" if value is False else f"`{value}`"

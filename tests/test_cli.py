@@ -427,7 +427,8 @@ def test_wrong_input_to_pruning(here, capsys, flags, words):
         ("batch_size", "x"), ("batch_size", 2.5), ("batch_size", None), ("sparsity", "x"), ("sparsity", [0.2, "x"]),
         ("sparsity", None), ("sparsity", True), ("k", "x"), ("k", [3.0]), ("mlp_num", "3.5"), ("mlp_num", 1.5),
         ("percdamp", None), ("num_samples", "six"), ("seqlen", None), ("round_to", True),
-        ("save_dir", 3), ("save_dir", None),
+        ("save_dir", 3), ("save_dir", None), ("overwrite", "no"), ("device", "gpu"), ("recipe", ["flap"]),
+        ("sparsity", [0.2, 0.20000001]),
     ],
 )  # fmt: skip
 def test_values_of_another_type_are_refused_by_their_flag(here, name, value):

@@ -62,6 +62,14 @@ def test_what_steps_leave_of_the_budget_is_spent():
     assert least_damage([coarse, steep], 104.5) == [1, 4]
 
 
+def test_what_does_no_damage_is_kept_as_far_as_the_budget_goes():
+    harmless = Choice([*range(1, 11)], torch.arange(1.0, 11), torch.zeros(10))
+    dear = Choice([*range(1, 11)], torch.arange(1.0, 11), torch.arange(9.0, -1, -1))
+    assert least_damage([harmless, dear], 17.0) == [7, 10]
+    assert least_damage([harmless, dear], 9.5) == [1, 8]
+    assert least_damage([harmless, harmless], 20.0) == [10, 10]
+
+
 def test_a_budget_below_the_smallest_sizes_is_refused():
     part = Choice([3, 4], torch.tensor([3.0, 4.0]), torch.tensor([1.0, 0.0]))
     assert least_damage([part, part], 6.0) == [3, 3]

@@ -12,6 +12,7 @@ import olica.methods.plus as plus_module
 import olica.pruning.survey as survey_module
 from olica.errors import UsageError
 from olica.machine import BatchSize
+from olica.methods.allocation import attention_parameters
 from olica.methods.moments import Moments, diagonal, full
 from olica.methods.plus import FeedForward, PlusParameters, QueryKey, ValueOutput, divergence, plus
 from olica.methods.recipes import RECIPES
@@ -316,16 +317,21 @@ def test_small_damage_is_seen_in_half_precision(tied):
     assert model(IDS[:1]).logits.dtype == torch.bfloat16, "the head is as it was"
 
 
-def test_a_layer_whose_parts_do_no_damage_keeps_least():
+def test_a_layer_whose_parts_do_no_damage_loses_all_that_goes():
     sizes = [Sizes(64, 4, 4, 16, F)] * 2
     method = plus(PlusParameters())
     curves = {"query_key": torch.linspace(1, 0, 65), "value_output": torch.linspace(1, 0, 17)}
     curves |= {"mlp": torch.linspace(1, 0, F + 1)}
     curves["query_key"][0] = 0
     harmless = {name: torch.zeros_like(curve) for name, curve in curves.items()}
-    first, second = method.allocate(sizes, Budget(100_000, 0.35), [harmless, curves])
-    assert first == LayerShape(7, 7, 2, 18)
-    assert second.intermediate_size > 100
+    whole = sum(layer.layer for layer in sizes)
+    for sparsity in (0.02, 0.1, 0.3):
+        first, second = method.allocate(sizes, Budget(whole, sparsity), [harmless, curves])
+        assert second == LayerShape(0, 0, WIDTH, F)
+        left = attention_parameters(sizes[0], first) + 3 * 64 * first.intermediate_size
+        assert 0 <= sizes[0].layer - left - sparsity * whole < 3 * 64
+    first, second = method.allocate(sizes, Budget(whole, 0.6), [harmless, curves])
+    assert first == LayerShape(7, 7, 2, 18) and second.intermediate_size > 18
 
 
 def test_a_budget_below_what_every_part_keeps_is_refused():

@@ -136,7 +136,9 @@ def find_models(asked: EvaluationSettings) -> dict[str, Location]:
         found_by = {"sparsity": asked.sparsity, "sparsity_of": asked.sparsity_of}
         folder = checkpoint_folder(asked.save_dir, base.label, **found_by)
         if not folder.is_dir():
-            raise UsageError(f"--save_dir: there is no {folder}; prune the model first, or name one with --checkpoint")
+            others = ", ".join(str(other) for other in sorted(folder.parent.glob(f"{folder.name}_*")))
+            remedy = f"name one with --checkpoint: {others}" if others else "prune the model first"
+            raise UsageError(f"--save_dir: there is no {folder}; {remedy}, or name another with --checkpoint")
         measured = locate(str(folder), "--save_dir")
     record = records.read_pruning_record(measured.path)
     if base and record and records.has_former_shares(record):

@@ -36,7 +36,7 @@ def merged(parts: list[Choice]) -> Choice:
 
 
 def least_damage(parts: list[Choice], parameters: float) -> list[int]:
-    """The sizes of all parts that hold at most so many parameters together and do least damage.
+    """The sizes of all parts that hold at most so many parameters together and do least damage, or all but least.
 
     What the multiplier leaves of the budget, since sizes come in steps, goes to where it spares most.
 
@@ -63,18 +63,22 @@ def least_damage(parts: list[Choice], parameters: float) -> list[int]:
     while True:
         spared = [_most_spared(part, index, left) for part, index in zip(parts, indices, strict=True)]
         best = max(range(len(parts)), key=lambda number: spared[number][0])
-        if spared[best][0] <= 0:
+        if spared[best][0] < 0:  # nothing larger fits
             return [part.sizes[index] for part, index in zip(parts, indices, strict=True)]
         left -= (parts[best].parameters[spared[best][1]] - parts[best].parameters[indices[best]]).item()
         indices[best] = spared[best][1]
 
 
 def _most_spared(part: Choice, index: int, left: float) -> tuple[float, int]:
-    """The most damage per parameter that a larger size spares with no more than `left` parameters, and its index."""
+    """The most damage per parameter that a larger size spares with no more than `left` parameters, and its index.
+
+    Of equal ones it is the largest, so that what does no damage is kept as long as the budget has room; -1 where no
+    larger size fits.
+    """
     more = part.parameters[index + 1 :] - part.parameters[index]
     fits = (more > 0) & (more <= left)
     if not fits.any():
-        return 0.0, index
-    spared = torch.where(fits, (part.damage[index] - part.damage[index + 1 :]) / more, 0.0)
-    best = int(spared.argmax())
+        return -1.0, index
+    spared = torch.where(fits, (part.damage[index] - part.damage[index + 1 :]) / more, -1.0)
+    best = int((spared == spared.max()).nonzero()[-1])
     return spared[best].item(), index + 1 + best

@@ -190,11 +190,12 @@ def plan(record: dict, hidden: int) -> "Figure":
         "rank of keys": [(shape["k_rank"] or hidden) / hidden for shape in shapes],
     }
     for name, kept in lines.items():
-        axes.plot(kept, marker="o", markersize=4, label=name)
+        if min(kept) < 1:
+            axes.plot(kept, marker="o", markersize=4, label=name)
     axes.set(
         title=f"{record['recipe']['name']}, {record['measured_sparsity']:.1%} of the model gone",
         xlabel="layer",
-        ylabel="size, as a share of the dense one (ranks: of the hidden size)",
+        ylabel="share of the dense size\n(ranks: of the hidden size)",
         ylim=(0, 1.05),
     )
     axes.grid(alpha=0.3)
