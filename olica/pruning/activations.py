@@ -76,9 +76,8 @@ def reading_logits(
         home, head = dense.decoder.embed_tokens.weight.device, dense.model.get_output_embeddings()
 
         def project(hidden: Tensor) -> Tensor:
-            single, bias = hidden.to(device).float(), getattr(head, "bias", None)
-            products = [linear(single, rows.to(device).float()) for rows in head.weight.split(HEAD_ROWS)]
-            return torch.cat(products, -1) if bias is None else torch.cat(products, -1) + bias.to(device).float()
+            single = hidden.to(device).float()  # no head of a supported family has a bias
+            return torch.cat([linear(single, rows.to(device).float()) for rows in head.weight.split(HEAD_ROWS)], -1)
 
         def logits(ids: Tensor, states: Tensor) -> Tensor:
             def forward(index: int, hidden_states: Tensor, **_) -> Tensor:
