@@ -10,7 +10,8 @@ from dataclasses import fields
 from os.path import expanduser
 
 from olica.command_line import run_command
-from olica.jobs import DEVICES, Job, Settings, describe, prepare, settings_of
+from olica.jobs import Job, Settings, describe, prepare, settings_of
+from olica.machine import DEVICES
 from olica.methods.allocation import describe_plan
 from olica.methods.recipes import RECIPES, recipe_name
 from olica.model.configuration_olica import LayerShape

@@ -10,6 +10,7 @@ import olica  # noqa: F401
 from olica.checks import check_record_path
 from olica.errors import UsageError
 from olica.evaluation.cost import weight_bytes
+from olica.machine import DEVICES
 from olica.model.skeleton import count_parameters
 from olica.outputs.records import environment, write_record
 from olica.sources.locate import locate
@@ -22,7 +23,7 @@ def parser_of_models(description: str, batch_size: int) -> argparse.ArgumentPars
     parser.add_argument("--dense", required=True, help="dense model: name, hub id, folder or .gguf file")
     parser.add_argument("--checkpoints", required=True, nargs="+", help="folders of pruned checkpoints")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="dtype to run in; auto: as stored")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run")
+    parser.add_argument("--device", default="auto", choices=DEVICES, help="where to run")
     parser.add_argument("--batch_size", type=int, default=batch_size, help="sequences at a time")
     parser.add_argument("--repeats", type=int, default=9, help="counted rounds, a turn of every model in each")
     parser.add_argument("--output_path", type=Path, help="file of the record")

@@ -11,7 +11,7 @@ import torch
 from olica.checks import check_record_path
 from olica.errors import UsageError
 from olica.evaluation.perplexity import perplexity, token_windows
-from olica.machine import BatchSize, pick_device
+from olica.machine import DEVICES, BatchSize, pick_device
 from olica.methods.recipe import Findings, Method
 from olica.methods.sizes import Budget, Sizes
 from olica.model.skeleton import count_parameters
@@ -40,7 +40,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ppl", required=True, help="texts of the perplexity, names or paths joined by commas")
     parser.add_argument("--ppl_windows", type=int, default=256, help="windows of 128 tokens, of each text")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="to run in; auto: as stored")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run")
+    parser.add_argument("--device", default="auto", choices=DEVICES, help="where to run")
     parser.add_argument("--output_path", type=Path, help="file of the record")
 
 

@@ -31,7 +31,7 @@ from olica.command_line import run_command
 from olica.errors import UsageError
 from olica.evaluation.cost import synchronize
 from olica.jobs import describe, prepare, settings_of
-from olica.machine import BatchSize, pick_device
+from olica.machine import DEVICES, BatchSize, pick_device
 from olica.outputs.records import write_record
 from olica.pruning.activations import propagate, record_layer_calls
 from olica.run import run as prune_job
@@ -82,8 +82,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num_samples", type=int, default=256, help="random samples (default: 256)")
     parser.add_argument("--seqlen", type=int, default=128, help="tokens per random sample (default: 128)")
     parser.add_argument("--dtype", default="float32", choices=[*DTYPES], help="default: float32")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="default: auto")
-    parser.add_argument("--cache_dev", default="auto", choices=["auto", "cpu", "cuda"], help="default: auto")
+    parser.add_argument("--device", default="auto", choices=DEVICES, help="default: auto")
+    parser.add_argument("--cache_dev", default="auto", choices=DEVICES, help="default: auto")
     parser.add_argument("--batch_size", default="16", help="as of model_pruning.py (default: 16)")
     parser.add_argument("--sparsity", type=float, default=0.2, help="default: 0.2")
     parser.add_argument("--recipe", default="olica", help="default: olica")

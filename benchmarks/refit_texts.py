@@ -21,7 +21,7 @@ import olica_stopping
 from olica.checks import check_record_path
 from olica.command_line import run_command
 from olica.errors import UsageError
-from olica.machine import BatchSize, pick_device
+from olica.machine import DEVICES, BatchSize, pick_device
 from olica.methods.feed_forward import released_importance
 from olica.methods.moments import Moments, diagonal, full
 from olica.methods.refit import LeastSquares
@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num_samples", type=int, default=128, help="samples of each text, half of them to measure on")
     parser.add_argument("--share", type=float, default=0.7, help="of the channels that stay")
     parser.add_argument("--ridges", type=float, nargs="+", default=[0.01, 0.1, 0.3, 1.0, 3.0], help="of the refit")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run")
+    parser.add_argument("--device", default="auto", choices=DEVICES, help="where to run")
     parser.add_argument("--output_path", type=Path, help="file of the record")
     return parser
 

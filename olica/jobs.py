@@ -29,7 +29,6 @@ from .sources.weights import DTYPES, bytes_per_weight
 
 # Settings that may begin with ~.
 PATHS = ("base_model", "data_dir", "save_dir")
-DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -82,9 +81,6 @@ class Settings:
                 object.__setattr__(self, f.name, expanduser(value) if f.name in PATHS else value)
         if not isinstance(self.overwrite, bool):
             raise UsageError(f"--overwrite {self.overwrite}: give True or False")
-        for name in ("device", "cache_dev"):
-            if getattr(self, name) not in DEVICES:
-                raise UsageError(f"--{name} {getattr(self, name)} is none of {', '.join(DEVICES)}")
         if self.recipe not in RECIPES:
             raise UsageError(f"--recipe {self.recipe} is none of {', '.join(RECIPES)}")
         if not 0 <= self.sparsity < 1:

@@ -27,12 +27,18 @@ PROCESS_STATUS = Path("/proc/self/status")
 RESET_PEAK = "5"
 
 
+# Names that `pick_device` takes.
+DEVICES = ("auto", "cpu", "cuda")
+
+
 def pick_device(name: str, flag: str = "--device") -> torch.device:
     """The device named "cpu", "cuda" or "auto" (a GPU if there is one).
 
     Raises:
-        UsageError: "cuda" where there is no GPU.
+        UsageError: another name, or "cuda" where there is no GPU.
     """
+    if name not in DEVICES:
+        raise UsageError(f"{flag} {name} is none of {', '.join(DEVICES)}")
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"{flag} cuda: torch sees no GPU; give {flag} cpu or auto")
     if name == "auto":

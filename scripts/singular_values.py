@@ -13,7 +13,7 @@ import olica_stopping
 from olica.checks import check_record_path
 from olica.command_line import run_command
 from olica.errors import UsageError
-from olica.machine import pick_device
+from olica.machine import DEVICES, pick_device
 from olica.model.modeling_olica import projections_of
 from olica.outputs.records import environment, write_record
 from olica.sources.configuration import describe_source, read_config, refuse_unprunable
@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base_model", required=True, type=expanduser, help="name, hub id, folder or .gguf file")
     parser.add_argument("--layers", help="indices joined by commas (default: the first, a middle and the last one)")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to decompose")
+    parser.add_argument("--device", default="auto", choices=DEVICES, help="where to decompose")
     parser.add_argument("--output_path", required=True, type=Path, help="file of the record")
     return parser
 

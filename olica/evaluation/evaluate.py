@@ -137,8 +137,8 @@ def find_models(asked: EvaluationSettings) -> dict[str, Location]:
         folder = checkpoint_folder(asked.save_dir, base.label, **found_by)
         if not folder.is_dir():
             others = ", ".join(str(other) for other in sorted(folder.parent.glob(f"{folder.name}_*")))
-            remedy = f"name one with --checkpoint: {others}" if others else "prune the model first"
-            raise UsageError(f"--save_dir: there is no {folder}; {remedy}, or name another with --checkpoint")
+            remedy = f"but {others}: name one" if others else "prune the model first, or name one"
+            raise UsageError(f"--save_dir: there is no {folder}; {remedy} with --checkpoint")
         measured = locate(str(folder), "--save_dir")
     record = records.read_pruning_record(measured.path)
     if base and record and records.has_former_shares(record):

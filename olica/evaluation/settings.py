@@ -9,6 +9,7 @@ from os.path import exists, expanduser
 from typing import Any, Self
 
 from ..errors import UsageError
+from ..machine import DEVICES
 from ..outputs.names import SPARSITY_OF
 from ..sources.weights import DTYPES
 
@@ -16,7 +17,7 @@ from ..sources.weights import DTYPES
 CHOICES = {
     "sparsity_of": tuple(SPARSITY_OF),
     "dtype": ("auto", *DTYPES),
-    "device": ("auto", "cpu", "cuda"),
+    "device": DEVICES,
     "device_map": (None, "auto"),
     "with_dense": (False, True),
     "add_bos_token": (False, True),

@@ -57,13 +57,12 @@ def survey_layers(work: Work, plan: list[LayerShape] | None, progress: SurveyPro
             calibrate(layer, hidden, calls[index], moments, options.batch_size, advance=advance)
         check_finite(moments, index, dense.model.dtype)
         seen = as_seen(layer, dense.config, moments, {})
-        with solvable(index, "the survey's statistics"):
+        with solvable(index, "a projection"):
             found.append(survey(seen, shape))
+            variants = survey.variants(seen, shape) if probes else []
         if probes:
-            with solvable(index, "a variant"):
-                variants = survey.variants(seen, shape)
             probes.advance(index, layer, calls[index], variants, entering)
-            del variants
+        del variants  # as large as a layer
         if not last or probes:
             progress.save(Surveyed(found, hidden if is_streaming else None, probes.states if probes else {}))
     if probes:
