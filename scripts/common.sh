@@ -8,6 +8,7 @@
 #   DATA_DIR    folder that is searched first for texts and for rows of the tasks (./data)
 #   DEVICE      auto, cpu or cuda
 #   DTYPE       to evaluate in (auto: as stored); models are pruned and saved as they are stored
+#   SPARSITY_OF what sparsities are a share of: model or layers (model)
 #   LIMIT       rows of every task (default: all); WINDOWS of every text (default: all)
 #   BATCH_SIZE  samples, windows or prompts at a time (16)
 #   RESULTS     folder of the records (results); SAVE_DIR folder of the checkpoints (./pruned_models)
@@ -23,6 +24,7 @@ NUM_SAMPLES=${NUM_SAMPLES:-128}
 DATA_DIR=${DATA_DIR:-./data}
 DEVICE=${DEVICE:-auto}
 DTYPE=${DTYPE:-auto}
+SPARSITY_OF=${SPARSITY_OF:-model}
 LIMIT=${LIMIT:-}
 WINDOWS=${WINDOWS:-}
 BATCH_SIZE=${BATCH_SIZE:-16}
@@ -76,7 +78,7 @@ dense() {
 # pruned NAME MEASURES FLAGS...: prune with these flags, unless that is done for another table, and measure the result.
 pruned() {
     local out=$RECORDS/$1 measures=$2; shift 2
-    local pruning="--base_model $MODEL --datasets $DATASETS --num_samples $NUM_SAMPLES --sparsity_of model $*"
+    local pruning="--base_model $MODEL --datasets $DATASETS --num_samples $NUM_SAMPLES --sparsity_of $SPARSITY_OF $*"
     local flags="$pruning --dtype $DTYPE $measures" keep=${KEEP:-yes}
     recorded "$flags" "$out/flags" "$out/evaluation.json" "$out/pruning.json" && return
     recorded_before "$flags" "$out" && return

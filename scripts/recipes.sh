@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Recipes beside each other, at one size, with one text: perplexity of several corpora, and the seven tasks.
+# Command: bash scripts/recipes.sh, or MODEL=smollm2 bash scripts/recipes.sh; variables in scripts/common.sh, and
+#   RECIPES     which (olica olica-grouped olica-plus)
+#   SPARSITIES  of which share of what SPARSITY_OF says (0.2 0.33 0.5; of the model)
+#   SEEDS       of the calibration set (0)
+#   MIX         a name for DATASETS, under which the runs are recorded (paper)
+#   PPL         corpora (wikitext2,c4,ptb)
+#   SCORED      yes or no: whether the tasks are scored too (no)
+# Memory and time: SmolLM2 on 2 cores: 1.4 GB and 4 minutes each pruning, which share a survey; 4 minutes each evaluation
+#   with WINDOWS=256 and four corpora; 8 minutes each scoring with LIMIT=200.
+source "$(dirname "$0")/common.sh"
+use "${MODEL:-7b}"
+runs=recipes/${MIX:-paper}
+measures="--ppl ${PPL:-wikitext2,c4,ptb} ${WINDOWS:+--ppl_windows $WINDOWS}"
+scores="--ppl none --tasks $TASKS ${LIMIT:+--limit $LIMIT}"
+
+dense recipes/dense "$measures"
+[ "${SCORED:-no}" = no ] || dense recipes/tasks/dense "$scores"
+for seed in ${SEEDS:-0}; do
+    for recipe in ${RECIPES:-olica olica-grouped olica-plus}; do
+        for sparsity in ${SPARSITIES:-0.2 0.33 0.5}; do
+            name=${recipe}_sparsity-${sparsity}_seed-$seed
+            flags=(--recipe "$recipe" --sparsity "$sparsity" --seed "$seed")
+            case $recipe in
+                olica-plus) ;;
+                olica*) flags+=(--mlp_num "$(mlp_num "$sparsity")") ;;
+            esac
+            pruned "$runs/$name" "$measures" "${flags[@]}"
+            [ "${SCORED:-no}" = no ] || pruned "$runs/tasks/$name" "$scores" "${flags[@]}"
+        done
+    done
+done
+report recipes
