@@ -59,7 +59,7 @@ STAGES = {
     "embed": ("olica.pruning.survey.enter_layers", "olica.pruning.layers.enter_layers"),
     "survey: dense layers, sums": ("olica.pruning.survey.calibrate",),
     "survey: regressions": ("olica.methods.olica.OlicaSurvey.__call__",),
-    "survey: errors by size": ("olica.methods.plus.DamageSurvey.__call__",),
+    "survey: errors by size": ("olica.methods.damage.DamageSurvey.__call__",),
     "survey: variants on their way": ("olica.pruning.survey.propagate",),
     "survey: variants compared": ("olica.pruning.survey.Probes.complete",),
     "prune: dense layers, sums": ("olica.pruning.layers.calibrate",),

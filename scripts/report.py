@@ -11,10 +11,12 @@ from pathlib import Path
 import olica_stopping
 from olica.command_line import run_command
 from olica.errors import UsageError
-from olica.report.plots import FIGURES, draw
+from olica.report import recipes
+from olica.report.plots import FIGURES, draw, quality_over_size
 from olica.report.runs import Results
 from olica.report.tables import TABLES
 
+ALL_TABLES = TABLES | {"recipes": recipes.tables}
 TITLES = {
     "figure2": "Figure 2: singular values of the attention projections",
     "figure3": "Figure 3: corrected MLPs, and how well each is explained",
@@ -35,6 +37,7 @@ difference on the same windows or rows. The paper's figures and what does not fi
 def section(results: Results, folder: Path) -> str:
     """Tables and figures of one model."""
     ours = {name: make for name, make in TABLES.items() if not results.belongs_elsewhere(int(name[len("table") :]))}
+    ours["recipes"] = recipes.tables
     parts = [table for make in ours.values() if (table := make(results))]
     for name, title in TITLES.items():
         if drawing := draw(name, results):
@@ -54,7 +57,7 @@ def drawn(name: str, results: Results) -> str | None:
 def build_parser() -> argparse.ArgumentParser:
     """The flags of this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", nargs="?", choices=[*TABLES, *FIGURES], help="one table or figure (default: all)")
+    parser.add_argument("name", nargs="?", choices=[*ALL_TABLES, *FIGURES], help="one table or figure (default: all)")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the records (results)")
     parser.add_argument("--only", help="name of the model's folder there (default: every one)")
     parser.add_argument("--output_path", type=Path, default=Path("RESULTS.md"), help="where all goes (RESULTS.md)")
@@ -72,12 +75,18 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError("--only goes with one table or figure; RESULTS.md has all models")
     labels = [args.only] if args.only else recorded
     if args.name is None:
-        sections = [section(Results(args.results, label), args.output_path.parent) for label in labels]
+        models = [Results(args.results, label) for label in labels]
+        sections = [section(results, args.output_path.parent) for results in models]
+        if figure := quality_over_size(models):
+            figure.savefig(path := args.results / "recipes.png")
+            sections.append(f"## Quality over size\n\n![Quality over size]({relpath(path, args.output_path.parent)})")
         args.output_path.write_text("\n".join([HEAD, *sections]).rstrip() + "\n", encoding="utf-8")
         print(f"wrote {args.output_path}")
         return
     models = [Results(args.results, label) for label in labels]
-    made = [TABLES[args.name](results) if args.name in TABLES else drawn(args.name, results) for results in models]
+    made = [
+        ALL_TABLES[args.name](results) if args.name in ALL_TABLES else drawn(args.name, results) for results in models
+    ]
     if not any(made):
         raise UsageError(f"{args.name}: the runs that it shows are not recorded in {args.results / (args.only or '')}")
     print(*filter(None, made), sep="\n\n")

@@ -8,13 +8,17 @@ import torch
 from conftest import make_llama, pruning_options, seen
 from torch import Tensor
 
+import olica.methods.damage as damage_module
+import olica.methods.parts as parts_module
 import olica.methods.plus as plus_module
 import olica.pruning.survey as survey_module
 from olica.errors import UsageError
 from olica.machine import BatchSize
 from olica.methods.allocation import attention_parameters
+from olica.methods.damage import divergence
 from olica.methods.moments import Moments, diagonal, full
-from olica.methods.plus import FeedForward, PlusParameters, QueryKey, ValueOutput, divergence, plus
+from olica.methods.parts import FeedForward, QueryKey, ValueOutput
+from olica.methods.plus import PlusParameters, plus
 from olica.methods.recipes import RECIPES
 from olica.methods.sizes import Budget, Sizes
 from olica.methods.value_output import activation_directions, head_blocks
@@ -65,7 +69,8 @@ def layer(num_kv_heads, activations):
 @pytest.fixture
 def exact(monkeypatch) -> None:
     """Curves and bases of second moments as they are, that formulas can be compared with."""
-    monkeypatch.setattr(plus_module, "DEFINITE", RIDGE)
+    for module in (parts_module, plus_module):
+        monkeypatch.setattr(module, "DEFINITE", RIDGE)
 
 
 def parts_of(ridge: float = RIDGE) -> tuple[QueryKey, ValueOutput, FeedForward]:
@@ -143,7 +148,7 @@ def test_errors_grow_with_what_goes_as_those_of_the_cut_do_at_the_default_ridge(
         return relative_error(dense, x[:, kept] @ part.stage(layer, shape)["down_proj.weight"].numpy().T)
 
     curve = part.errors(layer)
-    monkeypatch.setattr(plus_module, "DEFINITE", PlusParameters().ridge)
+    monkeypatch.setattr(parts_module, "DEFINITE", PlusParameters().ridge)
     pulled = part.errors(layer)
     for size in (30, 60):
         expected = of_cut(size) / of_cut(tried)
@@ -232,7 +237,7 @@ def test_the_damage_of_the_size_that_is_tried_is_what_it_does_to_the_output():
 
 def test_neighbours_of_deep_models_are_tried_together(monkeypatch):
     """A group does the damage that its layers do together, divided as their errors are."""
-    monkeypatch.setattr(plus_module, "MOST_GROUPS", 2)
+    monkeypatch.setattr(damage_module, "MOST_GROUPS", 2)
     method = plus(PlusParameters(probes=2))
     assert method.survey.group_size(3) == 2 and method.survey.group_size(2) == 1
     part = method.allocate.parts[2]

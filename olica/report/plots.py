@@ -1,5 +1,6 @@
 """The paper's figures, drawn from the records of runs."""
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UsageError
 from ..evaluation.paired import paired_difference, unpack_floats
+from .recipes import mixes
 from .runs import Results, Run, correction, in_common, newest_alike, origin, statements
 
 if TYPE_CHECKING:
@@ -200,6 +202,42 @@ def plan(record: dict, hidden: int) -> "Figure":
     )
     axes.grid(alpha=0.3)
     axes.legend()
+    return figure
+
+
+def quality_over_size(models: Iterable[Results]) -> "Figure | None":
+    """Perplexity over the decoder layers' parameters left, of all recipes, models and mixes; a panel for each text.
+
+    Perplexities are ratios to the dense model's, sizes shares of its layers; lines are labelled at their ends.
+    """
+    found = [(results, mix) for results in models for mix in mixes(results)]
+    if not found:
+        return None
+    texts = list(dict.fromkeys(text for _, mix in found for text in mix.texts))[:2]
+    figure, panels = _panels(len(texts))
+    recipes = list(dict.fromkeys(point.recipe for _, mix in found for point in mix.points))
+    for axes, text in zip(panels, texts, strict=True):
+        for (results, mix), style in zip(found, itertools.cycle(("-", "--", ":", "-.")), strict=False):
+            for recipe in recipes:
+                points = [p for p in mix.points if p.recipe == recipe and mix.gap(p, text) is not None]
+                if not points:
+                    continue
+                points = sorted(points, key=lambda point: -point.layers_left)
+                left = [100, *(100 * point.layers_left for point in points)]
+                ratios = [1, *(math.exp(mix.gap(point, text)) for point in points)]
+                colour = f"C{recipes.index(recipe) % 10}"
+                label = f"{recipe}, {results.label}, {mix.name}"
+                axes.plot(left, ratios, style, color=colour, marker="o", markersize=4, label=label)
+                axes.annotate(recipe, (left[-1], ratios[-1]), color=colour, fontsize="small")
+        axes.set(
+            title=Path(text).stem,
+            xlabel="parameters of the decoder layers left, %",
+            ylabel="perplexity, ratio to dense",
+            yscale="log",
+        )
+        axes.invert_xaxis()
+        axes.grid(alpha=0.3, which="both")
+    panels[0].legend(fontsize="x-small")
     return figure
 
 

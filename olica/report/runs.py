@@ -263,8 +263,10 @@ def correction(run: Run) -> str | None:
     """How many MLPs have it, of which rank."""
     if not run.pruning:
         return None
-    number, ratio = len(corrected_layers(run.pruning)), run.pruning["settings"]["ratio"]
-    return f"MLPs with a linear correction: {number}{f', of rank {ratio:g} of the hidden size' if number else ''}."
+    if not (number := len(corrected_layers(run.pruning))):
+        return "MLPs with a linear correction: 0."
+    rank = run.pruning["settings"]["ratio"]
+    return f"MLPs with a linear correction: {number}, of rank {rank:g} of the hidden size."
 
 
 def _shares(run: Run) -> str | None:

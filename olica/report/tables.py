@@ -59,7 +59,7 @@ class Table:
         """The table with the columns paper, ours and difference; with ours alone if the paper has none of the rows."""
         has_paper = any(paper is not None for _, _, paper in self.rows)
         header = [*self.names, *(["paper", "ours", "difference"] if has_paper else ["ours"])]
-        return _markdown(self.title, header, [self._cells(*row, has_paper) for row in self.rows], self.notes)
+        return markdown(self.title, header, [self._cells(*row, has_paper) for row in self.rows], self.notes)
 
     def _cells(self, names: list[str], ours: Measured, paper: float | None, has_paper: bool) -> list[str]:
         if not has_paper:
@@ -69,7 +69,8 @@ class Table:
         return [*names, f"{paper:{ours.sign},.{ours.digits}f}", str(ours), f"{ours.value - paper:+,.{ours.digits}f}"]
 
 
-def _markdown(title: str, header: list[str], rows: list[list[str]], notes: list[str]) -> str:
+def markdown(title: str, header: list[str], rows: list[list[str]], notes: list[str]) -> str:
+    """A table under its title, followed by notes, a line each."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [
         "| " + " | ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)) + " |"
@@ -122,14 +123,19 @@ def beside(run: Run, other: Run) -> tuple[Measured | None, Measured | None]:
 
 def quality_figures(run: Run) -> dict[str, tuple[str, Measured]]:
     """Perplexity, the accuracies that the paper prints, in percent, and their mean, with their names in tables."""
-    perplexity = Measured(run.perplexity["value"], perplexity_error(run.perplexity))
-    figures = {"perplexity": ("perplexity", perplexity)}
+    figures = {"perplexity": ("perplexity", perplexity(run, TEXT))}
     scores = run.result["zero_shot"]["tasks"]
     for task, name in TASKS.items():
         metric = PAPER_METRIC[task]
         error = scores[task].get(f"{metric}_stderr")
         figures[task] = (name, Measured(100 * scores[task][metric], None if error is None else 100 * error))
     return figures | {"mean": ("mean", mean_accuracy(run))}
+
+
+def perplexity(run: Run, text: str) -> Measured:
+    """On one of the texts that were measured."""
+    measured = run.result["perplexity"][text]
+    return Measured(measured["value"], perplexity_error(measured))
 
 
 def mean_accuracy(run: Run) -> Measured:
@@ -146,7 +152,7 @@ def _quality_of_ours(title: str, shown: dict[float, Run], differences: dict[floa
         cells = [str(figure) for _, figure in quality_figures(run).values()]
         ratio, mean = (str(figure or "") for figure in differences.get(sparsity, (None, None)))
         rows.append([f"{sparsity:.0%}", cells[0], ratio, *cells[1:], mean])
-    return _markdown(title, header, rows, notes)
+    return markdown(title, header, rows, notes)
 
 
 def resources(results: Results) -> str | None:

@@ -1,0 +1,162 @@
+"""Sizes by what they damage: a survey that measures it, and the plan that does least.
+
+What a size damages is measured once for each part of a layer, by how far the model's output moves when the part gets a
+size that is tried; for other sizes it is taken to grow as the part's own error does, which is known for every size.
+"""
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div
+
+from ..model.configuration_olica import LayerShape
+from .linalg import ROUNDING
+from .moments import Statistic
+from .multiplier import Choice, least_damage, merged
+from .parts import LEAST, Part
+from .recipe import Allocate, Findings, Layer, TravellingSurvey, Weights, needs_of, workspace_of
+from .sizes import Budget, Sizes
+
+# Groups of layers that the survey tries, at the most: in deeper models neighbouring layers are tried together.
+MOST_GROUPS = 32
+# Outputs are compared at every so many tokens.
+STRIDE = 4
+
+
+def divergence(dense: Tensor, changed: Tensor) -> float:
+    """Mean over the tokens of KL(dense || changed), in nats, of logits (tokens, V)."""
+    expected, found = (logits.double().log_softmax(-1) for logits in (dense, changed))
+    return kl_div(found, expected, reduction="batchmean", log_target=True).item()
+
+
+@dataclass(frozen=True)
+class DamageSurvey(TravellingSurvey):
+    """Findings: what every size of every part damages, in nats of KL(dense || pruned), by the part's name.
+
+    Attributes:
+        parts: of every layer.
+        samples: on which the sizes that are tried are measured.
+    """
+
+    parts: tuple[Part, ...]
+    samples: int
+
+    stride = STRIDE
+
+    @property
+    def most_variants(self) -> int:  # type: ignore[override]
+        """See `TravellingSurvey`."""
+        return len(self.parts)
+
+    def decided_by(self, parameters: Any) -> dict[str, Any]:
+        """See `Survey`."""
+        return {"ridge": parameters.ridge, "probes": parameters.probes}
+
+    def group_size(self, layers: int) -> int:
+        """See `TravellingSurvey`."""
+        return ceil(layers / MOST_GROUPS)
+
+    def needs(self, index: int, layers: int) -> frozenset[Statistic]:
+        """See `Survey`; the stages read the same whatever the sizes."""
+        return needs_of((part.stage for part in self.parts), LayerShape(1, 1, 1, 1))
+
+    def workspace(self, sizes: Sizes, shape: LayerShape) -> int:
+        """See `Survey`."""
+        tried = [(part.stage, shape) for part, (shape, _) in zip(self.parts, self._tried(sizes), strict=True)]
+        cutting = max(workspace_of([stage], sizes, shape) for stage, shape in tried)
+        return max(cutting, *(part.workspace(sizes) for part in self.parts))
+
+    def __call__(self, layer: Layer, shape: LayerShape | None) -> Findings:
+        """See `Survey`: errors by size, and the one of the size that is tried."""
+        found: Findings = {}
+        for part, (_, size) in zip(self.parts, self._tried(layer.sizes), strict=True):
+            errors = part.errors(layer).cpu()
+            found |= {part.name: errors, f"{part.name}_tried": errors[size]}
+        return found
+
+    def variants(self, layer: Layer, shape: LayerShape | None) -> list[tuple[LayerShape, Weights]]:
+        """See `TravellingSurvey`: one for each part."""
+        tried = [shape for shape, _ in self._tried(layer.sizes)]
+        return [(shape, part.stage(layer, shape)) for part, shape in zip(self.parts, tried, strict=True)]
+
+    def compare(self, dense: Tensor, changed: Tensor) -> float:
+        """See `TravellingSurvey`."""
+        return divergence(dense, changed)
+
+    def complete(self, findings: list[Findings], compared: dict[tuple[int, int], float]) -> list[Findings]:
+        """See `TravellingSurvey`: an error of e does the damage KL e / e', e' the group's at the sizes tried."""
+        layers = len(findings)
+        size = self.group_size(layers)
+        completed: list[Findings] = [{} for _ in findings]
+        for number, part in enumerate(self.parts):
+            for first in range(0, layers, size):
+                group = range(first, min(first + size, layers))
+                tried = sum(findings[index][f"{part.name}_tried"].item() for index in group)
+                # Where nothing was lost nothing was measured: a part that loses all counts as one nat then.
+                per_error = max(compared[first, number], 0.0) / tried if tried > ROUNDING else 1.0
+                for index in group:
+                    completed[index][part.name] = per_error * findings[index][part.name]
+        return completed
+
+    def _tried(self, layer: Sizes) -> list[tuple[LayerShape, int]]:
+        """For each part the shape of the layer in which it alone is pruned, and its size."""
+        dense = LayerShape(0, 0, layer.head_dim, layer.intermediate_size)
+        sizes = [part.tried_size(layer) for part in self.parts]
+        return [(part.shape(dense, layer, size), size) for part, size in zip(self.parts, sizes, strict=True)]
+
+
+@dataclass(frozen=True)
+class LeastDamage(Allocate):
+    """The sizes that do least damage together for the parameters that they hold.
+
+    Attributes:
+        parts: of every layer.
+        is_uniform: whether all layers get the same sizes.
+    """
+
+    parts: tuple[Part, ...]
+    is_uniform: bool
+
+    def before_survey(self, sizes: list[Sizes], budget: Budget) -> None:
+        """See `Allocate`."""
+        fewest = [
+            part.parameters(layer, part.candidates(layer, budget.round_to)[0]) for layer, part in self._all(sizes)
+        ]
+        if sum(fewest) > self._left(sizes, budget):
+            raise ValueError(f"with {LEAST:.0%} of every part, in steps of --round_to, more is left than is to be")
+
+    def __call__(self, sizes: list[Sizes], budget: Budget, findings: list[Findings]) -> list[LayerShape]:
+        """See `Allocate`."""
+        choices = [
+            self._choice(part, layer, budget, found[part.name])
+            for part in self.parts
+            for layer, found in zip(sizes, findings, strict=True)
+        ]
+        layers = len(sizes)
+        if self.is_uniform:
+            alike = [merged(choices[start : start + layers]) for start in range(0, len(choices), layers)]
+            chosen = [size for size in least_damage(alike, self._left(sizes, budget)) for _ in range(layers)]
+        else:
+            chosen = least_damage(choices, self._left(sizes, budget))
+        shapes = [LayerShape(0, 0, layer.head_dim, layer.intermediate_size) for layer in sizes]
+        for number, size in enumerate(chosen):
+            part, index = self.parts[number // layers], number % layers
+            shapes[index] = part.shape(shapes[index], sizes[index], size)
+        return shapes
+
+    def _all(self, sizes: list[Sizes]) -> list[tuple[Sizes, Part]]:
+        return [(layer, part) for part in self.parts for layer in sizes]
+
+    def _left(self, sizes: list[Sizes], budget: Budget) -> float:
+        """Parameters that the parts may hold."""
+        dense = sum(part.parameters(layer, part.candidates(layer, 1)[-1]) for layer, part in self._all(sizes))
+        return dense - budget.to_remove
+
+    @staticmethod
+    def _choice(part: Part, layer: Sizes, budget: Budget, damage: Tensor) -> Choice:
+        sizes = part.candidates(layer, budget.round_to)
+        parameters = torch.tensor([part.parameters(layer, size) for size in sizes], dtype=torch.float64)
+        return Choice(sizes, parameters, damage[sizes])

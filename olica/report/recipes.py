@@ -1,0 +1,165 @@
+"""Recipes beside each other: a table for each mix of calibration texts, and a figure of quality over size.
+
+The runs are those of scripts/recipes.sh: `recipes/dense`, `recipes/MIX/...` and, where tasks were scored, the same
+below `tasks`.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from ..evaluation.paired import compare
+from .runs import Results, Run, protocol
+from .tables import Measured, markdown, mean_accuracy, perplexity
+
+FOLDER = "recipes"
+# What others are measured by: the better of these, at the same size and with the same text.
+FOUNDING = ("olica", "olica-grouped")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A recipe at a sparsity, with one text: the runs of all seeds.
+
+    Attributes:
+        runs: by seed, ascending.
+        scored: those of which the tasks were scored.
+    """
+
+    runs: list[Run]
+    scored: list[Run]
+
+    @property
+    def recipe(self) -> str:
+        """Its name."""
+        return self.runs[0].recipe
+
+    @property
+    def size(self) -> tuple[float, str]:
+        """The sparsity that was asked for, and of what."""
+        settings = self.runs[0].pruning["settings"]
+        return settings["sparsity"], settings["sparsity_of"]
+
+    @property
+    def layers_left(self) -> float:
+        """Share of the decoder layers' parameters that are left."""
+        return 1 - self.runs[0].pruning["measured_sparsity_of_layers"]
+
+
+@dataclass(frozen=True)
+class Mix:
+    """All points of one mix of calibration texts, beside the dense model.
+
+    Attributes:
+        name: of the mix.
+        dense: the dense model, and with scores of the tasks where there are some.
+    """
+
+    name: str
+    points: list[Point]
+    dense: Run
+    dense_scored: Run | None
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """The corpora that were measured."""
+        return list(self.dense.result["perplexity"])
+
+    def log_ratios(self, point: Point, text: str) -> list[dict]:
+        """The logarithm of the ratio of its perplexity to the dense one, with its paired error, of every seed."""
+        compared = [compare(run.result, self.dense.result)["perplexity"].get(text) for run in point.runs]
+        return [row for row in compared if row]
+
+    def gap(self, point: Point, text: str) -> float | None:
+        """Mean of `log_ratios` over the seeds; None where the text was not measured by the same windows."""
+        rows = self.log_ratios(point, text)
+        return sum(row["difference"] for row in rows) / len(rows) if rows else None
+
+    def share(self, point: Point, text: str) -> float | None:
+        """Its gap as a share of that of the better founding recipe, each the mean over its seeds; None without one."""
+        founding = [other for other in self.points if other.recipe in FOUNDING and other.size == point.size]
+        gaps = [gap for other in founding if (gap := self.gap(other, text)) is not None]
+        ours = self.gap(point, text)
+        return ours / min(gaps) if gaps and ours is not None and min(gaps) > 0 else None
+
+
+def mixes(results: Results) -> list[Mix]:
+    """The mixes of which runs are recorded, in order of their names."""
+    dense = results.run(f"{FOLDER}/dense")
+    if dense is None:
+        return []
+    found = []
+    for folder in sorted((results.results / results.label / FOLDER).iterdir()):
+        runs = results.runs(f"{FOLDER}/{folder.name}")
+        if not runs or folder.name == "tasks":
+            continue
+        scored = {run.folder.name: run for run in results.runs(f"{FOLDER}/{folder.name}/tasks")}
+        grouped: dict[tuple, list[Run]] = {}
+        for run in sorted(runs, key=lambda run: (run.sparsity, run.pruning["settings"]["seed"])):
+            settings = run.pruning["settings"]
+            grouped.setdefault((settings["sparsity_of"], run.sparsity, run.recipe), []).append(run)
+        points = [
+            Point(alike, [scored[run.folder.name] for run in alike if run.folder.name in scored])
+            for alike in grouped.values()
+        ]
+        found.append(Mix(folder.name, points, dense, results.run(f"{FOLDER}/tasks/dense")))
+    return found
+
+
+def tables(results: Results) -> str | None:
+    """A table for each mix; None where nothing is recorded."""
+    return "\n\n".join(_table(mix) for mix in mixes(results)) or None
+
+
+def _table(mix: Mix) -> str:
+    has_scores = any(point.scored for point in mix.points)
+    header = ["gone", "recipe", "parameters", "left of the layers", *(Path(text).stem for text in mix.texts)]
+    header += ["minutes", "peak memory, GB", *(["mean accuracy, %", "to dense"] if has_scores else [])]
+    whole = mix.dense.result["parameters"]["total"]
+    measured = [str(perplexity(mix.dense, text)) for text in mix.texts]
+    scores = [str(mean_accuracy(mix.dense_scored)) if mix.dense_scored else "", ""]
+    rows = [["0%", "dense", f"{whole:,}", "100.0%", *measured, "", "", *scores[: 2 * has_scores]]]
+    for point in mix.points:
+        (sparsity, of), first = point.size, point.runs[0]
+        asked = f"{sparsity:.0%}" if of == "model" else f"{sparsity:.0%} of the layers"
+        sizes = [f"{first.pruning['parameters']['after']:,}", f"{point.layers_left:.1%}"]
+        cells = [_cell(mix, point, text) for text in mix.texts]
+        took = [f"{first.seconds / 60:.1f}", f"{first.peak_bytes / 1e9:.2f}"]
+        scores = _scores(mix, point) if has_scores else []
+        rows.append([asked, point.recipe, *sizes, *cells, *took, *scores])
+    runs = {
+        f"{point.recipe} {point.size[0]:.0%}, seed {run.pruning['settings']['seed']}": run
+        for point in mix.points
+        for run in point.runs
+    }
+    notes = [
+        "Perplexity of the dense model; of the others its ratio to that, with the paired error, and in brackets the "
+        "logarithm of this ratio as a share of that of the better of `olica` and `olica-grouped`, which have the same "
+        "text and size. Of several seeds it is the geometric mean, followed by the least and the greatest.",
+        *protocol({"dense": mix.dense} | runs),
+    ]
+    return markdown(f"Recipes beside each other, calibrated on {mix.name}", header, rows, notes)
+
+
+def _cell(mix: Mix, point: Point, text: str) -> str:
+    rows, gap = mix.log_ratios(point, text), mix.gap(point, text)
+    if gap is None:
+        return ""
+    ratio = math.exp(gap)
+    errors = [row["standard_error"] for row in rows]
+    error = None if None in errors else ratio * max(errors)
+    share = mix.share(point, text)
+    spread = f", {min(row['ratio'] for row in rows):.2f} to {max(row['ratio'] for row in rows):.2f}"
+    known = f" ({share:.2f})" if share is not None and point.recipe not in FOUNDING else ""
+    return f"{Measured(ratio, error)}{spread if len(rows) > 1 else ''}{known}"
+
+
+def _scores(mix: Mix, point: Point) -> list[str]:
+    """Mean accuracy of the first seed that was scored, and its paired difference to the dense model's."""
+    if not point.scored:
+        return ["", ""]
+    run = point.scored[0]
+    difference = compare(run.result, mix.dense_scored.result).get("paper_rule") if mix.dense_scored else None
+    paired = Measured(difference["difference"], difference["standard_error"], sign="+") if difference else ""
+    return [str(mean_accuracy(run)), str(paired)]
