@@ -20,7 +20,7 @@ from tiny_families import make_family
 from transformers import AutoModelForCausalLM
 
 from olica.methods.sizes import Sizes
-from olica.methods.threshold import channel_parameters, group_parameters
+from olica.methods.units import channel_parameters, group_parameters
 from olica.model.families import FAMILIES
 from olica.pruning import survey
 

@@ -13,6 +13,7 @@ from ..model.configuration_olica import LayerShape
 from .allocation import rounded
 from .recipe import Allocate, Findings
 from .sizes import Budget, Sizes
+from .units import channel_parameters, group_parameters, thinned_shape, to_remove
 
 # Names of the findings that a global threshold cuts: scores of the groups of heads (K,), and of the channels (F,).
 GROUP_SCORES, CHANNEL_SCORES = "group_scores", "channel_scores"
@@ -39,7 +40,7 @@ class GlobalThreshold(Allocate):
             + (layer.intermediate_size - 1) * channel_parameters(layer)
             for layer in sizes
         )
-        if self._to_remove(sizes, budget) > most:
+        if to_remove(sizes, budget, self.biases) > most:
             raise ValueError("every layer would be left with one head and one channel, or less")
 
     def __call__(self, sizes: list[Sizes], budget: Budget, findings: list[Findings]) -> list[LayerShape]:
@@ -51,14 +52,14 @@ class GlobalThreshold(Allocate):
             costs += [group_parameters(layer), channel_parameters(layer)]
         owners = torch.cat([torch.full((len(part),), number) for number, part in enumerate(scores)])
         order = owners[torch.cat(scores).argsort(stable=True)].tolist()
-        counts = self._taken(order, costs, self._to_remove(sizes, budget))
+        counts = self._taken(order, costs, to_remove(sizes, budget, self.biases))
         # What rounding adds to a layer, the next ones have less of.
         shapes, owed = [], 0.0
         for layer, groups, channels in zip(sizes, counts[::2], counts[1::2], strict=True):
             wanted = layer.intermediate_size - channels + owed
             kept = rounded(wanted, budget.round_to, layer.intermediate_size)
             owed = wanted - kept
-            shapes.append(self._shape(layer, groups, kept))
+            shapes.append(thinned_shape(layer, groups, kept, self.biases))
         return shapes
 
     @staticmethod
@@ -76,34 +77,7 @@ class GlobalThreshold(Allocate):
                 left -= costs[part]
         return counts
 
-    def _to_remove(self, sizes: list[Sizes], budget: Budget) -> float:
-        added = sum(2 * layer.hidden_size for layer in sizes) if self.biases else 0
-        return budget.to_remove + (added if budget.sparsity else 0)
-
     @staticmethod
     def _without_best(scores: Tensor) -> Tensor:
         """Scores (n - 1,) of the units that may go: all but the highest."""
         return scores.sort().values[:-1]
-
-    def _shape(self, layer: Sizes, groups: int, kept: int) -> LayerShape:
-        """Sizes of a layer that loses so many groups of heads and keeps so many channels."""
-        return LayerShape(
-            q_rank=0,
-            k_rank=0,
-            v_head_dim=layer.head_dim,
-            intermediate_size=kept,
-            kv_heads=layer.num_kv_heads - groups if groups else 0,
-            o_bias=self.biases and groups > 0,
-            down_bias=self.biases and kept < layer.intermediate_size,
-        )
-
-
-def group_parameters(layer: Sizes) -> int:
-    """Weights that go with a key/value head and its query heads."""
-    features = layer.head_dim * (1 + layer.groups)  # of its value, and of its query heads as the output reads them
-    return layer.hidden_size * features * (1 if layer.norm_spans_heads else 2)
-
-
-def channel_parameters(layer: Sizes) -> int:
-    """Weights that go with a channel of an MLP."""
-    return 3 * layer.hidden_size

@@ -1,0 +1,120 @@
+"""Allocation by ratios: every layer loses a share of its own of its heads, and of its channels.
+
+A method says how these shares are to each other; a common factor makes them meet the budget.
+
+D hidden size, K key/value heads, F intermediate channels, L layers
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..model.configuration_olica import LayerShape
+from .allocation import rounded
+from .recipe import Allocate, Findings
+from .sizes import Budget, Sizes
+from .units import channel_parameters, group_parameters, thinned_shape, to_remove
+
+# Halvings of the interval in which the common factor is sought.
+HALVINGS = 100
+# (findings of all layers, number of layers) -> (L, 2), not negative: how much of its heads and of its channels a layer
+# loses, relative to the others. Rules that read no findings, which are then empty, say so.
+Ratios = Callable[[list[Findings], int], Tensor]
+
+
+def scaled(relative: Tensor, costs: Tensor, caps: Tensor, budget: float) -> Tensor:
+    """Ratios c r, or their caps where they are smaller, with the factor c for which they cost the budget.
+
+    Args:
+        relative: r, not negative.
+        costs: parameters that go where a ratio is 1.
+        caps: the largest ratios.
+        budget: sum of ratio x cost that is asked for.
+
+    Raises:
+        ValueError: it is more than what the caps cost where r is above zero.
+    """
+    relative, costs, caps = (values.double() for values in (relative, costs, caps))
+    most = torch.where(relative > 0, caps, 0.0)
+    if budget > (most * costs).sum():
+        raise ValueError("the layers that this recipe prunes have too few parameters for it")
+    if budget <= 0:
+        return torch.zeros_like(relative)
+    low, high = 0.0, float((caps[relative > 0] / relative[relative > 0]).max())
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        costly = (torch.minimum(middle * relative, most) * costs).sum() >= budget
+        low, high = (low, middle) if costly else (middle, high)
+    return torch.minimum(high * relative, most)
+
+
+@dataclass(frozen=True)
+class LayerRatios(Allocate):
+    """An allocation by ratios of heads and channels in every layer; each keeps a key/value head and a channel.
+
+    Key/value heads go as wholes with their query heads: what rounding them adds to a layer the next ones have less of,
+    and the channels take up what is left of the budget, in the proportion of their ratios.
+
+    Attributes:
+        ratios: how they are to each other.
+        reads_findings: whether `ratios` does.
+        biases: whether what is thinned gets a bias, which takes D parameters each.
+        most: the largest ratio of a part.
+    """
+
+    ratios: Ratios
+    reads_findings: bool
+    biases: bool
+    most: float = 1.0
+
+    def before_survey(self, sizes: list[Sizes], budget: Budget) -> list[LayerShape] | None:
+        """See `Allocate`."""
+        if not self.reads_findings:
+            return self(sizes, budget, [])
+        caps = self._caps(sizes)
+        if to_remove(sizes, budget, self.biases) > (caps * self._costs(sizes)).sum():
+            raise ValueError("every layer would be left with one head and one channel, or less")
+        return None
+
+    def __call__(self, sizes: list[Sizes], budget: Budget, findings: list[Findings]) -> list[LayerShape]:
+        """See `Allocate`."""
+        relative, costs, caps = self.ratios(findings, len(sizes)), self._costs(sizes), self._caps(sizes)
+        left = to_remove(sizes, budget, self.biases)
+        of_heads = scaled(relative, costs, caps, left)[:, 0]
+        groups = self._whole(of_heads, sizes)
+        left -= sum(count * group_parameters(layer) for count, layer in zip(groups, sizes, strict=True))
+        of_channels = scaled(relative[:, 1], costs[:, 1], caps[:, 1], left)
+        shapes, owed = [], 0.0
+        for layer, count, ratio in zip(sizes, groups, of_channels.tolist(), strict=True):
+            wanted = (1 - ratio) * layer.intermediate_size + owed
+            kept = rounded(max(wanted, 1.0), budget.round_to, layer.intermediate_size)
+            owed = wanted - kept
+            shapes.append(thinned_shape(layer, count, kept, self.biases))
+        return shapes
+
+    @staticmethod
+    def _whole(ratios: Tensor, sizes: list[Sizes]) -> list[int]:
+        """Whole key/value heads that go from each layer."""
+        counts, owed = [], 0.0
+        for layer, ratio in zip(sizes, ratios.tolist(), strict=True):
+            wanted = ratio * layer.num_kv_heads + owed
+            count = min(max(round(wanted), 0), layer.num_kv_heads - 1) if ratio else 0
+            owed = wanted - count if ratio else owed
+            counts.append(count)
+        return counts
+
+    @staticmethod
+    def _costs(sizes: list[Sizes]) -> Tensor:
+        return torch.tensor(
+            [
+                [layer.num_kv_heads * group_parameters(layer), layer.intermediate_size * channel_parameters(layer)]
+                for layer in sizes
+            ],
+            dtype=torch.float64,
+        )
+
+    def _caps(self, sizes: list[Sizes]) -> Tensor:
+        caps = [[1 - 1 / layer.num_kv_heads, 1 - 1 / layer.intermediate_size] for layer in sizes]
+        return torch.tensor(caps, dtype=torch.float64).clamp(max=self.most)

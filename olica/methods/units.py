@@ -1,0 +1,37 @@
+"""Units that go as wholes: a key/value head with its query heads, and a channel of an MLP.
+
+D hidden size, K key/value heads, F intermediate channels
+"""
+
+from ..model.configuration_olica import LayerShape
+from .sizes import Budget, Sizes
+
+
+def group_parameters(layer: Sizes) -> int:
+    """Weights that go with a key/value head and its query heads."""
+    features = layer.head_dim * (1 + layer.groups)  # of its value, and of its query heads as the output reads them
+    return layer.hidden_size * features * (1 if layer.norm_spans_heads else 2)
+
+
+def channel_parameters(layer: Sizes) -> int:
+    """Weights that go with a channel of an MLP."""
+    return 3 * layer.hidden_size
+
+
+def to_remove(sizes: list[Sizes], budget: Budget, biases: bool) -> float:
+    """Parameters that units have to make up: those of the budget and, where what is thinned gets one, of biases (D)."""
+    added = sum(2 * layer.hidden_size for layer in sizes) if biases else 0
+    return budget.to_remove + (added if budget.sparsity else 0)
+
+
+def thinned_shape(layer: Sizes, groups: int, channels: int, biases: bool) -> LayerShape:
+    """Sizes of a layer that loses so many groups of heads and keeps so many channels."""
+    return LayerShape(
+        q_rank=0,
+        k_rank=0,
+        v_head_dim=layer.head_dim,
+        intermediate_size=channels,
+        kv_heads=layer.num_kv_heads - groups if groups else 0,
+        o_bias=biases and groups > 0,
+        down_bias=biases and channels < layer.intermediate_size,
+    )

@@ -1,0 +1,67 @@
+"""Allocation by ratios: exact budgets, proportions, caps."""
+
+import pytest
+import torch
+
+from olica.methods.ratios import LayerRatios, scaled
+from olica.methods.sizes import Budget, Sizes
+
+LAYER = Sizes(hidden_size=64, num_heads=8, num_kv_heads=8, head_dim=8, intermediate_size=200)
+GROUPED = Sizes(hidden_size=64, num_heads=9, num_kv_heads=3, head_dim=8, intermediate_size=200)
+
+
+def relative(values):
+    return lambda _findings, _layers: torch.tensor(values, dtype=torch.float64)
+
+
+def parameters(shape, layer: Sizes) -> int:
+    groups = layer.num_kv_heads - (shape.kv_heads or layer.num_kv_heads)
+    heads = groups * 2 * layer.hidden_size * layer.head_dim * (1 + layer.groups)
+    biases = layer.hidden_size * (shape.o_bias + shape.down_bias)
+    return layer.layer - heads - 3 * layer.hidden_size * (layer.intermediate_size - shape.intermediate_size) + biases
+
+
+def test_ratios_keep_their_proportions_until_a_cap():
+    found = scaled(torch.tensor([1.0, 2.0, 0.0]), torch.tensor([10.0, 10.0, 10.0]), torch.full((3,), 0.9), 6.0)
+    torch.testing.assert_close(found, torch.tensor([0.2, 0.4, 0.0], dtype=torch.float64))
+    found = scaled(torch.tensor([1.0, 2.0, 0.0]), torch.tensor([10.0, 10.0, 10.0]), torch.full((3,), 0.5), 9.0)
+    torch.testing.assert_close(found, torch.tensor([0.4, 0.5, 0.0], dtype=torch.float64))
+    assert not scaled(torch.ones(2), torch.ones(2), torch.ones(2), 0.0).any()
+    with pytest.raises(ValueError, match="too few parameters"):
+        scaled(torch.tensor([1.0, 0.0]), torch.ones(2), torch.ones(2), 1.5)
+
+
+@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize("layer", [LAYER, GROUPED], ids=["plain", "grouped"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.33, 0.6])
+def test_the_budget_is_met_within_a_channel(layer, sparsity, biases):
+    sizes = [layer] * 4
+    budget = Budget(4 * layer.layer, sparsity)
+    allocate = LayerRatios(relative([[1.0, 1.0], [1.0, 2.0], [3.0, 1.0], [0.5, 0.5]]), False, biases)
+    plan = allocate.before_survey(sizes, budget)
+    left = sum(parameters(shape, layer) for shape in plan)
+    assert abs(4 * layer.layer - left - budget.to_remove) <= 3 * 64 + 4 * 2 * 64 * biases
+    assert all(shape.intermediate_size >= 1 for shape in plan)
+
+
+def test_more_goes_where_the_ratio_is_higher_and_nothing_where_it_is_zero():
+    allocate = LayerRatios(relative([[1.0, 1.0], [2.0, 2.0], [0.0, 0.0]]), False, biases=False)
+    plan = allocate.before_survey([LAYER] * 3, Budget(3 * LAYER.layer, 0.2))
+    assert [shape.kv_heads for shape in plan] == [6, 5, 0]  # .2 and .4 of eight, rounded with what is owed
+    lost = [200 - shape.intermediate_size for shape in plan]
+    assert lost[2] == 0 and lost[1] == pytest.approx(2 * lost[0], abs=2)
+
+
+def test_sizes_are_multiples_and_the_rest_goes_to_the_next_layer():
+    allocate = LayerRatios(relative([[1.0, 1.0]] * 4), False, biases=False)
+    plan = allocate.before_survey([LAYER] * 4, Budget(4 * LAYER.layer, 0.25, round_to=8))
+    assert all(shape.intermediate_size % 8 == 0 for shape in plan)
+    left = sum(parameters(shape, LAYER) for shape in plan)
+    assert abs(0.75 * 4 * LAYER.layer - left) <= 8 * 3 * 64
+
+
+def test_what_cannot_be_met_is_refused_before_anything_is_measured():
+    reading = LayerRatios(relative([[1.0, 1.0]] * 2), True, biases=False)
+    with pytest.raises(ValueError, match="one head and one channel"):
+        reading.before_survey([LAYER] * 2, Budget(2 * LAYER.layer, 0.99))
+    assert reading.before_survey([LAYER] * 2, Budget(2 * LAYER.layer, 0.5)) is None
