@@ -31,12 +31,13 @@ from olica.sources.weights import DTYPES, read_model
 BATCH_SIZE = 16
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that every such benchmark has."""
+def add_flags(parser: argparse.ArgumentParser, one_text: bool = True) -> None:
+    """The flags that every such benchmark has; with `one_text` also those of its calibration set."""
     parser.add_argument("--base_model", default="smollm2", help="dense model: name, hub id, folder or .gguf file")
-    parser.add_argument("--datasets", required=True, help="calibration texts joined by +, or one token file")
     parser.add_argument("--data_dir", type=Path, default=Path("data"), help="folder searched first for texts")
-    parser.add_argument("--num_samples", type=int, default=128, help="samples drawn from each text")
+    if one_text:
+        parser.add_argument("--datasets", required=True, help="calibration texts joined by +, or one token file")
+        parser.add_argument("--num_samples", type=int, default=128, help="samples drawn from each text")
     parser.add_argument("--ppl", required=True, help="texts of the perplexity, names or paths joined by commas")
     parser.add_argument("--ppl_windows", type=int, default=256, help="windows of 128 tokens, of each text")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="to run in; auto: as stored")
@@ -53,7 +54,7 @@ class Copies:
     """
 
     def __init__(self, kind: str, args: argparse.Namespace):
-        """Open the model that `args` name and draw the calibration set; see `add_flags`.
+        """Open the model that `args` name and draw the calibration set, if they name one; see `add_flags`.
 
         Raises:
             UsageError: a flag names what cannot be read or written.
@@ -67,14 +68,8 @@ class Copies:
         if tokenizer is None:
             raise UsageError(f"--base_model {args.base_model}: the folder has no tokenizer, which the windows need")
         self.sizes = Sizes.of_all(config)
-        self._calibration = build_calibration_set(
-            args.datasets,
-            tokenizer,
-            Draw(args.num_samples),
-            data_dir=args.data_dir,
-            cache_dir=args.data_dir / "calibration",
-            vocab_size=config.vocab_size,
-        )
+        self._data_dir, self._tokenizer, self._vocabulary = args.data_dir, tokenizer, config.vocab_size
+        calibration = self.calibrate_on(args.datasets, Draw(args.num_samples)) if "datasets" in args else {}
         self._windows = {}
         for name in args.ppl.split(","):
             text, _ = evaluation_text(expanduser(name), args.data_dir, flag="--ppl")
@@ -85,11 +80,28 @@ class Copies:
             "kind": kind,
             "settings": {name: str(value) for name, value in vars(args).items()},
             "model": describe_source(location, config),
-            "calibration": {"sources": self._calibration.sources, "token_hash": self._calibration.token_hash},
+            "calibration": calibration,
             "dense": {"parameters": count_parameters(self._dense)},
             "points": [],
             "environment": environment(self._device),
         }
+
+    def calibrate_on(self, datasets: str, draw: Draw) -> dict:
+        """Draw another calibration set; returns what is said of it in records.
+
+        Raises:
+            UsageError: a text cannot be read.
+        """
+        self._calibration = build_calibration_set(
+            datasets,
+            self._tokenizer,
+            draw,
+            data_dir=self._data_dir,
+            cache_dir=self._data_dir / "calibration",
+            vocab_size=self._vocabulary,
+        )
+        drawn = self._calibration
+        return {"sources": drawn.sources, "token_hash": drawn.token_hash, "ids": list(drawn.ids.shape)}
 
     def measure_dense(self) -> None:
         """Measure the dense model, for the record."""
@@ -101,8 +113,15 @@ class Copies:
         """Of the dense model: `total`, and those of its `decoder_layers`."""
         return self.record["dense"]["parameters"]
 
+    @property
+    def dense(self) -> dict[str, dict]:
+        """Perplexities of the dense model, when they are measured."""
+        return self.record["dense"]["perplexity"]
+
     def survey(self, method: Method) -> list[Findings]:
-        """The findings of a method whose survey reads no plan."""
+        """The findings of a method whose survey, if it has one, reads no plan."""
+        if method.survey is None:
+            return [{} for _ in self.sizes]
         work = Work(DenseModel(self._dense), self._calibration.ids, method, self._options)
         return survey_layers(work, None, SurveyProgress())
 

@@ -333,6 +333,23 @@ def test_the_ablation_adds_part_after_part(owls, tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 10
 
 
+def test_a_recipe_is_measured_by_the_text_that_it_is_calibrated_on(owls, tmp_path, capsys):
+    """Every mix has as many tokens."""
+    for name, words in (("own", "seven wise owls read old books by candle light"), ("other", "zinc 0451 %% qq")):
+        (tmp_path / f"{name}.txt").write_text((f"{words} " * 20 + "\n\n") * 60)
+    script = load("benchmarks/texts.py")
+    own, other = (str(tmp_path / f"{name}.txt") for name in ("own", "other"))
+    flags = [f"--mixes={own},{own}+{other}", "--samples", "6", "--seqlens", "64", "32", "--recipe=flap"]
+    run_command(script.build_parser(), script.run, [*owls, *flags, f"--ppl={tmp_path / 'text.txt'}", "--ppl_windows=4"])
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert [point["mix"] for point in record["points"]] == [own, own, f"{own}+{other}", f"{own}+{other}"]
+    assert [point["calibration"]["ids"] for point in record["points"]] == [[12, 64], [24, 32]] * 2
+    assert len({point["calibration"]["token_hash"] for point in record["points"]}) == 4
+    dense = record["dense"]["parameters"]["total"]
+    assert all(1 - point["parameters"]["total"] / dense == pytest.approx(0.2, abs=0.02) for point in record["points"])
+    assert f"{own}, 12 x 64 of each" in capsys.readouterr().out
+
+
 def test_refits_are_measured_on_every_text_by_every_mix(owls, tmp_path, capsys):
     """The first text is the second, so that what is fitted to one does as well on the other."""
     generator = torch.Generator().manual_seed(0)

@@ -1,6 +1,7 @@
 """Tables and figures from made-up records, and the paper's own figures."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from olica.errors import UsageError
 from olica.evaluation.paired import PAPER_METRIC, pack_floats, standard_error
+from olica.report import plots, recipes
 from olica.report.plots import FIGURES, draw
 from olica.report.runs import PAPER, Results, limited
 from olica.report.tables import TABLES, TASKS, Measured, Table
@@ -439,3 +441,63 @@ def test_a_model_has_its_full_name_in_headings(tmp_path):
     assert Results(tmp_path, "mine").title == "mine"
     headings = [line for line in (PAPER.parents[1] / "RESULTS.md").read_text().splitlines() if line.startswith("## ")]
     assert set(headings) <= {f"## {Results(tmp_path, path.name).title}" for path in PAPER.parent.iterdir()}
+
+
+def recipe_runs(record, mix: str = "paper") -> None:
+    """Runs of two founding recipes and another one, at one size; of the other with two seeds."""
+    record("recipes/dense", evaluation(10.0, 60.0))
+    for name, recipe, value, seed in (
+        ("a", "olica", 40.0, 0),
+        ("b", "olica-grouped", 20.0, 0),
+        ("c", "olica-plus", 15.0, 0),
+        ("d", "olica-plus", 12.0, 1),
+    ):
+        made = pruning(sparsity=0.2, recipe=recipe, seed=seed, sparsity_of="model")
+        made["measured_sparsity_of_layers"] = 0.25
+        record(f"recipes/{mix}/{name}", evaluation(value, 50.0), made)
+    made = pruning(sparsity=0.2, recipe="olica-plus", seed=0, sparsity_of="model")
+    record(f"recipes/{mix}/tasks/c", evaluation(15.0, 55.0), made)
+    dense = evaluation(10.0, 60.0)
+    for scores in dense["results"]["model"]["zero_shot"]["tasks"].values():
+        scores["hits"] = {metric: "1111" for metric in scores["hits"]}
+    record("recipes/tasks/dense", dense)
+
+
+def test_recipes_stand_beside_each_other_with_their_share_of_the_founding_gap(record):
+    recipe_runs(record)
+    header, *rows = cells(recipes.tables(record.results))
+    assert header[:5] == ["gone", "recipe", "parameters", "left of the layers", "wikitext2"]
+    by_recipe = {row[1]: row for row in rows}
+    assert list(by_recipe) == ["dense", "olica", "olica-grouped", "olica-plus"]
+    assert by_recipe["dense"][4].startswith("10.00 ±") and by_recipe["olica"][4] == "4.00 ± 0.00"
+    # The geometric mean of 1.5 and 1.2, and ln of that over ln 2.
+    mean = (1.5 * 1.2) ** 0.5
+    share = np.log(mean) / np.log(2)
+    assert by_recipe["olica-plus"][4] == f"{mean:.2f} ± 0.00, 1.20 to 1.50 ({share:.2f})"
+    assert by_recipe["olica-plus"][3] == "75.0%"
+    assert by_recipe["olica-plus"][-2:] == ["55.00 ± 0.50", f"-25.00 ± {25 / 7**0.5:.2f}"]
+    assert by_recipe["olica"][-2:] == ["", ""]
+
+
+def test_without_a_founding_recipe_there_is_no_share(record):
+    recipe_runs(record)
+    for name in "ab":
+        shutil.rmtree(record.folder / record.label / "recipes/paper" / name)
+    _, _, row = cells(recipes.tables(record.results))
+    assert row[4] == f"{(1.5 * 1.2) ** 0.5:.2f} ± 0.00, 1.20 to 1.50"
+    assert recipes.tables(Results(record.folder, "elsewhere")) is None
+
+
+def test_quality_over_size_has_a_line_for_each_recipe_and_mix(record):
+    recipe_runs(record)
+    recipe_runs_of = Recorder(record.folder, record.label)
+    for name in ("dense", "tasks/dense"):
+        shutil.rmtree(record.folder / record.label / "recipes" / name)
+    recipe_runs(recipe_runs_of, "own")
+    figure = plots.quality_over_size([record.results])
+    (axes,) = figure.axes
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    assert len(lines) == 6
+    plus = lines[f"olica-plus, {record.label}, own"]
+    assert list(plus.get_xdata()) == [100, 75] and plus.get_ydata()[1] == pytest.approx((1.5 * 1.2) ** 0.5)
+    assert plots.quality_over_size([Results(record.folder, "elsewhere")]) is None
