@@ -10,7 +10,7 @@ from dataclasses import fields
 from os.path import expanduser
 
 from olica.command_line import run_command
-from olica.jobs import Job, Settings, describe, prepare, settings_of
+from olica.jobs import REFITS, Job, Settings, describe, prepare, settings_of
 from olica.machine import DEVICES
 from olica.methods.allocation import describe_plan
 from olica.methods.recipes import RECIPES, recipe_name
@@ -64,6 +64,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="what --sparsity is a share of: the whole model, or its decoder layers",
     )
     add(group, "round_to", type=int, help="make sizes multiples of this, which some kernels run faster; 1: off")
+    add(
+        group,
+        "refit",
+        choices=[*REFITS],
+        help="what is done with what stays: recipe: what the recipe does; none: nothing, and what its corrections and "
+        "biases would hold goes to channels; least-squares: the refit of olica-plus",
+    )
     add_parameters(parser)
     group = parser.add_argument_group("machine")
     add(group, "device", choices=DEVICES, help="where layers run; auto: a GPU if there is one")

@@ -13,12 +13,14 @@ from .checks import as_kind
 from .errors import UsageError
 from .machine import BatchSize, pick_device
 from .methods.allocation import describe_plan, largest_possible
+from .methods.plus import PlusParameters
 from .methods.recipe import Method, Recipe
 from .methods.recipes import RECIPES
+from .methods.refit import LeastSquares, Refit
 from .methods.sizes import Budget, Sizes
 from .model.configuration_olica import LayerShape
 from .model.skeleton import count_parameters, pruned_skeleton, try_out
-from .outputs.names import SPARSITY_OF, checkpoint_folder
+from .outputs.names import RECIPES_OWN, SPARSITY_OF, checkpoint_folder
 from .pruning.memory import Task, expected_peaks, fit_batch_size
 from .pruning.options import PruningOptions
 from .sources.calibration_set import calibration_shape, is_token_file
@@ -27,6 +29,8 @@ from .sources.dense_model import is_streamed
 from .sources.locate import Location, locate
 from .sources.weights import DTYPES, bytes_per_weight
 
+# What `--refit` puts in place of all that a recipe does with what stays.
+REFITS: dict[str, Refit | None] = {RECIPES_OWN: None, "none": None, "least-squares": LeastSquares(PlusParameters.ridge)}
 # Settings that may begin with ~.
 PATHS = ("base_model", "data_dir", "save_dir")
 
@@ -47,6 +51,7 @@ class Settings:
         sparsity: share of the parameters to remove, in [0, 1).
         sparsity_of: what it is a share of: the whole "model" or its decoder "layers".
         round_to: sizes become multiples of it.
+        refit: what is done with what stays: what the "recipe" does, "none", or "least-squares".
         device: where layers run.
         cache_dev: where hidden states live.
         batch_size: samples that go through a layer at a time, or "auto".
@@ -66,6 +71,7 @@ class Settings:
     sparsity: float = 0.2
     sparsity_of: str = SPARSITY_OF[0]
     round_to: int = 1
+    refit: str = RECIPES_OWN
     device: str = "auto"
     cache_dev: str = "auto"
     batch_size: int | str = 16
@@ -87,6 +93,8 @@ class Settings:
             raise UsageError(f"--sparsity {self.sparsity:g} is outside [0, 1): it is the share of parameters to remove")
         if self.sparsity_of not in SPARSITY_OF:
             raise UsageError(f"--sparsity_of {self.sparsity_of} is neither {' nor '.join(SPARSITY_OF)}")
+        if self.refit not in REFITS:
+            raise UsageError(f"--refit {self.refit} is none of {', '.join(REFITS)}")
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise UsageError(f"--dtype {self.dtype} is none of auto, {', '.join(DTYPES)}")
         if self.batch_size != "auto" and self.batch_size < 1:
@@ -189,6 +197,8 @@ def prepare(settings: Settings, sparsities: Sequence[float]) -> list[Job]:
 def _prepare(settings: Settings) -> Job:
     recipe = RECIPES[settings.recipe]
     method = recipe.method(recipe.with_parameters(settings.parameters))
+    if settings.refit != RECIPES_OWN:
+        method = method.refitted(REFITS[settings.refit])
     location = locate(settings.base_model)
     config = read_config(location)
     refuse_unprunable(config, location)
@@ -230,7 +240,7 @@ def _prepare(settings: Settings) -> Job:
         disk_bytes=expected * itemsize + 2 * task.states,  # two, while one takes the place of the other
         memory=expected_peaks(task, options),
         folder=checkpoint_folder(
-            settings.save_dir, location.label, settings.sparsity, recipe.name, settings.sparsity_of
+            settings.save_dir, location.label, settings.sparsity, recipe.name, settings.sparsity_of, settings.refit
         ),
     )
 
@@ -241,9 +251,9 @@ def plan_before_survey(recipe: Recipe, method: Method, sizes: list[Sizes], budge
     Raises:
         UsageError: impossible for this model; names the largest sparsity that is possible.
     """
-    width = sizes[0].head_dim
-    if not 1 <= budget.round_to <= width:
-        raise UsageError(f"--round_to {budget.round_to} is outside 1 to {width}, the width of this model's heads")
+    channels = sizes[0].intermediate_size  # heads and ranks that have no such multiple stay whole
+    if not 1 <= budget.round_to <= channels:
+        raise UsageError(f"--round_to {budget.round_to} is outside 1 to {channels}, the channels of this model's MLPs")
     plan = partial(method.allocate.before_survey, sizes)
     try:
         return plan(budget)

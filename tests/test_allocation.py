@@ -249,11 +249,18 @@ def test_attention_parameters_are_those_of_the_modules():
         assert attention_parameters(Sizes.of(config), shape) == layer_parameters(config, shape) - 3 * 64 * 100
 
 
-@pytest.mark.parametrize("round_to", [-8, 0, 17])
-def test_rounding_that_no_head_allows_is_refused(round_to):
+@pytest.mark.parametrize("round_to", [-8, 0, 177])
+def test_rounding_that_no_mlp_allows_is_refused(round_to):
     config = make_llama().config
-    with pytest.raises(UsageError, match=rf"--round_to {round_to} is outside 1 to 16, the width"):
+    with pytest.raises(UsageError, match=rf"--round_to {round_to} is outside 1 to 176, the channels"):
         allocate("olica", config, dense_parameters(config), 0.2, 3.0, round_to)
+
+
+def test_where_no_multiple_is_small_enough_heads_stay_whole():
+    """Heads have a width of 16: at multiples of 32 only channels and ranks are left to go."""
+    config = make_llama().config
+    (shape, *_), _ = allocate("olica", config, dense_parameters(config), 0.2, 3.0, 32)
+    assert shape.v_head_dim == 16 and shape.intermediate_size % 32 == 0 and shape.q_rank in (0, 32)
 
 
 def test_a_sparsity_that_rounding_makes_impossible_names_it():

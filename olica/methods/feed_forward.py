@@ -3,7 +3,7 @@
 D hidden size, F intermediate channels
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from torch import Tensor
@@ -71,6 +71,10 @@ class ThinnedMLP:
         hidden, features, kept = sizes.hidden_size, sizes.intermediate_size, shape.intermediate_size
         refit = DOUBLE * features**2 + self.refit.workspace(hidden, features, kept) if self.refit else 0
         return max(refit, workspace_of(self.repairs, sizes, shape))
+
+    def refitted(self, refit: Refit | None) -> "ThinnedMLP":
+        """See `Stage`."""
+        return replace(self, refit=refit, repairs=())
 
     def kept(self, layer: Layer, shape: LayerShape) -> Tensor:
         """Indices (k,), ascending, of the channels that stay."""

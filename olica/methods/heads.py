@@ -3,7 +3,7 @@
 D hidden size, H query heads, K key/value heads, G = H/K, d head width, kept k of the K
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -56,6 +56,10 @@ class RemovedGroups:
         kept = width * (shape.kv_heads or sizes.num_kv_heads) // sizes.num_kv_heads
         refit = DOUBLE * width**2 + self.refit.workspace(sizes.hidden_size, width, kept) if self.refit else 0
         return max(refit, workspace_of(self.repairs, sizes, shape))
+
+    def refitted(self, refit: Refit | None) -> "RemovedGroups":
+        """See `Stage`."""
+        return replace(self, refit=refit, repairs=())
 
     def __call__(self, layer: Layer, shape: LayerShape) -> Weights:
         """Weights and biases of the four projections of the heads that stay."""

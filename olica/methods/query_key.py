@@ -12,6 +12,7 @@ from ..model.configuration_olica import LayerShape
 from .linalg import low_rank_split
 from .moments import DOUBLE, Statistic, diagonal, full
 from .recipe import Layer, Weights
+from .refit import Refit
 from .sizes import Sizes
 
 
@@ -35,6 +36,10 @@ class LowRankQueryKey:
         """See `Stage`: the factors of q, then k's W, W C W^T, its eigenvectors and what finding them takes."""
         whole = sizes.hidden_size**2 if self.moment is full else 0
         return DOUBLE * (whole + 2 * sizes.hidden_size * sizes.query_width + 4 * sizes.query_width**2)
+
+    def refitted(self, refit: Refit | None) -> "LowRankQueryKey":
+        """See `Stage`; the factors are what is chosen."""
+        return self
 
     def __call__(self, layer: Layer, shape: LayerShape) -> Weights:
         """`{q,k}_proj.{reduce,expand}.weight`, and the bias on `expand`, for each that the shape factorises."""

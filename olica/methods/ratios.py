@@ -6,7 +6,7 @@ D hidden size, K key/value heads, F intermediate channels, L layers
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -93,6 +93,10 @@ class LayerRatios(Allocate):
             owed = wanted - kept
             shapes.append(thinned_shape(layer, count, kept, self.biases))
         return shapes
+
+    def without_repairs(self) -> "LayerRatios":
+        """See `Allocate`."""
+        return replace(self, biases=False)
 
     @staticmethod
     def _whole(ratios: Tensor, sizes: list[Sizes]) -> list[int]:

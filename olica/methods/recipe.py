@@ -6,7 +6,7 @@ layer's weights and moments into the weights of those sizes. None of them sees a
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, Protocol
 
 from torch import Tensor
@@ -16,6 +16,7 @@ from ..errors import UsageError
 from ..model.configuration_olica import LayerShape
 from ..model.modeling_olica import Projections
 from .moments import Moments, Statistic
+from .refit import Refit
 from .sizes import Budget, Sizes
 
 # What the survey keeps of a layer: small tensors, O(F) numbers, by names that the survey chooses. They are journalled.
@@ -130,6 +131,10 @@ class Allocate(ABC):
     def __call__(self, sizes: list[Sizes], budget: Budget, findings: list[Findings]) -> list[LayerShape]:
         """Sizes of all layers."""
 
+    def without_repairs(self) -> "Allocate":
+        """The same sizes for a cut without corrections and biases, whose parameters units that would go keep."""
+        return self
+
     def shares(self, sizes: list[Sizes], budget: Budget) -> dict[str, float]:
         """Shares that parts of every layer are to lose, by name, for records; none where there is no such rule."""
         return {}
@@ -156,6 +161,9 @@ class Stage(Protocol):
 
     def __call__(self, layer: Layer, shape: LayerShape) -> Weights:
         """Weights and biases of what the stage replaces; empty where it leaves the layer as it is."""
+
+    def refitted(self, refit: Refit | None) -> "Stage":
+        """The stage with the same choice of what stays, then this refit, or none, in place of all that it does else."""
 
 
 def needs_of(parts: Iterable[Any], shape: LayerShape) -> frozenset[Statistic]:
@@ -201,6 +209,14 @@ class Method:
     def needs(self, shape: LayerShape) -> list[frozenset[Statistic]]:
         """Statistics of every pass over a layer that gets the sizes `shape`."""
         return [needs_of(stages, shape) for stages in self.passes]
+
+    def refitted(self, refit: Refit | None) -> "Method":
+        """The method with its own measures, choice and number of parameters, and this refit, or none, for all repair.
+
+        What is told apart so are the parts of a method: what it removes, how much where, and what it makes of the rest.
+        """
+        passes = tuple(tuple(stage.refitted(refit) for stage in stages) for stages in self.passes)
+        return replace(self, allocate=self.allocate.without_repairs(), passes=passes)
 
 
 @dataclass(frozen=True)

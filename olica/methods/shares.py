@@ -12,6 +12,7 @@ from ..model.configuration_olica import LayerShape
 from .allocation import factor_rank, round_shape, rounded
 from .recipe import Allocate, Findings
 from .sizes import Budget, Sizes
+from .units import channel_parameters
 
 # The released code splits here without a comment: up to it query/key lose twice the sparsity whatever `k` is.
 RELEASED_SPLIT = 0.4
@@ -178,6 +179,7 @@ class FixedShares(Allocate):
         k: how many times the share of value/output query/key lose.
         is_factorised: whether value and output projections become factors.
         corrections: which MLPs get one.
+        as_channels: whether the parameters of the corrections are channels of all MLPs instead.
     """
 
     rule: Shares
@@ -185,6 +187,7 @@ class FixedShares(Allocate):
     k: float
     is_factorised: bool
     corrections: Corrections
+    as_channels: bool = False
 
     def before_survey(self, sizes: list[Sizes], budget: Budget) -> list[LayerShape]:
         """See `Allocate`."""
@@ -198,6 +201,10 @@ class FixedShares(Allocate):
         eligible = self.corrections.eligible(sizes, shapes) if self.corrections.number else []
         order = sorted(eligible, key=lambda index: findings[index]["correlation"].item(), reverse=True)
         return self._corrected(shapes, sizes, budget, order)
+
+    def without_repairs(self) -> "FixedShares":
+        """See `Allocate`."""
+        return replace(self, as_channels=True)
 
     def shares(self, sizes: list[Sizes], budget: Budget) -> dict[str, float]:
         """See `Allocate`."""
@@ -242,6 +249,14 @@ class FixedShares(Allocate):
     ) -> list[LayerShape]:
         """The shapes with corrections in the first layers of `order`."""
         chosen = set(order[: self.corrections.number])
+        if self.as_channels:
+            layer, layers = sizes[0], len(sizes)
+            added = len(chosen) * 2 * layer.hidden_size * self.corrections.rank(layer, budget.round_to)
+            more = round(added / (layers * channel_parameters(layer) * budget.round_to)) * budget.round_to
+            return [
+                replace(shape, intermediate_size=min(shape.intermediate_size + more, layer.intermediate_size))
+                for shape in shapes
+            ]
         return [
             replace(shape, correction_rank=self.corrections.rank(layer, budget.round_to)) if i in chosen else shape
             for i, (shape, layer) in enumerate(zip(shapes, sizes, strict=True))

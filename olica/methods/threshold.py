@@ -4,7 +4,7 @@ D hidden size, K key/value heads, d head width, F intermediate channels
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -61,6 +61,10 @@ class GlobalThreshold(Allocate):
             owed = wanted - kept
             shapes.append(thinned_shape(layer, groups, kept, self.biases))
         return shapes
+
+    def without_repairs(self) -> "GlobalThreshold":
+        """See `Allocate`."""
+        return replace(self, biases=False)
 
     @staticmethod
     def _taken(order: list[int], costs: list[int], left: float) -> list[int]:

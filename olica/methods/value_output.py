@@ -7,7 +7,7 @@ the others are dropped. With grouped-query attention a key/value head is read by
     D hidden size, H query heads, K key/value heads, G = H/K, d head width, v kept width
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -194,6 +194,10 @@ class NarrowedHeads:
         refit = self.refit.workspace(sizes.hidden_size, sizes.query_width, sizes.num_heads * shape.v_head_dim)
         return bases + DOUBLE * 3 * sizes.query_width**2 + refit
 
+    def refitted(self, refit: Refit | None) -> "NarrowedHeads":
+        """See `Stage`."""
+        return replace(self, refit=refit)
+
     def __call__(self, layer: Layer, shape: LayerShape) -> Weights:
         """Put every value head into its basis and keep its most important `shape.v_head_dim` directions.
 
@@ -263,6 +267,10 @@ class FactorisedProjections:
     def workspace(self, sizes: Sizes, shape: LayerShape) -> int:
         """See `Stage`: the factors of v, then o's W, W C W^T, its eigenvectors and what finding them takes."""
         return DOUBLE * (sizes.hidden_size * (sizes.key_width + 2 * sizes.query_width) + 4 * sizes.hidden_size**2)
+
+    def refitted(self, refit: Refit | None) -> "FactorisedProjections":
+        """See `Stage`; the factors are what is chosen."""
+        return self
 
     def __call__(self, layer: Layer, shape: LayerShape) -> Weights:
         """Factors of ranks `shape.v_rank` and `shape.o_rank`; a rank of 0 leaves the projection as it is."""

@@ -7,6 +7,7 @@ from huggingface_hub import ModelCardData
 
 from ..output import with_error
 from ..sources.calibration_set import is_token_file
+from .names import RECIPES_OWN
 from .records import alone_in, write_text
 
 CARD = "README.md"
@@ -127,6 +128,7 @@ def flags(record: dict) -> str:
     if parameters["after"] < parameters["before"]:
         names += [name for name in own if name not in of_corrections]
         names += ["round_to"] if settings["round_to"] > 1 else []
+        names += ["refit"] if settings.get("refit", RECIPES_OWN) != RECIPES_OWN else []
     if record["corrected_layers"]:
         names += [name for name in own if name in of_corrections]
     if not is_token_file(settings["datasets"]):
