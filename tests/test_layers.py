@@ -17,7 +17,8 @@ from olica.pruning.layers import prune_layers
 from olica.pruning.progress import Progress, SurveyProgress
 from olica.run import measure_and_decide
 
-UNROTATED = ("olica-svd", "olica-awsvd", "olica-wanda", "olica-plus", "magnitude", "flap")
+UNROTATED = ("olica-svd", "olica-awsvd", "olica-wanda", "olica-plus", "magnitude", "flap", "wanda-sp", "lorap",
+             "modegpt")  # fmt: skip
 CORRECTING = [name for name, recipe in RECIPES.items() if "mlp_num" in recipe.parameter_names]
 
 
@@ -82,7 +83,9 @@ def test_a_recipe_calibrates_on_the_stream_that_it_names(ids, name):
     plan, findings = measure_and_decide(work, Budget(model.num_parameters(), 0.3), SurveyProgress())
     prune_layers(work, plan, findings, Progress())
     same = [torch.allclose(a, b, rtol=1e-3) for a, b in zip(watching.seen, expected, strict=True)]
-    assert same == ([True] * 3 if method.stream == "dense" else [True, False, False])
+    losing = next(index for index, shape in enumerate(plan) if shape != LayerShape(0, 0, 16, 176))
+    assert losing < 2
+    assert same == [method.stream == "dense" or index <= losing for index in range(3)]
 
 
 @pytest.mark.parametrize("recipe", CORRECTING)

@@ -4,11 +4,14 @@ from functools import partial
 
 from . import shares, value_output
 from .flap import flap
+from .lorap import lorap
 from .magnitude import magnitude
+from .modegpt import ModegptParameters, modegpt
 from .olica import OlicaParameters, paper, released
 from .plus import PlusParameters, plus
 from .recipe import NoParameters, Recipe
 from .value_output import FactorisedProjections, NarrowedHeads
+from .wanda_sp import wanda_sp
 
 
 def _beside(directions) -> NarrowedHeads:
@@ -70,6 +73,24 @@ RECIPES = {
             "FLAP, AAAI 2024: what fluctuates least goes, biases take up its mean",
             NoParameters,
             flap,
+        ),
+        Recipe(
+            "wanda-sp",
+            "Wanda-sp, after Wanda, ICLR 2024: the same share of heads and channels by size times input norm",
+            NoParameters,
+            wanda_sp,
+        ),
+        Recipe(
+            "lorap",
+            "LoRAP, ICML 2024: attention by low-rank factors weighted by inputs, MLPs by L2 norms of Wanda's scores",
+            NoParameters,
+            lorap,
+        ),
+        Recipe(
+            "modegpt",
+            "MoDeGPT, ICLR 2025: Nystrom approximation of MLPs, SVD of value and output, ratios by block influence",
+            ModegptParameters,
+            modegpt,
         ),
     )
 }

@@ -27,12 +27,12 @@ from .thinning import highest, thin
 OUTPUT_MOMENT = "attention_output"
 
 
-def _value_heads(layer: Layer) -> Tensor:
+def value_heads(layer: Layer) -> Tensor:
     """W_v by head (K, d, D), float64."""
     return layer.weights.v_proj.weight.double().unflatten(0, (layer.sizes.num_kv_heads, -1))
 
 
-def _output_heads(layer: Layer) -> Tensor:
+def output_heads(layer: Layer) -> Tensor:
     """W_o by key/value head and query head of its group (K, G, D, d), float64."""
     heads = layer.weights.o_proj.weight.double().unflatten(1, (layer.sizes.num_heads, -1))  # (D, H, d)
     return heads.movedim(0, 1).unflatten(0, (layer.sizes.num_kv_heads, -1))
@@ -54,7 +54,7 @@ class Directions(NamedTuple):
 
 def rotate(layer: Layer, basis: Tensor) -> Directions:
     """The value heads in an orthogonal basis (K, d, d), a basis vector per column."""
-    return Directions(basis.mT @ _value_heads(layer), _output_heads(layer) @ basis[:, None], basis)
+    return Directions(basis.mT @ value_heads(layer), output_heads(layer) @ basis[:, None], basis)
 
 
 @needs()
@@ -63,7 +63,7 @@ def output_directions(layer: Layer) -> Directions:
 
     A group's matrix is the sum over its query heads. The norms are the survey's finding OUTPUT_MOMENT (D,).
     """
-    weight = _output_heads(layer)
+    weight = output_heads(layer)
     squared_norms = layer.findings[OUTPUT_MOMENT].to(weight.device)
     weighted = weight * squared_norms[:, None]
     return rotate(layer, principal_components((weighted.mT @ weight).sum(1)))
@@ -72,7 +72,7 @@ def output_directions(layer: Layer) -> Directions:
 @needs()
 def value_directions(layer: Layer) -> Directions:
     """Basis of the paper's Fast-OND: right singular vectors of W_v (D, d) in the paper's orientation."""
-    weight = _value_heads(layer)
+    weight = value_heads(layer)
     return rotate(layer, principal_components(weight @ weight.mT))
 
 
@@ -83,7 +83,7 @@ def product_directions(layer: Layer) -> Directions:
     The singular values go to W_v. The product, whose rank is d, is never formed: with W_o = Q R and W_v^T = P S by QR,
     its singular vectors are those of R S^T (d, d), in the bases Q and P. W_v becomes U^T R W_v, which needs no inverse.
     """
-    value, output = _value_heads(layer), _output_heads(layer)
+    value, output = value_heads(layer), output_heads(layer)
     output_basis, output_factor = torch.linalg.qr(output.flatten(1, 2))  # (K, G D, d) and (K, d, d)
     value_factor = torch.linalg.qr(value.mT, mode="r").R
     left = torch.linalg.svd(output_factor @ value_factor.mT).U  # (K, d, d)
@@ -105,7 +105,7 @@ def activation_directions(ridge: float) -> Needing[[Layer], Directions]:
 
     @needs(full("heads"))
     def directions(layer: Layer) -> Directions:
-        output = _output_heads(layer)
+        output = output_heads(layer)
         pooled = head_blocks(layer.moments[full("heads")], layer.sizes).sum(1)
         factor = torch.linalg.cholesky(with_ridge(pooled, ridge))
         needed = factor.mT @ (output.mT @ output).sum(1) @ factor

@@ -1,0 +1,201 @@
+"""MoDeGPT (Lin et al., ICLR 2025): matrices that follow each other are decomposed together.
+
+An MLP keeps the channels with the highest ridge leverage scores, and `down_proj` becomes the Nystrom approximation;
+value and output projections become the SVD of their product, weighted by the input. Layers that change their input
+little lose more. Queries and keys stay dense: the paper selects their rotary pairs, for which a checkpoint has no
+sizes. D hidden size, H query heads, K key/value heads, d head width, F intermediate channels, L layers
+"""
+
+from dataclasses import dataclass, field
+from math import inf
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UsageError
+from ..model.configuration_olica import LayerShape
+from .allocation import rounded
+from .feed_forward import ThinnedMLP
+from .linalg import SingularError, principal_components
+from .moments import DOUBLE, Needing, Statistic, cosine, full, needs
+from .ratios import scaled
+from .recipe import Allocate, Findings, Layer, Method, Survey
+from .refit import with_ridge
+from .sizes import Budget, Sizes
+from .units import channel_parameters
+from .value_output import Directions, NarrowedHeads, in_order, output_heads, value_heads
+
+SIMILARITY = cosine("layer_input", "layer_output")
+# The smallest weight of a layer beside one of 1: with none at all it could not take over what others cannot lose.
+LEAST = 1e-12
+
+
+@dataclass(frozen=True)
+class ModegptParameters:
+    """What MoDeGPT leaves open."""
+
+    epsilon: float = field(default=0.1, metadata={"help": "the larger, the more alike are the layers' ratios, above 0"})
+    leverage_ridge: float = field(
+        default=0.01, metadata={"help": "ridge of the leverage scores, in mean diagonals of H^T H, above 0"}
+    )
+    nystrom_ridge: float = field(
+        default=1e-4, metadata={"help": "ridge of the Nystrom approximation, in mean diagonals, at least 0"}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("epsilon", "leverage_ridge"):
+            if not 0 < getattr(self, name) < inf:
+                raise UsageError(f"--{name} {getattr(self, name):g} must be a number above 0")
+        if not 0 <= self.nystrom_ridge < inf:
+            raise UsageError(f"--nystrom_ridge {self.nystrom_ridge:g} must be a number, at least 0")
+
+
+def ridge_leverage(ridge: float) -> Needing[[Layer], Tensor]:
+    """Scores (F,) of the channels: the diagonal of C (C + r I)^-1, C = H^T H, r = ridge x the mean diagonal of C."""
+
+    @needs(full("intermediate"))
+    def scores(layer: Layer) -> Tensor:
+        moment = layer.moments[full("intermediate")]
+        mean = moment.diagonal().mean()
+        regular = with_ridge(moment, ridge)
+        del moment  # as large as what follows
+        factor, fault = torch.linalg.cholesky_ex(regular)
+        if fault:
+            raise SingularError(f"--leverage_ridge {ridge:g} is too small for the calibration set", "all channels")
+        del regular
+        # C (C + r I)^-1 = I - r (C + r I)^-1
+        return 1 - ridge * torch.where(mean > 0, mean, 1.0) * torch.cholesky_inverse(factor).diagonal()
+
+    return scores
+
+
+@dataclass(frozen=True)
+class Nystrom:
+    """Refit: W' = W C S (S^T C S + r I)^-1, S the selection of what stays, r = ridge x the mean diagonal of S^T C S.
+
+    Without a ridge that is least squares. The ridge draws towards zero, not towards the columns as they were.
+    """
+
+    ridge: float
+
+    def workspace(self, outputs: int, features: int, kept: int) -> int:
+        """See `Refit`: S^T C S and its factor; W, W C, and what is kept of that."""
+        return DOUBLE * (2 * kept**2 + 3 * outputs * features)
+
+    def __call__(self, dense: Tensor, kept: Tensor, moment: Tensor) -> Tensor:
+        """See `Refit`; float64.
+
+        Raises:
+            SingularError: the ridge is too small.
+        """
+        explained = (dense.double() @ moment.double())[:, kept]
+        factor, fault = torch.linalg.cholesky_ex(with_ridge(moment[kept[:, None], kept], self.ridge))
+        if fault:
+            raise SingularError(
+                f"--nystrom_ridge {self.ridge:g} is too small for the calibration set", "the channels that stay"
+            )
+        return torch.cholesky_solve(explained.T, factor).T
+
+
+@needs(full("attention_input"))
+def input_directions(layer: Layer) -> Directions:
+    """Singular vectors of C^1/2 W_v W_o (D, G D) in the paper's orientation, C = X^T X of the attention's input.
+
+    The output projections of a group's query heads stand beside each other, so that its value head has one basis. In
+    ours the product is W_o W_v C^1/2, and with W_o = Q R its left singular vectors are Q U, U the eigenvectors of
+    R W_v C W_v^T R^T (d, d): neither a root nor an inverse of C is needed. W_o becomes Q U, and W_v becomes U^T R W_v.
+    """
+    value, output = value_heads(layer), output_heads(layer)
+    basis, factor = torch.linalg.qr(output.flatten(1, 2))  # (K, G D, d) and (K, d, d)
+    moment = value @ layer.moments[full("attention_input")].double() @ value.mT
+    left = principal_components(factor @ moment @ factor.mT)
+    features = factor.mT @ left
+    return Directions(features.mT @ value, (basis @ left).view_as(output), features)
+
+
+class SimilaritySurvey(Survey):
+    """How much every dense layer's output is like its input: the finding `similarity`, a mean cosine."""
+
+    def decided_by(self, parameters: Any) -> dict[str, Any]:
+        """See `Survey`; no parameter matters."""
+        return {}
+
+    def needs(self, index: int, layers: int) -> frozenset[Statistic]:
+        """See `Survey`."""
+        return frozenset({SIMILARITY})
+
+    def __call__(self, layer: Layer, shape: LayerShape | None) -> Findings:
+        """See `Survey`."""
+        return {"similarity": (layer.moments[SIMILARITY] / layer.moments.count).cpu()}
+
+
+def softmax_ratios(findings: list[Findings], epsilon: float) -> Tensor:
+    """Ratios (L,) of the layers to their mean: L softmax(-BI / epsilon), BI = 1 - similarity the block influence."""
+    influence = 1 - torch.stack([found["similarity"].double() for found in findings])
+    return len(findings) * (-influence / epsilon).softmax(0).clamp(min=LEAST)
+
+
+@dataclass(frozen=True)
+class SoftmaxRatios(Allocate):
+    """An allocation by one ratio for every layer, which its value heads and its MLP lose alike.
+
+    The ratios are scaled until they meet the budget; of a value head at least one direction stays, of an MLP one
+    channel. The channels take up what rounding a head's width moves, and what the layers before owe.
+
+    Attributes:
+        epsilon: how far ratios differ.
+    """
+
+    epsilon: float
+
+    def before_survey(self, sizes: list[Sizes], budget: Budget) -> None:
+        """See `Allocate`."""
+        costs = torch.tensor([_prunable(layer) for layer in sizes], dtype=torch.float64)
+        if budget.to_remove > (self._caps(sizes, budget) * costs).sum():
+            raise ValueError(
+                "the value and output projections and the MLPs have too few parameters for it: queries and keys stay"
+            )
+
+    def __call__(self, sizes: list[Sizes], budget: Budget, findings: list[Findings]) -> list[LayerShape]:
+        """See `Allocate`."""
+        costs = torch.tensor([_prunable(layer) for layer in sizes], dtype=torch.float64)
+        relative = softmax_ratios(findings, self.epsilon)
+        ratios = scaled(relative, costs, self._caps(sizes, budget), budget.to_remove)
+        shapes, owed = [], 0.0
+        for layer, ratio in zip(sizes, ratios.tolist(), strict=True):
+            width = rounded((1 - ratio) * layer.head_dim, budget.round_to, layer.head_dim)
+            wanted = (1 - ratio) * _prunable(layer) + owed - width * _direction_parameters(layer)
+            channels = rounded(wanted / channel_parameters(layer), budget.round_to, layer.intermediate_size)
+            owed = wanted - channels * channel_parameters(layer)
+            shapes.append(LayerShape(0, 0, width, channels))
+        return shapes
+
+    @staticmethod
+    def _caps(sizes: list[Sizes], budget: Budget) -> Tensor:
+        """The largest ratios (L,)."""
+        left = [
+            min(budget.round_to, layer.head_dim) * _direction_parameters(layer)
+            + min(budget.round_to, layer.intermediate_size) * channel_parameters(layer)
+            for layer in sizes
+        ]
+        return torch.tensor(
+            [1 - least / _prunable(layer) for layer, least in zip(sizes, left, strict=True)], dtype=torch.float64
+        )
+
+
+def _prunable(layer: Sizes) -> int:
+    """Weights of a layer's value and output projections and of its MLP."""
+    return layer.value_output + layer.feed_forward
+
+
+def _direction_parameters(layer: Sizes) -> int:
+    """Weights that go with a direction of all value heads."""
+    return layer.hidden_size * (layer.num_heads + layer.num_kv_heads)
+
+
+def modegpt(parameters: ModegptParameters) -> Method:
+    """The method; the MLP is measured behind the pruned attention."""
+    heads = NarrowedHeads(input_directions, in_order, rotates_whole=False)
+    mlp = ThinnedMLP(ridge_leverage(parameters.leverage_ridge), refit=Nystrom(parameters.nystrom_ridge))
+    return Method("pruned", SimilaritySurvey(), SoftmaxRatios(parameters.epsilon), ((heads,), (mlp,)))
