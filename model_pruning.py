@@ -79,9 +79,23 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("output")
     add(group, "save_dir", type=expanduser, help="folder that receives the checkpoint's folder")
     add(group, "overwrite", action="store_true", help="replace an existing checkpoint")
+    group.add_argument("--list_recipes", action=RecipeList, nargs=0, help="print what each recipe does, then stop")
     group.add_argument("--dry_run", action="store_true", help="print sizes, parameters, expected memory, then stop")
     group.add_argument("--verbose", action="store_true", help="print what the log holds, too")
     return parser
+
+
+class RecipeList(argparse.Action):
+    """Prints a table of the recipes and ends the program, as --help does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_) -> None:
+        """See `argparse.Action`."""
+        rows = [("recipe", "survey", "sizes", "what is made of a layer", "")]
+        rows += [(recipe.name, *recipe.traits(), recipe.about) for recipe in RECIPES.values()]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
+        for *cells, about in rows:
+            parser._print_message("  ".join([f"{c:<{w}}" for c, w in zip(cells, widths, strict=True)] + [about]) + "\n")
+        parser.exit()
 
 
 def add_parameters(parser: argparse.ArgumentParser) -> None:

@@ -220,6 +220,20 @@ def test_recipes_may_have_parameters_of_one_name(here, alike, recipe, flags, sha
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
+def test_the_list_of_recipes_says_what_each_does(capsys):
+    """It is printed whatever else is asked for, as --help is."""
+    with pytest.raises(SystemExit) as ended:
+        run_command(model_pruning.build_parser(), model_pruning.run, ["--list_recipes"])
+    assert ended.value.code == 0
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split()[:3] == ["recipe", "survey", "sizes"]
+    rows = {line.split()[0]: line for line in lines}
+    assert list(rows) == list(RECIPES)
+    assert rows["magnitude"].split()[1:3] == ["yes", "own"] and "fewer channels, fewer heads" in rows["magnitude"]
+    assert rows["olica"].split()[2] == "alike" and "factors of q, k, narrower value heads" in rows["olica"]
+    assert all(recipe.about in rows[name] for name, recipe in RECIPES.items())
+
+
 def test_help_names_all_recipes_that_have_a_parameter_of_one_name(alike):
     said = " ".join(model_pruning.build_parser().format_help().split())
     assert "--share SHARE of query/key, as the first has it (default: 2.0; also of second)" in said

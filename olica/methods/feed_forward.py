@@ -60,6 +60,7 @@ class ThinnedMLP:
     repairs: tuple[Repair, ...] = ()
 
     about = "the MLP"
+    makes = "fewer channels"
 
     def needs(self, shape: LayerShape) -> frozenset[Statistic]:
         """See `Stage`."""

@@ -44,6 +44,7 @@ class RemovedGroups:
     repairs: tuple[Repair, ...] = ()
 
     about = "the attention heads"
+    makes = "fewer heads"
 
     def needs(self, shape: LayerShape) -> frozenset[Statistic]:
         """See `Stage`."""

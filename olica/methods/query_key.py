@@ -27,6 +27,7 @@ class LowRankQueryKey:
     moment: Callable[[str], Statistic] = diagonal
 
     about = "q_proj or k_proj"
+    makes = "factors of q, k"
 
     def needs(self, shape: LayerShape) -> frozenset[Statistic]:
         """See `Stage`."""

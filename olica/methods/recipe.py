@@ -115,7 +115,13 @@ class TravellingSurvey(Survey):
 
 
 class Allocate(ABC):
-    """What decides the sizes."""
+    """What decides the sizes.
+
+    Attributes:
+        sizes_are: whether they are "alike" in all layers, or of each layer its "own", for the list of recipes.
+    """
+
+    sizes_are = "own"
 
     @abstractmethod
     def before_survey(self, sizes: list[Sizes], budget: Budget) -> list[LayerShape] | None:
@@ -149,9 +155,11 @@ class Stage(Protocol):
 
     Attributes:
         about: what it decomposes, for messages.
+        makes: what becomes of it, for the list of recipes.
     """
 
     about: str
+    makes: str
 
     def needs(self, shape: LayerShape) -> frozenset[Statistic]:
         """Statistics that a layer's cut to `shape` reads."""
@@ -245,6 +253,12 @@ class Recipe:
     def parameter_names(self) -> list[str]:
         """The recipe's flags."""
         return [field.name for field in fields(self.parameters)]
+
+    def traits(self) -> tuple[str, str, str]:
+        """Whether it makes a survey, whether all layers get the same sizes, and what becomes of them, in words."""
+        method = self.method(self.parameters())
+        made = dict.fromkeys(stage.makes for stages in method.passes for stage in stages)
+        return "yes" if method.survey else "no", method.allocate.sizes_are, ", ".join(made)
 
     def with_parameters(self, given: dict[str, Any]) -> Any:
         """The parameters, those that are not given at their defaults.

@@ -189,6 +189,8 @@ class FixedShares(Allocate):
     corrections: Corrections
     as_channels: bool = False
 
+    sizes_are = "alike"
+
     def before_survey(self, sizes: list[Sizes], budget: Budget) -> list[LayerShape]:
         """See `Allocate`."""
         self.corrections.check(sizes)

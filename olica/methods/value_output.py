@@ -180,6 +180,7 @@ class NarrowedHeads:
     rotates_whole: bool = True
 
     about = "v_proj and o_proj"
+    makes = "narrower value heads"
 
     def needs(self, shape: LayerShape) -> frozenset[Statistic]:
         """See `Stage`."""
@@ -259,6 +260,7 @@ class FactorisedProjections:
     by_input: bool
 
     about = "v_proj and o_proj"
+    makes = "factors of v, o"
 
     def needs(self, shape: LayerShape) -> frozenset[Statistic]:
         """See `Stage`."""
