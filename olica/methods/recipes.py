@@ -6,8 +6,10 @@ from . import shares, value_output
 from .flap import flap
 from .magnitude import magnitude
 from .olica import OlicaParameters, paper, released
+from .osscar import OsscarParameters, osscar
 from .plus import PlusParameters, plus
 from .recipe import NoParameters, Recipe
+from .slimgpt import SlimGPTParameters, slimgpt
 from .value_output import FactorisedProjections, NarrowedHeads
 
 
@@ -70,6 +72,18 @@ RECIPES = {
             "FLAP, AAAI 2024: what fluctuates least goes, biases take up its mean",
             NoParameters,
             flap,
+        ),
+        Recipe(
+            "slimgpt",
+            "SlimGPT, NeurIPS 2024: what a refit makes up for best goes, more of it in later layers",
+            SlimGPTParameters,
+            slimgpt,
+        ),
+        Recipe(
+            "osscar",
+            "OSSCAR, ICML 2024: what a refit makes up for best goes, then exchanges while the error falls",
+            OsscarParameters,
+            osscar,
         ),
     )
 }
