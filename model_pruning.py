@@ -94,7 +94,7 @@ class RecipeList(argparse.Action):
         rows += [(recipe.name, *recipe.traits(), recipe.about) for recipe in RECIPES.values()]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
         for *cells, about in rows:
-            parser._print_message("  ".join([f"{c:<{w}}" for c, w in zip(cells, widths, strict=True)] + [about]) + "\n")
+            print("  ".join([f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)] + [about]).rstrip())
         parser.exit()
 
 

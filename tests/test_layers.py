@@ -17,8 +17,9 @@ from olica.pruning.layers import prune_layers
 from olica.pruning.progress import Progress, SurveyProgress
 from olica.run import measure_and_decide
 
-UNROTATED = ("olica-svd", "olica-awsvd", "olica-wanda", "olica-plus", "magnitude", "flap", "wanda-sp", "lorap",
-             "modegpt")  # fmt: skip
+# Recipes that rotate no heads.
+ROTATING = ("olica", "olica-grouped", "olica-paper", "olica-ond")
+UNROTATED = [name for name in RECIPES if name not in ROTATING]
 CORRECTING = [name for name, recipe in RECIPES.items() if "mlp_num" in recipe.parameter_names]
 
 

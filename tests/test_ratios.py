@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from olica.methods.ratios import LayerRatios, scaled
+from olica.methods.ratios import LayerRatios, scaled, uniform
 from olica.methods.sizes import Budget, Sizes
 
 LAYER = Sizes(hidden_size=64, num_heads=8, num_kv_heads=8, head_dim=8, intermediate_size=200)
@@ -50,6 +50,11 @@ def test_more_goes_where_the_ratio_is_higher_and_nothing_where_it_is_zero():
     assert [shape.kv_heads for shape in plan] == [6, 5, 0]  # .2 and .4 of eight, rounded with what is owed
     lost = [200 - shape.intermediate_size for shape in plan]
     assert lost[2] == 0 and lost[1] == pytest.approx(2 * lost[0], abs=2)
+
+
+def test_uniform_ratios_take_as_much_from_every_layer():
+    plan = LayerRatios(uniform, False, biases=False).before_survey([LAYER] * 4, Budget(4 * LAYER.layer, 0.25))
+    assert [(shape.kv_heads, shape.intermediate_size) for shape in plan] == [(6, 150)] * 4
 
 
 def test_sizes_are_multiples_and_the_rest_goes_to_the_next_layer():

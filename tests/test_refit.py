@@ -72,10 +72,22 @@ def test_least_squares_draws_towards_the_old_columns(samples, weight, kept, ridg
         np.testing.assert_allclose(found.numpy(), weight, rtol=1e-12)
 
 
+@pytest.mark.parametrize("kept", [[0], [1, 2, 4, 9, 11]])
+def test_the_ridge_may_be_one_of_all_features(samples, weight, kept):
+    """The refit is then the best in the metric C + lambda I of all features: Optimal Brain Surgeon."""
+    moment = moment_of(samples)
+    x = with_pseudo_samples(samples, 0.1 * moment.diagonal().mean())
+    expected = np.linalg.lstsq(x[:, kept], x @ weight.T, rcond=None)[0].T
+    refit = LeastSquares(0.1, of_all=True)
+    found = refit(torch.from_numpy(weight), torch.tensor(kept), torch.from_numpy(moment))
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-7, atol=1e-9)
+
+
 def test_features_that_are_always_zero_do_no_harm(weight):
     zero, kept = torch.zeros(F, F), torch.tensor([1, 5])
     found = LeastSquares(0.1)(torch.from_numpy(weight), kept, zero)
     np.testing.assert_array_equal(found.numpy(), weight[:, [1, 5]])
+    assert torch.equal(found, LeastSquares(0.1, of_all=True)(torch.from_numpy(weight), kept, zero))
     assert torch.isfinite(refit_errors(torch.from_numpy(weight), with_ridge(zero, 0.1))).all()
 
 

@@ -52,7 +52,7 @@ def test_without_repairs_what_stays_is_what_it_was_and_the_size_is_the_same(reci
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_least_squares_refits_what_the_recipe_chose(recipe):
-    """The first layer that loses channels keeps those of the bare cut, each refitted."""
+    """The first layer that loses channels has none as it was, and has those of the bare cut."""
     dense = make_llama(num_key_value_heads=2).requires_grad_(False)
     method = as_method(recipe)
     bare, plan = pruned(method.refitted(None), dense)
@@ -60,7 +60,7 @@ def test_least_squares_refits_what_the_recipe_chose(recipe):
     assert plan == same
     first = next(number for number, shape in enumerate(plan) if shape.intermediate_size < 176)
     gates = [projections_of(model.model.layers[first]).gate_proj.weight for model in (bare, refitted)]
-    if first == 0:  # before it the streams differ
+    if first == 0 and len(method.passes) == 1:  # else what is measured differs
         assert torch.equal(*gates)
     assert lost_columns(refitted, dense)[first].min() > 1e-5
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ..model.configuration_olica import LayerShape
 from .linalg import by_rows
-from .moments import DOUBLE, Needing, Statistic, diagonal, full, needs
+from .moments import DOUBLE, Statistic, diagonal, full, needs
 from .recipe import Layer, Weights, needs_of, together, workspace_of
 from .refit import Refit
 from .sizes import Sizes
-from .thinning import Repair, highest, thin
+from .thinning import Choice, Repair, choice_workspace, chosen, thin
 
 # The released code keeps the hundredth of the channels with the *lowest* scores, as LoRAP did; the paper is silent.
 RELEASED_PROTECTED_FRACTION = 0.01
@@ -48,13 +48,13 @@ class ThinnedMLP:
     """Stage: the MLP keeps its most important channels.
 
     Attributes:
-        importance: layer -> scores (F,).
-        protected_fraction: share of the channels, the least important, that stay nevertheless.
+        importance: layer -> scores (F,); or what selects the channels.
+        protected_fraction: share of the channels, those with the lowest scores, that stay nevertheless.
         refit: of `down_proj`; None leaves the columns that stay as they are.
         repairs: what makes up for the channels that are gone.
     """
 
-    importance: Needing[[Layer], Tensor]
+    importance: Choice
     protected_fraction: float = 0.0
     refit: Refit | None = None
     repairs: tuple[Repair, ...] = ()
@@ -71,7 +71,7 @@ class ThinnedMLP:
         """See `Stage`."""
         hidden, features, kept = sizes.hidden_size, sizes.intermediate_size, shape.intermediate_size
         refit = DOUBLE * features**2 + self.refit.workspace(hidden, features, kept) if self.refit else 0
-        return max(refit, workspace_of(self.repairs, sizes, shape))
+        return max(choice_workspace(self.importance, sizes), refit, workspace_of(self.repairs, sizes, shape))
 
     def refitted(self, refit: Refit | None) -> "ThinnedMLP":
         """See `Stage`."""
@@ -79,7 +79,7 @@ class ThinnedMLP:
 
     def kept(self, layer: Layer, shape: LayerShape) -> Tensor:
         """Indices (k,), ascending, of the channels that stay."""
-        return highest(self.importance(layer), shape.intermediate_size, self.protected_fraction)
+        return chosen(self.importance, layer, shape.intermediate_size, self.protected_fraction)
 
     def __call__(self, layer: Layer, shape: LayerShape) -> Weights:
         """Weights and biases of the three projections, and what the repairs add to them."""

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..model.configuration_olica import LayerShape
-from .moments import DOUBLE, Needing, Statistic, full
+from .moments import DOUBLE, Statistic, full
 from .recipe import Layer, Weights, needs_of, together, workspace_of
 from .refit import Refit
 from .sizes import Sizes
-from .thinning import Repair, highest, others, thin
+from .thinning import Choice, Repair, choice_workspace, chosen, others, thin
 
 
 def by_group(features: Tensor, sizes: Sizes) -> Tensor:
@@ -34,12 +34,12 @@ class RemovedGroups:
     Where a norm spans all heads, queries and keys stay, those of the heads that stay in front.
 
     Attributes:
-        scores: layer -> (K,).
+        scores: layer -> (K,); or what selects the key/value heads.
         refit: of `o_proj`; None leaves the columns that stay as they are.
         repairs: what makes up for the heads that are gone.
     """
 
-    scores: Needing[[Layer], Tensor]
+    scores: Choice
     refit: Refit | None = None
     repairs: tuple[Repair, ...] = ()
 
@@ -56,7 +56,11 @@ class RemovedGroups:
         width = sizes.query_width
         kept = width * (shape.kv_heads or sizes.num_kv_heads) // sizes.num_kv_heads
         refit = DOUBLE * width**2 + self.refit.workspace(sizes.hidden_size, width, kept) if self.refit else 0
-        return max(refit, workspace_of(self.repairs, sizes, shape))
+        return max(choice_workspace(self.scores, sizes), refit, workspace_of(self.repairs, sizes, shape))
+
+    def kept(self, layer: Layer, shape: LayerShape) -> Tensor:
+        """Indices (k,), ascending, of the key/value heads that stay."""
+        return chosen(self.scores, layer, shape.kv_heads)
 
     def refitted(self, refit: Refit | None) -> "RemovedGroups":
         """See `Stage`."""
@@ -67,7 +71,7 @@ class RemovedGroups:
         sizes, weights = layer.sizes, layer.weights
         if shape.kv_heads in (0, sizes.num_kv_heads):
             return {}
-        kept = highest(self.scores(layer), shape.kv_heads)
+        kept = self.kept(layer, shape)
         query, key = sizes.groups * sizes.head_dim, sizes.head_dim
         new: Weights = {}
         order = kept

@@ -20,6 +20,7 @@ from .query_key import LowRankQueryKey
 from .recipe import Layer, Stage
 from .refit import refit_errors, with_ridge
 from .sizes import Sizes
+from .thinning import Selection
 from .value_output import NarrowedHeads, head_blocks
 
 # Share of its size that a part keeps at least: where the multiplier would take all, the error curve is least known.
@@ -185,7 +186,9 @@ class FeedForward(Part):
 
     def errors(self, layer: Layer) -> Tensor:
         """See `Part`: down_proj is refitted to the channels with the highest scores."""
-        order = self.stage.importance(layer).argsort(stable=True).flip(0)
+        importance = self.stage.importance
+        assert not isinstance(importance, Selection), "sizes are compared in the order of scores"
+        order = importance(layer).argsort(stable=True).flip(0)
         moment = with_ridge(layer.moments[full("intermediate")][order[:, None], order], DEFINITE)
         return shares_of_first(refit_errors(layer.weights.down_proj.weight[:, order], moment))
 

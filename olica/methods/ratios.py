@@ -24,6 +24,11 @@ HALVINGS = 100
 Ratios = Callable[[list[Findings], int], Tensor]
 
 
+def uniform(_findings: list[Findings], layers: int) -> Tensor:
+    """`Ratios`: the same for all layers and parts, whatever the findings."""
+    return torch.ones(layers, 2, dtype=torch.float64)
+
+
 def scaled(relative: Tensor, costs: Tensor, caps: Tensor, budget: float) -> Tensor:
     """Ratios c r, or their caps where they are smaller, with the factor c for which they cost the budget.
 

@@ -8,8 +8,10 @@ from .lorap import lorap
 from .magnitude import magnitude
 from .modegpt import ModegptParameters, modegpt
 from .olica import OlicaParameters, paper, released
+from .osscar import OsscarParameters, osscar
 from .plus import PlusParameters, plus
 from .recipe import NoParameters, Recipe
+from .slimgpt import SlimGPTParameters, slimgpt
 from .value_output import FactorisedProjections, NarrowedHeads
 from .wanda_sp import wanda_sp
 
@@ -91,6 +93,18 @@ RECIPES = {
             "MoDeGPT, ICLR 2025: Nystrom approximation of MLPs, SVD of value and output, ratios by block influence",
             ModegptParameters,
             modegpt,
+        ),
+        Recipe(
+            "slimgpt",
+            "SlimGPT, NeurIPS 2024: what a refit makes up for best goes, more of it in later layers",
+            SlimGPTParameters,
+            slimgpt,
+        ),
+        Recipe(
+            "osscar",
+            "OSSCAR, ICML 2024: what a refit makes up for best goes, then exchanges while the error falls",
+            OsscarParameters,
+            osscar,
         ),
     )
 }

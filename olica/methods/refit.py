@@ -24,12 +24,20 @@ class Refit(Protocol):
         """W' (O, k) for W (O, f), the indices (k,) of what stays and the second moment C (f, f) of the input."""
 
 
-def with_ridge(moment: Tensor, ridge: float) -> Tensor:
-    """C + ridge c I (..., f, f), float64, c the mean diagonal of C: positive definite, even where C is zero."""
+def mean_diagonal(moment: Tensor) -> Tensor:
+    """Mean diagonal (..., 1) of C (..., f, f), float64; 1 where C is zero."""
+    mean = moment.diagonal(dim1=-2, dim2=-1).double().mean(-1, keepdim=True)
+    return torch.where(mean > 0, mean, 1.0)
+
+
+def with_ridge(moment: Tensor, ridge: float, scale: Tensor | None = None) -> Tensor:
+    """C + ridge c I (..., f, f), float64: positive definite, even where C is zero.
+
+    `scale` is c (..., 1); left out, the mean diagonal of C.
+    """
     regular = moment.to(torch.float64, copy=True)
     diagonal = regular.diagonal(dim1=-2, dim2=-1)
-    mean = diagonal.mean(-1, keepdim=True)
-    diagonal += ridge * torch.where(mean > 0, mean, 1.0)
+    diagonal += ridge * (mean_diagonal(moment) if scale is None else scale)
     return regular
 
 
@@ -58,9 +66,13 @@ class LeastSquares:
 
     Attributes:
         ridge: its strength, above 0.
+        of_all: whether c is the mean diagonal of C instead, that of all features.
+        flag: of the ridge, for messages.
     """
 
     ridge: float
+    of_all: bool = False
+    flag: str = "ridge"
 
     def workspace(self, outputs: int, features: int, kept: int) -> int:
         """See `Refit`: C_KK and its factor; W_P, its product with C, and what is kept of that."""
@@ -75,9 +87,10 @@ class LeastSquares:
         gone = dense.double().index_fill(1, kept, 0.0)  # W_P, zeros in place of W_K
         explained = (gone @ moment.double())[:, kept]  # W_P C_PK
         del gone
-        factor, fault = torch.linalg.cholesky_ex(with_ridge(moment[kept[:, None], kept], self.ridge))
+        scale = mean_diagonal(moment) if self.of_all else None
+        factor, fault = torch.linalg.cholesky_ex(with_ridge(moment[kept[:, None], kept], self.ridge, scale))
         if fault:
             raise SingularError(
-                f"--ridge {self.ridge:g} is too small for the calibration set", "the features that stay"
+                f"--{self.flag} {self.ridge:g} is too small for the calibration set", "the features that stay"
             )
         return dense[:, kept].double() + torch.cholesky_solve(explained.T, factor).T

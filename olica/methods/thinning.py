@@ -4,6 +4,7 @@ Channels of an MLP, directions of a value head and whole heads are all columns o
 What stays is chosen by a score, W may be refitted on it, and what W lost is repaired from the moments of its input.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -33,6 +34,37 @@ def highest(scores: Tensor, kept: int, protected_fraction: float = 0.0) -> Tenso
     protected = min(int(protected_fraction * units), kept)
     staying = torch.cat([order[..., :protected], order[..., units - (kept - protected) :]], dim=-1)
     return staying.sort(dim=-1).values
+
+
+class Selection(ABC):
+    """What chooses the units that stay where scores do not: the choice may depend on how many they are.
+
+    Attributes:
+        needs: statistics that it reads.
+    """
+
+    needs: frozenset[Statistic]
+
+    @abstractmethod
+    def workspace(self, sizes: Sizes) -> int:
+        """Bytes that a call takes at its peak, beside the sums of `needs`."""
+
+    @abstractmethod
+    def __call__(self, layer: Layer, kept: int) -> Tensor:
+        """Indices (kept,), ascending, of the units that stay."""
+
+
+Choice = Needing[[Layer], Tensor] | Selection  # scores, the highest of which stay; or what selects
+
+
+def chosen(choice: Choice, layer: Layer, kept: int, protected_fraction: float = 0.0) -> Tensor:
+    """Indices (kept,), ascending, of the units that stay; `protected_fraction` as in `highest`, of scores alone."""
+    return choice(layer, kept) if isinstance(choice, Selection) else highest(choice(layer), kept, protected_fraction)
+
+
+def choice_workspace(choice: Choice, sizes: Sizes) -> int:
+    """Bytes that choosing takes; those of scores are not worth counting."""
+    return choice.workspace(sizes) if isinstance(choice, Selection) else 0
 
 
 def others(kept: Tensor, units: int) -> Tensor:

@@ -5,15 +5,14 @@ reads it, and its score the sum over the column. Every layer loses the same shar
 what stays stays as it is. D hidden size, K key/value heads, F channels
 """
 
-import torch
 from torch import Tensor
 
 from .feed_forward import ThinnedMLP
 from .heads import RemovedGroups, by_group
 from .linalg import by_rows
 from .moments import diagonal, needs
-from .ratios import LayerRatios
-from .recipe import Findings, Layer, Method, NoParameters
+from .ratios import LayerRatios, uniform
+from .recipe import Layer, Method, NoParameters
 
 
 def column_scores(weight: Tensor, squared_norms: Tensor) -> Tensor:
@@ -31,11 +30,6 @@ def channel_scores(layer: Layer) -> Tensor:
 def group_scores(layer: Layer) -> Tensor:
     """Scores (K,) of the key/value heads: sums over the columns of `o_proj` that read their query heads."""
     return by_group(column_scores(layer.weights.o_proj.weight, layer.moments[diagonal("heads")]), layer.sizes)
-
-
-def uniform(_findings: list[Findings], layers: int) -> Tensor:
-    """The same ratio for heads and for channels of every layer: ones (L, 2). Reads no findings."""
-    return torch.ones(layers, 2)
 
 
 def wanda_sp(_parameters: NoParameters) -> Method:
