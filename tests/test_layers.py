@@ -17,7 +17,7 @@ from olica.pruning.layers import prune_layers
 from olica.pruning.progress import Progress, SurveyProgress
 from olica.run import measure_and_decide
 
-UNROTATED = ("olica-svd", "olica-awsvd", "olica-wanda", "olica-plus", "magnitude", "flap")
+UNROTATED = ("olica-svd", "olica-awsvd", "olica-wanda", "olica-plus", "magnitude", "flap", "let-llm-tell")
 CORRECTING = [name for name, recipe in RECIPES.items() if "mlp_num" in recipe.parameter_names]
 
 

@@ -79,7 +79,8 @@ def prune(save_dir: str, *flags: str) -> dict:
         f"--save_dir={save_dir}",
         f"--data_dir={save_dir}-data",
     ]
-    if not {"--recipe=magnitude", "--recipe=flap", "--recipe=olica-plus"} & set(flags):
+    recipe = next((flag.partition("=")[2] for flag in flags if flag.startswith("--recipe=")), "olica")
+    if "mlp_num" in RECIPES[recipe].parameter_names:
         common += ["--mlp_num=1", "--ratio=0.1"]
     assert run_command(model_pruning.build_parser(), model_pruning.run, [*common, *flags]) == 0
     return json.loads((checkpoint(save_dir) / "olica_run.json").read_text())

@@ -4,6 +4,7 @@ from functools import partial
 
 from . import shares, value_output
 from .flap import flap
+from .let_llm_tell import TellParameters, let_llm_tell
 from .magnitude import magnitude
 from .olica import OlicaParameters, paper, released
 from .plus import PlusParameters, plus
@@ -70,6 +71,12 @@ RECIPES = {
             "FLAP, AAAI 2024: what fluctuates least goes, biases take up its mean",
             NoParameters,
             flap,
+        ),
+        Recipe(
+            "let-llm-tell",
+            'after "Let LLM Tell What to Prune", ICML 2025: ratios by transfer entropy; how it is estimated is ours',
+            TellParameters,
+            let_llm_tell,
         ),
     )
 }
