@@ -70,3 +70,17 @@ def test_what_cannot_be_met_is_refused_before_anything_is_measured():
     with pytest.raises(ValueError, match="one head and one channel"):
         reading.before_survey([LAYER] * 2, Budget(2 * LAYER.layer, 0.99))
     assert reading.before_survey([LAYER] * 2, Budget(2 * LAYER.layer, 0.5)) is None
+
+
+@pytest.mark.parametrize("most", [0.9, 1.0])
+def test_heads_go_where_channels_cannot_make_up_for_those_that_rounding_left(most):
+    """Channels are at their cap, and half a head of what is to go would be left over."""
+    layer = Sizes(hidden_size=64, num_heads=32, num_kv_heads=32, head_dim=16, intermediate_size=200)
+    allocate = LayerRatios(relative([[0.25, 2.0]]), True, biases=False, most=most)
+    head, channels = 4 * 64 * 16, 3 * 64 * int(most * 200)
+    for heads in (7.1, 7.4, 7.9, 8.0):
+        budget = Budget(layer.layer, (channels + heads * head - 3 * 64) / layer.layer)
+        assert allocate.before_survey([layer], budget) is None
+        (shape,) = allocate([layer], budget, [{}])
+        assert shape.kv_heads == 32 - 8
+        assert abs(layer.layer - parameters(shape, layer) - budget.to_remove) <= 3 * 64

@@ -88,7 +88,8 @@ class LayerRatios(Allocate):
         relative, costs, caps = self.ratios(findings, len(sizes)), self._costs(sizes), self._caps(sizes)
         left = to_remove(sizes, budget, self.biases)
         of_heads = scaled(relative, costs, caps, left)[:, 0]
-        groups = self._whole(of_heads, sizes)
+        most_channels = (caps * costs)[relative[:, 1] > 0, 1].sum().item()
+        groups = self._enough(self._whole(of_heads, sizes), of_heads, sizes, left - most_channels)
         left -= sum(count * group_parameters(layer) for count, layer in zip(groups, sizes, strict=True))
         of_channels = scaled(relative[:, 1], costs[:, 1], caps[:, 1], left)
         shapes, owed = [], 0.0
@@ -112,6 +113,21 @@ class LayerRatios(Allocate):
             count = min(max(round(wanted), 0), layer.num_kv_heads - 1) if ratio else 0
             owed = wanted - count if ratio else owed
             counts.append(count)
+        return counts
+
+    @staticmethod
+    def _enough(counts: list[int], ratios: Tensor, sizes: list[Sizes], budget: float) -> list[int]:
+        """The counts, raised where rounding left them short of a budget, which channels then could not make up for."""
+        counts = list(counts)
+        wanted = [ratio * layer.num_kv_heads for ratio, layer in zip(ratios.tolist(), sizes, strict=True)]
+        short = budget - sum(count * group_parameters(layer) for count, layer in zip(counts, sizes, strict=True))
+        while short > 0:
+            able = [i for i, layer in enumerate(sizes) if wanted[i] and counts[i] < layer.num_kv_heads - 1]
+            if not able:
+                break
+            index = max(able, key=lambda i: wanted[i] - counts[i])
+            counts[index] += 1
+            short -= group_parameters(sizes[index])
         return counts
 
     @staticmethod

@@ -4,6 +4,7 @@ from functools import partial
 
 from . import shares, value_output
 from .flap import flap
+from .let_llm_tell import TellParameters, let_llm_tell
 from .lorap import lorap
 from .magnitude import magnitude
 from .modegpt import ModegptParameters, modegpt
@@ -105,6 +106,12 @@ RECIPES = {
             "OSSCAR, ICML 2024: what a refit makes up for best goes, then exchanges while the error falls",
             OsscarParameters,
             osscar,
+        ),
+        Recipe(
+            "let-llm-tell",
+            'after "Let LLM Tell What to Prune", ICML 2025: ratios by transfer entropy; how it is estimated is ours',
+            TellParameters,
+            let_llm_tell,
         ),
     )
 }
