@@ -11,12 +11,12 @@ from pathlib import Path
 import olica_stopping
 from olica.command_line import run_command
 from olica.errors import UsageError
-from olica.report import recipes
+from olica.report import methods
 from olica.report.plots import FIGURES, draw, quality_over_size
 from olica.report.runs import Results
 from olica.report.tables import TABLES
 
-ALL_TABLES = TABLES | {"recipes": recipes.tables}
+ALL_TABLES = TABLES | {"methods": methods.tables}
 TITLES = {
     "figure2": "Figure 2: singular values of the attention projections",
     "figure3": "Figure 3: corrected MLPs, and how well each is explained",
@@ -37,7 +37,7 @@ difference on the same windows or rows. The paper's figures and what does not fi
 def section(results: Results, folder: Path) -> str:
     """Tables and figures of one model."""
     ours = {name: make for name, make in TABLES.items() if not results.belongs_elsewhere(int(name[len("table") :]))}
-    ours["recipes"] = recipes.tables
+    ours["methods"] = methods.tables
     parts = [table for make in ours.values() if (table := make(results))]
     for name, title in TITLES.items():
         if drawing := draw(name, results):
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
         models = [Results(args.results, label) for label in labels]
         sections = [section(results, args.output_path.parent) for results in models]
         if figure := quality_over_size(models):
-            figure.savefig(path := args.results / "recipes.png")
+            figure.savefig(path := args.results / "methods.png")
             sections.append(f"## Quality over size\n\n![Quality over size]({relpath(path, args.output_path.parent)})")
         args.output_path.write_text("\n".join([HEAD, *sections]).rstrip() + "\n", encoding="utf-8")
         print(f"wrote {args.output_path}")

@@ -11,7 +11,7 @@ import torch
 
 from olica.errors import UsageError
 from olica.evaluation.paired import PAPER_METRIC, pack_floats, standard_error
-from olica.report import plots, recipes
+from olica.report import methods, plots
 from olica.report.plots import FIGURES, draw
 from olica.report.runs import PAPER, Results, limited
 from olica.report.tables import TABLES, TASKS, Measured, Table
@@ -445,7 +445,7 @@ def test_a_model_has_its_full_name_in_headings(tmp_path):
 
 def recipe_runs(record, mix: str = "paper") -> None:
     """Runs of two founding recipes and another one, at one size; of the other with two seeds."""
-    record("recipes/dense", evaluation(10.0, 60.0))
+    record("methods/dense", evaluation(10.0, 60.0))
     for name, recipe, value, seed in (
         ("a", "olica", 40.0, 0),
         ("b", "olica-grouped", 20.0, 0),
@@ -454,18 +454,18 @@ def recipe_runs(record, mix: str = "paper") -> None:
     ):
         made = pruning(sparsity=0.2, recipe=recipe, seed=seed, sparsity_of="model")
         made["measured_sparsity_of_layers"] = 0.25
-        record(f"recipes/{mix}/{name}", evaluation(value, 50.0), made)
+        record(f"methods/{mix}/{name}", evaluation(value, 50.0), made)
     made = pruning(sparsity=0.2, recipe="olica-plus", seed=0, sparsity_of="model")
-    record(f"recipes/{mix}/tasks/c", evaluation(15.0, 55.0), made)
+    record(f"methods/{mix}/tasks/c", evaluation(15.0, 55.0), made)
     dense = evaluation(10.0, 60.0)
     for scores in dense["results"]["model"]["zero_shot"]["tasks"].values():
         scores["hits"] = {metric: "1111" for metric in scores["hits"]}
-    record("recipes/tasks/dense", dense)
+    record("methods/tasks/dense", dense)
 
 
 def test_recipes_stand_beside_each_other_with_their_share_of_the_founding_gap(record):
     recipe_runs(record)
-    header, *rows = cells(recipes.tables(record.results))
+    header, *rows = cells(methods.tables(record.results))
     assert header[:5] == ["gone", "recipe", "parameters", "left of the layers", "wikitext2"]
     by_recipe = {row[1]: row for row in rows}
     assert list(by_recipe) == ["dense", "olica", "olica-grouped", "olica-plus"]
@@ -482,17 +482,17 @@ def test_recipes_stand_beside_each_other_with_their_share_of_the_founding_gap(re
 def test_without_a_founding_recipe_there_is_no_share(record):
     recipe_runs(record)
     for name in "ab":
-        shutil.rmtree(record.folder / record.label / "recipes/paper" / name)
-    _, _, row = cells(recipes.tables(record.results))
+        shutil.rmtree(record.folder / record.label / "methods/paper" / name)
+    _, _, row = cells(methods.tables(record.results))
     assert row[4] == f"{(1.5 * 1.2) ** 0.5:.2f} ± 0.00, 1.20 to 1.50"
-    assert recipes.tables(Results(record.folder, "elsewhere")) is None
+    assert methods.tables(Results(record.folder, "elsewhere")) is None
 
 
 def test_quality_over_size_has_a_line_for_each_recipe_and_mix(record):
     recipe_runs(record)
     recipe_runs_of = Recorder(record.folder, record.label)
     for name in ("dense", "tasks/dense"):
-        shutil.rmtree(record.folder / record.label / "recipes" / name)
+        shutil.rmtree(record.folder / record.label / "methods" / name)
     recipe_runs(recipe_runs_of, "own")
     figure = plots.quality_over_size([record.results])
     (axes,) = figure.axes
@@ -501,3 +501,18 @@ def test_quality_over_size_has_a_line_for_each_recipe_and_mix(record):
     plus = lines[f"olica-plus, {record.label}, own"]
     assert list(plus.get_xdata()) == [100, 75] and plus.get_ydata()[1] == pytest.approx((1.5 * 1.2) ** 0.5)
     assert plots.quality_over_size([Results(record.folder, "elsewhere")]) is None
+
+
+def test_choice_and_repair_stand_apart_where_the_dial_was_turned(record):
+    recipe_runs(record)
+    assert "Choice and repair" not in methods.tables(record.results)
+    for name, refit, value in (("e", "none", 30.0), ("f", "least-squares", 12.5)):
+        made = pruning(sparsity=0.2, recipe="olica-grouped", seed=0, sparsity_of="model", refit=refit)
+        made["measured_sparsity_of_layers"] = 0.25
+        record(f"methods/paper/{name}", evaluation(value, 50.0), made)
+    first, second = methods.tables(record.results).split("### Choice and repair")
+    assert "olica-grouped, refit: none" in first
+    header, row = cells(second)
+    assert header[2:] == ["wikitext2, own repair", "wikitext2, none", "wikitext2, least squares"]
+    assert row[:2] == ["20%", "olica-grouped"] and row[2].startswith("2.00 ±") and row[3].startswith("3.00 ±")
+    assert row[4].startswith("1.25 ±")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UsageError
 from ..evaluation.paired import paired_difference, unpack_floats
-from .recipes import mixes
+from .methods import mixes
 from .runs import Results, Run, correction, in_common, newest_alike, origin, statements
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from ..outputs.names import RECIPES_OWN
 from ..outputs.records import corrected_layers, has_former_shares, note_on_survey, seconds_of_stages
 
 PAPER = Path(__file__).parents[2] / "results/paper"
@@ -84,8 +85,10 @@ class Run:
 
     @property
     def recipe(self) -> str:
-        """Of the pruning; one whose shares of grouped heads were others then is named apart."""
-        recipe = self.pruning["settings"]["recipe"]
+        """Of the pruning; one whose shares of grouped heads were others then, or with another repair, is named apart."""
+        settings = self.pruning["settings"]
+        refit = settings.get("refit", RECIPES_OWN)
+        recipe = settings["recipe"] + ("" if refit == RECIPES_OWN else f", refit: {refit}")
         return f"{recipe}, former shares" if has_former_shares(self.pruning) else recipe
 
     @property

@@ -1,6 +1,6 @@
-"""Recipes beside each other: a table for each mix of calibration texts, and a figure of quality over size.
+"""Methods beside each other: tables for each mix of calibration texts.
 
-The runs are those of scripts/recipes.sh: `recipes/dense`, `recipes/MIX/...` and, where tasks were scored, the same
+The runs are those of scripts/methods.sh: `methods/dense`, `methods/MIX/...` and, where tasks were scored, the same
 below `tasks`.
 """
 
@@ -10,12 +10,15 @@ from functools import cached_property
 from pathlib import Path
 
 from ..evaluation.paired import compare
+from ..outputs.names import RECIPES_OWN
 from .runs import Results, Run, protocol
 from .tables import Measured, markdown, mean_accuracy, perplexity
 
-FOLDER = "recipes"
+FOLDER = "methods"
 # What others are measured by: the better of these, at the same size and with the same text.
 FOUNDING = ("olica", "olica-grouped")
+# What is done with what stays, in words.
+REPAIRS = {RECIPES_OWN: "own repair", "none": "none", "least-squares": "least squares"}
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ def mixes(results: Results) -> list[Mix]:
 
 def tables(results: Results) -> str | None:
     """A table for each mix; None where nothing is recorded."""
-    return "\n\n".join(_table(mix) for mix in mixes(results)) or None
+    return "\n\n".join(part for mix in mixes(results) for part in (_table(mix), _repairs(mix)) if part) or None
 
 
 def _table(mix: Mix) -> str:
@@ -121,13 +124,12 @@ def _table(mix: Mix) -> str:
     scores = [str(mean_accuracy(mix.dense_scored)) if mix.dense_scored else "", ""]
     rows = [["0%", "dense", f"{whole:,}", "100.0%", *measured, "", "", *scores[: 2 * has_scores]]]
     for point in mix.points:
-        (sparsity, of), first = point.size, point.runs[0]
-        asked = f"{sparsity:.0%}" if of == "model" else f"{sparsity:.0%} of the layers"
+        first = point.runs[0]
         sizes = [f"{first.pruning['parameters']['after']:,}", f"{point.layers_left:.1%}"]
         cells = [_cell(mix, point, text) for text in mix.texts]
         took = [f"{first.seconds / 60:.1f}", f"{first.peak_bytes / 1e9:.2f}"]
         scores = _scores(mix, point) if has_scores else []
-        rows.append([asked, point.recipe, *sizes, *cells, *took, *scores])
+        rows.append([_asked(point.size), point.recipe, *sizes, *cells, *took, *scores])
     runs = {
         f"{point.recipe} {point.size[0]:.0%}, seed {run.pruning['settings']['seed']}": run
         for point in mix.points
@@ -139,7 +141,35 @@ def _table(mix: Mix) -> str:
         "text and size. Of several seeds it is the geometric mean, followed by the least and the greatest.",
         *protocol({"dense": mix.dense} | runs),
     ]
-    return markdown(f"Recipes beside each other, calibrated on {mix.name}", header, rows, notes)
+    return markdown(f"Methods beside each other, calibrated on {mix.name}", header, rows, notes)
+
+
+def _repairs(mix: Mix) -> str | None:
+    """Each recipe's choice with its own repair, with none and with least squares; None where no dial was turned."""
+    found: dict[tuple, dict[str, Point]] = {}
+    for point in mix.points:
+        settings = point.runs[0].pruning["settings"]
+        found.setdefault((point.size, settings["recipe"]), {})[settings.get("refit", RECIPES_OWN)] = point
+    turned = {key: points for key, points in found.items() if len(points) > 1}
+    if not turned:
+        return None
+    header = ["gone", "choice", *(f"{Path(text).stem}, {name}" for text in mix.texts for name in REPAIRS.values())]
+    rows = [
+        [_asked(size), recipe]
+        + [_cell(mix, points[repair], text) if repair in points else "" for text in mix.texts for repair in REPAIRS]
+        for (size, recipe), points in turned.items()
+    ]
+    notes = [
+        "The same choice of what stays at the same number of parameters, then what the recipe does with it, nothing, or "
+        "the refit of `olica-plus`. Figures are those of the table above."
+    ]
+    return markdown(f"Choice and repair, calibrated on {mix.name}", header, rows, notes)
+
+
+def _asked(size: tuple[float, str]) -> str:
+    """The sparsity that was asked for, in words."""
+    sparsity, of = size
+    return f"{sparsity:.0%}" if of == "model" else f"{sparsity:.0%} of the layers"
 
 
 def _cell(mix: Mix, point: Point, text: str) -> str:

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Methods beside each other, at one size, with one text: perplexity of several corpora, and the seven tasks.
+# Command: bash scripts/methods.sh, or MODEL=smollm2 bash scripts/methods.sh; variables in scripts/common.sh, and
+#   RECIPES     which (olica olica-grouped olica-plus)
+#   SPARSITIES  of which share of what SPARSITY_OF says (0.2 0.33 0.5; of the model)
+#   REFITS      what is done with what stays (recipe; also none, least-squares)
+#   SEEDS       of the calibration set (0)
+#   MIX         a name for DATASETS, under which the runs are recorded (paper)
+#   PPL         corpora (wikitext2,c4,ptb)
+#   SCORED      yes or no: whether the tasks are scored too (no)
+# Memory and time: SmolLM2 on 2 cores: 1.4 GB and 4 minutes each pruning, which share a survey; 4 minutes each evaluation
+#   with WINDOWS=256 and four corpora; 8 minutes each scoring with LIMIT=200.
+source "$(dirname "$0")/common.sh"
+use "${MODEL:-7b}"
+runs=methods/${MIX:-paper}
+measures="--ppl ${PPL:-wikitext2,c4,ptb} ${WINDOWS:+--ppl_windows $WINDOWS}"
+scores="--ppl none --tasks $TASKS ${LIMIT:+--limit $LIMIT}"
+
+dense methods/dense "$measures"
+[ "${SCORED:-no}" = no ] || dense methods/tasks/dense "$scores"
+for seed in ${SEEDS:-0}; do
+    for recipe in ${RECIPES:-olica olica-grouped olica-plus}; do
+        for sparsity in ${SPARSITIES:-0.2 0.33 0.5}; do
+            for refit in ${REFITS:-recipe}; do
+                name=${recipe}_sparsity-${sparsity}_seed-$seed
+                flags=(--recipe "$recipe" --sparsity "$sparsity" --seed "$seed")
+                case $recipe in
+                    olica-plus) ;;
+                    olica*) flags+=(--mlp_num "$(mlp_num "$sparsity")") ;;
+                esac
+                if [ "$refit" != recipe ]; then
+                    name+=_refit-$refit
+                    flags+=(--refit "$refit")
+                fi
+                pruned "$runs/$name" "$measures" "${flags[@]}"
+                [ "${SCORED:-no}" = no ] || pruned "$runs/tasks/$name" "$scores" "${flags[@]}"
+            done
+        done
+    done
+done
+report methods
