@@ -160,8 +160,8 @@ def _repairs(mix: Mix) -> str | None:
         for (size, recipe), points in turned.items()
     ]
     notes = [
-        "The same choice of what stays at the same number of parameters, then what the recipe does with it, nothing, or "
-        "the refit of `olica-plus`. Figures are those of the table above."
+        "The same choice of what stays at the same number of parameters, then what the recipe does with it, nothing, "
+        "or the refit of `olica-plus`. Figures are those of the table above."
     ]
     return markdown(f"Choice and repair, calibrated on {mix.name}", header, rows, notes)
 

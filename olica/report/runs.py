@@ -85,7 +85,7 @@ class Run:
 
     @property
     def recipe(self) -> str:
-        """Of the pruning; one whose shares of grouped heads were others then, or with another repair, is named apart."""
+        """Of the pruning; another repair, or former shares of grouped heads, are named."""
         settings = self.pruning["settings"]
         refit = settings.get("refit", RECIPES_OWN)
         recipe = settings["recipe"] + ("" if refit == RECIPES_OWN else f", refit: {refit}")
