@@ -15,7 +15,6 @@ import olica.pruning.survey as survey_module
 from olica.errors import UsageError
 from olica.machine import BatchSize
 from olica.methods.allocation import attention_parameters
-from olica.methods.damage import divergence
 from olica.methods.moments import Moments, diagonal, full
 from olica.methods.parts import FeedForward, QueryKey, ValueOutput
 from olica.methods.plus import PlusParameters, plus
@@ -369,5 +368,7 @@ def test_divergence_is_that_of_the_distributions():
     generator = torch.Generator().manual_seed(0)
     dense, changed = torch.randn(2, 5, 11, generator=generator)
     p, q = (torch.softmax(logits.double(), -1).numpy() for logits in (dense, changed))
-    assert divergence(dense, changed) == pytest.approx((p * np.log(p / q)).sum(-1).mean())
-    assert divergence(dense, dense) == 0
+    survey = plus(PlusParameters()).survey
+    read = [survey.read(logits) for logits in (dense, changed)]
+    assert survey.compare(*read) == pytest.approx((p * np.log(p / q)).sum(-1).mean())
+    assert survey.compare(read[0], read[0]) == 0

@@ -27,9 +27,8 @@ STRIDE = 4
 
 
 def divergence(dense: Tensor, changed: Tensor) -> float:
-    """Mean over the tokens of KL(dense || changed), in nats, of logits (tokens, V)."""
-    expected, found = (logits.double().log_softmax(-1) for logits in (dense, changed))
-    return kl_div(found, expected, reduction="batchmean", log_target=True).item()
+    """Mean over the tokens of KL(dense || changed), in nats, of log-probabilities (tokens, V)."""
+    return kl_div(changed, dense, reduction="batchmean", log_target=True).item()
 
 
 @dataclass(frozen=True)
@@ -81,6 +80,10 @@ class DamageSurvey(TravellingSurvey):
         """See `TravellingSurvey`: one for each part."""
         tried = [shape for shape, _ in self._tried(layer.sizes)]
         return [(shape, part.stage(layer, shape)) for part, shape in zip(self.parts, tried, strict=True)]
+
+    def read(self, logits: Tensor) -> Tensor:
+        """See `TravellingSurvey`: log-probabilities, float64."""
+        return logits.double().log_softmax(-1)
 
     def compare(self, dense: Tensor, changed: Tensor) -> float:
         """See `TravellingSurvey`."""

@@ -101,9 +101,13 @@ class TravellingSurvey(Survey):
     def variants(self, layer: Layer, shape: LayerShape | None) -> list[tuple[LayerShape, Weights]]:
         """Forms of the layer to be tried in its place, with what stages return for them; as many for every layer."""
 
+    def read(self, logits: Tensor) -> Tensor:
+        """What is compared of the logits (tokens, V) of one sample: they themselves, unless a survey says otherwise."""
+        return logits
+
     @abstractmethod
     def compare(self, dense: Tensor, changed: Tensor) -> float:
-        """How far the logits of a changed model are from those of the dense one, both (tokens, V) of one sample."""
+        """How far a changed model is from the dense one, by what `read` gives of both on one sample."""
 
     @abstractmethod
     def complete(self, findings: list[Findings], compared: dict[tuple[int, int], float]) -> list[Findings]:
