@@ -60,6 +60,8 @@ def test_a_large_constant_does_not_hide_what_varies():
     mean = found[total(X)]
     covariance = np.cov(exact.T, bias=True)
     np.testing.assert_allclose(found[full(X)] - np.outer(mean, mean), covariance, atol=2e-6)
+    np.testing.assert_allclose(moments.about_mean(X).numpy() / len(exact), covariance, rtol=1e-4, atol=1e-7)
+    assert moments.about_mean(X).dtype == torch.float64
     np.testing.assert_allclose(found[cross(X, Y)] - np.outer(mean, mean[:2]), covariance[:, :2], atol=2e-6)
     np.testing.assert_allclose(found[diagonal(Y)] - mean[:2] ** 2, covariance.diagonal()[:2], atol=2e-6)
     np.testing.assert_allclose(found[diagonal(X)] - mean**2, covariance.diagonal(), atol=2e-6)

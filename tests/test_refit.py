@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from olica.methods.refit import LeastSquares, refit_errors, with_ridge
+from olica.methods.moments import Moments, full
+from olica.methods.refit import LeastSquares, ScaledOutputs, refit_errors, with_moment, with_ridge
 
 O, F, N = 7, 12, 400  # noqa: E741
 
@@ -97,3 +98,43 @@ def test_arguments_are_left_as_they_are(samples, weight):
     with_ridge(moment, 0.3)
     LeastSquares(0.3)(dense, torch.tensor([0, 2]), moment)
     assert torch.equal(moment, before[0]) and torch.equal(dense, before[1])
+
+
+def regressions(y: np.ndarray, left: np.ndarray) -> np.ndarray:
+    """Slope and intercept (O, 2) of every output on what is left of it."""
+    return np.array([np.polyfit(b, a, 1) for a, b in zip(y.T, left.T, strict=True)])
+
+
+@pytest.mark.parametrize("kept", [[0], [0, 2, 7], [1, 2, 4, 9, 11], list(range(F))])
+def test_every_output_is_regressed_on_what_is_left_of_it(samples, weight, kept):
+    y, left = samples @ weight.T, samples[:, kept] @ weight[:, kept].T
+    covariance = N * np.cov(samples.T, bias=True)
+    found = ScaledOutputs()(torch.from_numpy(weight), torch.tensor(kept), torch.from_numpy(covariance)).numpy()
+    expected = regressions(y, left)
+    np.testing.assert_allclose(found, expected[:, :1] * weight[:, kept], rtol=1e-8)
+    np.testing.assert_allclose((y - samples[:, kept] @ found.T).mean(0), expected[:, 1], atol=1e-8)
+    assert len(kept) == F or np.abs(expected[:, 0] - 1).min() > 1e-3
+
+
+def test_an_output_of_which_nothing_varies_stays_as_it_is(samples, weight):
+    """Because its columns are zero, because what it reads is constant, or but for rounding."""
+    weight[2] = 0
+    kept, covariance = [3, 8, 5], N * np.cov(samples.T, bias=True)
+    weight[4, 5] = 0  # it reads the two features that do not vary
+    weight[5, 5] = 1e-7
+    found = ScaledOutputs()(torch.from_numpy(weight), torch.tensor(kept), torch.from_numpy(covariance)).numpy()
+    assert np.isfinite(found).all()
+    np.testing.assert_array_equal(found[[2, 4, 5]], weight[[2, 4, 5]][:, kept])
+    assert (np.abs(found[[0, 1, 3, 6], 2] - weight[[0, 1, 3, 6], 5]) > 1e-3).all()
+
+
+def test_a_refit_has_the_moment_that_it_wants(samples):
+    moments = Moments([full("heads")], num_heads=1)
+    moments.update({"heads": torch.from_numpy(samples)})
+
+    def wanted(refit) -> np.ndarray:
+        return with_moment(refit, moments, "heads").keywords["moment"].numpy()
+
+    np.testing.assert_allclose(wanted(LeastSquares(1.0)), samples.T @ samples, rtol=1e-4, atol=1e-2)
+    np.testing.assert_allclose(wanted(ScaledOutputs()), N * np.cov(samples.T, bias=True), rtol=1e-4, atol=1e-2)
+    assert with_moment(None, moments, "heads") is None

@@ -43,6 +43,8 @@ def view(layer, inputs, intermediate):
 class Toy:
     """A refit that takes no memory worth counting."""
 
+    is_centred = False
+
     def __init__(self, function):
         self.function = function
 

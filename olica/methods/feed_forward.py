@@ -4,7 +4,6 @@ D hidden size, F intermediate channels
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 from torch import Tensor
 
@@ -12,7 +11,7 @@ from ..model.configuration_olica import LayerShape
 from .linalg import by_rows
 from .moments import DOUBLE, Statistic, diagonal, full, needs
 from .recipe import Layer, Weights, needs_of, together, workspace_of
-from .refit import Refit
+from .refit import Refit, with_moment
 from .sizes import Sizes
 from .thinning import Choice, Repair, choice_workspace, chosen, thin
 
@@ -20,17 +19,26 @@ from .thinning import Choice, Repair, choice_workspace, chosen, thin
 RELEASED_PROTECTED_FRACTION = 0.01
 
 
-@needs(diagonal("mlp_input"), diagonal("intermediate"))
-def released_importance(layer: Layer) -> Tensor:
-    """Importance (F,) of the released code (D1): L2 norms of the Wanda-scaled gate row, up row and down column."""
+def channel_norms(layer: Layer, squared_columns: Tensor) -> Tensor:
+    """L2 norms (F,) of the Wanda-scaled gate row, up row and down column of every channel, added.
+
+    Args:
+        layer: whose moments have the diagonals of `mlp_input` and `intermediate`.
+        squared_columns: ||w_j||^2 (F,) of the columns of down_proj, float64, in whatever metric of the outputs.
+    """
     weights, moments = layer.weights, layer.moments
     squared_input = moments[diagonal("mlp_input")].double()
     from_gate, from_up = (
         by_rows(lambda rows: rows.square() @ squared_input, projection.weight).sqrt()
         for projection in (weights.gate_proj, weights.up_proj)
     )
-    squared_columns = by_rows(lambda columns: columns.square().sum(1), weights.down_proj.weight.T)
     return from_gate + from_up + (squared_columns * moments[diagonal("intermediate")].double()).sqrt()
+
+
+@needs(diagonal("mlp_input"), diagonal("intermediate"))
+def released_importance(layer: Layer) -> Tensor:
+    """Importance (F,) of the released code (D1): L2 norms of the Wanda-scaled gate row, up row and down column."""
+    return channel_norms(layer, by_rows(lambda columns: columns.square().sum(1), layer.weights.down_proj.weight.T))
 
 
 @needs(diagonal("mlp_input"), diagonal("intermediate"))
@@ -87,7 +95,7 @@ class ThinnedMLP:
         if shape.intermediate_size == down.in_features:
             return {}
         kept = self.kept(layer, shape)
-        refit = partial(self.refit, moment=layer.moments[full("intermediate")]) if self.refit else None
+        refit = with_moment(self.refit, layer.moments, "intermediate")
         thinned = thin(down.weight, kept, refit)
         del refit  # the moment, which is large
         weights = {

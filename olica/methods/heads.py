@@ -4,7 +4,6 @@ D hidden size, H query heads, K key/value heads, G = H/K, d head width, kept k o
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from ..model.configuration_olica import LayerShape
 from .moments import DOUBLE, Statistic, full
 from .recipe import Layer, Weights, needs_of, together, workspace_of
-from .refit import Refit
+from .refit import Refit, with_moment
 from .sizes import Sizes
 from .thinning import Choice, Repair, choice_workspace, chosen, others, thin
 
@@ -84,7 +83,7 @@ class RemovedGroups:
             new[f"{name}.weight"] = projection.weight[rows]
             if projection.bias is not None:
                 new[f"{name}.bias"] = projection.bias[rows]
-        refit = partial(self.refit, moment=layer.moments[full("heads")]) if self.refit else None
+        refit = with_moment(self.refit, layer.moments, "heads")
         thinned = thin(weights.o_proj.weight, _rows(kept, query), refit)
         new["o_proj.weight"] = thinned.weight
         new |= together(repair(thinned, layer, shape) for repair in self.repairs)

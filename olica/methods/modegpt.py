@@ -79,6 +79,8 @@ class Nystrom:
 
     ridge: float
 
+    is_centred = False
+
     def workspace(self, outputs: int, features: int, kept: int) -> int:
         """See `Refit`: S^T C S and its factor; W, W C, and what is kept of that."""
         return DOUBLE * (2 * kept**2 + 3 * outputs * features)

@@ -237,6 +237,11 @@ class Moments:
                 summed[start:stop, stop:] = summed[stop:, start:stop].T
         return summed
 
+    def about_mean(self, tap: str) -> Tensor:
+        """Sum of (x - m)(x - m)^T (f, f), m the mean of x: n times the covariance, in double precision."""
+        summed = self._sums[total(tap)]
+        return torch.outer(summed, summed).div_(-self.count).add_(self.about_centre(full(tap)))
+
     def __getitem__(self, statistic: Statistic) -> Tensor:
         tap, other = statistic.tap, statistic.other or statistic.tap
         match statistic.kind:

@@ -13,6 +13,7 @@ from .osscar import OsscarParameters, osscar
 from .plus import PlusParameters, plus
 from .recipe import NoParameters, Recipe
 from .slimgpt import SlimGPTParameters, slimgpt
+from .slimllm import SlimParameters, slimllm
 from .value_output import FactorisedProjections, NarrowedHeads
 from .wanda_sp import wanda_sp
 
@@ -112,6 +113,12 @@ RECIPES = {
             'after "Let LLM Tell What to Prune", ICML 2025: ratios by transfer entropy; how it is estimated is ours',
             TellParameters,
             let_llm_tell,
+        ),
+        Recipe(
+            "slimllm",
+            "SlimLLM, ICML 2025: heads by redundancy, channels by principal outputs, every output regressed",
+            SlimParameters,
+            slimllm,
         ),
     )
 }

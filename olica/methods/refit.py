@@ -4,24 +4,42 @@ A map W (O, f) of an input x with second moment C = E[x x^T] keeps the columns K
 finds the best columns for what stays; one Cholesky factor gives the error of that for every number of columns.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .linalg import SingularError
-from .moments import DOUBLE
+from .linalg import DOUBLE_BLOCK, SingularError, by_rows
+from .moments import DOUBLE, Moments, full
+
+# The slope of an output that it takes to say that its prediction does not vary, see `ScaledOutputs`.
+STEEPEST = 1e3
 
 
 class Refit(Protocol):
-    """What the columns of a map that stay become when the others go."""
+    """What the columns of a map that stay become when the others go.
+
+    Attributes:
+        is_centred: whether it fits what varies, the means being left to a bias: then its moment is about the mean.
+    """
+
+    is_centred: bool
 
     def workspace(self, outputs: int, features: int, kept: int) -> int:
         """Bytes that a call takes beside its arguments."""
 
     def __call__(self, dense: Tensor, kept: Tensor, moment: Tensor) -> Tensor:
         """W' (O, k) for W (O, f), the indices (k,) of what stays and the second moment C (f, f) of the input."""
+
+
+def with_moment(refit: Refit | None, moments: Moments, tap: str) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """The refit of what reads `tap`, given the second moment about zero or about the mean, whichever it wants."""
+    if refit is None:
+        return None
+    return partial(refit, moment=moments.about_mean(tap) if refit.is_centred else moments[full(tap)])
 
 
 def mean_diagonal(moment: Tensor) -> Tensor:
@@ -74,6 +92,8 @@ class LeastSquares:
     of_all: bool = False
     flag: str = "ridge"
 
+    is_centred = False
+
     def workspace(self, outputs: int, features: int, kept: int) -> int:
         """See `Refit`: C_KK and its factor; W_P, its product with C, and what is kept of that."""
         return DOUBLE * (2 * kept**2 + 3 * outputs * features)
@@ -94,3 +114,31 @@ class LeastSquares:
                 f"--{self.flag} {self.ridge:g} is too small for the calibration set", "the features that stay"
             )
         return dense[:, kept].double() + torch.cholesky_solve(explained.T, factor).T
+
+
+@dataclass(frozen=True)
+class ScaledOutputs:
+    """Refit: every output is its own regression on what is left of it, y_i ~ a_i y'_i + b_i; row i of W_K is a_i w_i.
+
+    The slope is a_i = Cov(y_i, y'_i) / Var(y'_i); the intercept b_i is what `RemovedMean` gives to a bias. A row whose
+    y'_i does not vary stays as it is. Since a_i^2 Var(y'_i) is at most Var(y_i), a slope above 1000 says that what
+    varies of y'_i is less than a millionth of y_i's variance, which sums in single precision do not tell from zero.
+    """
+
+    is_centred = True
+
+    def workspace(self, outputs: int, features: int, kept: int) -> int:
+        """See `Refit`: a block of W_K among zeros, its product with C and that with W; W' and W_K."""
+        return DOUBLE * (4 * min(DOUBLE_BLOCK, outputs) * features + 2 * outputs * kept)
+
+    def __call__(self, dense: Tensor, kept: Tensor, moment: Tensor) -> Tensor:
+        """See `Refit`; float64."""
+        stays = torch.zeros(dense.shape[1], dtype=torch.float64, device=dense.device).index_fill(0, kept, 1.0)
+
+        def slopes(rows: Tensor) -> Tensor:
+            left = rows * stays
+            explained = left @ moment  # w'_i C
+            covariance, variance = ((explained * other).sum(1) for other in (rows, left))
+            return torch.where(STEEPEST * variance > covariance.abs(), covariance / variance, 1.0)
+
+        return by_rows(slopes, dense)[:, None] * dense[:, kept].double()
