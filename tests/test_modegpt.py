@@ -15,10 +15,10 @@ from olica.methods.modegpt import (
     SoftmaxRatios,
     input_directions,
     ridge_leverage,
-    softmax_ratios,
 )
 from olica.methods.moments import Moments, full
 from olica.methods.recipes import RECIPES
+from olica.methods.similarity import cosines_of, softmax_ratios
 from olica.methods.sizes import Budget, Sizes
 from olica.methods.value_output import NarrowedHeads, in_order
 from olica.model.configuration_olica import LayerShape
@@ -161,16 +161,15 @@ def test_ratios_are_a_softmax_over_the_block_influence():
     model = make_llama(num_hidden_layers=4)
     expected = similarities(model)
     findings, _ = prune(model, IDS, "modegpt", 0.0)
-    np.testing.assert_allclose([found["similarity"] for found in findings], expected, atol=1e-5)
+    cosines = cosines_of(findings)
+    np.testing.assert_allclose(cosines, expected, atol=1e-5)
     for epsilon in (0.1, 1.0):
         weights = np.exp(-(1 - expected) / epsilon)
-        np.testing.assert_allclose(softmax_ratios(findings, epsilon), 4 * weights / weights.sum(), rtol=1e-4)
-    np.testing.assert_allclose(softmax_ratios(findings, 1e9), np.ones(4))
-    assert (softmax_ratios(findings, 1e-9) > 0).all()
+        np.testing.assert_allclose(softmax_ratios(cosines, 4, 1 / epsilon), 4 * weights / weights.sum(), rtol=1e-4)
 
 
 def found(*similarity: float) -> list[dict]:
-    return [{"similarity": torch.tensor(value, dtype=torch.float64)} for value in similarity]
+    return [{"cosine": torch.tensor(value, dtype=torch.float64)} for value in similarity]
 
 
 PLAIN, GROUPED = Sizes(64, 8, 8, 32, 400), Sizes(64, 9, 3, 32, 400)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..model.configuration_olica import LayerShape
 from .linalg import by_rows
-from .moments import DOUBLE, Statistic, diagonal, full, needs
+from .moments import DOUBLE, Statistic, diagonal, full, needs, total
 from .recipe import Layer, Weights, needs_of, together, workspace_of
 from .refit import Refit, with_moment
 from .sizes import Sizes
@@ -49,6 +49,12 @@ def paper_importance(layer: Layer) -> Tensor:
     from_up = by_rows(lambda rows: rows.abs() @ input_norms, weights.up_proj.weight)
     columns = by_rows(lambda columns: columns.abs().sum(1), weights.down_proj.weight.T)
     return from_up + columns * moments[diagonal("intermediate")].double().sqrt()
+
+
+@needs(total("intermediate"))
+def mean_channels(layer: Layer) -> Tensor:
+    """E[h] (F,) of the channels."""
+    return layer.moments.mean("intermediate")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..model.configuration_olica import LayerShape
-from .moments import DOUBLE, Statistic, full
+from .moments import DOUBLE, Statistic, full, needs, total
 from .recipe import Layer, Weights, needs_of, together, workspace_of
 from .refit import Refit, with_moment
 from .sizes import Sizes
@@ -19,6 +19,12 @@ from .thinning import Choice, Repair, choice_workspace, chosen, others, thin
 def by_group(features: Tensor, sizes: Sizes) -> Tensor:
     """Sums (K,) over the features (H d,) of the query heads that read each key/value head."""
     return features.unflatten(0, (sizes.num_kv_heads, -1)).sum(1)
+
+
+@needs(total("heads"))
+def mean_heads(layer: Layer) -> Tensor:
+    """E[z] (H d,) of what o_proj reads."""
+    return layer.moments.mean("heads")
 
 
 def _rows(groups: Tensor, width: int) -> Tensor:

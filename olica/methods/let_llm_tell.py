@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..model.configuration_olica import LayerShape
-from .feed_forward import ThinnedMLP
+from .feed_forward import ThinnedMLP, mean_channels
 from .flap import fluctuation
-from .heads import RemovedGroups, by_group
+from .heads import RemovedGroups, by_group, mean_heads
 from .linalg import ROUNDING
 from .moments import DOUBLE, SINGLE, Moments, Statistic, cross, diagonal, full, needs, total
 from .ratios import LayerRatios, Ratios
@@ -150,18 +150,6 @@ def group_scores(layer: Layer) -> Tensor:
 def channel_scores(layer: Layer) -> Tensor:
     """Fluctuation (F,) of every channel."""
     return fluctuation(layer.moments, "intermediate", layer.weights.down_proj.weight)
-
-
-@needs(total("heads"))
-def mean_heads(layer: Layer) -> Tensor:
-    """E[x] (H d,) of what the output projection reads."""
-    return layer.moments.mean("heads")
-
-
-@needs(total("intermediate"))
-def mean_channels(layer: Layer) -> Tensor:
-    """E[x] (F,) of the channels."""
-    return layer.moments.mean("intermediate")
 
 
 @dataclass(frozen=True)

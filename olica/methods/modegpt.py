@@ -8,7 +8,6 @@ sizes. D hidden size, H query heads, K key/value heads, d head width, F intermed
 
 from dataclasses import dataclass, field
 from math import inf
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,17 +17,14 @@ from ..model.configuration_olica import LayerShape
 from .allocation import rounded
 from .feed_forward import ThinnedMLP
 from .linalg import SingularError, principal_components
-from .moments import DOUBLE, Needing, Statistic, cosine, full, needs
+from .moments import DOUBLE, Needing, full, needs
 from .ratios import scaled
-from .recipe import Allocate, Findings, Layer, Method, Survey
+from .recipe import Allocate, Findings, Layer, Method
 from .refit import with_ridge
+from .similarity import CosineSurvey, cosines_of, softmax_ratios
 from .sizes import Budget, Sizes
 from .units import channel_parameters
 from .value_output import Directions, NarrowedHeads, in_order, output_heads, value_heads
-
-SIMILARITY = cosine("layer_input", "layer_output")
-# The smallest weight of a layer beside one of 1: with none at all it could not take over what others cannot lose.
-LEAST = 1e-12
 
 
 @dataclass(frozen=True)
@@ -116,28 +112,6 @@ def input_directions(layer: Layer) -> Directions:
     return Directions(features.mT @ value, (basis @ left).view_as(output), features)
 
 
-class SimilaritySurvey(Survey):
-    """How much every dense layer's output is like its input: the finding `similarity`, a mean cosine."""
-
-    def decided_by(self, parameters: Any) -> dict[str, Any]:
-        """See `Survey`; no parameter matters."""
-        return {}
-
-    def needs(self, index: int, layers: int) -> frozenset[Statistic]:
-        """See `Survey`."""
-        return frozenset({SIMILARITY})
-
-    def __call__(self, layer: Layer, shape: LayerShape | None) -> Findings:
-        """See `Survey`."""
-        return {"similarity": (layer.moments[SIMILARITY] / layer.moments.count).cpu()}
-
-
-def softmax_ratios(findings: list[Findings], epsilon: float) -> Tensor:
-    """Ratios (L,) of the layers to their mean: L softmax(-BI / epsilon), BI = 1 - similarity the block influence."""
-    influence = 1 - torch.stack([found["similarity"].double() for found in findings])
-    return len(findings) * (-influence / epsilon).softmax(0).clamp(min=LEAST)
-
-
 @dataclass(frozen=True)
 class SoftmaxRatios(Allocate):
     """An allocation by one ratio for every layer, which its value heads and its MLP lose alike.
@@ -162,7 +136,8 @@ class SoftmaxRatios(Allocate):
     def __call__(self, sizes: list[Sizes], budget: Budget, findings: list[Findings]) -> list[LayerShape]:
         """See `Allocate`."""
         costs = torch.tensor([_prunable(layer) for layer in sizes], dtype=torch.float64)
-        relative = softmax_ratios(findings, self.epsilon)
+        # BI = 1 - c, the block influence: softmax(-BI / epsilon) = softmax(c / epsilon).
+        relative = softmax_ratios(cosines_of(findings), len(sizes), 1 / self.epsilon)
         ratios = scaled(relative, costs, self._caps(sizes, budget), budget.to_remove)
         shapes, owed = [], 0.0
         for layer, ratio in zip(sizes, ratios.tolist(), strict=True):
@@ -200,4 +175,4 @@ def modegpt(parameters: ModegptParameters) -> Method:
     """The method; the MLP is measured behind the pruned attention."""
     heads = NarrowedHeads(input_directions, in_order, rotates_whole=False)
     mlp = ThinnedMLP(ridge_leverage(parameters.leverage_ridge), refit=Nystrom(parameters.nystrom_ridge))
-    return Method("pruned", SimilaritySurvey(), SoftmaxRatios(parameters.epsilon), ((heads,), (mlp,)))
+    return Method("pruned", CosineSurvey(), SoftmaxRatios(parameters.epsilon), ((heads,), (mlp,)))

@@ -1,4 +1,4 @@
-"""Sizes by similarity: layers that keep the direction of what enters them lose most (SlimLLM's ratios).
+"""Ratios by similarity: layers that keep the direction of what enters them lose most (SlimLLM, MoDeGPT).
 
 L layers, N of them that lose anything, c (L,) the cosines of what enters and what leaves a layer
 """
@@ -93,18 +93,8 @@ class CosineRatios(Allocate):
             raise ValueError(f"the {chosen} layers that lose something would keep one head and one channel, or less")
 
     def __call__(self, sizes: list[Sizes], budget: Budget, findings: list[Findings]) -> list[LayerShape]:
-        """See `Allocate`.
-
-        Raises:
-            UsageError: a cosine is NaN.
-        """
-        cosines = torch.stack([found["cosine"] for found in findings])
-        if unknown := cosines.isnan().nonzero().flatten().tolist():
-            raise UsageError(
-                f"in layer {unknown[0]} the cosine of input and output is NaN: they are NaN, infinite or too large for "
-                "single precision; look at the weights of --base_model"
-            )
-        ratios = softmax_ratios(cosines, *self.selection(len(sizes), budget))
+        """See `Allocate`."""
+        ratios = softmax_ratios(cosines_of(findings), *self.selection(len(sizes), budget))
         both = torch.stack([ratios, ratios], dim=1)
         return LayerRatios(lambda _findings, _layers: both, True, self.biases)(sizes, budget, findings)
 
@@ -118,6 +108,21 @@ class CosineRatios(Allocate):
             return []
         chosen, alpha = self.selection(len(sizes), budget)
         return [f"{chosen} of the {len(sizes)} layers lose something, alpha {alpha:g}"]
+
+
+def cosines_of(findings: list[Findings]) -> Tensor:
+    """What `CosineSurvey` found (L,).
+
+    Raises:
+        UsageError: a cosine is NaN.
+    """
+    cosines = torch.stack([found["cosine"] for found in findings])
+    if unknown := cosines.isnan().nonzero().flatten().tolist():
+        raise UsageError(
+            f"in layer {unknown[0]} the cosine of input and output is NaN: they are NaN, infinite or too large for "
+            "single precision; look at the weights of --base_model"
+        )
+    return cosines
 
 
 class CosineSurvey(Survey):

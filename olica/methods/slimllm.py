@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..model.configuration_olica import LayerShape
-from .feed_forward import ThinnedMLP, channel_norms
-from .heads import RemovedGroups
+from .feed_forward import ThinnedMLP, channel_norms, mean_channels
+from .heads import RemovedGroups, mean_heads
 from .linalg import by_rows
-from .moments import DOUBLE, diagonal, full, needs, total
+from .moments import DOUBLE, diagonal, full, needs
 from .recipe import Layer, Method
 from .redundancy import best_by_swaps, block_covariances, redundancy
 from .refit import ScaledOutputs
@@ -91,18 +91,6 @@ class MLPByOutput(ThinnedMLP):
     def workspace(self, sizes: Sizes, shape: LayerShape) -> int:
         """See `Stage`; the covariance, its eigenvectors, and what finding them takes."""
         return max(super().workspace(sizes, shape), DOUBLE * 6 * sizes.hidden_size**2)
-
-
-@needs(total("heads"))
-def mean_heads(layer: Layer) -> Tensor:
-    """E[z] (H d,) of what o_proj reads."""
-    return layer.moments.mean("heads")
-
-
-@needs(total("intermediate"))
-def mean_channels(layer: Layer) -> Tensor:
-    """E[h] (F,) of the channels."""
-    return layer.moments.mean("intermediate")
 
 
 def slimllm(parameters: SlimParameters) -> Method:
