@@ -79,7 +79,13 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("output")
     add(group, "save_dir", type=expanduser, help="folder that receives the checkpoint's folder")
     add(group, "overwrite", action="store_true", help="replace an existing checkpoint")
-    group.add_argument("--list_recipes", action=RecipeList, nargs=0, help="print what each recipe does, then stop")
+    group.add_argument(
+        "--list_recipes",
+        action=RecipeList,
+        nargs=0,
+        default=argparse.SUPPRESS,  # it is no setting
+        help="print what each recipe does, then stop",
+    )
     group.add_argument("--dry_run", action="store_true", help="print sizes, parameters, expected memory, then stop")
     group.add_argument("--verbose", action="store_true", help="print what the log holds, too")
     return parser

@@ -27,7 +27,7 @@ MAY_IMPORT = {
         "sources",
         "model",
     },
-    "report": {"outputs.records", "outputs.model_card", "sources", "model", "evaluation.paired"},
+    "report": {"outputs.records", "outputs.model_card", "outputs.names", "sources", "model", "evaluation.paired"},
     "jobs": {"pruning", "outputs", "methods", "sources", "model"},
     "run": {"jobs", "pruning", "outputs", "methods", "sources", "model"},
     "__init__": {"run", "evaluation", "methods", "model"},

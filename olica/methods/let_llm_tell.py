@@ -2,7 +2,7 @@
 
 Not a reproduction of it: its full text and its pruning code could not be had. Known is that every block has a ratio of
 its own, and so has every type of module; that transfer entropy between blocks says how important they are; and that a
-bias makes up for what is removed, b = W_P E[x_P]. The rest is ours (docs/methods/let-llm-tell.md): what the
+bias makes up for what is removed, b = W_P E[x_P]. The rest is ours (docs/methods.md): what the
 transfer is between, its estimate, the map from entropies to ratios, and the score of heads and channels, FLAP's.
 
 D hidden size, K key/value heads, F channels, L layers, p features of a window
