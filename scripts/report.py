@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
         sections = [section(results, args.output_path.parent) for results in models]
         if figure := quality_over_size(models):
             figure.savefig(path := args.results / "methods.png")
-            sections.append(f"## Quality over size\n\n![Quality over size]({relpath(path, args.output_path.parent)})")
+            sections.append(f"### Quality over size\n\n![Quality over size]({relpath(path, args.output_path.parent)})")
         args.output_path.write_text("\n".join([HEAD, *sections]).rstrip() + "\n", encoding="utf-8")
         print(f"wrote {args.output_path}")
         return
