@@ -169,3 +169,15 @@ def test_every_computed_weight_finds_its_place_and_every_place_its_weight(lackin
         return
     with pytest.raises(RuntimeError, match=message):
         replace_all(layer, shape, weights)
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name not in CORRECTING])
+@pytest.mark.parametrize(("sparsity", "groups"), [(0.1, 2), (0.25, 8), (0.5, 4), (0.5, 8)])
+def test_the_sparsity_is_reached(ids, recipe, sparsity, groups):
+    """Within half a point of the whole model. Those that correct have the released code's sizes, pinned elsewhere."""
+    sizes = dict(hidden_size=128, num_attention_heads=8, intermediate_size=384, num_hidden_layers=4)
+    model = make_llama(num_key_value_heads=groups, **sizes)
+    before = model.num_parameters()
+    prune(model, ids, recipe, sparsity)
+    assert 1 - model.num_parameters() / before == pytest.approx(sparsity, abs=0.005)
+    assert torch.isfinite(model(ids).logits).all()

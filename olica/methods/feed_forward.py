@@ -13,7 +13,7 @@ from .moments import DOUBLE, Statistic, diagonal, full, needs, total
 from .recipe import Layer, Weights, needs_of, together, workspace_of
 from .refit import Refit, with_moment
 from .sizes import Sizes
-from .thinning import Choice, Repair, choice_workspace, chosen, thin
+from .thinning import Choice, Repair, chosen, thin
 
 # The released code keeps the hundredth of the channels with the *lowest* scores, as LoRAP did; the paper is silent.
 RELEASED_PROTECTED_FRACTION = 0.01
@@ -85,7 +85,7 @@ class ThinnedMLP:
         """See `Stage`."""
         hidden, features, kept = sizes.hidden_size, sizes.intermediate_size, shape.intermediate_size
         refit = DOUBLE * features**2 + self.refit.workspace(hidden, features, kept) if self.refit else 0
-        return max(choice_workspace(self.importance, sizes), refit, workspace_of(self.repairs, sizes, shape))
+        return max(self.importance.workspace(sizes), refit, workspace_of(self.repairs, sizes, shape))
 
     def refitted(self, refit: Refit | None) -> "ThinnedMLP":
         """See `Stage`."""

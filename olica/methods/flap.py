@@ -7,15 +7,13 @@ decides what goes, and the bias of what read it takes up its mean. D hidden size
 from torch import Tensor
 
 from ..model.configuration_olica import LayerShape
-from .feed_forward import ThinnedMLP
-from .heads import RemovedGroups, by_group
+from .feed_forward import ThinnedMLP, mean_channels
+from .heads import RemovedGroups, by_group, mean_heads
 from .linalg import by_rows
 from .moments import Moments, Needing, Statistic, diagonal, needs, total
 from .recipe import Findings, Layer, Method, NoParameters, Survey
 from .thinning import RemovedMean
 from .threshold import CHANNEL_SCORES, GROUP_SCORES, GlobalThreshold
-
-NEEDS = frozenset(statistic for tap in ("heads", "intermediate") for statistic in (total(tap), diagonal(tap)))
 
 
 def fluctuation(moments: Moments, tap: str, weight: Tensor) -> Tensor:
@@ -26,22 +24,32 @@ def fluctuation(moments: Moments, tap: str, weight: Tensor) -> Tensor:
     return variance.clamp(min=0) * by_rows(lambda columns: columns.square().sum(1), weight.T)
 
 
+@needs(total("heads"), diagonal("heads"))
+def group_fluctuation(layer: Layer) -> Tensor:
+    """Fluctuation (K,) of every key/value head: the sum over the features of its query heads."""
+    return by_group(fluctuation(layer.moments, "heads", layer.weights.o_proj.weight), layer.sizes)
+
+
+@needs(total("intermediate"), diagonal("intermediate"))
+def channel_fluctuation(layer: Layer) -> Tensor:
+    """Fluctuation (F,) of every channel."""
+    return fluctuation(layer.moments, "intermediate", layer.weights.down_proj.weight)
+
+
 class FlapSurvey(Survey):
     """The fluctuations of all layers of the dense model, and the means that biases take up."""
 
     def needs(self, index: int, layers: int) -> frozenset[Statistic]:
         """See `Survey`."""
-        return NEEDS
+        return group_fluctuation.needs | channel_fluctuation.needs
 
     def __call__(self, layer: Layer, shape: LayerShape | None) -> Findings:
-        """See `Survey`; a head's score is the sum over the features that read it."""
-        moments, weights = layer.moments, layer.weights
-        scores = {
-            GROUP_SCORES: by_group(fluctuation(moments, "heads", weights.o_proj.weight), layer.sizes),
-            CHANNEL_SCORES: fluctuation(moments, "intermediate", weights.down_proj.weight),
-        }
-        return {name: numbers.cpu() for name, numbers in scores.items()} | {
-            tap: moments.mean(tap).cpu() for tap in ("heads", "intermediate")
+        """See `Survey`."""
+        return {
+            GROUP_SCORES: group_fluctuation(layer).cpu(),
+            CHANNEL_SCORES: channel_fluctuation(layer).cpu(),
+            "heads": mean_heads(layer).cpu(),
+            "intermediate": mean_channels(layer).cpu(),
         }
 
 

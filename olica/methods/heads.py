@@ -13,7 +13,7 @@ from .moments import DOUBLE, Statistic, full, needs, total
 from .recipe import Layer, Weights, needs_of, together, workspace_of
 from .refit import Refit, with_moment
 from .sizes import Sizes
-from .thinning import Choice, Repair, choice_workspace, chosen, others, thin
+from .thinning import Choice, Repair, chosen, others, thin
 
 
 def by_group(features: Tensor, sizes: Sizes) -> Tensor:
@@ -61,7 +61,7 @@ class RemovedGroups:
         width = sizes.query_width
         kept = width * (shape.kv_heads or sizes.num_kv_heads) // sizes.num_kv_heads
         refit = DOUBLE * width**2 + self.refit.workspace(sizes.hidden_size, width, kept) if self.refit else 0
-        return max(choice_workspace(self.scores, sizes), refit, workspace_of(self.repairs, sizes, shape))
+        return max(self.scores.workspace(sizes), refit, workspace_of(self.repairs, sizes, shape))
 
     def kept(self, layer: Layer, shape: LayerShape) -> Tensor:
         """Indices (k,), ascending, of the key/value heads that stay."""

@@ -20,10 +20,10 @@ from torch import Tensor
 from ..errors import UsageError
 from ..model.configuration_olica import LayerShape
 from .feed_forward import ThinnedMLP, mean_channels
-from .flap import fluctuation
-from .heads import RemovedGroups, by_group, mean_heads
+from .flap import channel_fluctuation, group_fluctuation
+from .heads import RemovedGroups, mean_heads
 from .linalg import ROUNDING
-from .moments import DOUBLE, SINGLE, Moments, Statistic, cross, diagonal, full, needs, total
+from .moments import DOUBLE, SINGLE, Moments, Statistic, cross, diagonal, full, total
 from .ratios import LayerRatios, Ratios
 from .recipe import Findings, Layer, Method, Survey
 from .sizes import Sizes
@@ -140,18 +140,6 @@ def by_transfer(temperature: float) -> Ratios:
     return ratios
 
 
-@needs(total("heads"), diagonal("heads"))
-def group_scores(layer: Layer) -> Tensor:
-    """Fluctuation (K,) of every key/value head: the sum over the features of its query heads."""
-    return by_group(fluctuation(layer.moments, "heads", layer.weights.o_proj.weight), layer.sizes)
-
-
-@needs(total("intermediate"), diagonal("intermediate"))
-def channel_scores(layer: Layer) -> Tensor:
-    """Fluctuation (F,) of every channel."""
-    return fluctuation(layer.moments, "intermediate", layer.weights.down_proj.weight)
-
-
 @dataclass(frozen=True)
 class TellParameters:
     """What is left open; the paper's value is not known."""
@@ -168,7 +156,7 @@ class TellParameters:
 
 def let_llm_tell(parameters: TellParameters) -> Method:
     """The method; scores and means of the MLP are taken behind the pruned attention, on the pruned stream."""
-    heads = RemovedGroups(group_scores, repairs=(RemovedMean("o_proj", mean_heads),))
-    mlp = ThinnedMLP(channel_scores, repairs=(RemovedMean("down_proj", mean_channels),))
+    heads = RemovedGroups(group_fluctuation, repairs=(RemovedMean("o_proj", mean_heads),))
+    mlp = ThinnedMLP(channel_fluctuation, repairs=(RemovedMean("down_proj", mean_channels),))
     allocate = LayerRatios(by_transfer(parameters.te_temperature), reads_findings=True, biases=True, most=MOST_LOST)
     return Method("pruned", TransferSurvey(), allocate, ((heads,), (mlp,)))

@@ -16,11 +16,11 @@ from ..errors import UsageError
 from ..model.configuration_olica import LayerShape
 from .allocation import rounded
 from .feed_forward import ThinnedMLP
-from .linalg import SingularError, principal_components
+from .linalg import principal_components
 from .moments import DOUBLE, Needing, full, needs
 from .ratios import scaled
 from .recipe import Allocate, Findings, Layer, Method
-from .refit import with_ridge
+from .refit import factor_of, mean_diagonal, solve_workspace, with_ridge
 from .similarity import CosineSurvey, cosines_of, softmax_ratios
 from .sizes import Budget, Sizes
 from .units import channel_parameters
@@ -50,18 +50,16 @@ class ModegptParameters:
 def ridge_leverage(ridge: float) -> Needing[[Layer], Tensor]:
     """Scores (F,) of the channels: the diagonal of C (C + r I)^-1, C = H^T H, r = ridge x the mean diagonal of C."""
 
-    @needs(full("intermediate"))
+    # C, C with the ridge and its factor; then the factor and the inverse.
+    @needs(full("intermediate"), workspace=lambda sizes: DOUBLE * 3 * sizes.intermediate_size**2)
     def scores(layer: Layer) -> Tensor:
         moment = layer.moments[full("intermediate")]
-        mean = moment.diagonal().mean()
-        regular = with_ridge(moment, ridge)
+        scale, regular = mean_diagonal(moment), with_ridge(moment, ridge)
         del moment  # as large as what follows
-        factor, fault = torch.linalg.cholesky_ex(regular)
-        if fault:
-            raise SingularError(f"--leverage_ridge {ridge:g} is too small for the calibration set", "all channels")
+        factor = factor_of(regular, ridge, "leverage_ridge", "all channels")
         del regular
         # C (C + r I)^-1 = I - r (C + r I)^-1
-        return 1 - ridge * torch.where(mean > 0, mean, 1.0) * torch.cholesky_inverse(factor).diagonal()
+        return 1 - ridge * scale * torch.cholesky_inverse(factor).diagonal()
 
     return scores
 
@@ -78,8 +76,8 @@ class Nystrom:
     is_centred = False
 
     def workspace(self, outputs: int, features: int, kept: int) -> int:
-        """See `Refit`: S^T C S and its factor; W, W C, and what is kept of that."""
-        return DOUBLE * (2 * kept**2 + 3 * outputs * features)
+        """See `Refit`."""
+        return solve_workspace(outputs, features, kept)
 
     def __call__(self, dense: Tensor, kept: Tensor, moment: Tensor) -> Tensor:
         """See `Refit`; float64.
@@ -88,11 +86,8 @@ class Nystrom:
             SingularError: the ridge is too small.
         """
         explained = (dense.double() @ moment.double())[:, kept]
-        factor, fault = torch.linalg.cholesky_ex(with_ridge(moment[kept[:, None], kept], self.ridge))
-        if fault:
-            raise SingularError(
-                f"--nystrom_ridge {self.ridge:g} is too small for the calibration set", "the channels that stay"
-            )
+        regular = with_ridge(moment[kept[:, None], kept], self.ridge)
+        factor = factor_of(regular, self.ridge, "nystrom_ridge", "the channels that stay")
         return torch.cholesky_solve(explained.T, factor).T
 
 

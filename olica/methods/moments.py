@@ -109,15 +109,26 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
+def _not_worth_counting(_sizes: Sizes) -> int:
+    return 0
+
+
 class Needing(Generic[Arguments, Result]):
     """A function and the statistics that it reads, so that nothing else is summed.
 
     Attributes:
         needs: the statistics.
+        workspace: sizes of a layer -> bytes that a call takes beside their sums.
     """
 
-    def __init__(self, function: Callable[Arguments, Result], statistics: Iterable[Statistic]):
+    def __init__(
+        self,
+        function: Callable[Arguments, Result],
+        statistics: Iterable[Statistic],
+        workspace: Callable[[Sizes], int] = _not_worth_counting,
+    ):
         self.needs = frozenset(statistics)
+        self.workspace = workspace
         self._function = function
         update_wrapper(self, function)
 
@@ -126,9 +137,11 @@ class Needing(Generic[Arguments, Result]):
         return self._function(*args, **kwargs)
 
 
-def needs(*statistics: Statistic) -> Callable[[Callable[Arguments, Result]], Needing[Arguments, Result]]:
-    """Decorator that states which statistics a function reads."""
-    return lambda function: Needing(function, statistics)
+def needs(
+    *statistics: Statistic, workspace: Callable[[Sizes], int] = _not_worth_counting
+) -> Callable[[Callable[Arguments, Result]], Needing[Arguments, Result]]:
+    """Decorator that states which statistics a function reads, and what memory it takes if that is worth counting."""
+    return lambda function: Needing(function, statistics, workspace)
 
 
 class Moments:

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from ..model.configuration_olica import LayerShape
-from .allocation import rounded
 from .recipe import Allocate, Findings
 from .sizes import Budget, Sizes
-from .units import channel_parameters, group_parameters, thinned_shape, to_remove
+from .units import channel_parameters, group_parameters, thinned_shapes, to_remove
 
 # Halvings of the interval in which the common factor is sought.
 HALVINGS = 100
@@ -92,13 +91,8 @@ class LayerRatios(Allocate):
         groups = self._enough(self._whole(of_heads, sizes), of_heads, sizes, left - most_channels)
         left -= sum(count * group_parameters(layer) for count, layer in zip(groups, sizes, strict=True))
         of_channels = scaled(relative[:, 1], costs[:, 1], caps[:, 1], left)
-        shapes, owed = [], 0.0
-        for layer, count, ratio in zip(sizes, groups, of_channels.tolist(), strict=True):
-            wanted = (1 - ratio) * layer.intermediate_size + owed
-            kept = rounded(max(wanted, 1.0), budget.round_to, layer.intermediate_size)
-            owed = wanted - kept
-            shapes.append(thinned_shape(layer, count, kept, self.biases))
-        return shapes
+        kept = [(1 - gone) * layer.intermediate_size for layer, gone in zip(sizes, of_channels.tolist(), strict=True)]
+        return thinned_shapes(sizes, groups, kept, budget.round_to, self.biases)
 
     def without_repairs(self) -> "LayerRatios":
         """See `Allocate`."""

@@ -76,6 +76,23 @@ def refit_errors(weight: Tensor, moment: Tensor) -> Tensor:
     return torch.cat([added.flip(-1).cumsum(-1).flip(-1), torch.zeros_like(added[..., :1])], dim=-1)
 
 
+def factor_of(regular: Tensor, ridge: float, flag: str, inputs: str) -> Tensor:
+    """Cholesky's factor of a second moment with the ridge that `flag` gives, of `inputs` in words.
+
+    Raises:
+        SingularError: the ridge is too small.
+    """
+    factor, fault = torch.linalg.cholesky_ex(regular)
+    if fault:
+        raise SingularError(f"--{flag} {ridge:g} is too small for the calibration set", inputs)
+    return factor
+
+
+def solve_workspace(outputs: int, features: int, kept: int) -> int:
+    """Bytes of a fit of W (O, f) on k of its features: C_KK and its factor; W, W C, and what is kept of that."""
+    return DOUBLE * (2 * kept**2 + 3 * outputs * features)
+
+
 @dataclass(frozen=True)
 class LeastSquares:
     """Refit: W' minimises E||W x - W' x_K||^2 + ridge c ||W' - W_K||^2, c the mean diagonal of C_KK.
@@ -95,8 +112,8 @@ class LeastSquares:
     is_centred = False
 
     def workspace(self, outputs: int, features: int, kept: int) -> int:
-        """See `Refit`: C_KK and its factor; W_P, its product with C, and what is kept of that."""
-        return DOUBLE * (2 * kept**2 + 3 * outputs * features)
+        """See `Refit`."""
+        return solve_workspace(outputs, features, kept)
 
     def __call__(self, dense: Tensor, kept: Tensor, moment: Tensor) -> Tensor:
         """See `Refit`; float64.
@@ -108,11 +125,8 @@ class LeastSquares:
         explained = (gone @ moment.double())[:, kept]  # W_P C_PK
         del gone
         scale = mean_diagonal(moment) if self.of_all else None
-        factor, fault = torch.linalg.cholesky_ex(with_ridge(moment[kept[:, None], kept], self.ridge, scale))
-        if fault:
-            raise SingularError(
-                f"--{self.flag} {self.ridge:g} is too small for the calibration set", "the features that stay"
-            )
+        regular = with_ridge(moment[kept[:, None], kept], self.ridge, scale)
+        factor = factor_of(regular, self.ridge, self.flag, "the features that stay")
         return dense[:, kept].double() + torch.cholesky_solve(explained.T, factor).T
 
 

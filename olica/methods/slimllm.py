@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from ..model.configuration_olica import LayerShape
 from .feed_forward import ThinnedMLP, channel_norms, mean_channels
 from .heads import RemovedGroups, mean_heads
 from .linalg import by_rows
@@ -71,7 +70,13 @@ class LeastRedundant(Selection):
         return best_by_swaps(covariances, highest(-redundancy(covariances), kept))
 
 
-@needs(diagonal("mlp_input"), diagonal("intermediate"), full("mlp_output"))
+# The covariance of the output, its eigenvectors, and what finding them takes.
+@needs(
+    diagonal("mlp_input"),
+    diagonal("intermediate"),
+    full("mlp_output"),
+    workspace=lambda sizes: DOUBLE * 6 * sizes.hidden_size**2,
+)
 def principal_importance(layer: Layer) -> Tensor:
     """Importance (F,): Wanda's norms of gate row and up row, and of the down column in a metric of the MLP's output.
 
@@ -84,19 +89,10 @@ def principal_importance(layer: Layer) -> Tensor:
     return channel_norms(layer, by_rows(lambda columns: (columns @ weighted).square().sum(1), down.T))
 
 
-@dataclass(frozen=True)
-class MLPByOutput(ThinnedMLP):
-    """Stage: as its base, whose importance decomposes the covariance of the MLP's output."""
-
-    def workspace(self, sizes: Sizes, shape: LayerShape) -> int:
-        """See `Stage`; the covariance, its eigenvectors, and what finding them takes."""
-        return max(super().workspace(sizes, shape), DOUBLE * 6 * sizes.hidden_size**2)
-
-
 def slimllm(parameters: SlimParameters) -> Method:
     """The method; the MLP is measured behind the pruned attention."""
     heads = RemovedGroups(LeastRedundant(), ScaledOutputs(), (RemovedMean("o_proj", mean_heads),))
-    mlp = MLPByOutput(
+    mlp = ThinnedMLP(
         principal_importance, PROTECTED_FRACTION, ScaledOutputs(), (RemovedMean("down_proj", mean_channels),)
     )
     return Method(

@@ -62,11 +62,6 @@ def chosen(choice: Choice, layer: Layer, kept: int, protected_fraction: float = 
     return choice(layer, kept) if isinstance(choice, Selection) else highest(choice(layer), kept, protected_fraction)
 
 
-def choice_workspace(choice: Choice, sizes: Sizes) -> int:
-    """Bytes that choosing takes; those of scores are not worth counting."""
-    return choice.workspace(sizes) if isinstance(choice, Selection) else 0
-
-
 def others(kept: Tensor, units: int) -> Tensor:
     """Indices (f - k,), ascending, of the units that are not among those `kept` (k,) of f."""
     staying = torch.zeros(units, dtype=torch.bool, device=kept.device)

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from ..model.configuration_olica import LayerShape
-from .allocation import rounded
 from .recipe import Allocate, Findings
 from .sizes import Budget, Sizes
-from .units import channel_parameters, group_parameters, thinned_shape, to_remove
+from .units import channel_parameters, group_parameters, thinned_shapes, to_remove
 
 # Names of the findings that a global threshold cuts: scores of the groups of heads (K,), and of the channels (F,).
 GROUP_SCORES, CHANNEL_SCORES = "group_scores", "channel_scores"
@@ -53,14 +52,8 @@ class GlobalThreshold(Allocate):
         owners = torch.cat([torch.full((len(part),), number) for number, part in enumerate(scores)])
         order = owners[torch.cat(scores).argsort(stable=True)].tolist()
         counts = self._taken(order, costs, to_remove(sizes, budget, self.biases))
-        # What rounding adds to a layer, the next ones have less of.
-        shapes, owed = [], 0.0
-        for layer, groups, channels in zip(sizes, counts[::2], counts[1::2], strict=True):
-            wanted = layer.intermediate_size - channels + owed
-            kept = rounded(wanted, budget.round_to, layer.intermediate_size)
-            owed = wanted - kept
-            shapes.append(thinned_shape(layer, groups, kept, self.biases))
-        return shapes
+        kept = [float(layer.intermediate_size - gone) for layer, gone in zip(sizes, counts[1::2], strict=True)]
+        return thinned_shapes(sizes, counts[::2], kept, budget.round_to, self.biases)
 
     def without_repairs(self) -> "GlobalThreshold":
         """See `Allocate`."""

@@ -4,6 +4,7 @@ D hidden size, K key/value heads, F intermediate channels
 """
 
 from ..model.configuration_olica import LayerShape
+from .allocation import rounded
 from .sizes import Budget, Sizes
 
 
@@ -24,8 +25,23 @@ def to_remove(sizes: list[Sizes], budget: Budget, biases: bool) -> float:
     return budget.to_remove + (added if budget.sparsity else 0)
 
 
-def thinned_shape(layer: Sizes, groups: int, channels: int, biases: bool) -> LayerShape:
-    """Sizes of a layer that loses so many groups of heads and keeps so many channels."""
+def thinned_shapes(
+    sizes: list[Sizes], groups: list[int], channels: list[float], round_to: int, biases: bool
+) -> list[LayerShape]:
+    """Sizes of layers that lose so many groups of heads, and keep so many channels rounded to whole multiples.
+
+    What rounding adds to a layer the next ones have less of.
+    """
+    shapes, owed = [], 0.0
+    for layer, gone, kept in zip(sizes, groups, channels, strict=True):
+        wanted = kept + owed
+        whole = rounded(wanted, round_to, layer.intermediate_size)
+        owed = wanted - whole
+        shapes.append(_thinned_shape(layer, gone, whole, biases))
+    return shapes
+
+
+def _thinned_shape(layer: Sizes, groups: int, channels: int, biases: bool) -> LayerShape:
     return LayerShape(
         q_rank=0,
         k_rank=0,

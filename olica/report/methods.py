@@ -28,10 +28,13 @@ class Point:
     Attributes:
         runs: by seed, ascending.
         scored: those of which the tasks were scored.
+        ratios: by text, of every seed: the logarithm of the ratio of its perplexity to the dense one, its paired
+            error and the ratio; of the texts that were measured by the same windows.
     """
 
     runs: list[Run]
     scored: list[Run]
+    ratios: dict[str, list[dict]]
 
     @property
     def recipe(self) -> str:
@@ -48,6 +51,11 @@ class Point:
     def layers_left(self) -> float:
         """Share of the decoder layers' parameters that are left."""
         return 1 - self.runs[0].pruning["measured_sparsity_of_layers"]
+
+    def gap(self, text: str) -> float | None:
+        """Mean logarithm of the `ratios` over the seeds; None where there are none."""
+        rows = self.ratios.get(text)
+        return sum(row["difference"] for row in rows) / len(rows) if rows else None
 
 
 @dataclass(frozen=True)
@@ -69,21 +77,11 @@ class Mix:
         """The corpora that were measured."""
         return list(self.dense.result["perplexity"])
 
-    def log_ratios(self, point: Point, text: str) -> list[dict]:
-        """The logarithm of the ratio of its perplexity to the dense one, with its paired error, of every seed."""
-        compared = [compare(run.result, self.dense.result)["perplexity"].get(text) for run in point.runs]
-        return [row for row in compared if row]
-
-    def gap(self, point: Point, text: str) -> float | None:
-        """Mean of `log_ratios` over the seeds; None where the text was not measured by the same windows."""
-        rows = self.log_ratios(point, text)
-        return sum(row["difference"] for row in rows) / len(rows) if rows else None
-
     def share(self, point: Point, text: str) -> float | None:
         """Its gap as a share of that of the better founding recipe, each the mean over its seeds; None without one."""
         founding = [other for other in self.points if other.recipe in FOUNDING and other.size == point.size]
-        gaps = [gap for other in founding if (gap := self.gap(other, text)) is not None]
-        ours = self.gap(point, text)
+        gaps = [gap for other in founding if (gap := other.gap(text)) is not None]
+        ours = point.gap(text)
         return ours / min(gaps) if gaps and ours is not None and min(gaps) > 0 else None
 
 
@@ -103,10 +101,19 @@ def mixes(results: Results) -> list[Mix]:
             settings = run.pruning["settings"]
             grouped.setdefault((settings["sparsity_of"], run.sparsity, run.recipe), []).append(run)
         points = [
-            Point(alike, [scored[run.folder.name] for run in alike if run.folder.name in scored])
+            Point(alike, [scored[run.folder.name] for run in alike if run.folder.name in scored], _ratios(alike, dense))
             for alike in grouped.values()
         ]
         found.append(Mix(folder.name, points, dense, results.run(f"{FOLDER}/tasks/dense")))
+    return found
+
+
+def _ratios(runs: list[Run], dense: Run) -> dict[str, list[dict]]:
+    """See `Point`."""
+    found: dict[str, list[dict]] = {}
+    for run in runs:
+        for text, row in compare(run.result, dense.result)["perplexity"].items():
+            found.setdefault(text, []).append(row)
     return found
 
 
@@ -173,10 +180,10 @@ def _asked(size: tuple[float, str]) -> str:
 
 
 def _cell(mix: Mix, point: Point, text: str) -> str:
-    rows, gap = mix.log_ratios(point, text), mix.gap(point, text)
+    gap = point.gap(text)
     if gap is None:
         return ""
-    ratio = math.exp(gap)
+    rows, ratio = point.ratios[text], math.exp(gap)
     errors = [row["standard_error"] for row in rows]
     error = None if None in errors else ratio * max(errors)
     share = mix.share(point, text)

@@ -39,6 +39,16 @@ def _panels(columns: int, rows: int = 1) -> "tuple[Figure, list[Axes]]":
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
+def _logarithmic(axes: "Axes") -> None:
+    """A logarithmic axis of perplexities, labelled by plain numbers."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
 def _ratio(run: Run) -> float:
     return run.pruning["settings"]["ratio"]
 
@@ -166,15 +176,10 @@ def calibration_mixes(results: Results) -> Drawing | None:
     if not (runs := newest_alike(results.runs("figure6"), "sparsity", "mlp_num", "texts")):
         return None
     figure, (axes,) = _panels(1)
-    from matplotlib.ticker import LogLocator, NullLocator
-
     for mix in dict.fromkeys(run.texts for run in runs):
         _draw_perplexity(axes, [r for r in runs if r.texts == mix], lambda run: 100 * run.sparsity, mix)
     axes.set(title=results.title, xlabel="sparsity, %")
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    _logarithmic(axes)
     axes.legend(title="calibration texts", fontsize="small")
     corrected = statements(correction, {f"{run.sparsity:.0%}": run for run in runs})
     *said, origin_line = in_common(runs)
@@ -219,24 +224,26 @@ def quality_over_size(models: Iterable[Results]) -> "Figure | None":
     for axes, text in zip(panels, texts, strict=True):
         for (results, mix), style in zip(found, itertools.cycle(("-", "--", ":", "-.")), strict=False):
             for recipe in recipes:
-                points = [p for p in mix.points if p.recipe == recipe and mix.gap(p, text) is not None]
+                points = [p for p in mix.points if p.recipe == recipe and p.gap(text) is not None]
                 if not points:
                     continue
                 points = sorted(points, key=lambda point: -point.layers_left)
                 left = [100, *(100 * point.layers_left for point in points)]
-                ratios = [1, *(math.exp(mix.gap(point, text)) for point in points)]
+                ratios = [1, *(math.exp(point.gap(text)) for point in points)]
                 colour = f"C{recipes.index(recipe) % 10}"
                 label = f"{recipe}, {results.label}, {mix.name}"
                 axes.plot(left, ratios, style, color=colour, marker="o", markersize=4, label=label)
-                axes.annotate(recipe, (left[-1], ratios[-1]), color=colour, fontsize="small")
+                axes.annotate(f" {recipe}", (left[-1], ratios[-1]), color=colour, fontsize="small", va="center")
         axes.set(
             title=Path(text).stem,
             xlabel="parameters of the decoder layers left, %",
             ylabel="perplexity, ratio to dense",
-            yscale="log",
         )
-        axes.invert_xaxis()
-        axes.grid(alpha=0.3, which="both")
+        _logarithmic(axes)
+        axes.set_xlim(
+            102, 100 * min(point.layers_left for _, mix in found for point in mix.points) - 15
+        )  # for the names
+        axes.grid(alpha=0.3)
     panels[0].legend(fontsize="x-small")
     return figure
 
