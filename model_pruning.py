@@ -23,12 +23,6 @@ from olica.sources.weights import DTYPES
 def build_parser() -> argparse.ArgumentParser:
     """The flags of the released code, with its defaults, and ours; those of recipes come from their parameters."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    default = Settings()
-
-    def add(group: argparse._ArgumentGroup, name: str, **settings) -> None:
-        value = getattr(default, name)
-        group.add_argument(f"--{name}", default=str(value) if "type" in settings else value, **settings)
-
     group = parser.add_argument_group("model")
     add(group, "base_model", type=expanduser, help="name (7b, llama2-7b, smollm2, ...), hub id, folder or .gguf file")
     add(group, "dtype", choices=["auto", *DTYPES], help="to run and save in; auto: as stored")
@@ -43,6 +37,35 @@ def build_parser() -> argparse.ArgumentParser:
     add(group, "num_samples", type=int, help="samples drawn from each text")
     add(group, "seqlen", type=int, help="tokens per sample")
     add(group, "seed", type=int, help="seed of the draw")
+    add_pruning(parser)
+    add_parameters(parser)
+    group = parser.add_argument_group("machine")
+    add(group, "device", choices=DEVICES, help="where layers run; auto: a GPU if there is one")
+    add(group, "cache_dev", choices=DEVICES, help="where hidden states live; auto: where layers run")
+    add(group, "batch_size", type=batch_size, help="samples that go through a layer at a time; auto: what fits")
+    group = parser.add_argument_group("output")
+    add(group, "save_dir", type=expanduser, help="folder that receives the checkpoint's folder")
+    add(group, "overwrite", action="store_true", help="replace an existing checkpoint")
+    group.add_argument(
+        "--list_recipes",
+        action=RecipeList,
+        nargs=0,
+        default=argparse.SUPPRESS,  # it is no setting
+        help="print what each recipe does, then stop",
+    )
+    group.add_argument("--dry_run", action="store_true", help="print sizes, parameters, expected memory, then stop")
+    group.add_argument("--verbose", action="store_true", help="print what the log holds, too")
+    return parser
+
+
+def add(group: argparse._ArgumentGroup, name: str, **settings) -> None:
+    """Add the flag of a field of `Settings`, with its default."""
+    value = getattr(Settings(), name)
+    group.add_argument(f"--{name}", default=str(value) if "type" in settings else value, **settings)
+
+
+def add_pruning(parser: argparse.ArgumentParser) -> None:
+    """The flags that say what is pruned, and how."""
     group = parser.add_argument_group("pruning")
     add(
         group,
@@ -71,24 +94,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="what is done with what stays: recipe: what the recipe does; none: nothing, and what its corrections and "
         "biases would hold goes to channels; least-squares: the refit of olica-plus",
     )
-    add_parameters(parser)
-    group = parser.add_argument_group("machine")
-    add(group, "device", choices=DEVICES, help="where layers run; auto: a GPU if there is one")
-    add(group, "cache_dev", choices=DEVICES, help="where hidden states live; auto: where layers run")
-    add(group, "batch_size", type=batch_size, help="samples that go through a layer at a time; auto: what fits")
-    group = parser.add_argument_group("output")
-    add(group, "save_dir", type=expanduser, help="folder that receives the checkpoint's folder")
-    add(group, "overwrite", action="store_true", help="replace an existing checkpoint")
-    group.add_argument(
-        "--list_recipes",
-        action=RecipeList,
-        nargs=0,
-        default=argparse.SUPPRESS,  # it is no setting
-        help="print what each recipe does, then stop",
-    )
-    group.add_argument("--dry_run", action="store_true", help="print sizes, parameters, expected memory, then stop")
-    group.add_argument("--verbose", action="store_true", help="print what the log holds, too")
-    return parser
 
 
 class RecipeList(argparse.Action):

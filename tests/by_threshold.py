@@ -36,11 +36,13 @@ def weights_of(model) -> list[dict[str, np.ndarray]]:
 
 
 def inputs_of(model, ids: torch.Tensor) -> list[dict[str, np.ndarray]]:
-    """What o_proj and down_proj of every layer read (tokens, features)."""
+    """What the projections of every layer read (tokens, features), by their names."""
     found: list[dict[str, np.ndarray]] = [{} for _ in model.model.layers]
     handles = []
     for inputs, layer in zip(found, model.model.layers, strict=True):
-        for name, module in (("o_proj", layer.self_attn.o_proj), ("down_proj", layer.mlp.down_proj)):
+        for name, module in (*layer.self_attn.named_children(), *layer.mlp.named_children()):
+            if not name.endswith("_proj"):
+                continue
 
             def keep(_, args, inputs=inputs, name=name) -> None:
                 inputs[name] = args[0].detach().flatten(0, 1).double().numpy()

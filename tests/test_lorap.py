@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from by_threshold import inputs_of
 from conftest import make_llama, prune
 from transformers import LlamaConfig
 
@@ -45,23 +46,6 @@ def test_attention_loses_the_sparsity_and_the_mlps_the_rest(layer, sparsity):
     assert 3 * (attention + shares.feed_forward * layer.feed_forward) == pytest.approx(sparsity * 200_000)
 
 
-def inputs_of_layer(model, index: int) -> dict[str, np.ndarray]:
-    """What the projections of a dense layer read (tokens, features), as the model runs."""
-    layer, found, handles = model.model.layers[index], {}, []
-    for name, module in (*layer.self_attn.named_children(), *layer.mlp.named_children()):
-        if name.endswith("_proj"):
-
-            def keep(_, args, name=name) -> None:
-                found[name] = args[0].detach().flatten(0, 1).double().numpy()
-
-            handles.append(module.register_forward_pre_hook(keep))
-    with torch.no_grad():
-        model(IDS)
-    for handle in handles:
-        handle.remove()
-    return found
-
-
 @pytest.mark.parametrize("groups", [4, 2])
 @pytest.mark.parametrize("sparsity", [0.2, 0.45])
 def test_a_layer_is_what_numpy_makes_of_it(groups, sparsity):
@@ -71,7 +55,7 @@ def test_a_layer_is_what_numpy_makes_of_it(groups, sparsity):
     shape, new = plan[-1], model.model.layers[-1]
     hybrid = copy.deepcopy(model)
     hybrid.model.layers[-1] = dense.model.layers[-1]
-    inputs, old = inputs_of_layer(hybrid, -1), dense.model.layers[-1]
+    inputs, old = inputs_of(hybrid, IDS)[-1], dense.model.layers[-1]
     weights = {
         name: module.weight.detach().double().numpy()
         for name, module in (*old.self_attn.named_children(), *old.mlp.named_children())
