@@ -9,7 +9,8 @@
 #   DEVICE      auto, cpu or cuda
 #   DTYPE       to evaluate in (auto: as stored); models are pruned and saved as they are stored
 #   SPARSITY_OF what sparsities are a share of: model or layers (model)
-#   LIMIT       rows of every task (default: all); WINDOWS of every text (default: all)
+#   TASKS       zero-shot tasks, joined by commas (the paper's seven); LIMIT rows of every task (default: all)
+#   WINDOWS     of every text (default: all)
 #   BATCH_SIZE  samples, windows or prompts at a time (16)
 #   RESULTS     folder of the records (results); SAVE_DIR folder of the checkpoints (./pruned_models)
 #   KEEP        yes or no: whether checkpoints stay when they are measured (tables: yes, figures: no)
@@ -31,7 +32,7 @@ BATCH_SIZE=${BATCH_SIZE:-16}
 RESULTS=${RESULTS:-results}
 SAVE_DIR=${SAVE_DIR:-./pruned_models}
 PYTHON=${PYTHON:-.venv/bin/python}
-TASKS=openbookqa,arc_easy,winogrande,hellaswag,arc_challenge,piqa,boolq
+TASKS=${TASKS:-openbookqa,arc_easy,winogrande,hellaswag,arc_challenge,piqa,boolq}
 
 PERPLEXITY="--ppl wikitext2 ${WINDOWS:+--ppl_windows $WINDOWS}"
 TABLE_MEASURES="$PERPLEXITY --tasks $TASKS ${LIMIT:+--limit $LIMIT}"
