@@ -13,6 +13,7 @@ from olica.command_line import run_command
 from olica.jobs import REFITS, Job, Settings, describe, prepare, settings_of
 from olica.machine import DEVICES
 from olica.methods.allocation import describe_plan
+from olica.methods.recipe import PAPERS_TEXT
 from olica.methods.recipes import RECIPES, recipe_name
 from olica.model.configuration_olica import LayerShape
 from olica.outputs.names import SPARSITY_OF
@@ -27,14 +28,25 @@ def build_parser() -> argparse.ArgumentParser:
     add(group, "base_model", type=expanduser, help="name (7b, llama2-7b, smollm2, ...), hub id, folder or .gguf file")
     add(group, "dtype", choices=["auto", *DTYPES], help="to run and save in; auto: as stored")
     group = parser.add_argument_group("calibration set")
-    add(group, "datasets", help="texts joined by +: names or paths; or one token file")
+    add(
+        group,
+        "datasets",
+        default=argparse.SUPPRESS,
+        help=f"texts joined by +: names or paths; or one token file (default: {own_texts()})",
+    )
     add(
         group,
         "data_dir",
         type=expanduser,
         help="folder searched first for named texts; drawn tokens and surveys are kept there",
     )
-    add(group, "num_samples", type=int, help="samples drawn from each text")
+    add(
+        group,
+        "num_samples",
+        type=int,
+        default=argparse.SUPPRESS,
+        help=f"samples drawn from each text (default: {PAPERS_TEXT.num_samples}; of a recipe's own text its number)",
+    )
     add(group, "seqlen", type=int, help="tokens per sample")
     add(group, "seed", type=int, help="seed of the draw")
     add_pruning(parser)
@@ -61,7 +73,15 @@ def build_parser() -> argparse.ArgumentParser:
 def add(group: argparse._ArgumentGroup, name: str, **settings) -> None:
     """Add the flag of a field of `Settings`, with its default."""
     value = getattr(Settings(), name)
-    group.add_argument(f"--{name}", default=str(value) if "type" in settings else value, **settings)
+    defaults = {"default": str(value) if "type" in settings else value}
+    group.add_argument(f"--{name}", **(defaults | settings))
+
+
+def own_texts() -> str:
+    """What recipes are calibrated on by default, in words."""
+    others = [row for row in RECIPES.values() if row.text != PAPERS_TEXT]
+    own = [f"{row.text.datasets}, {row.text.num_samples} samples, for {row.name}" for row in others]
+    return "; ".join([PAPERS_TEXT.datasets, *own])
 
 
 def add_pruning(parser: argparse.ArgumentParser) -> None:

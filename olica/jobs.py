@@ -14,7 +14,7 @@ from .errors import UsageError
 from .machine import BatchSize, pick_device
 from .methods.allocation import describe_plan, largest_possible
 from .methods.plus import PlusParameters
-from .methods.recipe import Method, Recipe
+from .methods.recipe import PAPERS_TEXT, Method, Recipe
 from .methods.recipes import RECIPES
 from .methods.refit import LeastSquares, Refit
 from .methods.sizes import Budget, Sizes
@@ -42,9 +42,9 @@ class Settings:
     Attributes:
         base_model: name, hub id, folder or .gguf file.
         dtype: to run and save in.
-        datasets: texts joined by +, or a token file.
+        datasets: texts joined by +, or a token file; None becomes the recipe's own.
         data_dir: folder searched first for named texts; drawn tokens and surveys are kept there.
-        num_samples: samples drawn from each text.
+        num_samples: samples drawn from each text; None becomes the recipe's number for its own, else the paper's.
         seqlen: tokens in each.
         seed: of the draw.
         recipe: name of the method.
@@ -62,9 +62,9 @@ class Settings:
 
     base_model: str = "7b"
     dtype: str = "auto"
-    datasets: str = "bookcorpus+alpaca"
+    datasets: str | None = None
     data_dir: str = "./data"
-    num_samples: int = 128
+    num_samples: int | None = None
     seqlen: int = 128
     seed: int = 0
     recipe: str = "olica"
@@ -99,6 +99,11 @@ class Settings:
             raise UsageError(f"--dtype {self.dtype} is none of auto, {', '.join(DTYPES)}")
         if self.batch_size != "auto" and self.batch_size < 1:
             raise UsageError(f"--batch_size {self.batch_size} must be at least 1")
+        own = RECIPES[self.recipe].text
+        default = own.num_samples if self.datasets is None else PAPERS_TEXT.num_samples
+        for name, value, kind in (("datasets", own.datasets, str), ("num_samples", default, int)):
+            given = getattr(self, name)
+            object.__setattr__(self, name, value if given is None else as_kind(name, given, kind))
 
     def flat(self) -> dict[str, Any]:
         """All settings by the names of their flags, the recipe's parameters at their values."""

@@ -61,7 +61,7 @@ class Pruned:
 def prune(
     model: str | Path,
     *,
-    datasets: str = Settings.datasets,
+    datasets: str | None = None,
     sparsity: float | Sequence[float] = Settings.sparsity,
     recipe: str = Settings.recipe,
     save_dir: str | Path = Settings.save_dir,
@@ -71,7 +71,7 @@ def prune(
 
     Args:
         model: name (7b, llama2-7b, smollm2, ...), hub id, folder or .gguf file.
-        datasets: texts to calibrate on, joined by +: names or paths; or one token file.
+        datasets: texts to calibrate on, joined by +: names or paths; or one token file; by default the recipe's own.
         sparsity: share of the parameters to remove, in [0, 1); or several, which share one survey where they can.
         recipe: a name of `RECIPES`.
         save_dir: folder that receives the checkpoint's folder.

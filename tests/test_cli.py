@@ -282,6 +282,22 @@ def test_dry_run_prints_the_plan_and_reads_no_weights(here, capsys):
     assert files_in(here) == before
 
 
+def test_a_recipe_has_its_own_text_unless_another_is_given(monkeypatch):
+    for recipe, given, expected in (
+        ("olica", {}, ("bookcorpus+alpaca", 128)),
+        ("olica-plus", {}, ("c4", 768)),
+        ("olica-plus", {"num_samples": 5}, ("c4", 5)),
+        ("olica-plus", {"datasets": "alpaca"}, ("alpaca", 128)),
+        ("olica", {"datasets": "c4", "num_samples": "7"}, ("c4", 7)),
+    ):
+        settings = jobs.Settings(recipe=recipe, **given)
+        assert (settings.datasets, settings.num_samples) == expected
+    arguments = model_pruning.build_parser().parse_args(["--recipe=olica-plus"])
+    assert not {"datasets", "num_samples"} & vars(arguments).keys()
+    with pytest.raises(UsageError, match="--num_samples x"):
+        jobs.Settings(num_samples="x")
+
+
 def test_dry_run_plans_what_pruning_reaches(here, capsys):
     prune("--dry_run", "--sparsity=0.3")
     planned = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("parameters"))

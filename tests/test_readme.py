@@ -228,58 +228,54 @@ def accuracy(name: str) -> str:
     return with_error(averages["paper_rule"], averages["standard_error"], 2)
 
 
-def pruning_cells(name: str) -> dict[str, str]:
-    run = record(name)
+# Columns of the table: what was pruned, and what was.
+README_RUNS = [
+    "dense",
+    *(f"{recipe}_sparsity-{sparsity}_seed-0" for sparsity in (0.2, 0.33) for recipe in ("olica", "olica-plus")),
+]
+
+
+def of_readme(run: str, scored: bool = False) -> str:
+    """The folder of a run in the records of the methods, or of the same run when its tasks were scored."""
+    return "/".join(["methods", *(["paper"] if run != "dense" else []), *(["tasks"] if scored else []), run])
+
+
+def size_cells(run: str) -> dict[str, str]:
+    """What the README says of the size of a model."""
+    sizes = measured(f"{of_readme(run)}/evaluation")["parameters"]
     return {
-        "parameters": f"{run['parameters']['after']:,}",
-        "parameters of the decoder layers": f"{run['parameters']['decoder_layers_after']:,}",
-        "weights as float32": f"{4 * run['parameters']['after'] / 1e6:.1f} MB",
-        "corrected MLPs": str(len([row for row in run["plan"] if row["calibration_rank"]])),
-        "seconds of pruning": f"{60 * sum(stage['minutes'] for stage in run['stages'].values()):.0f}",
+        "parameters": f"{sizes['total']:,}",
+        "parameters of the decoder layers": f"{sizes['decoder_layers']:,}",
+        "weights as float32": f"{4 * sizes['total'] / 1e6:.1f} MB",
     }
-
-
-README_RUNS = ["tables/dense", "tables/sparsity-0.25", "tables/sparsity-0.33"]
 
 
 def test_the_readmes_figures_are_those_of_the_records():
     rows = table(README.read_text(), "")
-    assert rows["perplexity, WikiText-2 test"] == [perplexity(f"{run}/evaluation", "wikitext2") for run in README_RUNS]
-    assert rows["mean accuracy of seven tasks, %"] == [accuracy(f"{run}/evaluation") for run in README_RUNS]
-    sizes = measured(f"{README_RUNS[0]}/evaluation")["parameters"]
-    dense = {
-        "parameters": f"{sizes['total']:,}",
-        "parameters of the decoder layers": f"{sizes['decoder_layers']:,}",
-        "weights as float32": f"{4 * sizes['total'] / 1e6:.1f} MB",
-        "corrected MLPs": "",
-        "seconds of pruning": "",
-    }
-    columns = [dense, *(pruning_cells(f"{run}/pruning") for run in README_RUNS[1:])]
-    for name in dense:
+    for name, text in (("WikiText-2", "wikitext2"), ("C4", "data/c4_report.jsonl")):
+        assert rows[f"perplexity, {name}"] == [perplexity(f"{of_readme(run)}/evaluation", text) for run in README_RUNS]
+    scored = [accuracy(f"{of_readme(run, scored=True)}/evaluation") for run in README_RUNS]
+    assert rows["mean accuracy of seven tasks, %"] == scored
+    columns = [size_cells(run) for run in README_RUNS]
+    for name in columns[0]:
         assert rows[name] == [column[name] for column in columns]
-
-
-def test_the_readmes_commits_are_those_of_the_records():
-    for cell, run in zip(table(README.read_text(), "")["commits"], README_RUNS, strict=True):
-        names = [f"{run}/evaluation", *([f"{run}/pruning"] if run != README_RUNS[0] else [])]
-        environments = [record(name)["environment"] for name in names]
-        assert cell == ", ".join(sorted({environment["git_commit"][:7] for environment in environments}))
-        assert all((environment["device"], environment["cpu_threads"]) == ("cpu", 2) for environment in environments)
 
 
 def test_the_readmes_protocol_is_that_of_the_records():
     for run in README_RUNS:
-        result = measured(f"{run}/evaluation")
-        assert result["dtype"] == "bfloat16"
-        text, tasks = result["perplexity"]["wikitext2"], result["zero_shot"]
-        assert (text["windows"], text["seqlen"], text["bos"]) == (2382, 128, "none")
-        assert (len(tasks["tasks"]), tasks["limit"], tasks["harness"]) == (7, 200, "lm-eval 0.4.13")
+        result, scored = (measured(f"{of_readme(run, tasks)}/evaluation") for tasks in (False, True))
+        assert (result["dtype"], scored["dtype"]) == ("float32", "float32")
+        texts, tasks = result["perplexity"], scored["zero_shot"]
+        assert [(text["seqlen"], text["bos"]) for text in texts.values()] == [(128, "none")] * len(texts)
+        assert texts["wikitext2"]["windows"] == 2382
+        assert (len(tasks["tasks"]), tasks["limit"], tasks["harness"]) == (7, 500, "lm-eval 0.4.13")
         assert {task["num_fewshot"] for task in tasks["tasks"].values()} == {0}
-    for run, sparsity in zip(README_RUNS[1:], (0.25, 0.33), strict=True):
-        pruned = record(f"{run}/pruning")
-        settings = pruned["settings"]
-        assert (settings["base_model"], settings["recipe"], settings["sparsity"]) == ("smollm2", "olica", sparsity)
-        assert pruned["calibration"]["ids"] == [256, 128] and not has_former_shares(pruned)
+        environment = record(f"{of_readme(run)}/evaluation")["environment"]
+        assert (environment["device"], environment["git_commit"][:7]) == ("NVIDIA H200", "0bb310f")
+    for run in README_RUNS[1:]:
+        pruned = record(f"{of_readme(run)}/pruning")
+        assert pruned["settings"]["base_model"] == "smollm2" and pruned["calibration"]["ids"] == [256, 128]
+        assert not has_former_shares(pruned)
 
 
 def test_the_figures_of_the_papers_table_are_those_of_the_records():

@@ -479,6 +479,25 @@ def test_recipes_stand_beside_each_other_with_their_share_of_the_founding_gap(re
     assert by_recipe["olica"][-2:] == ["", ""]
 
 
+def test_a_share_is_of_the_nearest_founding_size_and_of_none_that_is_another(record):
+    recipe_runs(record)
+    for name, value, parameters in (("e", 30.0, 0.996), ("f", 25.0, 0.99)):
+        made = pruning(sparsity=0.2 + (1 - parameters), recipe="olica-plus", seed=0, sparsity_of="model")
+        made["measured_sparsity_of_layers"] = 0.25
+        made["parameters"]["after"] = int(parameters * made["parameters"]["after"])
+        record(f"methods/paper/{name}", evaluation(value, 50.0), made)
+    made = pruning(sparsity=0.199, recipe="olica-grouped", seed=0, sparsity_of="model")
+    made["measured_sparsity_of_layers"] = 0.25
+    made["parameters"]["after"] = int(1.003 * made["parameters"]["after"])
+    record("methods/paper/g", evaluation(40.0, 50.0), made)
+    _, *rows = cells(methods.tables(record.results))
+    found = {row[0]: row[4] for row in rows if row[1] == "olica-plus"}
+    assert [row[1] for row in rows] == ["dense", "olica", *["olica-grouped"] * 2, *["olica-plus"] * 3]
+    # Beside the 2.0 of the same number of parameters, not the 4.0 of a few more.
+    assert found["20.4%"] == f"3.00 ± 0.00 ({np.log(3) / np.log(2):.2f})"
+    assert found["21%"] == "2.50 ± 0.00"
+
+
 def test_without_a_founding_recipe_there_is_no_share(record):
     recipe_runs(record)
     for name in "ab":
@@ -496,7 +515,7 @@ def test_quality_over_size_has_a_line_for_each_recipe_and_mix(record):
     recipe_runs(recipe_runs_of, "own")
     figure = plots.quality_over_size([record.results])
     (axes,) = figure.axes
-    lines = {line.get_label(): line for line in axes.get_lines()}
+    lines = {line.get_gid(): line for line in axes.get_lines() if line.get_gid()}
     assert len(lines) == 6
     plus = lines[f"olica-plus, {record.label}, own"]
     assert list(plus.get_xdata()) == [100, 75] and plus.get_ydata()[1] == pytest.approx((1.5 * 1.2) ** 0.5)

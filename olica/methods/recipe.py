@@ -237,6 +237,17 @@ class NoParameters:
 
 
 @dataclass(frozen=True)
+class Text:
+    """Calibration texts: names joined by +, and how many samples are drawn from each."""
+
+    datasets: str
+    num_samples: int
+
+
+PAPERS_TEXT = Text("bookcorpus+alpaca", 128)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A row of the table of methods.
 
@@ -246,12 +257,14 @@ class Recipe:
         parameters: frozen dataclass whose fields, with `metadata["help"]`, are the recipe's flags; it raises UsageError
             for values that no model can have.
         method: makes the method of an instance of `parameters`.
+        text: what it is calibrated on unless the user says.
     """
 
     name: str
     about: str
     parameters: type
     method: Callable[[Any], Method]
+    text: Text = PAPERS_TEXT
 
     @property
     def parameter_names(self) -> list[str]:

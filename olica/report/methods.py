@@ -17,6 +17,8 @@ from .tables import Measured, markdown, mean_accuracy, perplexity
 FOLDER = "methods"
 # What others are measured by: the better of these, at the same size and with the same text.
 FOUNDING = ("olica", "olica-grouped")
+# Two models are of one size when their parameters differ by less than this share.
+ALIKE = 0.005
 # What is done with what stays, in words.
 REPAIRS = {RECIPES_OWN: "own repair", "none": "none", "least-squares": "least squares"}
 
@@ -48,9 +50,18 @@ class Point:
         return settings["sparsity"], settings["sparsity_of"]
 
     @property
+    def parameters(self) -> int:
+        """Of the whole pruned model."""
+        return self.runs[0].pruning["parameters"]["after"]
+
+    @property
     def layers_left(self) -> float:
         """Share of the decoder layers' parameters that are left."""
         return 1 - self.runs[0].pruning["measured_sparsity_of_layers"]
+
+    def is_alike(self, other: "Point") -> bool:
+        """Whether both are of about one size."""
+        return abs(self.parameters / other.parameters - 1) < ALIKE
 
     def gap(self, text: str) -> float | None:
         """Mean logarithm of the `ratios` over the seeds; None where there are none."""
@@ -78,9 +89,16 @@ class Mix:
         return list(self.dense.result["perplexity"])
 
     def share(self, point: Point, text: str) -> float | None:
-        """Its gap as a share of that of the better founding recipe, each the mean over its seeds; None without one."""
-        founding = [other for other in self.points if other.recipe in FOUNDING and other.size == point.size]
-        gaps = [gap for other in founding if (gap := other.gap(text)) is not None]
+        """Its gap as a share of that of the better founding recipe, each the mean over its seeds; None without one.
+
+        Of the founding recipes' points of about its size, each recipe's nearest counts.
+        """
+        gaps = []
+        for recipe in FOUNDING:
+            near = [other for other in self.points if other.recipe == recipe and other.is_alike(point)]
+            nearest = min(near, key=lambda other: abs(other.parameters - point.parameters), default=None)
+            if nearest and (gap := nearest.gap(text)) is not None:
+                gaps.append(gap)
         ours = point.gap(text)
         return ours / min(gaps) if gaps and ours is not None and min(gaps) > 0 else None
 
@@ -104,8 +122,15 @@ def mixes(results: Results) -> list[Mix]:
             Point(alike, [scored[run.folder.name] for run in alike if run.folder.name in scored], _ratios(alike, dense))
             for alike in grouped.values()
         ]
+        points.sort(key=_place)
         found.append(Mix(folder.name, points, dense, results.run(f"{FOLDER}/tasks/dense")))
     return found
+
+
+def _place(point: Point) -> tuple:
+    """Its place in a table: by size, to a hundredth, by recipe, ours first, and by the size that was asked for."""
+    sparsity, of = point.size
+    return of, round(sparsity, 2), not point.recipe.startswith("olica"), point.recipe, -sparsity
 
 
 def _ratios(runs: list[Run], dense: Run) -> dict[str, list[dict]]:
@@ -132,20 +157,21 @@ def _table(mix: Mix) -> str:
     rows = [["0%", "dense", f"{whole:,}", "100.0%", *measured, "", "", *scores[: 2 * has_scores]]]
     for point in mix.points:
         first = point.runs[0]
-        sizes = [f"{first.pruning['parameters']['after']:,}", f"{point.layers_left:.1%}"]
+        sizes = [f"{point.parameters:,}", f"{point.layers_left:.1%}"]
         cells = [_cell(mix, point, text) for text in mix.texts]
         took = [f"{first.seconds / 60:.1f}", f"{first.peak_bytes / 1e9:.2f}"]
         scores = _scores(mix, point) if has_scores else []
         rows.append([_asked(point.size), point.recipe, *sizes, *cells, *took, *scores])
     runs = {
-        f"{point.recipe} {point.size[0]:.0%}, seed {run.pruning['settings']['seed']}": run
+        f"{point.recipe} {point.size[0]:.4g}, seed {run.pruning['settings']['seed']}": run
         for point in mix.points
         for run in point.runs
     }
     notes = [
         "Perplexity of the dense model; of the others its ratio to that, with the paired error, and in brackets the "
         "logarithm of this ratio as a share of that of the better of `olica` and `olica-grouped`, which have the same "
-        "text and size. Of several seeds it is the geometric mean, followed by the least and the greatest.",
+        f"text and, within {ALIKE:.1%}, the same size: their corrections come on top of the size that was asked for. "
+        "Of several seeds it is the geometric mean, followed by the least and the greatest.",
         *protocol({"dense": mix.dense} | runs),
     ]
     return markdown(f"Methods beside each other, calibrated on {mix.name}", header, rows, notes)
@@ -176,7 +202,8 @@ def _repairs(mix: Mix) -> str | None:
 def _asked(size: tuple[float, str]) -> str:
     """The sparsity that was asked for, in words."""
     sparsity, of = size
-    return f"{sparsity:.0%}" if of == "model" else f"{sparsity:.0%} of the layers"
+    share = f"{100 * sparsity:.4g}%"
+    return share if of == "model" else f"{share} of the layers"
 
 
 def _cell(mix: Mix, point: Point, text: str) -> str:

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 from ..errors import UsageError
 from ..evaluation.paired import paired_difference, unpack_floats
-from .methods import mixes
+from .methods import FOUNDING, mixes
 from .runs import Results, Run, correction, in_common, newest_alike, origin, statements
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 PROJECTIONS = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "output"}
 PERPLEXITY = "perplexity on WikiText-2"
@@ -213,7 +214,8 @@ def plan(record: dict, hidden: int) -> "Figure":
 def quality_over_size(models: Iterable[Results]) -> "Figure | None":
     """Perplexity over the decoder layers' parameters left, of all recipes, models and mixes; a panel for each text.
 
-    Perplexities are ratios to the dense model's, sizes shares of its layers; lines are labelled at their ends.
+    Perplexities are ratios to the dense model's, sizes shares of its layers. Each recipe is labelled where its longest
+    line ends; what lies far above the founding recipes is named above the panel instead.
     """
     found = [(results, mix) for results in models for mix in mixes(results)]
     if not found:
@@ -222,30 +224,61 @@ def quality_over_size(models: Iterable[Results]) -> "Figure | None":
     figure, panels = _panels(len(texts))
     recipes = list(dict.fromkeys(point.recipe for _, mix in found for point in mix.points))
     for axes, text in zip(panels, texts, strict=True):
+        lines = {}
         for (results, mix), style in zip(found, itertools.cycle(("-", "--", ":", "-.")), strict=False):
+            axes.plot([], [], style, color="grey", label=f"{results.label}, calibrated on {mix.name}")
             for recipe in recipes:
                 points = [p for p in mix.points if p.recipe == recipe and p.gap(text) is not None]
-                if not points:
-                    continue
-                points = sorted(points, key=lambda point: -point.layers_left)
-                left = [100, *(100 * point.layers_left for point in points)]
-                ratios = [1, *(math.exp(point.gap(text)) for point in points)]
-                colour = f"C{recipes.index(recipe) % 10}"
-                label = f"{recipe}, {results.label}, {mix.name}"
-                axes.plot(left, ratios, style, color=colour, marker="o", markersize=4, label=label)
-                axes.annotate(f" {recipe}", (left[-1], ratios[-1]), color=colour, fontsize="small", va="center")
-        axes.set(
-            title=Path(text).stem,
-            xlabel="parameters of the decoder layers left, %",
-            ylabel="perplexity, ratio to dense",
-        )
+                if points:
+                    points.sort(key=lambda point: -point.layers_left)
+                    left = [100, *(100 * point.layers_left for point in points)]
+                    ratios = [1, *(math.exp(point.gap(text)) for point in points)]
+                    colour = f"C{recipes.index(recipe) % 10}"
+                    (line,) = axes.plot(left, ratios, style, color=colour, marker="o", markersize=3)
+                    line.set_gid(f"{recipe}, {results.label}, {mix.name}")
+                    if recipe not in lines or left[-1] < lines[recipe].get_xdata()[-1]:
+                        lines[recipe] = line
+        of_founding = [lines[recipe].get_ydata()[-1] for recipe in FOUNDING if recipe in lines]
+        top = 2 * max(of_founding) if of_founding else math.inf
+        above = [recipe for recipe, line in lines.items() if line.get_ydata()[-1] > top]
+        title = Path(text).stem + (f" (above it: {', '.join(above)})" if above else "")
+        axes.set(title=title, xlabel="parameters of the decoder layers left, %", ylabel="perplexity, ratio to dense")
+        axes.title.set_fontsize("medium")
         _logarithmic(axes)
-        axes.set_xlim(
-            102, 100 * min(point.layers_left for _, mix in found for point in mix.points) - 15
-        )  # for the names
+        if above:
+            axes.set_ylim(0.9, top)
+        least = 100 * min(point.layers_left for _, mix in found for point in mix.points)
+        axes.set_xlim(102, least - 20)  # for the names
+        _label_ends(axes, {recipe: line for recipe, line in lines.items() if recipe not in above})
         axes.grid(alpha=0.3)
     panels[0].legend(fontsize="x-small")
     return figure
+
+
+def _label_ends(axes: "Axes", lines: "dict[str, Line2D]") -> None:
+    """Write a name beside the end of each line, and those of ends at one place above each other."""
+    low, high = map(math.log, axes.get_ylim())
+    gap = (high - low) / 24
+    ends: dict[int, list[str]] = {}
+    for name in sorted(lines, key=lambda name: lines[name].get_ydata()[-1]):
+        ends.setdefault(round(lines[name].get_xdata()[-1] / 5), []).append(name)
+    for names in ends.values():
+        heights = [math.log(lines[name].get_ydata()[-1]) for name in names]
+        middle = sum(heights) / len(heights)
+        for place in range(1, len(heights)):
+            heights[place] = max(heights[place], heights[place - 1] + gap)
+        shift = middle - sum(heights) / len(heights)  # as far down as up
+        for name, height in zip(names, heights, strict=True):
+            x, y = lines[name].get_xdata()[-1], lines[name].get_ydata()[-1]
+            axes.annotate(
+                name,
+                (x, y),
+                (x - 4, math.exp(height + shift)),
+                color=lines[name].get_color(),
+                fontsize="small",
+                va="center",
+                arrowprops={"arrowstyle": "-", "color": lines[name].get_color(), "linewidth": 0.5, "shrinkA": 0},
+            )
 
 
 FIGURES: dict[str, Callable[[Results], Drawing | None]] = {
