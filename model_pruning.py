@@ -49,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(group, "seqlen", type=int, help="tokens per sample")
     add(group, "seed", type=int, help="seed of the draw")
+    add(group, "add_bos_token", action="store_true", help="begin every sample with the start token (Gemma)")
     add_pruning(parser)
     add_parameters(parser)
     group = parser.add_argument_group("machine")

@@ -47,6 +47,7 @@ class Settings:
         num_samples: samples drawn from each text; None becomes the recipe's number for its own, else the paper's.
         seqlen: tokens in each.
         seed: of the draw.
+        add_bos_token: whether every sample begins with the tokenizer's start token.
         recipe: name of the method.
         sparsity: share of the parameters to remove, in [0, 1).
         sparsity_of: what it is a share of: the whole "model" or its decoder "layers".
@@ -67,6 +68,7 @@ class Settings:
     num_samples: int | None = None
     seqlen: int = 128
     seed: int = 0
+    add_bos_token: bool = False
     recipe: str = "olica"
     sparsity: float = 0.2
     sparsity_of: str = SPARSITY_OF[0]
@@ -85,8 +87,9 @@ class Settings:
             if kind in (int, float, str) and not (f.name == "batch_size" and self.batch_size == "auto"):
                 value = as_kind(f.name, getattr(self, f.name), kind)
                 object.__setattr__(self, f.name, expanduser(value) if f.name in PATHS else value)
-        if not isinstance(self.overwrite, bool):
-            raise UsageError(f"--overwrite {self.overwrite}: give True or False")
+        for name in ("add_bos_token", "overwrite"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise UsageError(f"--{name} {value}: give True or False")
         if self.recipe not in RECIPES:
             raise UsageError(f"--recipe {self.recipe} is none of {', '.join(RECIPES)}")
         if not 0 <= self.sparsity < 1:

@@ -47,7 +47,9 @@ def build(tmp_path, tokenizer):
             vocab_size=320,
         )
         draw = replace(Draw(num_samples=8, seqlen=20, seed=3), **{
-            name: overrides.pop(name) for name in ("num_samples", "seqlen", "seed") if name in overrides
+            name: overrides.pop(name)
+            for name in ("num_samples", "seqlen", "seed", "add_bos_token")
+            if name in overrides
         })  # fmt: skip
         return build_calibration_set(str(source), draw=draw, **settings | overrides)
 
@@ -281,6 +283,23 @@ def test_the_cache_holds_tokens_and_record_and_nothing_unfinished(tmp_path, buil
         assert json.loads(file.metadata()["sources"]) == drawn.sources
     stem, suffix = name.split(".")
     assert suffix == "safetensors" and len(stem) == 64 and set(stem) <= set("0123456789abcdef")
+
+
+@pytest.mark.parametrize("puts_one", [True, False])
+def test_every_window_begins_with_the_start_token(build, tokenizer, bos_tokenizer, tmp_path, puts_one):
+    rows, given = prose(), bos_tokenizer if puts_one else tokenizer
+    path = write_json(tmp_path / "a.jsonl", rows)
+    drawn = build(path, tokenizer=given, add_bos_token=True)
+    expected, _ = draw_by_hand([row["text"] for row in rows], False, 8, 19, 3)
+    assert (drawn.ids[:, 0] == given.bos_token_id).all()
+    assert [given.decode(row[1:]) for row in drawn.ids] == expected
+    assert not torch.equal(build(path, tokenizer=given).ids, drawn.ids), "it is cached apart"
+
+
+def test_a_start_token_that_the_tokenizer_does_not_have(build, tokenizer, tmp_path):
+    tokenizer.bos_token = None
+    with pytest.raises(UsageError, match="--add_bos_token: .*no start token"):
+        build(write_json(tmp_path / "a.jsonl", prose()), add_bos_token=True)
 
 
 @pytest.mark.parametrize("change", ["num_samples", "seqlen", "seed", "content", "path", "tokenizer", "version"])

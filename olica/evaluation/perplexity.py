@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import UsageError
 from ..machine import BatchSize
 from ..processes import ALONE, Processes
+from ..sources.tokenizers import start_token
 from .paired import pack_floats, standard_error
 
 
@@ -57,13 +58,6 @@ def token_windows(
         raise UsageError(f"--ppl_seqlen {seqlen}: the text has only {len(ids)} tokens; give a smaller one or more text")
     cut = ids[: windows * of_text].view(windows, of_text)[:limit]
     return torch.cat([torch.full((len(cut), 1), start_token(tokenizer)), cut], dim=1) if add_bos_token else cut
-
-
-def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Id of the token that texts begin with; raises UsageError if the tokenizer has none."""
-    if tokenizer.bos_token_id is None:
-        raise UsageError("--add_bos_token: the model's tokenizer has no start token; leave the flag out")
-    return tokenizer.bos_token_id
 
 
 @torch.no_grad()

@@ -13,9 +13,9 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from ..errors import UsageError
 from ..sources.configuration import read_config
 from ..sources.locate import Location
-from ..sources.tokenizers import read_tokenizer
+from ..sources.tokenizers import read_tokenizer, start_token
 from .local_rows import local_rows
-from .perplexity import start_token, token_windows
+from .perplexity import token_windows
 from .zero_shot import TaskProtocol
 
 # New tokens of a continuation, and the sequences by which the times of a model are measured: a prompt and what follows.

@@ -11,8 +11,8 @@ from ..sources.locate import Location
 from .records import EVALUATION_RECORD, environment
 
 # These say where something is, choose the calibration set, which goes by its tokens, or decide nothing.
-NOT_COMPARED = ("base_model", "datasets", "data_dir", "num_samples", "seqlen", "seed", "cache_dev")
-NOT_COMPARED += ("save_dir", "overwrite")
+NOT_COMPARED = ("base_model", "datasets", "data_dir", "num_samples", "seqlen", "seed")
+NOT_COMPARED += ("add_bos_token", "cache_dev", "save_dir", "overwrite")
 
 CODE = "version of the code"
 PACKAGE = Path(__file__).parents[1]

@@ -134,7 +134,8 @@ def flags(record: dict) -> str:
     if not is_token_file(settings["datasets"]):
         names.append("seed")
     values = {name: settings[name] for name in names}
-    return " ".join(f"--{name} {value if isinstance(value, str) else f'{value:g}'}" for name, value in values.items())
+    given = [f"--{name} {value if isinstance(value, str) else f'{value:g}'}" for name, value in values.items()]
+    return " ".join([*given, *(["--add_bos_token"] if settings.get("add_bos_token") else [])])
 
 
 def can_correct(record: dict) -> bool:

@@ -22,6 +22,7 @@ from ..checks import refuse_pointers
 from ..errors import UsageError
 from ..tensor_files import save_tensors
 from .text_sources import Rows, read_rows
+from .tokenizers import start_token
 
 logger = logging.getLogger(__name__)
 
@@ -67,11 +68,14 @@ class Draw:
         num_samples: windows.
         seqlen: T, tokens in each.
         seed: of the generator.
+        add_bos_token: whether every window begins with the start token, which Gemma wants, and holds one token of text
+            less; else a tokenizer that puts one in front of a text does so in windows from its beginning alone.
     """
 
     num_samples: int = 128
     seqlen: int = 128
     seed: int = 0
+    add_bos_token: bool = False
 
 
 def build_calibration_set(
@@ -88,7 +92,8 @@ def build_calibration_set(
     (N, T)) is repeated as it is: it needs no tokenizer, and the draw is not asked for.
 
     Raises UsageError, naming the flag or file, for wrong values, for sources that cannot be read or have too
-    few rows of at least `seqlen` tokens, and for token ids outside a vocabulary of `vocab_size`.
+    few rows of at least `seqlen` tokens, for a start token that is to be added where there is none, and for token ids
+    outside a vocabulary of `vocab_size`.
     """
     names = _split_sources(datasets)
     if _names_token_file(names[0]):
@@ -251,6 +256,8 @@ def _draw_windows(rows: Rows, tokenizer: PreTrainedTokenizerBase, request: Draw)
     the same seed, and a row that was drawn before costs one draw of the generator and nothing else.
     """
     rng = random.Random(request.seed)
+    start = [start_token(tokenizer)] if request.add_bos_token else []
+    of_text = request.seqlen - len(start)
     limit = min(len(rows.table), MAX_TRIED_ROWS)
     tried, windows = set(), []
     with tqdm(total=request.num_samples, desc=Path(rows.name).name, unit="sample", leave=False) as bar:
@@ -262,11 +269,11 @@ def _draw_windows(rows: Rows, tokenizer: PreTrainedTokenizerBase, request: Draw)
                 continue
             tried.add(index)
             text, is_prompt = _row_text(rows, index)
-            tokens = tokenizer(text, verbose=False)["input_ids"]
-            if len(tokens) < request.seqlen:
+            tokens = tokenizer(text, verbose=False, add_special_tokens=not start)["input_ids"]
+            if len(tokens) < of_text:
                 continue
-            start = 0 if is_prompt else rng.randint(0, len(tokens) - request.seqlen)
-            windows.append(tokens[start : start + request.seqlen])
+            first = 0 if is_prompt else rng.randint(0, len(tokens) - of_text)
+            windows.append(start + tokens[first : first + of_text])
             bar.update()
     logger.info("%s: %d of %d tried rows accepted", rows.name, len(windows), len(tried))
     counts = {"rows": len(rows.table), "tried": len(tried), "accepted": len(windows)}

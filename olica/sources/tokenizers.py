@@ -8,6 +8,7 @@ from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.tokenization_utils_base import SPECIAL_TOKENS_MAP_FILE
 
+from ..errors import UsageError
 from .locate import Location
 
 # Texts that a wrong conversion from SentencePiece cuts otherwise than SentencePiece. (None starts with a space: there
@@ -40,6 +41,13 @@ def read_tokenizer(location: Location) -> PreTrainedTokenizerBase | None:
             if getattr(tokenizer, name) == "":  # the vocabulary has none for it
                 setattr(tokenizer, name, None)
         return tokenizer
+
+
+def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Id of the token that texts begin with; raises UsageError if the tokenizer has none."""
+    if tokenizer.bos_token_id is None:
+        raise UsageError("--add_bos_token: the model's tokenizer has no start token; leave the flag out")
+    return tokenizer.bos_token_id
 
 
 def _in_place_of_empty_tokens(location: Location) -> dict[str, str]:
