@@ -23,7 +23,7 @@ from .sizes import Budget, Sizes
 # Groups of layers that the survey tries, at the most: in deeper models neighbouring layers are tried together.
 MOST_GROUPS = 32
 # Outputs are compared at every so many tokens.
-STRIDE = 4
+STRIDE = 8
 
 
 def divergence(dense: Tensor, changed: Tensor) -> float:

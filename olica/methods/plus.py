@@ -25,7 +25,7 @@ class PlusParameters:
     """What Olica-plus leaves open."""
 
     ridge: float = field(default=1.0, metadata={"help": "how strongly refits are drawn to the old weights, above 0"})
-    probes: int = field(default=4, metadata={"help": "samples on which the damage of sizes is measured"})
+    probes: int = field(default=16, metadata={"help": "samples on which the damage of sizes is measured"})
     sizes_of: str = field(default="layer", metadata={"help": "layer: each has its own sizes; model: all have the same"})
 
     def __post_init__(self) -> None:
