@@ -289,10 +289,10 @@ def test_a_model_on_the_device_embeds_there(here, gpu, monkeypatch):
 def check_final_logits(gpu, monkeypatch) -> None:
     """The head works on the device, wherever the model is and the states are."""
     model = read_model(locate("./tiny"))
-    ids, states = torch.arange(3, 19).view(1, 16), torch.ones(1, 16, model.config.hidden_size)
+    states = torch.ones(1, 16, model.config.hidden_size)
     for home, at in ((CUDA, "cpu"), ("cpu", CUDA), ("cpu", "cpu")):
         with reading_logits(DenseModel(model.to(home)), torch.tensor([3, 7]), CUDA) as logits:
-            assert logits(ids.to(at), states.to(at)).is_cuda
+            assert logits(states.to(at)).is_cuda
 
 
 def check_survey(gpu, monkeypatch) -> None:
