@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 from olica.errors import UsageError
 from olica.model.families import FAMILIES
 from olica.model.modeling_olica import SideBySide
-from olica.sources.dense_model import DenseModel, StreamedModel, is_streamed, open_dense_model
+from olica.sources.dense_model import DenseModel, StreamedModel
 from olica.sources.locate import locate
+from olica.sources.opening import is_streamed, open_dense_model
 
 CPU = torch.device("cpu")
 
@@ -84,7 +85,7 @@ def test_what_only_transformers_understands_is_read_as_a_whole(saved_llama, capl
     def check() -> None:
         caplog.clear()
         model = opened(saved_llama)
-        assert type(model) is DenseModel and "it is read into memory as a whole" in caplog.text
+        assert type(model) is DenseModel and "read into memory as a whole" in caplog.text
         for name, tensor in expected.items():
             assert torch.equal(model.model.state_dict()[name], tensor), name
 

@@ -39,8 +39,9 @@ from olica.pruning.options import Work
 from olica.pruning.progress import SurveyProgress
 from olica.pruning.survey import survey_layers
 from olica.sources import dense_model
-from olica.sources.dense_model import DenseModel, open_dense_model
+from olica.sources.dense_model import DenseModel
 from olica.sources.locate import locate
+from olica.sources.opening import open_dense_model
 from olica.sources.weights import read_model
 
 ROOT = Path(__file__).parents[1]

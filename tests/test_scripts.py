@@ -18,8 +18,8 @@ import model_pruning
 from olica.command_line import run_command
 from olica.outputs.records import EVALUATION_RECORD, PRUNING_RECORD, write_record
 from olica.report import plots
-from olica.sources.dense_model import is_streamed
 from olica.sources.locate import locate
+from olica.sources.opening import is_streamed
 
 ROOT = Path(__file__).parents[1]
 

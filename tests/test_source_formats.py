@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -181,11 +182,30 @@ def test_one_part_of_a_split_gguf_file_says_how_to_merge_them(name, tmp_path):
         read_config(locate(str(tmp_path / name)))
 
 
-def test_gguf_tensors_that_transformers_does_not_read_are_named(tmp_path):
-    dense = make_family("llama", tied=True, peculiar=False, **GGUF_SIZES, attention_bias=True)
-    write_gguf(dense, "llama", tmp_path / "tiny.gguf")
-    with pytest.raises(UsageError, match="holds 41 tensors, of which transformers reads 29"):
-        read_model(locate(str(tmp_path / "tiny.gguf")))
+@pytest.mark.parametrize(
+    ("damage", "fault"),
+    [
+        (lambda content: content[:-1000], "its configuration cannot be read; .*it is cut short"),
+        (lambda content: content[:500], "its configuration cannot be read; .*it is cut short"),
+        (lambda content: content[:4] + b"\4" + content[5:], "its GGUF version is 4, of which we read 2 and 3 only"),
+        (lambda content: content.replace(b"qwen2", b"qwen9"), "GGUF model with architecture qwen9 is not supported"),
+        (lambda content: content.replace(b"qwen2", b"bloom"), "the family bloom is not supported"),
+        (lambda content: content.replace(b"gpt2", b"gpt9"), "its tokenizer cannot be read .*tokenizer 'gpt9'"),
+    ],
+    ids=["cut in its weights", "cut in its settings", "newer version", "unknown architecture", "another", "tokenizer"],
+)
+def test_a_gguf_file_that_we_cannot_read_ends_in_a_sentence(damage, fault, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_gguf(make_family("qwen2", tied=True, peculiar=False, **GGUF_SIZES), "qwen2", tmp_path / "tiny.gguf")
+    Path("tiny.gguf").write_bytes(damage(Path("tiny.gguf").read_bytes()))
+    Path("rows.jsonl").write_text(json.dumps({"text": "some plain words " * 20}) + "\n")
+    flags = ["--base_model=tiny.gguf", "--datasets=rows.jsonl", "--num_samples=1", "--seqlen=16", "--mlp_num=1"]
+    with pytest.raises(SystemExit) as ended:
+        run_command(model_pruning.build_parser(), model_pruning.run, flags)
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(f"error: --base_model tiny.gguf: {fault}", line) or re.search(fault, line), line
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name not in ("tiny.gguf", "rows.jsonl")]
 
 
 def test_a_sentencepiece_file_that_transformers_reads_otherwise_is_refused(tmp_path):

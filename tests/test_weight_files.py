@@ -10,8 +10,9 @@ from conftest import make_llama
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from olica.errors import UsageError
-from olica.sources.dense_model import DenseModel, StreamedModel, open_dense_model
+from olica.sources.dense_model import DenseModel, StreamedModel
 from olica.sources.locate import locate
+from olica.sources.opening import open_dense_model
 
 CPU = torch.device("cpu")
 COMMIT = "0123456789" * 4

@@ -32,7 +32,7 @@ def rounded(weight: np.ndarray) -> np.ndarray:
     return (integers * exact.astype(np.float16).astype(np.float32)).reshape(weight.shape)
 
 
-def write_gguf(model: PreTrainedModel, architecture: str, path: Path, parts: int = 1) -> None:
+def write_gguf(model: PreTrainedModel, architecture: str, path: Path, parts: int = 1, name: str = "") -> None:
     """Write matrices as Q8_0, vectors as float32, and a tokenizer of bytes; `model` gets the rounded matrices too.
 
     With more `parts` than one it is the first of them, by what it says of itself.
@@ -43,7 +43,7 @@ def write_gguf(model: PreTrainedModel, architecture: str, path: Path, parts: int
     if parts > 1:
         writer.add_uint16("split.no", 0)
         writer.add_uint16("split.count", parts)
-    writer.add_name(f"Tiny {config.model_type}")
+    writer.add_name(name or f"Tiny {config.model_type}")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)

@@ -4,30 +4,21 @@ This is the only place that moves weights between disk, host and device.
 """
 
 import copy
-import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils.hub import get_checkpoint_shard_files
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..checks import all_finite
 from ..machine import hand_back_memory
 from ..model.modeling_olica import separate_projections
 from ..progress_bar import counted
-from .configuration import read_config
-from .gguf_weights import gguf_weights
 from .locate import Location
-from .model_files import WEIGHT_FORMS
-from .tied_head import HEAD
-from .weight_files import MappedFiles, WeightFiles, can_be_mapped, stored_weights
-from .weights import DTYPES, IGNORED_WEIGHTS, read_model, refuse_weights
-
-logger = logging.getLogger(__name__)
+from .weight_files import WeightFiles
+from .weights import refuse_weights
 
 
 class DenseModel:
@@ -172,86 +163,3 @@ class StreamedModel(DenseModel):
         bad = (name for name, weight in weights.items() if not all_finite(weight))
         refuse_weights(self.location, "holds NaN or infinite values in", bad)
         return weights
-
-
-def open_dense_model(location: Location, dtype: str = "auto") -> DenseModel:
-    """The dense model at `location`, read layer by layer where we know which weight each tensor of its files is.
-
-    Otherwise (names or a tie that only transformers understands, the oldest .bin files) it is read into host memory as
-    a whole.
-
-    Args:
-        location: from `locate`.
-        dtype: a key of DTYPES, or "auto" for that of the checkpoint (float32 for GGUF).
-
-    Raises:
-        UsageError: as `read_model`.
-    """
-    if streamed := _streamed(location, dtype):
-        return streamed
-    dense = DenseModel(read_model(location, dtype))
-    logger.warning(
-        "%s: names that only transformers understands, or a .bin file of the oldest form, so it is read into memory as "
-        "a whole",
-        location.name,
-    )
-    return dense
-
-
-def is_streamed(location: Location) -> bool:
-    """Whether `open_dense_model` reads layer by layer; of a model of the hub it is expected."""
-    return not location.is_local or _streamed(location, "auto") is not None
-
-
-def _streamed(location: Location, dtype: str) -> StreamedModel | None:
-    """The model, if its files can be read in part and hold its weights, and no others, under names that we know."""
-    with location.in_words("its weights cannot be read"):
-        if not location.is_local:
-            _download_weights(location)
-        config = read_config(location)  # behind the download: weights that are here say whether the head is tied
-        files: WeightFiles | None
-        if location.gguf_file:
-            model = _skeleton(location, config, DTYPES.get(dtype, torch.float32))
-            names = [name for name, _ in model.named_parameters()]
-            files = gguf_weights(location.weight_files[0], names, config.num_hidden_layers)
-        else:
-            if not all(can_be_mapped(path) for path in location.weight_files):
-                return None
-            stored = stored_weights(location.weight_files)
-            stored = {name: weight for name, weight in stored.items() if not name.endswith(IGNORED_WEIGHTS)}
-            if not stored:
-                return None
-            model = _skeleton(location, config, DTYPES.get(dtype) or config.dtype or next(iter(stored.values())).dtype)
-            if model.config.tie_word_embeddings:
-                stored.pop(HEAD, None)  # a copy
-            files = MappedFiles(stored)
-        sizes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        if files is None or sizes != {name: weight.shape for name, weight in files.stored.items()}:
-            return None
-        return StreamedModel(model, location, files)
-
-
-def _download_weights(location: Location) -> None:
-    """Have the weights of a model of the hub on this machine, in the first of the forms that it has."""
-    for whole, index in WEIGHT_FORMS:
-        if location.find(whole):
-            return
-        if found := location.find(index):
-            get_checkpoint_shard_files(location.path, found)
-            return
-
-
-def _skeleton(location: Location, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model without weights, but with the buffers that it computes, in `dtype`."""
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.tie_weights()  # which the context undoes
-    if location.gguf_file:
-        return model.eval()  # what lies beside the file says nothing of it
-    try:
-        model.generation_config = GenerationConfig.from_pretrained(location.path)
-    except OSError:  # there is none: what an old config.json says of generation
-        model.generation_config = GenerationConfig.from_pretrained(
-            location.path, config_file_name="config.json", _from_model_config=True
-        )
-    return model.eval()

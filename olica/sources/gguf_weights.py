@@ -3,19 +3,19 @@
 What comes out is bit for bit what transformers reads of the file, which it can as a whole only.
 """
 
-import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
-from os import SEEK_CUR
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import gguf
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.integrations.gguf import read_gguf_metadata
+from transformers import PreTrainedModel
 
+from .gguf import header_of
+from .gguf_header import GgufTensor
+from .locate import Location
 from .weight_files import StoredWeight
 
 # What llama.cpp changes of a family's weights when it writes them: the order of the rows of queries and keys, or the
@@ -25,16 +25,6 @@ OFFSET_NORMS = ("gemma2", "gemma3")
 UNCHANGED = ("qwen2", "qwen3", "phi3")
 # Values that are dequantised at a time, on the way to the dtype that is asked for.
 VALUES = 1 << 22
-SCALARS = {int(kind): np.dtype(number) for kind, number in gguf.GGUFReader.gguf_scalar_to_np.items()}
-
-
-@dataclass(frozen=True)
-class GgufTensor:
-    """A tensor of a GGUF file: how it is quantised, its sizes in PyTorch's order, the byte at which it begins."""
-
-    kind: gguf.GGMLQuantizationType
-    shape: tuple[int, ...]
-    start: int
 
 
 class GgufWeights:
@@ -71,31 +61,32 @@ class GgufWeights:
         return pairs.transpose(1, 2).reshape(tensor.shape)
 
 
-def gguf_weights(path: Path, names: Iterable[str], layers: int) -> GgufWeights | None:
-    """The weights of the GGUF file at `path`, or None unless we know of each of its tensors which weight it is.
+def gguf_weights(location: Location, model: PreTrainedModel) -> GgufWeights:
+    """The weights of a GGUF file, as far as they are those of `model`, which needs none of its own.
 
-    Args:
-        path: of a file whose architecture transformers reads.
-        names: of the model's weights, tied ones once.
-        layers: how many decoder layers the model has.
+    Raises:
+        UsageError: we do not know how the format holds the model's family; or the file holds more than the model does,
+            biases of a llama for example, of which it does not say that the model has them.
     """
-    fields, _ = read_gguf_metadata(str(path))
-    family = fields["general.architecture"]
-    if family not in PERMUTED + OFFSET_NORMS + UNCHANGED:
-        return None
-    (architecture,) = (key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family)
-    table = gguf.get_tensor_name_map(architecture, layers)
-    found = {name: table.get_name(name, (".weight", ".bias")) for name in names}
-    tensors = tensors_of(path)
-    if sorted(map(str, found.values())) != sorted(tensors):
-        return None
-    heads = {}
-    if family in PERMUTED:
-        for part, key in ((".q_proj.", "head_count"), (".k_proj.", "head_count_kv")):
-            if (count := fields.get(f"{family}.attention.{key}")) is None:
-                return None  # transformers leaves the order as it is
-            heads |= {name: count for name in found if part in name}
-    return GgufWeights(path, {name: tensors[key] for name, key in found.items()}, heads, int(family in OFFSET_NORMS))
+    header = header_of(location)
+    if header.family not in PERMUTED + OFFSET_NORMS + UNCHANGED:
+        raise location.error(
+            f"we do not know how GGUF files hold the weights of {header.family}; give the model's folder of safetensors"
+        )
+    (architecture,) = (key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == header.family)
+    table = gguf.get_tensor_name_map(architecture, model.config.num_hidden_layers)
+    keys = {name: table.get_name(name, (".weight", ".bias")) for name, _ in model.named_parameters()}
+    if more := sorted(header.tensors.keys() - keys.values()):
+        raise location.error(
+            f"the file holds {len(more)} tensors for which its settings have no place, such as {more[0]}; give the "
+            "model's folder of safetensors"
+        )
+    counts = {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}
+    heads = {
+        name: count for name in keys for part, count in counts.items() if header.family in PERMUTED and part in name
+    }
+    tensors = {name: header.tensors[key] for name, key in keys.items() if key in header.tensors}
+    return GgufWeights(location.weight_files[0], tensors, heads, int(header.family in OFFSET_NORMS))
 
 
 def _dequantised(file: BinaryIO, tensor: GgufTensor, dtype: torch.dtype, offset: int) -> Tensor:
@@ -111,51 +102,3 @@ def _dequantised(file: BinaryIO, tensor: GgufTensor, dtype: torch.dtype, offset:
         single = torch.from_numpy(gguf.dequantize(raw, tensor.kind))
         rows.copy_(single - offset if offset else single)
     return weight
-
-
-def tensors_of(path: Path) -> dict[str, GgufTensor]:
-    """The tensors of a GGUF file by their names in it; its metadata are passed over.
-
-    gguf's own reader makes arrays of every token: for a vocabulary of 150,000, seconds and half a gigabyte.
-    """
-    with path.open("rb") as file:
-        magic, version, count, fields = _numbers(file, "IIQQ")
-        if magic != gguf.GGUF_MAGIC or version not in (2, 3):
-            raise ValueError(f"{path} is no GGUF file of version 2 or 3")
-        alignment = gguf.GGUF_DEFAULT_ALIGNMENT
-        for _ in range(fields):
-            name, (kind,) = _string(file), _numbers(file, "I")
-            value = _value(file, kind)
-            if name == gguf.Keys.General.ALIGNMENT:
-                alignment = value
-        described = []
-        for _ in range(count):
-            name, (dimensions,) = _string(file), _numbers(file, "I")
-            *sizes, kind, start = _numbers(file, f"{dimensions}QIQ")
-            described.append((name, gguf.GGMLQuantizationType(kind), tuple(sizes[::-1]), start))
-        first = -(-file.tell() // alignment) * alignment
-    return {name: GgufTensor(kind, shape, first + start) for name, kind, shape, start in described}
-
-
-def _numbers(file: BinaryIO, form: str) -> tuple[Any, ...]:
-    return struct.unpack(f"<{form}", file.read(struct.calcsize(f"<{form}")))
-
-
-def _string(file: BinaryIO) -> str:
-    (length,) = _numbers(file, "Q")
-    return file.read(length).decode()
-
-
-def _value(file: BinaryIO, kind: int) -> Any:
-    """A number or a string of the metadata; of a list nothing is kept."""
-    if kind == gguf.GGUFValueType.STRING:
-        return _string(file)
-    if kind != gguf.GGUFValueType.ARRAY:
-        return np.fromfile(file, SCALARS[kind], 1).item()
-    kind, count = _numbers(file, "IQ")
-    if kind in SCALARS:
-        file.seek(SCALARS[kind].itemsize * count, SEEK_CUR)
-    else:
-        for _ in range(count):
-            _value(file, kind)
-    return None
