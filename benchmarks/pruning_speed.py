@@ -37,8 +37,8 @@ from olica.pruning.activations import propagate, record_layer_calls
 from olica.run import run as prune_job
 from olica.sources.calibration_set import is_token_file, read_token_file
 from olica.sources.configuration import read_config
-from olica.sources.dense_model import open_dense_model
 from olica.sources.locate import locate
+from olica.sources.opening import open_dense_model
 from olica.sources.weights import DTYPES
 from olica.tensor_files import save_tensors
 

@@ -31,8 +31,8 @@ from olica.outputs.records import environment, write_record
 from olica.pruning.activations import calibrate, enter_layers
 from olica.sources.calibration_set import Draw, build_calibration_set
 from olica.sources.configuration import describe_source, read_config, refuse_unprunable
-from olica.sources.dense_model import open_dense_model
 from olica.sources.locate import locate
+from olica.sources.opening import open_dense_model
 from olica.sources.tokenizers import read_tokenizer
 
 BATCH_SIZE = 8

@@ -25,8 +25,8 @@ from .pruning.memory import Task, expected_peaks, fit_batch_size
 from .pruning.options import PruningOptions
 from .sources.calibration_set import calibration_shape, is_token_file
 from .sources.configuration import count_dense_parameters, read_config, refuse_unprunable
-from .sources.dense_model import is_streamed
 from .sources.locate import Location, locate
+from .sources.opening import is_streamed
 from .sources.weights import DTYPES, bytes_per_weight
 
 # What `--refit` puts in place of all that a recipe does with what stays.

@@ -36,8 +36,8 @@ from .pruning.progress import SurveyProgress
 from .pruning.survey import survey_layers
 from .sources.calibration_set import CalibrationSet, Draw, build_calibration_set
 from .sources.configuration import describe_source
-from .sources.dense_model import open_dense_model
 from .sources.model_files import folder_weight_bytes
+from .sources.opening import open_dense_model
 from .sources.tokenizers import read_tokenizer
 
 logger = logging.getLogger(__name__)

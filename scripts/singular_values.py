@@ -17,8 +17,8 @@ from olica.machine import DEVICES, pick_device
 from olica.model.modeling_olica import projections_of
 from olica.outputs.records import environment, write_record
 from olica.sources.configuration import describe_source, read_config, refuse_unprunable
-from olica.sources.dense_model import open_dense_model
 from olica.sources.locate import locate
+from olica.sources.opening import open_dense_model
 
 NAMES = ("q_proj", "k_proj", "v_proj", "o_proj")
 

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 from olica.errors import UsageError
 from olica.model.families import FAMILIES
 from olica.model.modeling_olica import SideBySide
-from olica.sources.dense_model import DenseModel, StreamedModel, is_streamed, open_dense_model
+from olica.sources.dense_model import DenseModel, StreamedModel
 from olica.sources.locate import locate
+from olica.sources.opening import is_streamed, open_dense_model
 
 CPU = torch.device("cpu")
 
@@ -75,22 +76,23 @@ def test_a_configuration_that_names_no_dtype_leaves_it_to_the_weights(saved_llam
     assert opened(saved_llama).model.dtype == torch.float16
 
 
-def test_what_only_transformers_understands_is_read_as_a_whole(saved_llama):
-    """Names of a base model; no safetensors."""
+def test_what_only_transformers_understands_is_read_as_a_whole(saved_llama, caplog):
+    """Names of a base model; a .bin file of the oldest form."""
     file = saved_llama / "model.safetensors"
     weights = load_file(file)
     expected = {name: tensor.clone() for name, tensor in weights.items()}
 
     def check() -> None:
+        caplog.clear()
         model = opened(saved_llama)
-        assert type(model) is DenseModel
+        assert type(model) is DenseModel and "read into memory as a whole" in caplog.text
         for name, tensor in expected.items():
             assert torch.equal(model.model.state_dict()[name], tensor), name
 
     save_file({name.removeprefix("model."): t for name, t in weights.items()}, file, metadata={"format": "pt"})
     check()
     file.unlink()
-    torch.save(weights, saved_llama / "pytorch_model.bin")
+    torch.save(weights, saved_llama / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     check()
 
 
@@ -100,7 +102,7 @@ def test_a_copy_of_the_embedding_in_place_of_a_tied_head_is_left_on_the_disk(sav
     both = weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}
     save_file(both, file, metadata={"format": "pt"})
     model = opened(saved_llama)
-    assert type(model) is StreamedModel and model.files.keys() == weights.keys()
+    assert type(model) is StreamedModel and model.files.stored.keys() == weights.keys()
 
 
 def test_what_is_going_to_be_streamed_is_known_from_names(saved_llama):

@@ -11,8 +11,9 @@ from transformers import PreTrainedConfig
 from olica.errors import UsageError
 from olica.outputs import identity
 from olica.sources.configuration import count_dense_parameters, describe_source, read_config
-from olica.sources.dense_model import StreamedModel, open_dense_model
+from olica.sources.dense_model import StreamedModel
 from olica.sources.locate import MODEL_NAMES, locate
+from olica.sources.opening import open_dense_model
 from olica.sources.weights import read_model
 
 COMMIT = "0" * 40

@@ -39,8 +39,9 @@ from olica.pruning.options import Work
 from olica.pruning.progress import SurveyProgress
 from olica.pruning.survey import survey_layers
 from olica.sources import dense_model
-from olica.sources.dense_model import DenseModel, open_dense_model
+from olica.sources.dense_model import DenseModel
 from olica.sources.locate import locate
+from olica.sources.opening import open_dense_model
 from olica.sources.weights import read_model
 
 ROOT = Path(__file__).parents[1]
@@ -289,10 +290,10 @@ def test_a_model_on_the_device_embeds_there(here, gpu, monkeypatch):
 def check_final_logits(gpu, monkeypatch) -> None:
     """The head works on the device, wherever the model is and the states are."""
     model = read_model(locate("./tiny"))
-    ids, states = torch.arange(3, 19).view(1, 16), torch.ones(1, 16, model.config.hidden_size)
+    states = torch.ones(1, 16, model.config.hidden_size)
     for home, at in ((CUDA, "cpu"), ("cpu", CUDA), ("cpu", "cpu")):
         with reading_logits(DenseModel(model.to(home)), torch.tensor([3, 7]), CUDA) as logits:
-            assert logits(ids.to(at), states.to(at)).is_cuda
+            assert logits(states.to(at)).is_cuda
 
 
 def check_survey(gpu, monkeypatch) -> None:

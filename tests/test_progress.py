@@ -29,8 +29,8 @@ from olica.pruning.layers import prune_layers
 from olica.pruning.options import Work
 from olica.pruning.progress import SurveyProgress
 from olica.pruning.survey import survey_layers
-from olica.sources.dense_model import open_dense_model
 from olica.sources.locate import locate
+from olica.sources.opening import open_dense_model
 
 ROOT = Path(__file__).parents[1]
 

@@ -12,14 +12,18 @@ import pytest
 import torch
 from conftest import make_llama, make_tokenizer
 from safetensors.torch import save_file
+from tiny_families import make_family
+from tiny_gguf import GGUF_SIZES, write_gguf
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import model_pruning
 from olica.command_line import run_command
 from olica.outputs.records import EVALUATION_RECORD, PRUNING_RECORD, write_record
 from olica.report import plots
-from olica.sources.dense_model import is_streamed
 from olica.sources.locate import locate
+from olica.sources.opening import is_streamed
+from olica.sources.weights import read_model
 
 ROOT = Path(__file__).parents[1]
 
@@ -209,6 +213,30 @@ def test_pruning_speed_times_every_stage(tmp_path, capsys):
         with pytest.raises(SystemExit) as ended:
             run_command(script.build_parser(), script.run, [*wrong, f"--work_dir={tmp_path}"])
         assert ended.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_reading_memory_deepens_a_file_and_measures(tmp_path, capsys):
+    script = load("benchmarks/reading_memory.py")
+    dense = make_family("qwen2", tied=True, peculiar=False, **GGUF_SIZES | {"vocab_size": 1000})
+    write_gguf(dense, "qwen2", tmp_path / "tiny.gguf")
+    script.deepen(tmp_path / "tiny.gguf", tmp_path / "tiny-7.gguf", 7)
+    shallow, deep = (read_model(locate(str(tmp_path / name))) for name in ("tiny.gguf", "tiny-7.gguf"))
+    layers = shallow.model.layers
+    shallow.model.layers = nn.ModuleList(layers[index % 3] for index in range(7))
+    expected = shallow.state_dict()
+    assert deep.config.num_hidden_layers == 7 and deep.state_dict().keys() == expected.keys()
+    assert all(torch.equal(weight, expected[name]) for name, weight in deep.state_dict().items())
+    flags = [f"--base_model={tmp_path / 'tiny-7.gguf'}", f"--work_dir={tmp_path / 'work'}"]
+    flags.append(f"--output_path={tmp_path / 'record.json'}")
+    assert run_command(script.build_parser(), script.run, flags) == 0
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["layers"] == 7 and record["parameters"] == deep.num_parameters()
+    assert record["peak_host_bytes"] == max(record["peak_host_bytes_of_stages"].values()) > 1e8
+    assert str(tmp_path) not in json.dumps(record)
+    assert f"7 layers, {deep.num_parameters():,} parameters: at most" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        run_command(script.build_parser(), script.run, [*flags, "--layers=0"])
+    assert ended.value.code == 2 and "--layers 0" in capsys.readouterr().err
 
 
 def test_texts_are_split_into_rows_that_calibrate_and_rows_that_measure(tmp_path):

@@ -2,16 +2,16 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
-import gguf
-import numpy as np
 import pytest
 import sentencepiece
 import torch
 from conftest import make_llama, make_tokenizer, prune_to, write_pruned
 from safetensors.torch import save_file
 from tiny_families import make_family
+from tiny_gguf import GGUF_FAMILIES, GGUF_SIZES, write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer, PreTrainedModel
 
 import model_pruning
@@ -120,85 +120,6 @@ def test_a_sentencepiece_file_that_cannot_be_followed_is_refused(saved_llama):
         read_tokenizer(locate(str(saved_llama)))
 
 
-# In GGUF, a llama's query and key rows are in another order, and the norms of a Gemma are stored with their 1 added.
-WIDE_HEADS = {"head_dim": 256, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 960}
-GGUF_FAMILIES = {
-    "llama": ("llama", {}),
-    "mistral": ("llama", {"sliding_window": None}),  # files of Mistral call themselves llama, and are read as one
-    "qwen2": ("qwen2", {}),
-    "qwen3": ("qwen3", {"head_dim": 128}),  # the file does not say the head width: transformers takes its default
-    "gemma2": ("gemma2", WIDE_HEADS),  # nor the scale of attention
-    "gemma3_text": ("gemma3", WIDE_HEADS),
-    "phi3": ("phi3", {}),
-}
-
-
-def rounded(weight: np.ndarray) -> np.ndarray:
-    """What Q8_0 leaves of a matrix: in runs of 32 a float16 scale, the largest magnitude over 127, times integers."""
-    runs = weight.reshape(-1, 32)
-    exact = np.abs(runs).max(1, keepdims=True) / np.float32(127)
-    integers = np.round(np.divide(runs, exact, out=np.zeros_like(runs), where=exact > 0))
-    return (integers * exact.astype(np.float16).astype(np.float32)).reshape(weight.shape)
-
-
-def write_gguf(model: PreTrainedModel, architecture: str, path: Path, parts: int = 1) -> None:
-    """Write matrices as Q8_0, vectors as float32, and a tokenizer of bytes; `model` gets the rounded matrices too.
-
-    With more `parts` than one it is the first of them, by what it says of itself.
-    """
-    config = model.config
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
-    if parts > 1:
-        writer.add_uint16("split.no", 0)
-        writer.add_uint16("split.count", parts)
-    writer.add_name(f"Tiny {config.model_type}")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    rope = config.rope_parameters
-    writer.add_rope_dimension_count(int(config.head_dim * rope.get("partial_rotary_factor", 1)))
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    if "factor" in rope:
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(rope["factor"])
-    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
-    if getattr(config, "sliding_window", None):
-        writer.add_sliding_window(config.sliding_window)
-    vocabulary = make_tokenizer().get_vocab() | {"ab": 259}
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(sorted(vocabulary, key=vocabulary.get))
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_pad_token_id(0)
-    names = gguf.get_tensor_name_map(next(a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == architecture), 3)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 2:
-            parameter.data = torch.from_numpy(rounded(parameter.detach().numpy()))
-        tensor = parameter.detach().numpy()
-        if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
-            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
-            tensor = tensor.reshape(heads, 2, -1, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
-        if architecture.startswith("gemma") and name.endswith("norm.weight"):
-            tensor = tensor + 1
-        stem, _, kind = name.rpartition(".")
-        if tensor.ndim == 2:
-            quantised = gguf.quants.quantize(tensor, gguf.GGMLQuantizationType.Q8_0)
-            writer.add_tensor(f"{names.get_name(stem)}.{kind}", quantised, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
-        else:
-            writer.add_tensor(f"{names.get_name(stem)}.{kind}", np.ascontiguousarray(tensor))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 @pytest.mark.parametrize(
     ("family", "tied"),
     [(family, tied) for family in GGUF_FAMILIES for tied in (True, False) if tied or family != "gemma2"],
@@ -206,8 +127,7 @@ def write_gguf(model: PreTrainedModel, architecture: str, path: Path, parts: int
 def test_gguf_is_dequantised_and_pruned(family, tied, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     architecture, overrides = GGUF_FAMILIES[family]
-    sizes = dict(vocab_size=320, hidden_size=64, head_dim=16, intermediate_size=160, num_attention_heads=4)
-    dense = make_family(family, tied=tied, peculiar=False, **sizes | {"num_key_value_heads": 2} | overrides)
+    dense = make_family(family, tied=tied, peculiar=False, **GGUF_SIZES | overrides)
     write_gguf(dense, architecture, tmp_path / "tiny.gguf")
     location = locate("tiny.gguf")
     config = read_config(location)
@@ -240,15 +160,10 @@ LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
     ],
 )
 def test_gguf_whose_settings_would_be_lost_is_refused(family, architecture, overrides, lost, tmp_path):
-    sizes = dict(vocab_size=320, hidden_size=64, head_dim=16, intermediate_size=160, num_attention_heads=4)
-    dense = make_family(family, tied=True, peculiar=False, **sizes | {"num_key_value_heads": 2} | overrides)
+    dense = make_family(family, tied=True, peculiar=False, **GGUF_SIZES | overrides)
     write_gguf(dense, architecture, tmp_path / "tiny.gguf")
     with pytest.raises(UsageError, match=f"does not take the model's {lost} from a GGUF file"):
         read_config(locate(str(tmp_path / "tiny.gguf")))
-
-
-GGUF_SIZES = dict(vocab_size=320, hidden_size=64, head_dim=16, intermediate_size=160, num_attention_heads=4)
-GGUF_SIZES |= dict(num_key_value_heads=2)
 
 
 def test_the_ending_of_a_gguf_file_may_be_in_capitals(tmp_path):
@@ -267,12 +182,30 @@ def test_one_part_of_a_split_gguf_file_says_how_to_merge_them(name, tmp_path):
         read_config(locate(str(tmp_path / name)))
 
 
-def test_gguf_tensors_that_transformers_does_not_read_are_named(tmp_path):
-    sizes = dict(vocab_size=320, hidden_size=64, head_dim=16, intermediate_size=160, num_attention_heads=4)
-    dense = make_family("llama", tied=True, peculiar=False, **sizes | {"num_key_value_heads": 2}, attention_bias=True)
-    write_gguf(dense, "llama", tmp_path / "tiny.gguf")
-    with pytest.raises(UsageError, match="holds 41 tensors, of which transformers reads 29"):
-        read_model(locate(str(tmp_path / "tiny.gguf")))
+@pytest.mark.parametrize(
+    ("damage", "fault"),
+    [
+        (lambda content: content[:-1000], "its configuration cannot be read; .*it is cut short"),
+        (lambda content: content[:500], "its configuration cannot be read; .*it is cut short"),
+        (lambda content: content[:4] + b"\4" + content[5:], "its GGUF version is 4, of which we read 2 and 3 only"),
+        (lambda content: content.replace(b"qwen2", b"qwen9"), "GGUF model with architecture qwen9 is not supported"),
+        (lambda content: content.replace(b"qwen2", b"bloom"), "the family bloom is not supported"),
+        (lambda content: content.replace(b"gpt2", b"gpt9"), "its tokenizer cannot be read .*tokenizer 'gpt9'"),
+    ],
+    ids=["cut in its weights", "cut in its settings", "newer version", "unknown architecture", "another", "tokenizer"],
+)
+def test_a_gguf_file_that_we_cannot_read_ends_in_a_sentence(damage, fault, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_gguf(make_family("qwen2", tied=True, peculiar=False, **GGUF_SIZES), "qwen2", tmp_path / "tiny.gguf")
+    Path("tiny.gguf").write_bytes(damage(Path("tiny.gguf").read_bytes()))
+    Path("rows.jsonl").write_text(json.dumps({"text": "some plain words " * 20}) + "\n")
+    flags = ["--base_model=tiny.gguf", "--datasets=rows.jsonl", "--num_samples=1", "--seqlen=16", "--mlp_num=1"]
+    with pytest.raises(SystemExit) as ended:
+        run_command(model_pruning.build_parser(), model_pruning.run, flags)
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(f"error: --base_model tiny.gguf: {fault}", line) or re.search(fault, line), line
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name not in ("tiny.gguf", "rows.jsonl")]
 
 
 def test_a_sentencepiece_file_that_transformers_reads_otherwise_is_refused(tmp_path):

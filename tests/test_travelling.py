@@ -21,8 +21,9 @@ from olica.outputs.survey_store import StoredSurvey
 from olica.pruning.options import Work
 from olica.pruning.progress import SurveyProgress
 from olica.pruning.survey import survey_layers
-from olica.sources.dense_model import DenseModel, StreamedModel, open_dense_model
+from olica.sources.dense_model import DenseModel, StreamedModel
 from olica.sources.locate import locate
+from olica.sources.opening import open_dense_model
 
 IDS = torch.randint(3, 319, (7, 23), generator=torch.Generator().manual_seed(0))
 SAMPLES, STRIDE, LAYERS, CHANNELS, GROUPS = 3, 4, 3, 60, 1

@@ -23,7 +23,8 @@ from ..errors import UsageError
 from ..model.configuration_olica import LayerShape
 from ..model.families import SEQUENCE_CLASSIFIERS, TOKEN_CLASSIFIERS
 from ..model.skeleton import pruned_skeleton, try_out, without_weights
-from ..sources.dense_model import DenseModel, StoredWeight, stored_weights
+from ..sources.dense_model import DenseModel
+from ..sources.weight_files import StoredWeight, stored_weights
 from .run_folder import RunFolder
 from .run_progress import RunProgress
 

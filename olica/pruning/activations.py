@@ -64,27 +64,28 @@ def _pass_through(layers: nn.ModuleList) -> Iterator[tuple[list[Tensor], list[di
 
 
 @contextmanager
-def reading_logits(
-    dense: DenseModel, positions: Tensor, device: torch.device
-) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
-    """Yields (ids (1, T), states (1, T, D) behind the last decoder layer) -> logits (P, V) at `positions` (P,).
+def reading_logits(dense: DenseModel, positions: Tensor, device: torch.device) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Yields (states (1, T, D) behind the last decoder layer) -> logits (P, V) at `positions` (P,).
 
     They are in single precision, of weights as they are, since differences of small changes sink in the rounding of
     half precision; the head works on `device`.
     """
-    with dense.surroundings(), torch.no_grad():
-        home, head = dense.decoder.embed_tokens.weight.device, dense.model.get_output_embeddings()
+    with dense.head(), torch.no_grad():
+        head = dense.model.get_output_embeddings()
+        home = head.weight.device
 
         def project(hidden: Tensor) -> Tensor:
             single = hidden.to(device).float()  # no head of a supported family has a bias
             return torch.cat([linear(single, rows.to(device).float()) for rows in head.weight.split(HEAD_ROWS)], -1)
 
-        def logits(ids: Tensor, states: Tensor) -> Tensor:
+        def logits(states: Tensor) -> Tensor:
+            states = states.to(home)
+
             def forward(index: int, hidden_states: Tensor, **_) -> Tensor:
-                return states.to(home) if index == 0 else hidden_states
+                return states if index == 0 else hidden_states  # without the factor that some models put in front
 
             with _in_place_of(dense.decoder.layers, forward):
-                return dense.model(ids.to(home), use_cache=False, logits_to_keep=positions).logits[0]
+                return dense.model(inputs_embeds=states, use_cache=False, logits_to_keep=positions).logits[0]
 
         head.forward = project
         try:

@@ -116,9 +116,9 @@ class Probes:
             check_trial(state, range(len(found))[first : first + self._group])
         positions = torch.arange(min(survey.stride, tokens) - 1, tokens, survey.stride)
         with reading_logits(self._dense, positions, self._options.device) as logits:
-            for number, (row, sample) in enumerate(zip(self.rows.tolist(), self._ids.split(1), strict=True)):
-                dense = survey.read(logits(sample, hidden[row : row + 1]))
+            for number, row in enumerate(self.rows.tolist()):
+                dense = survey.read(logits(hidden[row : row + 1]))
                 for key, state in self.states.items():
-                    changed = survey.read(logits(sample, state[number : number + 1]))
+                    changed = survey.read(logits(state[number : number + 1]))
                     compared[key] += survey.compare(dense, changed) / len(self.rows)
         return survey.complete(found, compared)

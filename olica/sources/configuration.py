@@ -12,7 +12,7 @@ from ..checks import refuse_pointers
 from ..errors import UsageError
 from ..model.families import FAMILIES
 from ..model.skeleton import count_parameters, without_weights
-from .gguf import describe_file, refuse_lost_settings
+from .gguf import add_defaults, describe_file, read_gguf_config, refuse_lost_settings
 from .locate import MODEL_NAMES, PACKAGED_MODEL, PACKAGED_MODEL_NAME, Location
 from .tied_head import holds_another_head
 
@@ -43,11 +43,12 @@ def read_config(location: Location) -> PreTrainedConfig:
         refuse_pointers(location.files)
     with location.in_words(fault):
         _refuse_adapter_alone(location)
-        config = AutoConfig.from_pretrained(location.path, **location.arguments)
+        config = read_gguf_config(location) if location.gguf_file else AutoConfig.from_pretrained(location.path)
     if config.model_type not in [*FAMILIES, *pruned]:
         raise location.error(f"the family {config.model_type} is not supported; supported: {supported}")
     if location.gguf_file:
         with location.in_words(fault):
+            add_defaults(location, config)
             refuse_lost_settings(location, config)
     _refuse_shapes_of_layers(location, config)
     _refuse_padding(location, config)

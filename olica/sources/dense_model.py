@@ -4,31 +4,21 @@ This is the only place that moves weights between disk, host and device.
 """
 
 import copy
-import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
-from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-from transformers.utils.hub import get_checkpoint_shard_files
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..checks import all_finite
 from ..machine import hand_back_memory
 from ..model.modeling_olica import separate_projections
 from ..progress_bar import counted
-from .configuration import read_config
 from .locate import Location
-from .tied_head import HEAD
-from .weights import DTYPES, IGNORED_WEIGHTS, read_model, refuse_weights
-
-logger = logging.getLogger(__name__)
+from .weight_files import WeightFiles
+from .weights import refuse_weights
 
 
 class DenseModel:
@@ -62,8 +52,8 @@ class DenseModel:
         yield
 
     @contextmanager
-    def surroundings(self) -> Iterator[None]:
-        """Have all weights that are in no decoder layer in host memory meanwhile."""
+    def head(self) -> Iterator[None]:
+        """Have the final norm and the head in host memory meanwhile, so the embedding too only if it is the head."""
         yield
 
     def layers(self, device: torch.device, title: str, first: int = 0) -> Iterator[tuple[int, nn.Module]]:
@@ -94,8 +84,8 @@ class DenseModel:
 class StreamedModel(DenseModel):
     """A dense model that stays on disk: what is not worked on has no weights, and no work on a layer changes it."""
 
-    def __init__(self, model: PreTrainedModel, location: Location, files: dict[str, Path]):
-        """Wrap `model`, whose parameters are on the meta device and lie under their names in safetensors `files`."""
+    def __init__(self, model: PreTrainedModel, location: Location, files: WeightFiles):
+        """Wrap `model`, whose parameters are on the meta device and lie under their names in `files`."""
         super().__init__(model)
         self.location = location
         self.files = files
@@ -112,9 +102,11 @@ class StreamedModel(DenseModel):
             module.weight = empty
 
     @contextmanager
-    def surroundings(self) -> Iterator[None]:
-        """Have all weights that are in no decoder layer in host memory meanwhile."""
-        names = [name for part in self.other_names() for name in part]
+    def head(self) -> Iterator[None]:
+        """Have the final norm and the head in host memory meanwhile, so the embedding too only if it is the head."""
+        embedding, names = self.other_names()
+        if self.model.get_output_embeddings().weight is self.decoder.embed_tokens.weight:
+            names = embedding + names
         empty, read = dict(self.model.named_parameters()), self.read(names)
         filled = {name: nn.Parameter(weight, requires_grad=False) for name, weight in read.items()}
         self._replace({empty[name]: weight for name, weight in filled.items()})
@@ -161,102 +153,13 @@ class StreamedModel(DenseModel):
 
     def _read_layer(self, index: int) -> dict[str, Tensor]:
         prefix = f"{self.layers_prefix}{index}."
-        names = [name for name in self.files if name.startswith(prefix)]
+        names = [name for name in self.files.stored if name.startswith(prefix)]
         return {name.removeprefix(prefix): tensor for name, tensor in self.read(names).items()}
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
         """The weights of these names, from the disk."""
-        weights = {}
         with self.location.in_words("its weights cannot be read"):
-            for path in dict.fromkeys(self.files[name] for name in names):
-                # A file is mapped as a whole: opened anew, it does not pile up in memory what was read before.
-                with safe_open(path, framework="pt") as file:
-                    for name in (name for name in names if self.files[name] == path):
-                        weights[name] = file.get_tensor(name).to(self.model.dtype, copy=True)
+            weights = self.files.read(names, self.model.dtype)
         bad = (name for name, weight in weights.items() if not all_finite(weight))
         refuse_weights(self.location, "holds NaN or infinite values in", bad)
         return weights
-
-
-@dataclass(frozen=True)
-class StoredWeight:
-    """Where a tensor is, and what it is."""
-
-    path: Path
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-def stored_weights(paths: Iterable[str | Path]) -> dict[str, StoredWeight]:
-    """What safetensors files hold, by the names of the tensors."""
-    stored = {}
-    for path in paths:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  (it is no dict)
-                view = file.get_slice(name)
-                stored[name] = StoredWeight(Path(path), tuple(view.get_shape()), view[:0].dtype)
-    return stored
-
-
-def open_dense_model(location: Location, dtype: str = "auto") -> DenseModel:
-    """The dense model at `location`, read layer by layer where it lies in safetensors under its own names.
-
-    Otherwise (.bin, GGUF, names or a tie that only transformers understands) it is read into host memory as a whole.
-
-    Args:
-        location: from `locate`.
-        dtype: a key of DTYPES, or "auto" for that of the checkpoint (float32 for GGUF).
-
-    Raises:
-        UsageError: as `read_model`.
-    """
-    if streamed := _streamed(location, dtype):
-        return streamed
-    dense = DenseModel(read_model(location, dtype))
-    logger.warning("%s: no safetensors under the model's own names, so read into memory as a whole", location.name)
-    return dense
-
-
-def is_streamed(location: Location) -> bool:
-    """Whether `open_dense_model` reads layer by layer; of a model of the hub it is expected."""
-    return not location.is_local or _streamed(location, "auto") is not None
-
-
-def _streamed(location: Location, dtype: str) -> StreamedModel | None:
-    """The model, if its safetensors hold its weights under their own names."""
-    if location.gguf_file:
-        return None
-    with location.in_words("its weights cannot be read"):
-        if not location.is_local:
-            _download_safetensors(location)
-        config = read_config(location)  # behind the download: weights that are here say whether the head is tied
-        stored = stored_weights(path for path in location.weight_files if path.suffix == ".safetensors")
-        stored = {name: weight for name, weight in stored.items() if not name.endswith(IGNORED_WEIGHTS)}
-        if not stored:
-            return None
-        model = _skeleton(location, config, DTYPES.get(dtype) or config.dtype or next(iter(stored.values())).dtype)
-        if model.config.tie_word_embeddings:
-            stored.pop(HEAD, None)  # a copy
-        if {name: tuple(p.shape) for name, p in model.named_parameters()} != {n: w.shape for n, w in stored.items()}:
-            return None
-        return StreamedModel(model, location, {name: weight.path for name, weight in stored.items()})
-
-
-def _download_safetensors(location: Location) -> None:
-    """Have the safetensors of a model of the hub on this machine, if it has any."""
-    if not location.find(SAFE_WEIGHTS_NAME) and (index := location.find(SAFE_WEIGHTS_INDEX_NAME)):
-        get_checkpoint_shard_files(location.path, index)
-
-
-def _skeleton(location: Location, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model without weights, but with the buffers that it computes, in `dtype`."""
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.tie_weights()  # which the context undoes
-    try:
-        model.generation_config = GenerationConfig.from_pretrained(location.path)
-    except OSError:  # there is none: what an old config.json says of generation
-        model.generation_config = GenerationConfig.from_pretrained(
-            location.path, config_file_name="config.json", _from_model_config=True
-        )
-    return model.eval()

@@ -6,13 +6,14 @@ as it was: tied. transformers then reads both matrices, and does not tie them.
     V entries in the vocabulary, D hidden size
 """
 
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+
+from .weight_files import load_bin
 
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 # Rows that are compared at a time, so that no copy of a matrix is in memory as a whole.
@@ -36,8 +37,7 @@ def _matrices(path: Path) -> dict[str, Any]:
         file = safe_open(path, framework="pt")
         names, get = file.keys(), file.get_slice
     else:
-        # The oldest files of PyTorch are no archives, and cannot be mapped.
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        tensors = load_bin(path)
         names, get = tensors.keys(), tensors.__getitem__
     return {end: get(name) for name in names for end in (HEAD, EMBEDDING) if name.endswith(end)}
 

@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
-from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
+from transformers import TOKENIZER_MAPPING, AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase, TokenizersBackend
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.tokenization_utils_base import SPECIAL_TOKENS_MAP_FILE
 
 from ..errors import UsageError
+from .configuration import read_config
 from .locate import Location
 
 # Texts that a wrong conversion from SentencePiece cuts otherwise than SentencePiece. (None starts with a space: there
@@ -31,7 +32,9 @@ def read_tokenizer(location: Location) -> PreTrainedTokenizerBase | None:
         return None
     with location.in_words("its tokenizer cannot be read"):
         if location.gguf_file:
-            return AutoTokenizer.from_pretrained(location.path, **location.arguments)
+            # As AutoTokenizer, which would read the configuration anew.
+            kind = TOKENIZER_MAPPING.get(type(read_config(location)), TokenizersBackend)
+            return kind.from_pretrained(location.path, **location.arguments)
         tokens = _in_place_of_empty_tokens(location)
         if location.find("tokenizer.json") or not location.find("tokenizer.model"):
             tokenizer = AutoTokenizer.from_pretrained(location.path, **tokens)
