@@ -10,7 +10,7 @@ from .magnitude import magnitude
 from .modegpt import ModegptParameters, modegpt
 from .olica import OlicaParameters, paper, released
 from .osscar import OsscarParameters, osscar
-from .plus import PlusParameters, plus
+from .plus import PlusParameters, plus, plus_of_units
 from .recipe import NoParameters, Recipe
 from .slimgpt import SlimGPTParameters, slimgpt
 from .slimllm import SlimParameters, slimllm
@@ -70,6 +70,7 @@ RECIPES = {
             "Olica with refits by least squares and sizes by what they damage",
             PlusParameters,
             plus,
+            plus_of_units,
         ),
         Recipe("magnitude", "magnitude: the smallest heads and channels go, by one threshold", NoParameters, magnitude),
         Recipe(
