@@ -16,6 +16,7 @@ from olica.methods.allocation import describe_plan
 from olica.methods.recipe import PAPERS_TEXT
 from olica.methods.recipes import RECIPES, recipe_name
 from olica.model.configuration_olica import LayerShape
+from olica.model.layouts import LAYOUTS
 from olica.outputs.names import SPARSITY_OF
 from olica.run import run_all
 from olica.sources.weights import DTYPES
@@ -55,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("machine")
     add(group, "device", choices=DEVICES, help="where layers run; auto: a GPU if there is one")
     add(group, "cache_dev", choices=DEVICES, help="where hidden states live; auto: where layers run")
-    add(group, "batch_size", type=batch_size, help="samples that go through a layer at a time; auto: what fits")
+    add(group, "batch_size", type=number_or_auto, help="samples that go through a layer at a time; auto: what fits")
     group = parser.add_argument_group("output")
     add(group, "save_dir", type=expanduser, help="folder that receives the checkpoint's folder")
     add(group, "overwrite", action="store_true", help="replace an existing checkpoint")
@@ -107,7 +108,18 @@ def add_pruning(parser: argparse.ArgumentParser) -> None:
         choices=SPARSITY_OF,
         help="what --sparsity is a share of: the whole model, or its decoder layers",
     )
-    add(group, "round_to", type=int, help="make sizes multiples of this, which some kernels run faster; 1: off")
+    add(
+        group,
+        "round_to",
+        type=number_or_auto,
+        help="make sizes multiples of this, which some kernels run faster; 1: off; auto: 1, for --layout stock 32",
+    )
+    add(
+        group,
+        "layout",
+        choices=[*LAYOUTS],
+        help="what the checkpoint can hold: " + "; ".join(f"{one.name}: {one.about}" for one in LAYOUTS.values()),
+    )
     add(
         group,
         "refit",
@@ -155,8 +167,8 @@ def shares(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
 
 
-def batch_size(text: str) -> int | str:
-    """The type of --batch_size: a number, or auto."""
+def number_or_auto(text: str) -> int | str:
+    """The type of --batch_size and --round_to: a number, or auto."""
     return text if text == "auto" else int(text)
 
 

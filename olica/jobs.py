@@ -1,6 +1,6 @@
 """What a pruning is asked for, and all that is decided of it before a weight is read."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from os.path import expanduser
@@ -19,8 +19,9 @@ from .methods.recipes import RECIPES
 from .methods.refit import LeastSquares, Refit
 from .methods.sizes import Budget, Sizes
 from .model.configuration_olica import LayerShape
+from .model.layouts import LAYOUTS, OWN_LAYOUT, Layout, for_family
 from .model.skeleton import count_parameters, pruned_skeleton, try_out
-from .outputs.names import RECIPES_OWN, SPARSITY_OF, checkpoint_folder
+from .outputs.names import NAMED, RECIPES_OWN, SPARSITY_OF, checkpoint_folder
 from .pruning.memory import Task, expected_peaks, fit_batch_size
 from .pruning.options import PruningOptions
 from .sources.calibration_set import calibration_shape, is_token_file
@@ -31,6 +32,8 @@ from .sources.weights import DTYPES, bytes_per_weight
 
 # What `--refit` puts in place of all that a recipe does with what stays.
 REFITS: dict[str, Refit | None] = {RECIPES_OWN: None, "none": None, "least-squares": LeastSquares(PlusParameters.ridge)}
+# Settings that are a number or "auto".
+NUMBERS_OR_AUTO = ("batch_size", "round_to")
 # Settings that may begin with ~.
 PATHS = ("base_model", "data_dir", "save_dir")
 
@@ -51,7 +54,8 @@ class Settings:
         recipe: name of the method.
         sparsity: share of the parameters to remove, in [0, 1).
         sparsity_of: what it is a share of: the whole "model" or its decoder "layers".
-        round_to: sizes become multiples of it.
+        round_to: sizes become multiples of it; "auto": what the layout wants.
+        layout: what the checkpoint can hold, a key of `LAYOUTS`.
         refit: what is done with what stays: what the "recipe" does, "none", or "least-squares".
         device: where layers run.
         cache_dev: where hidden states live.
@@ -72,7 +76,8 @@ class Settings:
     recipe: str = "olica"
     sparsity: float = 0.2
     sparsity_of: str = SPARSITY_OF[0]
-    round_to: int = 1
+    round_to: int | str = "auto"
+    layout: str = OWN_LAYOUT
     refit: str = RECIPES_OWN
     device: str = "auto"
     cache_dev: str = "auto"
@@ -83,8 +88,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            kind = type(f.default)
-            if kind in (int, float, str) and not (f.name == "batch_size" and self.batch_size == "auto"):
+            kind = int if f.name in NUMBERS_OR_AUTO else type(f.default)
+            if kind in (int, float, str) and not (f.name in NUMBERS_OR_AUTO and getattr(self, f.name) == "auto"):
                 value = as_kind(f.name, getattr(self, f.name), kind)
                 object.__setattr__(self, f.name, expanduser(value) if f.name in PATHS else value)
         for name in ("add_bos_token", "overwrite"):
@@ -96,6 +101,8 @@ class Settings:
             raise UsageError(f"--sparsity {self.sparsity:g} is outside [0, 1): it is the share of parameters to remove")
         if self.sparsity_of not in SPARSITY_OF:
             raise UsageError(f"--sparsity_of {self.sparsity_of} is neither {' nor '.join(SPARSITY_OF)}")
+        if self.layout not in LAYOUTS:
+            raise UsageError(f"--layout {self.layout} is none of {', '.join(LAYOUTS)}")
         if self.refit not in REFITS:
             raise UsageError(f"--refit {self.refit} is none of {', '.join(REFITS)}")
         if self.dtype != "auto" and self.dtype not in DTYPES:
@@ -111,7 +118,13 @@ class Settings:
     def flat(self) -> dict[str, Any]:
         """All settings by the names of their flags, the recipe's parameters at their values."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "parameters"}
+        own["round_to"] = self.multiple
         return own | asdict(RECIPES[self.recipe].with_parameters(self.parameters))
+
+    @property
+    def multiple(self) -> int:
+        """What sizes become multiples of."""
+        return LAYOUTS[self.layout].round_to if self.round_to == "auto" else int(self.round_to)
 
 
 @dataclass(frozen=True)
@@ -143,6 +156,7 @@ class Job:
         config: its configuration.
         options: what the machine is asked for.
         budget: how much is to go.
+        layout: what the checkpoint can hold.
         plan: sizes of all layers; which get a correction is not known yet. None where the survey decides them.
         notes: what the user should know of the plan.
         parameters: before, and of the plan.
@@ -159,6 +173,7 @@ class Job:
     config: PreTrainedConfig
     options: PruningOptions
     budget: Budget
+    layout: Layout
     plan: list[LayerShape] | None
     notes: list[str]
     parameters: Parameters
@@ -204,17 +219,16 @@ def prepare(settings: Settings, sparsities: Sequence[float]) -> list[Job]:
 
 def _prepare(settings: Settings) -> Job:
     recipe = RECIPES[settings.recipe]
-    method = recipe.method(recipe.with_parameters(settings.parameters))
-    if settings.refit != RECIPES_OWN:
-        method = method.refitted(REFITS[settings.refit])
     location = locate(settings.base_model)
     config = read_config(location)
     refuse_unprunable(config, location)
+    layout = for_family(LAYOUTS[settings.layout], config)
+    method = method_of(recipe, settings, layout)
     ids_shape = calibration_shape(settings.datasets, settings.num_samples, settings.seqlen)
     check_seqlen(ids_shape[1], "--datasets" if is_token_file(settings.datasets) else "--seqlen", config)
     dense = count_dense_parameters(location, config)
     whole = dense["total" if settings.sparsity_of == "model" else "decoder_layers"]
-    budget = Budget(whole, settings.sparsity, settings.round_to)
+    budget = Budget(whole, settings.sparsity, settings.multiple)
     sizes = Sizes.of_all(config)
     plan = plan_before_survey(recipe, method, sizes, budget)
     device = pick_device(settings.device)
@@ -229,7 +243,7 @@ def _prepare(settings: Settings) -> Job:
     if settings.batch_size == "auto":
         fit_batch_size(task, options)
     with location.in_words("its configuration describes no model that can be pruned and run"):
-        pruned = pruned_skeleton(config, shapes)
+        pruned = pruned_skeleton(config, shapes, layout)
         try_out(pruned)
     planned = count_parameters(pruned) if plan else None
     expected = planned["total"] if planned else dense["total"] - round(budget.to_remove)
@@ -242,15 +256,52 @@ def _prepare(settings: Settings) -> Job:
         options=options,
         budget=budget,
         plan=plan,
-        notes=method.allocate.notes(sizes, budget),
+        layout=layout,
+        notes=([] if settings.layout == OWN_LAYOUT else [layout.about]) + method.allocate.notes(sizes, budget),
         parameters=Parameters(dense, planned),
         bytes_per_weight=itemsize,
         disk_bytes=expected * itemsize + 2 * task.states,  # two, while one takes the place of the other
         memory=expected_peaks(task, options),
         folder=checkpoint_folder(
-            settings.save_dir, location.label, settings.sparsity, recipe.name, settings.sparsity_of, settings.refit
+            settings.save_dir, location.label, settings.sparsity, **{name: getattr(settings, name) for name in NAMED}
         ),
     )
+
+
+def method_of(recipe: Recipe, settings: Settings, layout: Layout) -> Method:
+    """The recipe with its parameters and the repair that was asked for, in a form that the layout holds.
+
+    Raises:
+        UsageError: the layout does not hold what it makes; says with which repair it would, and which recipes it does.
+    """
+    method, parameters = partial(_method, layout=layout), recipe.with_parameters(settings.parameters)
+    try:
+        return method(recipe, parameters, settings.refit)
+    except ValueError as error:
+        repairs = [refit for refit in REFITS if _is_possible(method, recipe, refit)]
+        others = [other.name for other in RECIPES.values() if _is_possible(method, other, settings.refit)]
+        ways = [f"--refit {' or '.join(repairs)}"] if repairs else []
+        ways += [f"--recipe {', '.join(others)}"]
+        raise UsageError(
+            f"--layout {layout.name} cannot hold what --recipe {recipe.name} does: {error}; give {', or '.join(ways)}"
+        ) from error
+
+
+def _method(recipe: Recipe, parameters: Any, refit: str, layout: Layout) -> Method:
+    """Raises ValueError where the layout does not hold what it makes."""
+    by_units = recipe.stock if layout.is_stock else None
+    method = by_units(parameters, layout.kv_heads) if by_units else recipe.method(parameters)
+    if refit != RECIPES_OWN:
+        method = method.refitted(REFITS[refit])
+    return method.stock(layout.kv_heads) if layout.is_stock else method
+
+
+def _is_possible(method: Callable[[Recipe, Any, str], Method], recipe: Recipe, refit: str) -> bool:
+    try:
+        method(recipe, recipe.parameters(), refit)
+    except ValueError:
+        return False
+    return True
 
 
 def plan_before_survey(recipe: Recipe, method: Method, sizes: list[Sizes], budget: Budget) -> list[LayerShape] | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from .checks import as_kind
@@ -23,7 +23,7 @@ from .methods.recipe import Findings
 from .methods.recipes import recipe_name
 from .methods.sizes import Budget, Sizes
 from .model.configuration_olica import LayerShape
-from .model.skeleton import count_parameters
+from .model.skeleton import count_parameters, pruned_skeleton
 from .outputs import checkpoint, identity, records
 from .outputs.model_card import write_card
 from .outputs.run_folder import RunFolder
@@ -36,6 +36,7 @@ from .pruning.progress import SurveyProgress
 from .pruning.survey import survey_layers
 from .sources.calibration_set import CalibrationSet, Draw, build_calibration_set
 from .sources.configuration import describe_source
+from .sources.dense_model import DenseModel
 from .sources.model_files import folder_weight_bytes
 from .sources.opening import open_dense_model
 from .sources.tokenizers import read_tokenizer
@@ -164,7 +165,7 @@ def _prune_and_save(job: Job, folder: RunFolder) -> dict:
     if folder.is_complete:
         return records.read_pruning_record(job.folder)
     if job.plan:
-        checkpoint.check_description(folder, dense, job.plan, tokenizer)
+        checkpoint.check_description(folder, dense, _skeleton(job, dense, job.plan), tokenizer)
     work, layers = Work(dense, calibration.ids, job.method, options), len(job.sizes)
     surveying = BatchSize(folder.began_with)  # a run that goes on may have smaller batches by now
     with one_bar(2 * layers if job.method.survey else layers) as bar:
@@ -178,11 +179,11 @@ def _prune_and_save(job: Job, folder: RunFolder) -> dict:
         logger.info("survey: %d of %d layers were there already", survey.layers_before, layers)
         logger.info("sizes of all layers:\n%s", describe_plan(plan))
         if not job.plan:
-            checkpoint.check_description(folder, dense, plan, tokenizer)
+            checkpoint.check_description(folder, dense, _skeleton(job, dense, plan), tokenizer)
         with stages.stage("prune"):
             prune_layers(work, plan, findings, progress)
     with stages.stage("write"):
-        after = checkpoint.complete(folder, progress, dense, plan, tokenizer)
+        after = checkpoint.complete(folder, progress, dense, _skeleton(job, dense, plan), tokenizer)
     record = _make_record(job, calibration, plan, {"before": before, "after": after}) | {
         "identity": identity.digest_of(what),
         "multiple_correlation": [found["correlation"].item() if "correlation" in found else None for found in findings],
@@ -196,6 +197,10 @@ def _prune_and_save(job: Job, folder: RunFolder) -> dict:
         write_card(folder.checkpoint, record)
     folder.publish()
     return record
+
+
+def _skeleton(job: Job, dense: DenseModel, plan: list[LayerShape]) -> PreTrainedModel:
+    return pruned_skeleton(dense.config, plan, job.layout)
 
 
 @contextmanager

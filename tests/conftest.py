@@ -33,6 +33,7 @@ from olica.methods.recipes import RECIPES
 from olica.methods.sizes import Budget, Sizes
 from olica.model.configuration_olica import LayerShape
 from olica.model.modeling_olica import Projections, projections_of
+from olica.model.skeleton import pruned_skeleton
 from olica.outputs.checkpoint import check_description, complete
 from olica.outputs.run_folder import RunFolder
 from olica.outputs.run_progress import Shards
@@ -140,8 +141,9 @@ def write_pruned(model, plan: list[LayerShape], tokenizer, folder: Path) -> None
         for index, layer in enumerate(dense.decoder.layers):
             progress.save_layer(index, layer, None)
         progress.wait()
-        check_description(run, dense, plan, tokenizer)
-        complete(run, progress, dense, plan, tokenizer)
+        pruned = pruned_skeleton(dense.config, plan)
+        check_description(run, dense, pruned, tokenizer)
+        complete(run, progress, dense, pruned, tokenizer)
         run.publish()
 
 

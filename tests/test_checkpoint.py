@@ -141,11 +141,11 @@ def test_what_would_not_load_is_not_published(tmp_path, tokenizer):
 
 def test_folders_are_named_by_model_sparsity_and_recipe():
     assert checkpoint_folder("out", "7b", 0.2) == Path("out/7b_sparsity-0.2")
-    assert checkpoint_folder("out", "7b", 0.2, "olica") == checkpoint_folder("out", "7b", 0.2)
-    assert checkpoint_folder("out", "7b", 0.33, "olica-paper") == Path("out/7b_sparsity-0.33_olica-paper")
+    assert checkpoint_folder("out", "7b", 0.2, recipe="olica") == checkpoint_folder("out", "7b", 0.2)
+    assert checkpoint_folder("out", "7b", 0.33, recipe="olica-paper") == Path("out/7b_sparsity-0.33_olica-paper")
     assert checkpoint_folder("out", "7b", 0.2, sparsity_of="model") == checkpoint_folder("out", "7b", 0.2)
     assert checkpoint_folder("out", "7b", 0.2, sparsity_of="layers") == Path("out/7b_sparsity-0.2_of-layers")
-    both = checkpoint_folder("out", "7b", 0.2, "olica-paper", "layers")
+    both = checkpoint_folder("out", "7b", 0.2, recipe="olica-paper", sparsity_of="layers")
     assert both == Path("out/7b_sparsity-0.2_of-layers_olica-paper")
 
 

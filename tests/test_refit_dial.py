@@ -69,5 +69,7 @@ def test_the_flag_is_checked_and_names_the_folder():
     assert [*REFITS] == ["recipe", "none", "least-squares"]
     with pytest.raises(UsageError, match="--refit some is none of recipe, none, least-squares"):
         Settings(refit="some")
-    assert checkpoint_folder("out", "7b", 0.2, "flap", refit="none") == Path("out/7b_sparsity-0.2_flap_refit-none")
+    assert checkpoint_folder("out", "7b", 0.2, recipe="flap", refit="none") == Path(
+        "out/7b_sparsity-0.2_flap_refit-none"
+    )
     assert settings_of({"refit": "none"}).flat()["refit"] == "none"

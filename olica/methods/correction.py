@@ -178,6 +178,8 @@ class LowRankCorrection:
     percdamp: float
     output_weights: Callable[[RegressionSums, Tensor], Tensor]
 
+    own_form = "corrections"
+
     def needs(self, shape: LayerShape) -> frozenset[Statistic]:
         """See `Repair`."""
         return residual_sums.needs if shape.correction_rank else frozenset()

@@ -4,7 +4,7 @@ What a size damages is measured once for each part of a layer, by how far the mo
 size that is tried; for other sizes it is taken to grow as the part's own error does, which is known for every size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
@@ -52,7 +52,8 @@ class DamageSurvey(TravellingSurvey):
 
     def decided_by(self, parameters: Any) -> dict[str, Any]:
         """See `Survey`."""
-        return {"ridge": parameters.ridge, "probes": parameters.probes}
+        names = [part.name for part in self.parts]
+        return {"ridge": parameters.ridge, "probes": parameters.probes, "parts": names}
 
     def group_size(self, layers: int) -> int:
         """See `TravellingSurvey`."""
@@ -149,6 +150,10 @@ class LeastDamage(Allocate):
             part, index = self.parts[number // layers], number % layers
             shapes[index] = part.shape(shapes[index], sizes[index], size)
         return shapes
+
+    def alike(self, kv_heads: tuple[int, ...]) -> "LeastDamage":
+        """See `Allocate`; how many heads stay is a matter of the parts."""
+        return replace(self, is_uniform=True)
 
     def _all(self, sizes: list[Sizes]) -> list[tuple[Sizes, Part]]:
         return [(layer, part) for part in self.parts for layer in sizes]

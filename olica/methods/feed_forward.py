@@ -10,7 +10,7 @@ from torch import Tensor
 from ..model.configuration_olica import LayerShape
 from .linalg import by_rows
 from .moments import DOUBLE, Statistic, diagonal, full, needs, total
-from .recipe import Layer, Weights, needs_of, together, workspace_of
+from .recipe import Layer, Weights, needs_of, own_forms, together, workspace_of
 from .refit import Refit, with_moment
 from .sizes import Sizes
 from .thinning import Choice, Repair, chosen, thin
@@ -75,6 +75,11 @@ class ThinnedMLP:
 
     about = "the MLP"
     makes = "fewer channels"
+
+    @property
+    def own_form(self) -> str:
+        """See `Stage`."""
+        return own_forms(self.repairs)
 
     def needs(self, shape: LayerShape) -> frozenset[Statistic]:
         """See `Stage`."""

@@ -39,6 +39,8 @@ def channel_fluctuation(layer: Layer) -> Tensor:
 class FlapSurvey(Survey):
     """The fluctuations of all layers of the dense model, and the means that biases take up."""
 
+    serves_stages = True
+
     def needs(self, index: int, layers: int) -> frozenset[Statistic]:
         """See `Survey`."""
         return group_fluctuation.needs | channel_fluctuation.needs

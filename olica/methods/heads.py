@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..model.configuration_olica import LayerShape
 from .moments import DOUBLE, Statistic, full, needs, total
-from .recipe import Layer, Weights, needs_of, together, workspace_of
+from .recipe import Layer, Weights, needs_of, own_forms, together, workspace_of
 from .refit import Refit, with_moment
 from .sizes import Sizes
 from .thinning import Choice, Repair, chosen, others, thin
@@ -27,9 +27,20 @@ def mean_heads(layer: Layer) -> Tensor:
     return layer.moments.mean("heads")
 
 
-def _rows(groups: Tensor, width: int) -> Tensor:
+def rows_of(groups: Tensor, width: int) -> Tensor:
     """Indices of the features of some groups (k,), each of which has `width`."""
     return (groups[:, None] * width + torch.arange(width, device=groups.device)).flatten()
+
+
+@needs(full("heads"))
+def output_energy(layer: Layer) -> Tensor:
+    """Scores (K,): sums over the tokens of the square of what a key/value head's query heads add to the output."""
+    sizes, weight = layer.sizes, layer.weights.o_proj.weight.double()
+    heads = weight.unflatten(1, (sizes.num_kv_heads, -1)).movedim(1, 0)  # (K, D, G d)
+    width = heads.shape[-1]
+    moment = layer.moments[full("heads")].double().unflatten(0, (-1, width)).unflatten(2, (-1, width))
+    blocks = moment.diagonal(dim1=0, dim2=2).movedim(-1, 0)  # (K, G d, G d)
+    return ((heads @ blocks) * heads).sum((1, 2))
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,11 @@ class RemovedGroups:
 
     about = "the attention heads"
     makes = "fewer heads"
+
+    @property
+    def own_form(self) -> str:
+        """See `Stage`."""
+        return own_forms(self.repairs)
 
     def needs(self, shape: LayerShape) -> frozenset[Statistic]:
         """See `Stage`."""
@@ -83,14 +99,14 @@ class RemovedGroups:
         if sizes.norm_spans_heads:
             order = torch.cat([kept, others(kept, sizes.num_kv_heads)])
             for name, width in (("q_norm", query), ("k_norm", key)):
-                new[f"{name}.weight"] = layer.norms[name][_rows(order, width)]
+                new[f"{name}.weight"] = layer.norms[name][rows_of(order, width)]
         for name, groups, width in (("q_proj", order, query), ("k_proj", order, key), ("v_proj", kept, key)):
-            projection, rows = getattr(weights, name), _rows(groups, width)
+            projection, rows = getattr(weights, name), rows_of(groups, width)
             new[f"{name}.weight"] = projection.weight[rows]
             if projection.bias is not None:
                 new[f"{name}.bias"] = projection.bias[rows]
         refit = with_moment(self.refit, layer.moments, "heads")
-        thinned = thin(weights.o_proj.weight, _rows(kept, query), refit)
+        thinned = thin(weights.o_proj.weight, rows_of(kept, query), refit)
         new["o_proj.weight"] = thinned.weight
         new |= together(repair(thinned, layer, shape) for repair in self.repairs)
         if weights.o_proj.bias is not None:

@@ -127,6 +127,8 @@ class OlicaSurvey(Survey):
     corrections: Corrections
     keeps: dict[str, Statistic]
 
+    serves_stages = True
+
     @property
     def reads_plan(self) -> bool:  # type: ignore[override]
         """See `Survey`."""

@@ -15,12 +15,14 @@ from torch import Tensor
 
 from ..model.configuration_olica import LayerShape
 from .feed_forward import ThinnedMLP
+from .heads import RemovedGroups, rows_of
 from .moments import DOUBLE, full
 from .query_key import LowRankQueryKey
 from .recipe import Layer, Stage
 from .refit import refit_errors, with_ridge
 from .sizes import Sizes
 from .thinning import Selection
+from .units import group_parameters
 from .value_output import NarrowedHeads, head_blocks
 
 # Share of its size that a part keeps at least: where the multiplier would take all, the error curve is least known.
@@ -195,3 +197,43 @@ class FeedForward(Part):
     def workspace(self, sizes: Sizes) -> int:
         """See `Part`: C in two orders, or C and its factor; W, and its product with the factor."""
         return DOUBLE * (3 * sizes.intermediate_size**2 + 2 * sizes.hidden_size * sizes.intermediate_size)
+
+
+@dataclass(frozen=True)
+class Heads(Part):
+    """The key/value heads, each with the query heads that read it, of a layer whose projections stay whole.
+
+    Attributes:
+        counts: how many may stay, ascending, all of them last.
+    """
+
+    stage: RemovedGroups
+    counts: tuple[int, ...]
+
+    name = "heads"
+    tried = 0.75
+
+    def candidates(self, layer: Sizes, round_to: int) -> list[int]:
+        """See `Part`."""
+        return [count for count in self.counts if count >= LEAST * layer.num_kv_heads]
+
+    def parameters(self, layer: Sizes, size: int) -> int:
+        """See `Part`."""
+        return size * group_parameters(layer)
+
+    def shape(self, shape: LayerShape, layer: Sizes, size: int) -> LayerShape:
+        """See `Part`."""
+        return replace(shape, kv_heads=size if size < layer.num_kv_heads else 0)
+
+    def errors(self, layer: Layer) -> Tensor:
+        """See `Part`: o_proj is refitted to the heads with the highest scores."""
+        scores = self.stage.scores
+        assert not isinstance(scores, Selection), "sizes are compared in the order of scores"
+        width = layer.sizes.groups * layer.sizes.head_dim
+        order = rows_of(scores(layer).argsort(stable=True).flip(0), width)
+        moment = with_ridge(layer.moments[full("heads")][order[:, None], order], DEFINITE)
+        return shares_of_first(refit_errors(layer.weights.o_proj.weight[:, order], moment)[::width])
+
+    def workspace(self, sizes: Sizes) -> int:
+        """See `Part`: C in two orders, or C and its factor; W, and its product with the factor."""
+        return DOUBLE * (3 * sizes.query_width**2 + 2 * sizes.hidden_size * sizes.query_width)

@@ -9,10 +9,11 @@ from math import inf
 from ..errors import UsageError
 from .damage import DamageSurvey, LeastDamage
 from .feed_forward import ThinnedMLP, released_importance
+from .heads import RemovedGroups, output_energy
 from .moments import full
-from .parts import DEFINITE, FeedForward, QueryKey, ValueOutput
+from .parts import DEFINITE, FeedForward, Heads, Part, QueryKey, ValueOutput
 from .query_key import LowRankQueryKey
-from .recipe import Method
+from .recipe import Method, Stage
 from .refit import LeastSquares
 from .value_output import NarrowedHeads, activation_directions, in_order
 
@@ -46,9 +47,22 @@ def plus(parameters: PlusParameters) -> Method:
         FeedForward(ThinnedMLP(released_importance, refit=refit)),
     )
     query_key, value_output, mlp = (part.stage for part in parts)
+    return _by_damage(parameters, parts, ((query_key, value_output), (mlp,)))
+
+
+def plus_of_units(parameters: PlusParameters, kv_heads: tuple[int, ...]) -> Method:
+    """The method where whole channels and key/value heads go, of which a layer may keep so many."""
+    refit = LeastSquares(parameters.ridge)
+    mlp = FeedForward(ThinnedMLP(released_importance, refit=refit))
+    heads = Heads(RemovedGroups(output_energy, refit=refit), kv_heads)
+    parts = (heads, mlp) if len(kv_heads) > 1 else (mlp,)
+    return _by_damage(parameters, parts, tuple((part.stage,) for part in parts))
+
+
+def _by_damage(parameters: PlusParameters, parts: tuple[Part, ...], passes: tuple[tuple[Stage, ...], ...]) -> Method:
     return Method(
         stream="pruned",
         survey=DamageSurvey(parts, parameters.probes),
         allocate=LeastDamage(parts, is_uniform=parameters.sizes_of == "model"),
-        passes=((query_key, value_output), (mlp,)),
+        passes=passes,
     )

@@ -28,6 +28,7 @@ class LowRankQueryKey:
 
     about = "q_proj or k_proj"
     makes = "factors of q, k"
+    own_form = makes
 
     def needs(self, shape: LayerShape) -> frozenset[Statistic]:
         """See `Stage`."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..model.configuration_olica import LayerShape
+from .linalg import ROUNDING
 from .recipe import Allocate, Findings
 from .sizes import Budget, Sizes
 from .units import channel_parameters, group_parameters, thinned_shapes, to_remove
@@ -98,6 +99,10 @@ class LayerRatios(Allocate):
         """See `Allocate`."""
         return replace(self, biases=False)
 
+    def alike(self, kv_heads: tuple[int, ...]) -> Allocate:
+        """See `Allocate`."""
+        return AlikeUnits(kv_heads)
+
     @staticmethod
     def _whole(ratios: Tensor, sizes: list[Sizes]) -> list[int]:
         """Whole key/value heads that go from each layer."""
@@ -137,3 +142,34 @@ class LayerRatios(Allocate):
     def _caps(self, sizes: list[Sizes]) -> Tensor:
         caps = [[1 - 1 / layer.num_kv_heads, 1 - 1 / layer.intermediate_size] for layer in sizes]
         return torch.tensor(caps, dtype=torch.float64).clamp(max=self.most)
+
+
+@dataclass(frozen=True)
+class AlikeUnits(Allocate):
+    """An allocation that takes as many units of every layer: of its heads no more than the sparsity, channels the rest.
+
+    Attributes:
+        kv_heads: how many key/value heads a layer may keep, ascending, all of them last.
+    """
+
+    kv_heads: tuple[int, ...]
+
+    sizes_are = "alike"
+    reads_survey = False
+
+    def before_survey(self, sizes: list[Sizes], budget: Budget) -> list[LayerShape]:
+        """See `Allocate`."""
+        layer = sizes[0]
+        left = budget.to_remove / len(sizes)
+        units = layer.num_kv_heads * group_parameters(layer), layer.intermediate_size * channel_parameters(layer)
+        # A share that is a whole number of heads but for rounding is one.
+        least = (1 - left / sum(units)) * layer.num_kv_heads - ROUNDING
+        groups = layer.num_kv_heads - next(count for count in self.kv_heads if count >= least)
+        channels = layer.intermediate_size - (left - groups * group_parameters(layer)) / channel_parameters(layer)
+        if channels < 1:
+            raise ValueError("an MLP would keep no channel")
+        return thinned_shapes([layer], [groups], [channels], budget.round_to, biases=False) * len(sizes)
+
+    def __call__(self, sizes: list[Sizes], budget: Budget, findings: list[Findings]) -> list[LayerShape]:
+        """See `Allocate`."""
+        return self.before_survey(sizes, budget)

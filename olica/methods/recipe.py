@@ -55,9 +55,11 @@ class Survey(ABC):
 
     Attributes:
         reads_plan: whether the findings depend on the sizes planned so far, so that another sparsity has others.
+        serves_stages: whether stages read the findings, not the allocation alone.
     """
 
     reads_plan = False
+    serves_stages = False
 
     def decided_by(self, parameters: Any) -> dict[str, Any]:
         """Plain values that decide the findings, by name: all parameters, unless a survey knows better."""
@@ -123,9 +125,11 @@ class Allocate(ABC):
 
     Attributes:
         sizes_are: whether they are "alike" in all layers, or of each layer its "own", for the list of recipes.
+        reads_survey: whether a survey, if the method has one, is made for them.
     """
 
     sizes_are = "own"
+    reads_survey = True
 
     @abstractmethod
     def before_survey(self, sizes: list[Sizes], budget: Budget) -> list[LayerShape] | None:
@@ -144,6 +148,17 @@ class Allocate(ABC):
     def without_repairs(self) -> "Allocate":
         """The same sizes for a cut without corrections and biases, whose parameters units that would go keep."""
         return self
+
+    def alike(self, kv_heads: tuple[int, ...]) -> "Allocate":
+        """An allocation of the same sizes for all layers: whole channels, and one of some numbers of key/value heads.
+
+        Args:
+            kv_heads: how many a layer may keep, ascending, all of them last.
+
+        Raises:
+            ValueError: there is none.
+        """
+        raise ValueError("its sizes are not those of whole heads and channels")
 
     def shares(self, sizes: list[Sizes], budget: Budget) -> dict[str, float]:
         """Shares that parts of every layer are to lose, by name, for records; none where there is no such rule."""
@@ -164,6 +179,10 @@ class Stage(Protocol):
 
     about: str
     makes: str
+
+    @property
+    def own_form(self) -> str:
+        """What of that no family's own architecture can hold, in words; empty where it holds all."""
 
     def needs(self, shape: LayerShape) -> frozenset[Statistic]:
         """Statistics that a layer's cut to `shape` reads."""
@@ -186,6 +205,11 @@ def needs_of(parts: Iterable[Any], shape: LayerShape) -> frozenset[Statistic]:
 def workspace_of(parts: Iterable[Any], sizes: Sizes, shape: LayerShape) -> int:
     """Bytes that the one that takes most of some stages, or repairs, takes; they come one after the other."""
     return max((part.workspace(sizes, shape) for part in parts), default=0)
+
+
+def own_forms(parts: Iterable[Any]) -> str:
+    """What some stages, or repairs, make that no family's own architecture can hold, in words."""
+    return ", ".join(dict.fromkeys(part.own_form for part in parts if part.own_form))
 
 
 def together(parts: Iterable[Weights]) -> Weights:
@@ -222,6 +246,21 @@ class Method:
         """Statistics of every pass over a layer that gets the sizes `shape`."""
         return [needs_of(stages, shape) for stages in self.passes]
 
+    def stock(self, kv_heads: tuple[int, ...]) -> "Method":
+        """The method with sizes that a family's own architecture holds: the same whole heads and channels everywhere.
+
+        Args:
+            kv_heads: how many key/value heads a layer may keep, ascending, all of them last.
+
+        Raises:
+            ValueError: it makes something else.
+        """
+        if others := own_forms(stage for stages in self.passes for stage in stages):
+            raise ValueError(f"it makes {others}")
+        allocate = self.allocate.alike(kv_heads)
+        is_read = allocate.reads_survey or (self.survey is not None and self.survey.serves_stages)
+        return replace(self, survey=self.survey if is_read else None, allocate=allocate)
+
     def refitted(self, refit: Refit | None) -> "Method":
         """The method with its own measures, choice and number of parameters, and this refit, or none, for all repair.
 
@@ -257,6 +296,8 @@ class Recipe:
         parameters: frozen dataclass whose fields, with `metadata["help"]`, are the recipe's flags; it raises UsageError
             for values that no model can have.
         method: makes the method of an instance of `parameters`.
+        stock: makes one of whole heads, of which its second argument says how many a layer may keep, and channels; None
+            where `method` does.
         text: what it is calibrated on unless the user says.
     """
 
@@ -264,6 +305,7 @@ class Recipe:
     about: str
     parameters: type
     method: Callable[[Any], Method]
+    stock: Callable[[Any, tuple[int, ...]], Method] | None = None
     text: Text = PAPERS_TEXT
 
     @property

@@ -10,7 +10,7 @@ from .magnitude import magnitude
 from .modegpt import ModegptParameters, modegpt
 from .olica import OlicaParameters, paper, released
 from .osscar import OsscarParameters, osscar
-from .plus import PlusParameters, plus
+from .plus import PlusParameters, plus, plus_of_units
 from .recipe import NoParameters, Recipe, Text
 from .slimgpt import SlimGPTParameters, slimgpt
 from .slimllm import SlimParameters, slimllm
@@ -70,9 +70,10 @@ RECIPES = {
             "Olica with refits by least squares and sizes by what they damage",
             PlusParameters,
             plus,
+            plus_of_units,
             # Of prose, instructions, code, web text and mixes of them web text alone did best on other web text and on
             # an encyclopaedia, and more of it better: docs/measurements.md.
-            Text("c4", 768),
+            text=Text("c4", 768),
         ),
         Recipe("magnitude", "magnitude: the smallest heads and channels go, by one threshold", NoParameters, magnitude),
         Recipe(

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import UsageError
 from ..model.configuration_olica import LayerShape
 from .moments import Statistic, cosine
-from .ratios import LayerRatios
+from .ratios import AlikeUnits, LayerRatios
 from .recipe import Allocate, Findings, Layer, Survey
 from .sizes import Budget, Sizes
 from .units import channel_parameters, group_parameters, to_remove
@@ -101,6 +101,10 @@ class CosineRatios(Allocate):
     def without_repairs(self) -> "CosineRatios":
         """See `Allocate`."""
         return replace(self, biases=False)
+
+    def alike(self, kv_heads: tuple[int, ...]) -> Allocate:
+        """See `Allocate`."""
+        return AlikeUnits(kv_heads)
 
     def notes(self, sizes: list[Sizes], budget: Budget) -> list[str]:
         """See `Allocate`."""

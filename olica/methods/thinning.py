@@ -104,6 +104,10 @@ def thin(dense: Tensor, kept: Tensor, refit: Callable[[Tensor, Tensor], Tensor] 
 class Repair(Protocol):
     """What makes up for the columns that a map lost."""
 
+    @property
+    def own_form(self) -> str:
+        """See `Stage`."""
+
     def needs(self, shape: LayerShape) -> frozenset[Statistic]:
         """Statistics that it reads."""
 
@@ -125,6 +129,8 @@ class RemovedMean:
 
     projection: str
     mean: Needing[[Layer], Tensor]
+
+    own_form = "biases"
 
     def needs(self, shape: LayerShape) -> frozenset[Statistic]:
         """See `Repair`."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..model.configuration_olica import LayerShape
+from .ratios import AlikeUnits
 from .recipe import Allocate, Findings
 from .sizes import Budget, Sizes
 from .units import channel_parameters, group_parameters, thinned_shapes, to_remove
@@ -58,6 +59,10 @@ class GlobalThreshold(Allocate):
     def without_repairs(self) -> "GlobalThreshold":
         """See `Allocate`."""
         return replace(self, biases=False)
+
+    def alike(self, kv_heads: tuple[int, ...]) -> Allocate:
+        """See `Allocate`: no threshold gives sizes that are alike."""
+        return AlikeUnits(kv_heads)
 
     @staticmethod
     def _taken(order: list[int], costs: list[int], left: float) -> list[int]:

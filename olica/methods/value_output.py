@@ -181,6 +181,7 @@ class NarrowedHeads:
 
     about = "v_proj and o_proj"
     makes = "narrower value heads"
+    own_form = makes
 
     def needs(self, shape: LayerShape) -> frozenset[Statistic]:
         """See `Stage`."""
@@ -261,6 +262,7 @@ class FactorisedProjections:
 
     about = "v_proj and o_proj"
     makes = "factors of v, o"
+    own_form = makes
 
     def needs(self, shape: LayerShape) -> frozenset[Statistic]:
         """See `Stage`."""

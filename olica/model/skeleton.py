@@ -3,11 +3,12 @@
 from collections.abc import Callable
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from .configuration_olica import LayerShape
 from .families import FAMILIES
+from .layouts import LAYOUTS, OWN_LAYOUT, Layout, check_fits, stock_config
 
 
 def without_weights(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
@@ -18,12 +19,18 @@ def without_weights(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
     return model
 
 
-def pruned_skeleton(config: PreTrainedConfig, plan: list[LayerShape]) -> PreTrainedModel:
+def pruned_skeleton(
+    config: PreTrainedConfig, plan: list[LayerShape], layout: Layout = LAYOUTS[OWN_LAYOUT]
+) -> PreTrainedModel:
     """The pruned form, without weights, of a dense model of `config` whose layers get the sizes `plan`.
 
     Raises:
-        ValueError: the plan does not fit the model.
+        ValueError: the plan fits neither the model nor the layout.
     """
+    check_fits(layout, plan, config)
+    if layout.is_stock:
+        stock = stock_config(config, plan[0])
+        return without_weights(lambda: AutoModelForCausalLM.from_config(stock))
     pruned_class = FAMILIES[config.model_type]
     settings = config.to_dict()
     for key in ("model_type", "architectures", "transformers_version"):

@@ -20,9 +20,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ..checks import check_writable
 from ..errors import UsageError
-from ..model.configuration_olica import LayerShape
+from ..model.configuration_olica import PREFIX, PrunedConfig
 from ..model.families import SEQUENCE_CLASSIFIERS, TOKEN_CLASSIFIERS
-from ..model.skeleton import pruned_skeleton, try_out, without_weights
+from ..model.skeleton import try_out, without_weights
 from ..sources.dense_model import DenseModel
 from ..sources.weight_files import StoredWeight, stored_weights
 from .run_folder import RunFolder
@@ -52,10 +52,10 @@ def complete(
     run: RunFolder,
     progress: RunProgress,
     dense: DenseModel,
-    plan: list[LayerShape],
+    pruned: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> dict[str, int]:
-    """Write what a checkpoint has beside its decoder layers, all of which are written.
+    """Write what a checkpoint of the skeleton `pruned` has beside its decoder layers, all of which are written.
 
     Returns:
         The parameters that were written: `total`, and `decoder_layers` alone.
@@ -66,10 +66,10 @@ def complete(
     """
     embedding, others = dense.other_names()
     progress.save_shard(1, dense.read(embedding))
-    progress.save_shard(len(plan) + 2, dense.read(others))
+    progress.save_shard(progress.shards.layers + 2, dense.read(others))
     stored = stored_weights(sorted(run.checkpoint.glob("*.safetensors")))
     with _as_loading():
-        loaded = _describe(run, run.checkpoint, dense, plan, tokenizer)
+        loaded = _describe(run, run.checkpoint, dense, pruned, tokenizer)
     expected = {name: tuple(weight.shape) for name, weight in loaded.named_parameters()}
     if expected != {name: weight.shape for name, weight in stored.items()}:
         raise RuntimeError("the weights written are not those of the plan")
@@ -84,11 +84,11 @@ def complete(
 
 
 def check_description(
-    run: RunFolder, dense: DenseModel, plan: list[LayerShape], tokenizer: PreTrainedTokenizerBase | None
+    run: RunFolder, dense: DenseModel, pruned: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> None:
-    """Raise UsageError if a checkpoint of these sizes would not load or run, before layers are pruned in vain."""
+    """Raise UsageError if a checkpoint of the skeleton `pruned` would not load or run: before layers are pruned."""
     with TemporaryDirectory(dir=run.work) as folder, _as_loading():
-        try_out(_describe(run, Path(folder), dense, plan, tokenizer))
+        try_out(_describe(run, Path(folder), dense, pruned, tokenizer))
 
 
 @contextmanager
@@ -110,7 +110,7 @@ def _describe(
     run: RunFolder,
     folder: Path,
     dense: DenseModel,
-    plan: list[LayerShape],
+    pruned: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> PreTrainedModel:
     """Write what a checkpoint has beside its weights, and load it again.
@@ -123,7 +123,7 @@ def _describe(
         Exception: it cannot be made, or not be loaded.
     """
     with run.in_words():
-        _write_description(pruned_skeleton(dense.config, plan), dense.model, folder)
+        _write_description(pruned, dense.model, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     if tokenizer is not None:
@@ -142,17 +142,23 @@ def _write_index(folder: Path, stored: dict[str, StoredWeight], parameters: int)
 
 
 def _write_description(pruned: PreTrainedModel, dense: PreTrainedModel, folder: Path) -> None:
-    """Write the configuration, the modelling files and the generation settings, as save_pretrained does."""
-    family, module = dense.config.model_type, type(pruned).__module__.split(".")[-1]
+    """Write the configuration, modelling files of ours and the generation settings, as save_pretrained does."""
+    pruned.config.dtype = str(dense.dtype).removeprefix("torch.")
+    pruned.config.architectures = [type(pruned).__name__]
+    if isinstance(pruned.config, PrunedConfig):
+        _add_code(pruned, folder)
+    pruned.config.save_pretrained(folder)
+    dense.generation_config.save_pretrained(folder)
+
+
+def _add_code(pruned: PreTrainedModel, folder: Path) -> None:
+    """Write the modelling files, and have the configuration say which Auto class finds what there."""
+    family, module = pruned.config.model_type.removeprefix(PREFIX), type(pruned).__module__.split(".")[-1]
     others = {
         "AutoModel": pruned.base_class,
         "AutoModelForSequenceClassification": SEQUENCE_CLASSIFIERS.get(family),
         "AutoModelForTokenClassification": TOKEN_CLASSIFIERS.get(family),
     }
-    pruned.config.dtype = str(dense.dtype).removeprefix("torch.")
-    pruned.config.architectures = [type(pruned).__name__]
     # The entries of the configuration and of the class that is saved are added.
     pruned.config.auto_map = {auto: f"{module}.{model.__name__}" for auto, model in others.items() if model}
     custom_object_save(pruned, folder, config=pruned.config)
-    pruned.config.save_pretrained(folder)
-    dense.generation_config.save_pretrained(folder)

@@ -7,7 +7,7 @@ from huggingface_hub import ModelCardData
 
 from ..output import with_error
 from ..sources.calibration_set import is_token_file
-from .names import RECIPES_OWN
+from .names import DIALS, turned
 from .records import alone_in, write_text
 
 CARD = "README.md"
@@ -37,15 +37,18 @@ Recipe `{settings[recipe]}` with `{flags}`;
 ```python
 from transformers import {classes}
 
-model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(FOLDER{trust})
 {tokenizer}```
 
-Where the package is installed, `import olica` takes the place of `trust_remote_code=True`.
+{code}
 
 {metrics}"""
 
-# The tokenizer is none of ours, but AutoTokenizer looks into the configuration first, which is.
-TOKENIZER_LINE = "tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)\n"
+TOKENIZER_LINE = "tokenizer = AutoTokenizer.from_pretrained(FOLDER{trust})\n"
+# The tokenizer is none of ours, but AutoTokenizer looks into the configuration first, which is, but for `stock`.
+TRUST = ", trust_remote_code=True"
+OURS = "Where the package is installed, `import olica` takes the place of `trust_remote_code=True`."
+STOCK = "The architecture is the dense model's own: any engine that runs that one runs this one."
 
 
 def write_card(folder: Path, record: dict) -> None:
@@ -58,6 +61,7 @@ def write_card(folder: Path, record: dict) -> None:
         base_model=base, library_name="transformers", pipeline_tag="text-generation", tags=["olica", "pruned"]
     )
     name = base or Path(model["name"]).name
+    trust = "" if turned(record["settings"], ("layout",)) else TRUST
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     text = CARD_TEXT.format(
         metadata=metadata.to_yaml(),
@@ -72,7 +76,9 @@ def write_card(folder: Path, record: dict) -> None:
         flags=flags(record),
         corrections=corrections(record),
         classes="AutoModelForCausalLM, AutoTokenizer" if has_tokenizer else "AutoModelForCausalLM",
-        tokenizer=TOKENIZER_LINE if has_tokenizer else "",
+        tokenizer=TOKENIZER_LINE.format(trust=trust) if has_tokenizer else "",
+        trust=trust,
+        code=OURS if trust else STOCK,
         metrics=METRICS + NONE_YET,
         parameters=record["parameters"],
         settings=record["settings"],
@@ -128,7 +134,7 @@ def flags(record: dict) -> str:
     if parameters["after"] < parameters["before"]:
         names += [name for name in own if name not in of_corrections]
         names += ["round_to"] if settings["round_to"] > 1 else []
-        names += ["refit"] if settings.get("refit", RECIPES_OWN) != RECIPES_OWN else []
+        names += turned(settings, DIALS)
     if record["corrected_layers"]:
         names += [name for name in own if name in of_corrections]
     if not is_token_file(settings["datasets"]):

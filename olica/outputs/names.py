@@ -1,6 +1,10 @@
 """Where checkpoints lie: what prunes saves them there, and what measures them finds them there."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
+
+from ..model.layouts import OWN_LAYOUT
 
 DEFAULT_RECIPE = "olica"
 # What `--sparsity` is a share of: the whole model, as in the paper, or the decoder layers alone.
@@ -10,16 +14,28 @@ SPARSITY_OF = ("model", "layers")
 RECIPES_OWN = "recipe"
 
 
-def checkpoint_folder(
-    save_dir: str,
-    label: str,
-    sparsity: float,
-    recipe: str = DEFAULT_RECIPE,
-    sparsity_of: str = SPARSITY_OF[0],
-    refit: str = RECIPES_OWN,
-) -> Path:
-    """Where a pruned model is saved; defaults are not named, so that evaluation finds it by two flags."""
-    of = "" if sparsity_of == SPARSITY_OF[0] else f"_of-{sparsity_of}"
-    suffix = "" if recipe == DEFAULT_RECIPE else f"_{recipe}"
-    repaired = "" if refit == RECIPES_OWN else f"_refit-{refit}"
-    return Path(save_dir) / f"{label}_sparsity-{sparsity:g}{of}{suffix}{repaired}"
+# Flags that a folder is named after where they are not at their defaults.
+NAMED = {
+    "sparsity_of": (SPARSITY_OF[0], "_of-{}"),
+    "recipe": (DEFAULT_RECIPE, "_{}"),
+    "layout": (OWN_LAYOUT, "_layout-{}"),
+    "refit": (RECIPES_OWN, "_refit-{}"),
+}
+# Those of them that make something else of what a recipe does.
+DIALS = ("layout", "refit")
+
+
+def checkpoint_folder(save_dir: str, label: str, sparsity: float, **flags: str) -> Path:
+    """Where a pruned model is saved; evaluation finds it by two flags where the others are at their defaults."""
+    named = [NAMED[name][1].format(flags[name]) for name in turned(flags)]
+    return Path(save_dir) / "".join([f"{label}_sparsity-{sparsity:g}", *named])
+
+
+def recipe_in_words(settings: Mapping[str, Any], dials: Iterable[str] = DIALS) -> str:
+    """The recipe, and those of some dials that are not at their defaults."""
+    return ", ".join([settings["recipe"], *(f"{name}: {settings[name]}" for name in turned(settings, dials))])
+
+
+def turned(settings: Mapping[str, Any], names: Iterable[str] = NAMED) -> list[str]:
+    """Those of some of these flags that are not at their defaults; an old record may lack them."""
+    return [name for name in names if settings.get(name, NAMED[name][0]) != NAMED[name][0]]

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ..evaluation.paired import compare
-from ..outputs.names import RECIPES_OWN
+from ..outputs.names import RECIPES_OWN, recipe_in_words
 from .runs import Results, Run, protocol
 from .tables import Measured, markdown, mean_accuracy, perplexity
 
@@ -182,7 +182,8 @@ def _repairs(mix: Mix) -> str | None:
     found: dict[tuple, dict[str, Point]] = {}
     for point in mix.points:
         settings = point.runs[0].pruning["settings"]
-        found.setdefault((point.size, settings["recipe"]), {})[settings.get("refit", RECIPES_OWN)] = point
+        recipe = recipe_in_words(settings, dials=("layout",))
+        found.setdefault((point.size, recipe), {})[settings.get("refit", RECIPES_OWN)] = point
     turned = {key: points for key, points in found.items() if len(points) > 1}
     if not turned:
         return None

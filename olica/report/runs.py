@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ..outputs.names import RECIPES_OWN
+from ..outputs.names import recipe_in_words
 from ..outputs.records import corrected_layers, has_former_shares, note_on_survey, seconds_of_stages
 
 PAPER = Path(__file__).parents[2] / "results/paper"
@@ -85,10 +85,9 @@ class Run:
 
     @property
     def recipe(self) -> str:
-        """Of the pruning; another repair, or former shares of grouped heads, are named."""
+        """Of the pruning; another layout or repair, or former shares of grouped heads, are named."""
         settings = self.pruning["settings"]
-        refit = settings.get("refit", RECIPES_OWN)
-        recipe = settings["recipe"] + ("" if refit == RECIPES_OWN else f", refit: {refit}")
+        recipe = recipe_in_words(settings)
         return f"{recipe}, former shares" if has_former_shares(self.pruning) else recipe
 
     @property
