@@ -15,13 +15,14 @@ from olica.outputs.gguf_file import FORMS, write_gguf
 def build_parser() -> argparse.ArgumentParser:
     """The model, what is made of it, and where."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder, name, hub id or .gguf file of the model")
+    add = parser.add_argument_group("model").add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="name, hub id, folder or .gguf file")
     add = parser.add_argument_group("form").add_argument
     add("--gguf", choices=FORMS, default="f16", help="how matrices are stored; vectors are float32")
     add = parser.add_argument_group("output").add_argument
     add("--output_path", type=expanduser, required=True, help="file that is written; ends in .gguf")
     add("--overwrite", action="store_true", help="replace an existing file")
-    parser.add_argument("--verbose", action="store_true", help="print what the log holds, too")
+    add("--verbose", action="store_true", help="print what the log holds, too")
     return parser
 
 

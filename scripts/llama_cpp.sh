@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs llama.cpp, as the npm package node-llama-cpp has it built, into an environment of its own; half a minute and
-# 0.9 GB. It wants node 20 or newer with npm. Then scripts/llama_cpp.py compares it with transformers, and
+# 0.8 GB. It wants node 20 or newer with npm. Then scripts/llama_cpp.py compares it with transformers, and
 # tests/test_llama_cpp.py runs.
 # Variables: OLICA_LLAMA_CPP, the folder of the environment (no default); NODE_LLAMA_CPP, the version (3.22.1).
 set -euo pipefail

@@ -1,18 +1,16 @@
 """GGUF files run by llama.cpp itself; skipped where there is none: OLICA_LLAMA_CPP=FOLDER bash scripts/llama_cpp.sh."""
 
-import json
 import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tokenizer
+from test_gguf_file import merging_tokenizer
 from test_scripts import load
 from tiny_families import LLAMA3_SCALING, make_family
-from tokenizers import Tokenizer
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 from olica.outputs.gguf_file import Weights, write_gguf, write_model
 
@@ -50,19 +48,9 @@ MODELS = {
 }
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """That of bytes; llama.cpp reads none that merges nothing."""
-    made = make_tokenizer()
-    stored = json.loads(made.backend_tokenizer.to_str())
-    stored["model"]["vocab"]["ow"] = 259
-    stored["model"]["merges"] = [["o", "w"]]
-    made._tokenizer = Tokenizer.from_str(json.dumps(stored))
-    return made
-
-
 def written(model: PreTrainedModel, folder: Path, form: str) -> Path:
     model.save_pretrained(folder / "dense")
-    tokenizer().save_pretrained(folder / "dense")
+    merging_tokenizer().save_pretrained(folder / "dense")
     write_gguf(folder / "dense", folder / "tiny.gguf", form)
     return folder / "tiny.gguf"
 
@@ -81,7 +69,7 @@ def assert_runs_alike(path: Path, model: PreTrainedModel) -> None:
     answer = asked(path, prompts=[IDS[:9]], new_tokens=8, texts=["seven owls"])
     assert difference(answer, model) < 1e-2
     assert answer["continuations"] == [llama_cpp.continuation(model, IDS[:9], 8)]
-    assert answer["tokens"] == [tokenizer()("seven owls").input_ids]
+    assert answer["tokens"] == [merging_tokenizer()("seven owls").input_ids]
     assert answer["ends"] == [False, False]
 
 
@@ -125,5 +113,5 @@ def test_layers_of_different_sizes_run_as_deci(family, settings, tmp_path):
     model = uneven(family, [96, 160, 32], [2, 1, 3], **settings)
     state = model.state_dict()
     weights = Weights({name: tuple(weight.shape) for name, weight in state.items()}, state.__getitem__)
-    write_model(model.config, weights, tokenizer(), tmp_path / "tiny.gguf", "f16", name="uneven")
+    write_model(model.config, weights, merging_tokenizer(), tmp_path / "tiny.gguf", "f16", name="uneven")
     assert_runs_alike(tmp_path / "tiny.gguf", model)

@@ -136,7 +136,7 @@ class Layout:
             writer.add_sliding_window(config.sliding_window)
 
     def computed(self) -> dict[str, Tensor]:
-        """Tensors that the file has and the model's weights do not: what Llama 3 divides rotary frequencies by (d/2)."""
+        """Tensors of the file that are no weights of the model: what Llama 3 divides rotary frequencies by (d/2)."""
         rope = _rope(self.config)
         if rope["rope_type"] != "llama3":
             return {}

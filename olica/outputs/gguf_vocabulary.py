@@ -105,6 +105,8 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) 
             raise _unknown("splits text in another way")
     tokens, types = _tokens(tokenizer, config.vocab_size, byte_level=splits is not None)
     merges = [pair if isinstance(pair, list) else pair.split(" ") for pair in stored["model"]["merges"]]
+    if not merges:
+        raise _unknown("merges nothing")
     # Who merges what differs: byte-level BPE the pair of lowest rank, SentencePiece that which makes the token of the
     # highest score.
     if splits is not None:
