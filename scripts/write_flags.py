@@ -1,4 +1,4 @@
-"""Write docs/flags.md from the parsers of the two commands.
+"""Write docs/flags.md from the parsers of the commands.
 
 python scripts/write_flags.py
 """
@@ -8,7 +8,7 @@ from pathlib import Path
 from runpy import run_path
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("model_pruning.py", "model_evaluate.py")
+COMMANDS = ("model_pruning.py", "model_evaluate.py", "model_export.py")
 PAGE = ROOT / "docs" / "flags.md"
 HEAD = """# Flags
 
@@ -32,7 +32,7 @@ def row(action: argparse.Action) -> str:
     meaning = (action.help or "") % vars(action)
     if action.choices:
         meaning += f"; one of {', '.join(map(shown, action.choices))}"
-    cells = f"`{action.option_strings[-1]}`", shown(action.default), meaning.removeprefix("; ")
+    cells = f"`{(action.option_strings or [action.metavar])[-1]}`", shown(action.default), meaning.removeprefix("; ")
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 

@@ -18,6 +18,7 @@ from tiny_families import SIZES
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 import model_evaluate
+import model_export
 import model_pruning
 import olica
 from olica.errors import UsageError
@@ -175,10 +176,11 @@ def test_a_row_of_flags_has_default_choices_and_explanation():
 
 def test_every_flag_is_on_the_page():
     page = (DOCS / "flags.md").read_text()
-    for command in (model_pruning, model_evaluate):
+    for command in (model_pruning, model_evaluate, model_export):
         section = page.split(f"## {command.__name__}.py")[1].split("\n## ")[0]
-        listed = re.findall(r"^\| `(--\w+)` \|", section, flags=re.MULTILINE)
-        wanted = [action.option_strings[-1] for action in command.build_parser()._actions if action.dest != "help"]
+        listed = re.findall(r"^\| `(--\w+|[A-Z]+)` \|", section, flags=re.MULTILINE)
+        actions = [action for action in command.build_parser()._actions if action.dest != "help"]
+        wanted = [(action.option_strings or [action.metavar])[-1] for action in actions]
         assert sorted(listed) == sorted(wanted)
 
 
