@@ -11,8 +11,9 @@ import torch
 from conftest import edit_config, make_llama, make_tokenizer, write_pruned
 from sentencepiece import sentencepiece_model_pb2
 from test_scripts import load
-from test_source_formats import GEMMA_PIECES, LLAMA_PIECES, rounded, train_sentencepiece
+from test_source_formats import GEMMA_PIECES, LLAMA_PIECES, train_sentencepiece
 from tiny_families import LLAMA3_SCALING, make_family
+from tiny_gguf import rounded
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
