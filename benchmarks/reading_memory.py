@@ -108,7 +108,6 @@ def run(args: argparse.Namespace) -> None:
             "peak_host_bytes": max(peaks.values()),
             "peak_host_bytes_of_stages": peaks,
             "expected_peak_memory": pruned["expected_peak_memory"],
-            "minutes": {name: stage["minutes"] for name, stage in pruned["stages"].items()},
             "environment": pruned["environment"],
         }
         write_record(args.output_path, record)
