@@ -45,6 +45,8 @@ class Layout:
 OWN_LAYOUT, DECI = "olica", "deci"
 # Families whose own models have fused projections.
 FUSED_FAMILIES = ("phi3",)
+# Most engines know an MLP of DeciLM by a factor m, from which they take 2 m D / 3 channels, rounded up to this.
+FFN_GRID = 256
 LAYOUTS = {
     layout.name: layout
     for layout in (
@@ -61,7 +63,7 @@ LAYOUTS = {
             DECI,
             "a LLaMA whose MLPs have widths of their own, which engines read as DeciLM, transformers with the code in "
             "its folder; it has no factors, narrower heads, biases or corrections, and all heads stay, so that MLPs "
-            "lose all that goes. Some engines want multiples of 256 (--round_to 256); llama.cpp takes any",
+            "lose all that goes. Engines but vLLM and llama.cpp want widths that are multiples of 256 (--round_to 256)",
             is_bare=True,
             families=("llama", "mistral"),
             round_to=32,
@@ -139,15 +141,16 @@ def check_fits(layout: Layout, plan: Collection[LayerShape], config: PreTrainedC
 
 def deci_config(config: PreTrainedConfig, plan: Sequence[LayerShape]) -> DeciLMConfig:
     """The configuration of a DeciLM whose layers have the widths of a plan that fits the layout."""
-    attention = {"n_heads_in_group": config.num_attention_heads // config.num_key_value_heads}
     whole = {"no_op": False, "replace_with_linear": False}
-    blocks = [
-        {"attention": attention | whole, "ffn": {"intermediate_size": shape.intermediate_size} | whole}
-        for shape in plan
-    ]
+    attention = {"n_heads_in_group": config.num_attention_heads // config.num_key_value_heads} | whole
+    widths = [shape.intermediate_size for shape in plan]
+    blocks = [{"attention": attention, "ffn": {"intermediate_size": width} | whole} for width in widths]
+    if not any(width % FFN_GRID for width in widths):
+        for block, width in zip(blocks, widths, strict=True):
+            block["ffn"]["ffn_mult"] = 3 * width / (2 * config.hidden_size)
     own = ("model_type", "architectures", "transformers_version")
     settings = {name: value for name, value in config.to_dict().items() if name not in own}
-    settings |= {"intermediate_size": max(shape.intermediate_size for shape in plan)}
+    settings["intermediate_size"] = max(widths)
     return DeciLMConfig(**settings, block_configs=blocks)
 
 
