@@ -16,6 +16,7 @@ from transformers import (
 
 from .model.configuration_olica import LayerShape
 from .model.families import FAMILIES, SEQUENCE_CLASSIFIERS, TOKEN_CLASSIFIERS
+from .model.modeling_deci import DeciLMForCausalLM
 from .version import __version__
 
 __all__ = ["FAMILIES", "LayerShape", "RECIPES", "__version__", "evaluate", "prune"]
@@ -23,19 +24,20 @@ __all__ = ["FAMILIES", "LayerShape", "RECIPES", "__version__", "evaluate", "prun
 # Public names, by the modules that define them: these take seconds to import, and loading a checkpoint needs none.
 _LAZY = {"evaluate": "olica.evaluation.evaluate", "prune": "olica.run", "RECIPES": "olica.methods.recipes"}
 
-for _causal_lm in FAMILIES.values():
+_CAUSAL_LMS = [*FAMILIES.values(), DeciLMForCausalLM]
+for _causal_lm in _CAUSAL_LMS:
     _config, _model = _causal_lm.config_class, _causal_lm.base_class
     AutoConfig.register(_config.model_type, _config)
     AutoModel.register(_config, _model)
-    # save_pretrained then copies the two modelling files into the checkpoint, which needs no olica to load.
+    # save_pretrained then copies the modelling files into the checkpoint, which needs no olica to load.
     _config.register_for_auto_class()
     _model.register_for_auto_class("AutoModel")
 for _auto, _models in (
-    (AutoModelForCausalLM, FAMILIES),
-    (AutoModelForSequenceClassification, SEQUENCE_CLASSIFIERS),
-    (AutoModelForTokenClassification, TOKEN_CLASSIFIERS),
+    (AutoModelForCausalLM, _CAUSAL_LMS),
+    (AutoModelForSequenceClassification, SEQUENCE_CLASSIFIERS.values()),
+    (AutoModelForTokenClassification, TOKEN_CLASSIFIERS.values()),
 ):
-    for _model in _models.values():
+    for _model in _models:
         _auto.register(_model.config_class, _model)
         _model.register_for_auto_class(_auto.__name__)
 

@@ -289,11 +289,11 @@ def method_of(recipe: Recipe, settings: Settings, layout: Layout) -> Method:
 
 def _method(recipe: Recipe, parameters: Any, refit: str, layout: Layout) -> Method:
     """Raises ValueError where the layout does not hold what it makes."""
-    by_units = recipe.stock if layout.is_stock else None
+    by_units = recipe.units if layout.is_bare else None
     method = by_units(parameters, layout.kv_heads) if by_units else recipe.method(parameters)
     if refit != RECIPES_OWN:
         method = method.refitted(REFITS[refit])
-    return method.stock(layout.kv_heads) if layout.is_stock else method
+    return method.of_units(layout.kv_heads, layout.is_alike) if layout.is_bare else method
 
 
 def _is_possible(method: Callable[[Recipe, Any, str], Method], recipe: Recipe, refit: str) -> bool:

@@ -272,7 +272,7 @@ GEMMA_SIZES = GEMMA | {"query_pre_attn_scalar": 256}
 @pytest.mark.parametrize(
     ("family", "settings", "message"),
     [
-        ("olmo2", {}, "the family olmo2 are not written; llama, mistral, qwen2, qwen3, gemma3_text are"),
+        ("olmo2", {}, "the family olmo2 are not written; llama, mistral, qwen2, qwen3, gemma3_text, nemotron-nas are"),
         ("llama", {"hidden_act": "relu"}, "the activation relu is none of llama.cpp's llama, which has silu"),
         ("llama", {"rope_parameters": YARN | {"rope_type": "dynamic"}}, "no rotary embeddings of type dynamic"),
         ("qwen2", {"rope_parameters": LLAMA3_SCALING}, "no rotary embeddings of type llama3"),

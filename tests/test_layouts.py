@@ -1,4 +1,4 @@
-"""Layouts: what a checkpoint can hold, and that a stock one is the family's own model."""
+"""Layouts: what a checkpoint can hold, and that one of bare projections is the dense model without what went."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_llama, seen
-from tiny_families import make_family
+from tiny_families import LLAMA3_SCALING, make_family
 from tiny_run import LAYERS, bare, contents
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen3Config
 
@@ -30,9 +30,11 @@ from olica.model.families import FAMILIES
 from olica.model.layouts import FUSED_FAMILIES, LAYOUTS, check_fits, for_family
 from olica.model.modeling_olica import projections_of
 from olica.model.skeleton import count_parameters
+from olica.outputs.gguf_layout import Layout as GgufLayout
 from olica.outputs.run_progress import RunProgress
 
 STOCK = LAYOUTS["stock"]
+LLAMA3 = {name: value for name, value in LLAMA3_SCALING.items() if name != "rope_theta"}
 ABLE = ("olica-plus", "magnitude", "wanda-sp", "slimgpt", "osscar")
 # Recipes that make nothing but biases beside.
 WITHOUT_BIASES = ("flap", "let-llm-tell", "slimllm")
@@ -91,7 +93,9 @@ def test_the_configuration_is_the_dense_one_but_for_sizes(dtype, here):
     stock = json.loads((done.folder / "config.json").read_text())
     changed = {name for name in dense | stock if dense.get(name) != stock.get(name)}
     sizes = {"intermediate_size", "num_attention_heads", "num_key_value_heads"}
-    assert changed == sizes | ({"dtype"} if dtype != "float32" else set())
+    former = {"torch_dtype", "rope_theta", "rope_scaling"}
+    assert changed == sizes | former | ({"dtype"} if dtype != "float32" else set())
+    assert stock["torch_dtype"] == dtype and stock["rope_theta"] == dense["rope_parameters"]["rope_theta"]
     assert stock["head_dim"] == 10 and "auto_map" not in stock
 
 
@@ -143,16 +147,73 @@ def test_a_refit_still_applies(here):
     assert with_refit < without
 
 
-def test_it_loads_where_this_package_is_not(here):
+@pytest.mark.parametrize(
+    ("family", "rope", "expected"),
+    [
+        ("llama", LLAMA3 | {"rope_theta": 5e5}, {"rope_theta": 5e5, "rope_scaling": LLAMA3}),
+        ("qwen3", {"rope_type": "default", "rope_theta": 1e6}, {"rope_theta": 1e6, "rope_scaling": None}),
+    ],
+)
+def test_old_releases_find_the_rotary_settings_by_the_names_that_they_know(family, rope, expected, here):
+    """They ignore rope_parameters, and quietly take a theta of 10,000 where there is no other."""
+    make_family(family, rope_parameters=rope).save_pretrained("dense")
+    folder = pruned("dense", recipe="magnitude").folder
+    stock = json.loads((folder / "config.json").read_text())
+    assert {name: stock[name] for name in expected} == expected
+    assert AutoModelForCausalLM.from_pretrained(folder).config.rope_parameters == stock["rope_parameters"]
+
+
+def test_old_releases_find_both_thetas_of_gemma_3(here):
+    model = make_family("gemma3_text")
+    model.save_pretrained("dense")
+    rope = model.config.rope_parameters
+    stock = json.loads((pruned("dense", recipe="magnitude").folder / "config.json").read_text())
+    assert stock["rope_theta"] == rope["full_attention"]["rope_theta"]
+    assert stock["rope_local_base_freq"] == rope["sliding_attention"]["rope_theta"]
+
+
+def test_deci_is_a_llama_whose_mlps_have_widths_of_their_own(here):
+    """The logits are those of the dense model that reads zeros in place of the channels that are gone."""
+    done = pruned(recipe="olica-plus", layout="deci", sparsity=0.4, ridge=1e9)  # so that nothing is refitted
+    dense, model = (AutoModelForCausalLM.from_pretrained(folder) for folder in ("tiny", done.folder))
+    widths = [shape.intermediate_size for shape in done.plan]
+    assert len(set(widths)) > 1 and {shape.kv_heads for shape in done.plan} == {0}
+    assert done.record["measured_sparsity_of_layers"] == pytest.approx(0.4, abs=0.02)
+    ids = torch.randint(3, 319, (3, 23), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model(ids).logits, without_what_went(dense, model)(ids).logits, rtol=1e-3, atol=1e-3)
+    config = json.loads((done.folder / "config.json").read_text())
+    assert config["architectures"] == ["DeciLMForCausalLM"] and config["model_type"] == "nemotron-nas"
+    assert [block["ffn"]["intermediate_size"] for block in config["block_configs"]] == widths
+    assert {block["attention"]["n_heads_in_group"] for block in config["block_configs"]} == {2}
+    assert config["intermediate_size"] == max(widths)
+    # Engines read attributes, and take another rule where there is an ffn_mult.
+    first = model.config.block_configs[0]
+    assert first.ffn.intermediate_size == widths[0] and not first.attention.no_op and not hasattr(first.ffn, "ffn_mult")
+
+
+def test_deci_as_a_gguf_file(here):
+    """The architecture that llama.cpp has for it, with the width of every layer."""
+    done = pruned(recipe="olica-plus", layout="deci", round_to=32)
+    model = AutoModelForCausalLM.from_pretrained(done.folder)
+    layout = GgufLayout(model.config, {name: tuple(weight.shape) for name, weight in model.named_parameters()})
+    widths = [shape.intermediate_size for shape in done.plan]
+    assert layout.name == "deci" and [size.channels for size in layout.sizes] == widths
+    assert len(set(widths)) > 1 and not any(width % 32 for width in widths if width < max(widths))
+
+
+@pytest.mark.parametrize("layout", ["stock", "deci"])
+def test_it_loads_where_this_package_is_not(layout, here):
     """Greedy text and logits of a process that cannot import olica are those of this one."""
-    folder = pruned(recipe="wanda-sp", sparsity=0.5).folder
+    recipe = "wanda-sp" if layout == "stock" else "olica-plus"
+    folder = pruned(recipe=recipe, layout=layout, sparsity=0.5).folder
+    trust = ", trust_remote_code=True" if layout == "deci" else ""
     script = f"""
 import sys
 sys.modules["olica"] = None
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = {str(folder)!r}
-model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+model, tokenizer = AutoModelForCausalLM.from_pretrained(folder{trust}), AutoTokenizer.from_pretrained(folder)
 tokens = tokenizer("seven owls", return_tensors="pt").input_ids
 text = model.generate(tokens, max_new_tokens=8, do_sample=False)
 torch.save((type(model).__name__, model(tokens).logits, text), "out.pt")
@@ -161,11 +222,12 @@ torch.save((type(model).__name__, model(tokens).logits, text), "out.pt")
     name, logits, text = torch.load("out.pt")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     tokens = tokenizer("seven owls", return_tensors="pt").input_ids
-    assert name == "LlamaForCausalLM"
+    assert name == {"stock": "LlamaForCausalLM", "deci": "DeciLMForCausalLM"}[layout]
     torch.testing.assert_close(logits, model(tokens).logits)
     assert torch.equal(text, model.generate(tokens, max_new_tokens=8, do_sample=False))
     card = (folder / "README.md").read_text()
-    assert "trust_remote_code" not in card and "import olica" not in card and "--layout stock" in card
+    assert ("trust_remote_code" in card) == (layout == "deci") and f"--layout {layout}" in card
+    assert layout == "deci" or "import olica" not in card
 
 
 @pytest.mark.parametrize(("given", "multiple"), [({}, 32), ({"round_to": 8}, 8), ({"round_to": 1}, 1)])
@@ -214,11 +276,17 @@ def test_the_command_says_what_the_layout_costs(here, capsys):
 
 
 def test_unknown_layouts_and_families_that_are_not_written_are_refused(here):
-    with pytest.raises(UsageError, match="--layout vanilla is none of olica, stock"):
+    with pytest.raises(UsageError, match="--layout vanilla is none of olica, stock, deci"):
         settings_of({"layout": "vanilla"})
     make_family("phi3").save_pretrained("phi3")
     with pytest.raises(UsageError, match="--layout stock is not written for phi3, whose projections are fused"):
         pruned("phi3", recipe="osscar")
+    make_family("qwen3").save_pretrained("qwen3")
+    with pytest.raises(UsageError, match="--layout deci holds models of llama, mistral, and this is one of qwen3"):
+        pruned("qwen3", recipe="olica-plus", layout="deci")
+    make_family("mistral", sliding_window=16).save_pretrained("mistral")
+    with pytest.raises(UsageError, match="--layout deci has no attention windows, and the model has one of 16"):
+        pruned("mistral", recipe="olica-plus", layout="deci")
     assert not Path("out").exists()
 
 

@@ -155,6 +155,10 @@ class LeastDamage(Allocate):
         """See `Allocate`; how many heads stay is a matter of the parts."""
         return replace(self, is_uniform=True)
 
+    def within(self, kv_heads: tuple[int, ...]) -> "LeastDamage":
+        """See `Allocate`; how many heads stay is a matter of the parts."""
+        return self
+
     def _all(self, sizes: list[Sizes]) -> list[tuple[Sizes, Part]]:
         return [(layer, part) for part in self.parts for layer in sizes]
 

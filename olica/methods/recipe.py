@@ -160,6 +160,17 @@ class Allocate(ABC):
         """
         raise ValueError("its sizes are not those of whole heads and channels")
 
+    def within(self, kv_heads: tuple[int, ...]) -> "Allocate":
+        """The same for whole channels, and some numbers of key/value heads, each layer having sizes of its own.
+
+        Args:
+            kv_heads: as of `alike`.
+
+        Raises:
+            ValueError: there is none.
+        """
+        raise ValueError("its sizes of each layer are not those of channels alone")
+
     def shares(self, sizes: list[Sizes], budget: Budget) -> dict[str, float]:
         """Shares that parts of every layer are to lose, by name, for records; none where there is no such rule."""
         return {}
@@ -246,18 +257,19 @@ class Method:
         """Statistics of every pass over a layer that gets the sizes `shape`."""
         return [needs_of(stages, shape) for stages in self.passes]
 
-    def stock(self, kv_heads: tuple[int, ...]) -> "Method":
-        """The method with sizes that a family's own architecture holds: the same whole heads and channels everywhere.
+    def of_units(self, kv_heads: tuple[int, ...], is_alike: bool) -> "Method":
+        """The method with sizes that a family's own projections hold: whole heads and channels.
 
         Args:
             kv_heads: how many key/value heads a layer may keep, ascending, all of them last.
+            is_alike: whether all layers get the same sizes.
 
         Raises:
             ValueError: it makes something else.
         """
         if others := own_forms(stage for stages in self.passes for stage in stages):
             raise ValueError(f"it makes {others}")
-        allocate = self.allocate.alike(kv_heads)
+        allocate = self.allocate.alike(kv_heads) if is_alike else self.allocate.within(kv_heads)
         is_read = allocate.reads_survey or (self.survey is not None and self.survey.serves_stages)
         return replace(self, survey=self.survey if is_read else None, allocate=allocate)
 
@@ -296,7 +308,7 @@ class Recipe:
         parameters: frozen dataclass whose fields, with `metadata["help"]`, are the recipe's flags; it raises UsageError
             for values that no model can have.
         method: makes the method of an instance of `parameters`.
-        stock: makes one of whole heads, of which its second argument says how many a layer may keep, and channels; None
+        units: makes one of whole heads, of which its second argument says how many a layer may keep, and channels; None
             where `method` does.
         text: what it is calibrated on unless the user says.
     """
@@ -305,7 +317,7 @@ class Recipe:
     about: str
     parameters: type
     method: Callable[[Any], Method]
-    stock: Callable[[Any, tuple[int, ...]], Method] | None = None
+    units: Callable[[Any, tuple[int, ...]], Method] | None = None
     text: Text = PAPERS_TEXT
 
     @property

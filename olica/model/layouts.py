@@ -3,13 +3,14 @@
 A layout decides what may be pruned, so that methods are told of it beforehand.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
 
 from transformers import PreTrainedConfig
 
 from ..errors import UsageError
 from .configuration_olica import LayerShape, attends_with_all_heads, head_dim
+from .modeling_deci import DeciLMConfig
 
 
 @dataclass(frozen=True)
@@ -19,22 +20,33 @@ class Layout:
     Attributes:
         name: value of the flag `--layout`.
         about: a sentence that says what it cannot hold, and what that costs.
-        is_stock: whether a checkpoint is of the family's own architecture: all layers have the same sizes, projections
-            are single matrices of whole heads, there are no biases that the family lacks and no corrections.
+        is_bare: whether projections are single matrices of whole heads, without biases that the family lacks and
+            without corrections.
+        is_alike: whether all layers have the same sizes.
+        families: that it holds; none: all but those of FUSED_FAMILIES.
         round_to: sizes are multiples of it unless others are asked for.
         kv_heads: how many key/value heads a layer may keep, ascending, all of them last; of a family alone.
     """
 
     name: str
     about: str
-    is_stock: bool = False
+    is_bare: bool = False
+    is_alike: bool = False
+    families: tuple[str, ...] = ()
     round_to: int = 1
     kv_heads: tuple[int, ...] = ()
 
+    @property
+    def is_stock(self) -> bool:
+        """Whether a checkpoint is of the family's own architecture, which needs no code."""
+        return self.is_bare and self.is_alike
 
-OWN_LAYOUT = "olica"
+
+OWN_LAYOUT, DECI = "olica", "deci"
 # Families whose own models have fused projections.
 FUSED_FAMILIES = ("phi3",)
+# Most engines know an MLP of DeciLM by a factor m, from which they take 2 m D / 3 channels, rounded up to this.
+FFN_GRID = 256
 LAYOUTS = {
     layout.name: layout
     for layout in (
@@ -43,8 +55,18 @@ LAYOUTS = {
             "stock",
             "the family's own architecture, which any engine reads; it has no factors, narrower heads, biases or "
             "corrections, and the same sizes in every layer, so that one that can spare more does not",
-            is_stock=True,
+            is_bare=True,
+            is_alike=True,
             round_to=32,  # what Q8_0 of GGUF wants of the rows of a matrix
+        ),
+        Layout(
+            DECI,
+            "a LLaMA whose MLPs have widths of their own, which engines read as DeciLM, transformers with the code in "
+            "its folder; it has no factors, narrower heads, biases or corrections, and all heads stay, so that MLPs "
+            "lose all that goes. Engines but vLLM and llama.cpp want widths that are multiples of 256 (--round_to 256)",
+            is_bare=True,
+            families=("llama", "mistral"),
+            round_to=32,
         ),
     )
 }
@@ -56,13 +78,25 @@ def for_family(layout: Layout, config: PreTrainedConfig) -> Layout:
     Raises:
         UsageError: it holds no model of this family.
     """
-    if not layout.is_stock:
+    if not layout.is_bare:
         return layout
     family, heads = config.model_type, config.num_key_value_heads
     if family in FUSED_FAMILIES:
         raise UsageError(
             f"--layout {layout.name} is not written for {family}, whose projections are fused: give {OWN_LAYOUT}"
         )
+    if layout.families and family not in layout.families:
+        raise UsageError(
+            f"--layout {layout.name} holds models of {', '.join(layout.families)}, and this is one of {family}: give "
+            "another --layout"
+        )
+    if not layout.is_alike:
+        if getattr(config, "sliding_window", None) is not None:
+            raise UsageError(
+                f"--layout {layout.name} has no attention windows, and the model has one of {config.sliding_window} "
+                "tokens: give another --layout"
+            )
+        return replace(layout, kv_heads=(heads,))
     counts = (*(count for count in range(1, heads) if can_keep(count, config)), heads)
     about = layout.about
     if len(counts) < heads:
@@ -89,7 +123,7 @@ def can_keep(kv_heads: int, config: PreTrainedConfig) -> bool:
 
 def check_fits(layout: Layout, plan: Collection[LayerShape], config: PreTrainedConfig) -> None:
     """Raise ValueError, with a sentence, unless a checkpoint of the layout, as `for_family` has it, holds a plan."""
-    if not layout.is_stock:
+    if not layout.is_bare:
         return
     added = {
         "factors": ("q_rank", "k_rank", "v_rank", "o_rank"),
@@ -100,9 +134,24 @@ def check_fits(layout: Layout, plan: Collection[LayerShape], config: PreTrainedC
     found += ["narrower value heads"] if any(shape.v_head_dim < head_dim(config) for shape in plan) else []
     counts = sorted({shape.kv_heads for shape in plan} - {0, *layout.kv_heads})
     found += [f"{count} key/value heads" for count in counts]
-    found += ["layers of different sizes"] if len(set(plan)) > 1 else []
+    found += ["layers of different sizes"] if layout.is_alike and len(set(plan)) > 1 else []
     if found:
         raise ValueError(f"the layout {layout.name} cannot hold {', '.join(found)}")
+
+
+def deci_config(config: PreTrainedConfig, plan: Sequence[LayerShape]) -> DeciLMConfig:
+    """The configuration of a DeciLM whose layers have the widths of a plan that fits the layout."""
+    whole = {"no_op": False, "replace_with_linear": False}
+    attention = {"n_heads_in_group": config.num_attention_heads // config.num_key_value_heads} | whole
+    widths = [shape.intermediate_size for shape in plan]
+    blocks = [{"attention": attention, "ffn": {"intermediate_size": width} | whole} for width in widths]
+    if not any(width % FFN_GRID for width in widths):
+        for block, width in zip(blocks, widths, strict=True):
+            block["ffn"]["ffn_mult"] = 3 * width / (2 * config.hidden_size)
+    own = ("model_type", "architectures", "transformers_version")
+    settings = {name: value for name, value in config.to_dict().items() if name not in own}
+    settings["intermediate_size"] = max(widths)
+    return DeciLMConfig(**settings, block_configs=blocks)
 
 
 def stock_config(config: PreTrainedConfig, shape: LayerShape) -> PreTrainedConfig:

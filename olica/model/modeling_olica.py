@@ -193,6 +193,39 @@ def _shrunk_mlp(name: str, dense: nn.Linear, shape: LayerShape) -> nn.Module:
     return _resized(dense, dense.in_features, shape.intermediate_size)
 
 
+class OwnClass:
+    """Makes an attention class another one for each set of kinds of its projections.
+
+    vLLM and SGLang look at the first module of a class, and take all others of it to have projections of its kinds.
+    """
+
+    def __reduce_ex__(self, protocol):
+        """Have pickle make the class anew, for it is no name of a module."""
+        _, _, *state = super().__reduce_ex__(protocol)
+        return _empty_attention, (type(self).__mro__[2], type(self).kinds), *state
+
+
+@cache
+def attention_class(base: type, kinds: tuple[type, ...]) -> type:
+    """The subclass of an attention class for projections of some kinds."""
+    name = base.__name__ + "".join(kind.__name__.removesuffix("Linear") or "Whole" for kind in kinds)
+    doc = f"{base.__name__} whose projections are of the kinds {', '.join(kind.__name__ for kind in kinds)}."
+    return type(name, (OwnClass, base), {"__module__": __name__, "__doc__": doc, "kinds": kinds})
+
+
+def _empty_attention(base: type, kinds: tuple[type, ...]) -> nn.Module:
+    made = attention_class(base, kinds)
+    return made.__new__(made)
+
+
+def _give_own_class(attention: nn.Module) -> None:
+    """Make the class of an attention module that of its projections' kinds, in place."""
+    kinds = tuple(type(module) for name, module in attention.named_children() if name in MODULES)
+    base = next(kind for kind in type(attention).__mro__ if kind.__module__ != __name__)
+    if set(kinds) != {nn.Linear}:
+        attention.__class__ = attention_class(base, kinds)
+
+
 def shrink_layer(layer: nn.Module, config, shape: LayerShape, only: Collection[str] | None = None) -> None:
     """Replace the projections of a dense decoder layer by new, unfilled ones of the sizes `shape`, in place.
 
@@ -216,6 +249,7 @@ def shrink_layer(layer: nn.Module, config, shape: LayerShape, only: Collection[s
             is_mlp = name in ("gate_proj", "up_proj", "down_proj")
             new = _shrunk_mlp(name, dense, shape) if is_mlp else _shrunk_attention(name, dense, config, shape)
             layer.set_submodule(paths[name], new)
+    _give_own_class(cast(nn.Module, layer.self_attn))
     if shape.correction_rank and "correction" in names:
         layer.mlp = CorrectedMLP(cast(nn.Module, layer.mlp), config.hidden_size, shape.correction_rank)
 

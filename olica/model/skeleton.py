@@ -8,7 +8,8 @@ from transformers.initialization import no_init_weights
 
 from .configuration_olica import LayerShape
 from .families import FAMILIES
-from .layouts import LAYOUTS, OWN_LAYOUT, Layout, check_fits, stock_config
+from .layouts import DECI, LAYOUTS, OWN_LAYOUT, Layout, check_fits, deci_config, stock_config
+from .modeling_deci import DeciLMForCausalLM
 
 
 def without_weights(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
@@ -28,6 +29,9 @@ def pruned_skeleton(
         ValueError: the plan fits neither the model nor the layout.
     """
     check_fits(layout, plan, config)
+    if layout.name == DECI:
+        sized = deci_config(config, plan)
+        return without_weights(lambda: DeciLMForCausalLM(sized))
     if layout.is_stock:
         stock = stock_config(config, plan[0])
         return without_weights(lambda: AutoModelForCausalLM.from_config(stock))

@@ -16,12 +16,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from ..checks import check_writable
 from ..errors import UsageError
 from ..model.configuration_olica import PREFIX, PrunedConfig
 from ..model.families import SEQUENCE_CLASSIFIERS, TOKEN_CLASSIFIERS
+from ..model.modeling_deci import DeciLMConfig
 from ..model.skeleton import try_out, without_weights
 from ..sources.dense_model import DenseModel
 from ..sources.weight_files import StoredWeight, stored_weights
@@ -145,10 +146,30 @@ def _write_description(pruned: PreTrainedModel, dense: PreTrainedModel, folder: 
     """Write the configuration, modelling files of ours and the generation settings, as save_pretrained does."""
     pruned.config.dtype = str(dense.dtype).removeprefix("torch.")
     pruned.config.architectures = [type(pruned).__name__]
-    if isinstance(pruned.config, PrunedConfig):
+    if isinstance(pruned.config, PrunedConfig | DeciLMConfig):
         _add_code(pruned, folder)
     pruned.config.save_pretrained(folder)
+    if not isinstance(pruned.config, PrunedConfig):
+        _add_former_names(folder / CONFIG_NAME)
     dense.generation_config.save_pretrained(folder)
+
+
+def _add_former_names(path: Path) -> None:
+    """Have a configuration say its dtype and its rotary embeddings by the names of old releases of transformers too.
+
+    These, and engines that read config.json themselves, would otherwise take the family's default theta, and be silent.
+    """
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["torch_dtype"] = config["dtype"]
+    rope = config.get("rope_parameters") or {}
+    whole = rope.get("full_attention", rope)  # Gemma 3 has others for the layers with windows
+    if "rope_theta" in whole:
+        config["rope_theta"] = whole["rope_theta"]
+        kind = {name: value for name, value in whole.items() if name != "rope_theta"}
+        config["rope_scaling"] = kind if kind.get("rope_type", "default") != "default" else None
+    if "sliding_attention" in rope:
+        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _add_code(pruned: PreTrainedModel, folder: Path) -> None:

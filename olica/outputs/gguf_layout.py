@@ -14,6 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..errors import UsageError
 from ..model.configuration_olica import head_dim
+from ..model.modeling_deci import DeciLMConfig
 
 Shapes = Mapping[str, tuple[int, ...]]  # of the weights, by their names
 
@@ -24,11 +25,12 @@ KINDS = {
     "qwen2": MODEL_ARCH.QWEN2,
     "qwen3": MODEL_ARCH.QWEN3,
     "gemma3_text": MODEL_ARCH.GEMMA3,
+    DeciLMConfig.model_type: MODEL_ARCH.LLAMA,
 }
 # What it calls a model whose layers differ in their sizes and are otherwise those of a LLaMA.
 UNEVEN = MODEL_ARCH.DECI
 # Families that are LLaMAs but for biases, which a LLaMA may have: written as one where they are no longer of their own.
-LIKE_LLAMA = ("llama", "mistral", "qwen2")
+LIKE_LLAMA = ("llama", "mistral", "qwen2", DeciLMConfig.model_type)
 # In these, rotary embeddings turn neighbouring rows of a head; in the others those that are half a head apart.
 TURN_NEIGHBOURS = (MODEL_ARCH.LLAMA, UNEVEN)
 # The projections that may have a bias.

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
+from ..model.layouts import LAYOUTS, OWN_LAYOUT
 from ..output import with_error
 from ..sources.calibration_set import is_token_file
 from .names import DIALS, turned
@@ -61,7 +62,7 @@ def write_card(folder: Path, record: dict) -> None:
         base_model=base, library_name="transformers", pipeline_tag="text-generation", tags=["olica", "pruned"]
     )
     name = base or Path(model["name"]).name
-    trust = "" if turned(record["settings"], ("layout",)) else TRUST
+    trust = "" if LAYOUTS[record["settings"].get("layout", OWN_LAYOUT)].is_stock else TRUST
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     text = CARD_TEXT.format(
         metadata=metadata.to_yaml(),

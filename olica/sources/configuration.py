@@ -11,6 +11,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 from ..checks import refuse_pointers
 from ..errors import UsageError
 from ..model.families import FAMILIES
+from ..model.modeling_deci import DeciLMConfig
 from ..model.skeleton import count_parameters, without_weights
 from .gguf import add_defaults, describe_file, read_gguf_config, refuse_lost_settings
 from .locate import MODEL_NAMES, PACKAGED_MODEL, PACKAGED_MODEL_NAME, Location
@@ -44,7 +45,7 @@ def read_config(location: Location) -> PreTrainedConfig:
     with location.in_words(fault):
         _refuse_adapter_alone(location)
         config = read_gguf_config(location) if location.gguf_file else AutoConfig.from_pretrained(location.path)
-    if config.model_type not in [*FAMILIES, *pruned]:
+    if config.model_type not in [*FAMILIES, *pruned, DeciLMConfig.model_type]:
         raise location.error(f"the family {config.model_type} is not supported; supported: {supported}")
     if location.gguf_file:
         with location.in_words(fault):
