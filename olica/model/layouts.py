@@ -150,8 +150,8 @@ def deci_config(config: PreTrainedConfig, plan: Sequence[LayerShape]) -> DeciLMC
             block["ffn"]["ffn_mult"] = 3 * width / (2 * config.hidden_size)
     own = ("model_type", "architectures", "transformers_version")
     settings = {name: value for name, value in config.to_dict().items() if name not in own}
-    settings["intermediate_size"] = max(widths)
-    return DeciLMConfig(**settings, block_configs=blocks)
+    settings |= {"intermediate_size": max(widths), "block_configs": blocks}
+    return DeciLMConfig(**settings)
 
 
 def stock_config(config: PreTrainedConfig, shape: LayerShape) -> PreTrainedConfig:

@@ -214,8 +214,7 @@ def attention_class(base: type, kinds: tuple[type, ...]) -> type:
 
 
 def _empty_attention(base: type, kinds: tuple[type, ...]) -> nn.Module:
-    made = attention_class(base, kinds)
-    return made.__new__(made)
+    return cast(nn.Module, object.__new__(attention_class(base, kinds)))
 
 
 def _give_own_class(attention: nn.Module) -> None:
