@@ -108,11 +108,12 @@ def add_pruning(parser: argparse.ArgumentParser) -> None:
         choices=SPARSITY_OF,
         help="what --sparsity is a share of: the whole model, or its decoder layers",
     )
+    multiples = ", ".join(f"for --layout {one.name} {one.round_to}" for one in LAYOUTS.values())
     add(
         group,
         "round_to",
         type=number_or_auto,
-        help="make sizes multiples of this, which some kernels run faster; 1: off; auto: 1, for --layout stock 32",
+        help=f"make sizes multiples of this, which some kernels run faster; 1: off; auto: {multiples}",
     )
     add(
         group,

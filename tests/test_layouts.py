@@ -30,7 +30,7 @@ from olica.model.families import FAMILIES
 from olica.model.layouts import FUSED_FAMILIES, LAYOUTS, check_fits, for_family
 from olica.model.modeling_olica import projections_of
 from olica.model.skeleton import count_parameters
-from olica.outputs.gguf_layout import Layout as GgufLayout
+from olica.outputs.gguf_layout import GgufLayout
 from olica.outputs.run_progress import RunProgress
 
 STOCK = LAYOUTS["stock"]
@@ -172,10 +172,14 @@ def test_old_releases_find_both_thetas_of_gemma_3(here):
     assert stock["rope_local_base_freq"] == rope["sliding_attention"]["rope_theta"]
 
 
-def test_deci_is_a_llama_whose_mlps_have_widths_of_their_own(here):
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_deci_is_a_llama_whose_mlps_have_widths_of_their_own(family, here):
     """The logits are those of the dense model that reads zeros in place of the channels that are gone."""
-    done = pruned(recipe="olica-plus", layout="deci", sparsity=0.4, ridge=1e9)  # so that nothing is refitted
-    dense, model = (AutoModelForCausalLM.from_pretrained(folder) for folder in ("tiny", done.folder))
+    peculiar = {} if family == "llama" else {"sliding_window": None}
+    make_family(family, **peculiar).save_pretrained("dense")
+    # The ridge is so large that nothing is refitted.
+    done = pruned("dense", recipe="olica-plus", layout="deci", sparsity=0.4, ridge=1e9)
+    dense, model = (AutoModelForCausalLM.from_pretrained(folder) for folder in ("dense", done.folder))
     widths = [shape.intermediate_size for shape in done.plan]
     assert len(set(widths)) > 1 and {shape.kv_heads for shape in done.plan} == {0}
     assert done.record["measured_sparsity_of_layers"] == pytest.approx(0.4, abs=0.02)
@@ -184,7 +188,7 @@ def test_deci_is_a_llama_whose_mlps_have_widths_of_their_own(here):
     config = json.loads((done.folder / "config.json").read_text())
     assert config["architectures"] == ["DeciLMForCausalLM"] and config["model_type"] == "nemotron-nas"
     assert [block["ffn"]["intermediate_size"] for block in config["block_configs"]] == widths
-    assert {block["attention"]["n_heads_in_group"] for block in config["block_configs"]} == {2}
+    assert {block["attention"]["n_heads_in_group"] for block in config["block_configs"]} == {3}
     assert config["intermediate_size"] == max(widths)
     # Engines read attributes, and take another rule where there is an ffn_mult.
     first = model.config.block_configs[0]
@@ -204,8 +208,7 @@ def test_deci_as_a_gguf_file(here):
 @pytest.mark.parametrize("layout", ["stock", "deci"])
 def test_it_loads_where_this_package_is_not(layout, here):
     """Greedy text and logits of a process that cannot import olica are those of this one."""
-    recipe = "wanda-sp" if layout == "stock" else "olica-plus"
-    folder = pruned(recipe=recipe, layout=layout, sparsity=0.5).folder
+    folder = pruned(recipe="olica-plus", layout=layout, sparsity=0.5).folder
     trust = ", trust_remote_code=True" if layout == "deci" else ""
     script = f"""
 import sys
@@ -227,6 +230,7 @@ torch.save((type(model).__name__, model(tokens).logits, text), "out.pt")
     assert torch.equal(text, model.generate(tokens, max_new_tokens=8, do_sample=False))
     card = (folder / "README.md").read_text()
     assert ("trust_remote_code" in card) == (layout == "deci") and f"--layout {layout}" in card
+    assert ("--sizes_of" in card) == (layout == "deci"), "of a stock one all layers have the same whatever it says"
     assert layout == "deci" or "import olica" not in card
 
 

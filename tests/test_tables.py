@@ -516,10 +516,22 @@ def test_quality_over_size_has_a_line_for_each_recipe_and_mix(record):
     figure = plots.quality_over_size([record.results])
     (axes,) = figure.axes
     lines = {line.get_gid(): line for line in axes.get_lines() if line.get_gid()}
-    assert len(lines) == 6
+    assert len(lines) == 6 and "above" not in axes.get_title()
+    assert {text.get_text() for text in axes.texts} == {"olica", "olica-grouped", "olica-plus"}
     plus = lines[f"olica-plus, {record.label}, own"]
     assert list(plus.get_xdata()) == [100, 75] and plus.get_ydata()[1] == pytest.approx((1.5 * 1.2) ** 0.5)
     assert plots.quality_over_size([Results(record.folder, "elsewhere")]) is None
+
+
+def test_what_lies_far_above_the_founding_recipes_is_named_above_the_panel(record):
+    recipe_runs(record)
+    made = pruning(sparsity=0.2, recipe="magnitude", seed=0, sparsity_of="model")
+    made["measured_sparsity_of_layers"] = 0.25
+    record("methods/paper/e", evaluation(100.0, 50.0), made)
+    (axes,) = plots.quality_over_size([record.results]).axes
+    assert axes.get_title() == "wikitext2 (above it: magnitude)" and axes.get_ylim()[1] == pytest.approx(2 * 4)
+    heights = {text.get_text(): text.xyann[1] for text in axes.texts}
+    assert heights["olica"] > heights["olica-grouped"] > heights["olica-plus"] and len(heights) == 3
 
 
 def test_choice_and_repair_stand_apart_where_the_dial_was_turned(record):

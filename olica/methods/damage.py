@@ -155,8 +155,8 @@ class LeastDamage(Allocate):
         """See `Allocate`; how many heads stay is a matter of the parts."""
         return replace(self, is_uniform=True)
 
-    def within(self, kv_heads: tuple[int, ...]) -> "LeastDamage":
-        """See `Allocate`; how many heads stay is a matter of the parts."""
+    def of_channels(self) -> "LeastDamage":
+        """See `Allocate`; what goes is a matter of the parts."""
         return self
 
     def _all(self, sizes: list[Sizes]) -> list[tuple[Sizes, Part]]:

@@ -21,7 +21,7 @@ from .query_key import LowRankQueryKey
 from .recipe import Layer, Stage
 from .refit import refit_errors, with_ridge
 from .sizes import Sizes
-from .thinning import Selection
+from .thinning import Choice, Selection
 from .units import group_parameters
 from .value_output import NarrowedHeads, head_blocks
 
@@ -188,15 +188,31 @@ class FeedForward(Part):
 
     def errors(self, layer: Layer) -> Tensor:
         """See `Part`: down_proj is refitted to the channels with the highest scores."""
-        importance = self.stage.importance
-        assert not isinstance(importance, Selection), "sizes are compared in the order of scores"
-        order = importance(layer).argsort(stable=True).flip(0)
-        moment = with_ridge(layer.moments[full("intermediate")][order[:, None], order], DEFINITE)
-        return shares_of_first(refit_errors(layer.weights.down_proj.weight[:, order], moment))
+        order = by_score(self.stage.importance, layer)
+        return refitted_in_order(layer.weights.down_proj.weight, layer.moments[full("intermediate")], order)
 
     def workspace(self, sizes: Sizes) -> int:
-        """See `Part`: C in two orders, or C and its factor; W, and its product with the factor."""
-        return DOUBLE * (3 * sizes.intermediate_size**2 + 2 * sizes.hidden_size * sizes.intermediate_size)
+        """See `Part`."""
+        return workspace_in_order(sizes.hidden_size, sizes.intermediate_size)
+
+
+def by_score(choice: Choice, layer: Layer) -> Tensor:
+    """Indices of a layer's units, the one that stays longest first."""
+    assert not isinstance(choice, Selection), "sizes are compared in the order of scores"
+    return choice(layer).argsort(stable=True).flip(0)
+
+
+def refitted_in_order(weight: Tensor, moment: Tensor, order: Tensor) -> Tensor:
+    """Errors (f + 1,), shares of the first, of W (O, f) refitted to the first of its features in an order (f,).
+
+    The features have the second moment C (f, f).
+    """
+    return shares_of_first(refit_errors(weight[:, order], with_ridge(moment[order[:, None], order], DEFINITE)))
+
+
+def workspace_in_order(outputs: int, features: int) -> int:
+    """Bytes that this takes: C in two orders, or C and its factor; W, and its product with the factor."""
+    return DOUBLE * (3 * features**2 + 2 * outputs * features)
 
 
 @dataclass(frozen=True)
@@ -227,13 +243,10 @@ class Heads(Part):
 
     def errors(self, layer: Layer) -> Tensor:
         """See `Part`: o_proj is refitted to the heads with the highest scores."""
-        scores = self.stage.scores
-        assert not isinstance(scores, Selection), "sizes are compared in the order of scores"
         width = layer.sizes.groups * layer.sizes.head_dim
-        order = rows_of(scores(layer).argsort(stable=True).flip(0), width)
-        moment = with_ridge(layer.moments[full("heads")][order[:, None], order], DEFINITE)
-        return shares_of_first(refit_errors(layer.weights.o_proj.weight[:, order], moment)[::width])
+        order = rows_of(by_score(self.stage.scores, layer), width)
+        return refitted_in_order(layer.weights.o_proj.weight, layer.moments[full("heads")], order)[::width]
 
     def workspace(self, sizes: Sizes) -> int:
-        """See `Part`: C in two orders, or C and its factor; W, and its product with the factor."""
-        return DOUBLE * (3 * sizes.query_width**2 + 2 * sizes.hidden_size * sizes.query_width)
+        """See `Part`."""
+        return workspace_in_order(sizes.hidden_size, sizes.query_width)

@@ -160,11 +160,8 @@ class Allocate(ABC):
         """
         raise ValueError("its sizes are not those of whole heads and channels")
 
-    def within(self, kv_heads: tuple[int, ...]) -> "Allocate":
-        """The same for whole channels, and some numbers of key/value heads, each layer having sizes of its own.
-
-        Args:
-            kv_heads: as of `alike`.
+    def of_channels(self) -> "Allocate":
+        """An allocation of sizes of each layer's own, of which whole channels alone go.
 
         Raises:
             ValueError: there is none.
@@ -269,7 +266,7 @@ class Method:
         """
         if others := own_forms(stage for stages in self.passes for stage in stages):
             raise ValueError(f"it makes {others}")
-        allocate = self.allocate.alike(kv_heads) if is_alike else self.allocate.within(kv_heads)
+        allocate = self.allocate.alike(kv_heads) if is_alike else self.allocate.of_channels()
         is_read = allocate.reads_survey or (self.survey is not None and self.survey.serves_stages)
         return replace(self, survey=self.survey if is_read else None, allocate=allocate)
 

@@ -193,8 +193,8 @@ def _shrunk_mlp(name: str, dense: nn.Linear, shape: LayerShape) -> nn.Module:
     return _resized(dense, dense.in_features, shape.intermediate_size)
 
 
-class OwnClass:
-    """Makes an attention class another one for each set of kinds of its projections.
+class AttentionOfKinds:
+    """Makes an attention class another one for each list of kinds of its projections, `kinds`.
 
     vLLM and SGLang look at the first module of a class, and take all others of it to have projections of its kinds.
     """
@@ -202,7 +202,7 @@ class OwnClass:
     def __reduce_ex__(self, protocol):
         """Have pickle make the class anew, for it is no name of a module."""
         _, _, *state = super().__reduce_ex__(protocol)
-        return _empty_attention, (type(self).__mro__[2], type(self).kinds), *state
+        return _empty_attention, (type(self).__bases__[1], type(self).kinds), *state
 
 
 @cache
@@ -210,7 +210,7 @@ def attention_class(base: type, kinds: tuple[type, ...]) -> type:
     """The subclass of an attention class for projections of some kinds."""
     name = base.__name__ + "".join(kind.__name__.removesuffix("Linear") or "Whole" for kind in kinds)
     doc = f"{base.__name__} whose projections are of the kinds {', '.join(kind.__name__ for kind in kinds)}."
-    return type(name, (OwnClass, base), {"__module__": __name__, "__doc__": doc, "kinds": kinds})
+    return type(name, (AttentionOfKinds, base), {"__module__": __name__, "__doc__": doc, "kinds": kinds})
 
 
 def _empty_attention(base: type, kinds: tuple[type, ...]) -> nn.Module:

@@ -24,7 +24,7 @@ from ..sources.configuration import read_config
 from ..sources.locate import Location, locate
 from ..sources.opening import open_dense_model
 from ..sources.tokenizers import read_tokenizer
-from .gguf_layout import Layout, Shapes
+from .gguf_layout import GgufLayout, Shapes
 from .gguf_vocabulary import vocabulary_of
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ def write_model(
         UsageError: as `write_gguf`.
     """
     kind, file_type = FORMS[form]
-    layout, vocabulary = Layout(config, weights.shapes), vocabulary_of(tokenizer, config)
+    layout, vocabulary = GgufLayout(config, weights.shapes), vocabulary_of(tokenizer, config)
     if layout.context_length < config.max_position_embeddings:
         logger.warning(
             "llama.cpp's %s has no attention windows: the file says that the model takes %d tokens, not %d",

@@ -54,7 +54,7 @@ class LayerSizes:
     channels: int
 
 
-class Layout:
+class GgufLayout:
     """How a model lies in a GGUF file.
 
     Attributes:

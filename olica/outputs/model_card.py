@@ -5,7 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-from ..model.layouts import LAYOUTS, OWN_LAYOUT
+from ..model.layouts import LAYOUTS, OWN_LAYOUT, Layout
 from ..output import with_error
 from ..sources.calibration_set import is_token_file
 from .names import DIALS, turned
@@ -62,7 +62,7 @@ def write_card(folder: Path, record: dict) -> None:
         base_model=base, library_name="transformers", pipeline_tag="text-generation", tags=["olica", "pruned"]
     )
     name = base or Path(model["name"]).name
-    trust = "" if LAYOUTS[record["settings"].get("layout", OWN_LAYOUT)].is_stock else TRUST
+    trust = "" if layout_of(record["settings"]).is_stock else TRUST
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     text = CARD_TEXT.format(
         metadata=metadata.to_yaml(),
@@ -127,10 +127,17 @@ def changes(plan: list[dict[str, int]], dense: dict[str, int]) -> str:
     return ", ".join(parts) or "no size changed"
 
 
+def layout_of(settings: dict) -> Layout:
+    """The layout that a record's settings name; old records have none but ours."""
+    return LAYOUTS[settings.get("layout", OWN_LAYOUT)]
+
+
 def flags(record: dict) -> str:
     """The flags, beside the recipe, that had a part in the result."""
     settings, parameters = record["settings"], record["parameters"]
     own, of_corrections = record["recipe"]["parameters"], OF_CORRECTIONS if can_correct(record) else ()
+    if layout_of(settings).is_alike:  # and decides what --sizes_of asks
+        own = [name for name in own if name != "sizes_of"]
     names = ["sparsity", "sparsity_of"]
     if parameters["after"] < parameters["before"]:
         names += [name for name in own if name not in of_corrections]
