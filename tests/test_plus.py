@@ -215,6 +215,11 @@ def test_variants_that_travel_together_do_the_damage_of_each_alone():
             assert torch.equal(one[part.name], all_parts[part.name])
 
 
+@pytest.mark.parametrize(("given", "samples", "seen"), [(0, 768, 16), (0, 256, 5), (0, 60, 4), (0, 3, 3), (7, 768, 7)])
+def test_one_sample_of_48_is_a_probe_unless_the_user_says(given, samples, seen):
+    assert plus(PlusParameters(probes=given)).survey.samples(samples) == seen
+
+
 def test_the_damage_of_the_size_that_is_tried_is_what_it_does_to_the_output():
     """Against the dense model run with the layer pruned to that size alone, for all tokens that are compared."""
     method, model = plus(PlusParameters(probes=6)), make_llama(num_key_value_heads=2)
@@ -229,7 +234,7 @@ def test_the_damage_of_the_size_that_is_tried_is_what_it_does_to_the_output():
             only = replace(method, stream="dense", passes=((part.stage,),))
             prune_layers(Work(DenseModel(pruned), IDS, only, pruning_options()), plan, [{}] * 3, Progress())
             with torch.no_grad():
-                expected, changed = (m(IDS).logits[:, 7::8].double().log_softmax(-1) for m in (model, pruned))
+                expected, changed = (m(IDS).logits[:, 3::4].double().log_softmax(-1) for m in (model, pruned))
             damage = (expected.exp() * (expected - changed)).sum(-1).mean().item()
             assert found[index][part.name][size].item() == pytest.approx(damage, rel=1e-3)
 
@@ -353,7 +358,7 @@ def test_a_budget_below_what_every_part_keeps_is_refused():
         ({"ridge": 0}, "--ridge 0 must be a number above 0"),
         ({"ridge": "inf"}, "--ridge inf must"),
         ({"ridge": "much"}, "--ridge much: give a number"),
-        ({"probes": 0}, "--probes 0: give at least 1"),
+        ({"probes": -1}, "--probes -1: give at least 1, or 0"),
         ({"probes": 1.5}, "--probes 1.5: give a whole number"),
         ({"sizes_of": "head"}, "--sizes_of head: give layer or model"),
         ({"mlp_num": 3}, "--mlp_num is no parameter of --recipe olica-plus"),

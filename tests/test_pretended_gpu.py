@@ -29,7 +29,7 @@ from olica.evaluation.cost import forward_latency
 from olica.evaluation.perplexity import perplexity
 from olica.evaluation.subject import LATENCY
 from olica.machine import BatchSize
-from olica.methods.plus import PlusParameters
+from olica.methods.plus import PlusParameters, plus
 from olica.methods.recipes import RECIPES
 from olica.outputs import run_progress
 from olica.outputs.run_progress import RunProgress
@@ -214,7 +214,7 @@ def check_pruning(gpu, monkeypatch, recipe: str = "olica") -> None:
         assert 0.5 < peaks[cache_dev] / record["expected_peak_memory"]["device_bytes"] < 1.02
         assert gpu.allocated == 0
     variants = 3 * LAYERS if recipe == "olica-plus" else 0  # whose states travel, of some samples each
-    states = (SAMPLES + min(PlusParameters.probes, SAMPLES) * variants) * TOKENS * 48 * 4
+    states = (SAMPLES + plus(PlusParameters()).survey.samples(SAMPLES) * variants) * TOKENS * 48 * 4
     if recipe == "magnitude":  # no text goes through the layers
         assert peaks["cuda"] == peaks["cpu"]
     else:

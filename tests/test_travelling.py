@@ -42,10 +42,13 @@ class Trying(TravellingSurvey):
         compared: (logits of the dense model, those of a changed one) in the order in which they came.
     """
 
-    samples, stride, most_variants = SAMPLES, STRIDE, 2
+    stride, most_variants = STRIDE, 2
 
     def __init__(self, group: int = 1):
         self.group, self.compared = group, []
+
+    def samples(self, calibration):
+        return min(SAMPLES, calibration)
 
     def group_size(self, layers):
         return self.group

@@ -23,7 +23,11 @@ from .sizes import Budget, Sizes
 # Groups of layers that the survey tries, at the most: in deeper models neighbouring layers are tried together.
 MOST_GROUPS = 32
 # Outputs are compared at every so many tokens.
-STRIDE = 8
+STRIDE = 4
+# Unless the user says, one of so many samples sees the variants, and at least so many do: what they take is then the
+# same share of the time whatever the text, and small texts still tell the sizes apart.
+SAMPLES_PER_PROBE = 48
+FEWEST_PROBES = 4
 
 
 def divergence(dense: Tensor, changed: Tensor) -> float:
@@ -37,11 +41,11 @@ class DamageSurvey(TravellingSurvey):
 
     Attributes:
         parts: of every layer.
-        samples: on which the sizes that are tried are measured.
+        probes: how many samples the sizes that are tried are measured on; 0: as many as suit the calibration set.
     """
 
     parts: tuple[Part, ...]
-    samples: int
+    probes: int
 
     stride = STRIDE
 
@@ -49,6 +53,10 @@ class DamageSurvey(TravellingSurvey):
     def most_variants(self) -> int:  # type: ignore[override]
         """See `TravellingSurvey`."""
         return len(self.parts)
+
+    def samples(self, calibration: int) -> int:
+        """See `TravellingSurvey`."""
+        return min(self.probes or max(calibration // SAMPLES_PER_PROBE, FEWEST_PROBES), calibration)
 
     def decided_by(self, parameters: Any) -> dict[str, Any]:
         """See `Survey`."""

@@ -26,14 +26,17 @@ class PlusParameters:
     """What Olica-plus leaves open."""
 
     ridge: float = field(default=1.0, metadata={"help": "how strongly refits are drawn to the old weights, above 0"})
-    probes: int = field(default=16, metadata={"help": "samples on which the damage of sizes is measured"})
+    probes: int = field(
+        default=0,
+        metadata={"help": "samples on which the damage of sizes is measured; 0: one of 48, but at least 4"},
+    )
     sizes_of: str = field(default="layer", metadata={"help": "layer: each has its own sizes; model: all have the same"})
 
     def __post_init__(self) -> None:
         if not 0 < self.ridge < inf:
             raise UsageError(f"--ridge {self.ridge:g} must be a number above 0")
-        if self.probes < 1:
-            raise UsageError(f"--probes {self.probes}: give at least 1")
+        if self.probes < 0:
+            raise UsageError(f"--probes {self.probes}: give at least 1, or 0 for as many as suit the text")
         if self.sizes_of not in SIZES_OF:
             raise UsageError(f"--sizes_of {self.sizes_of}: give {' or '.join(SIZES_OF)}")
 

@@ -86,14 +86,16 @@ class TravellingSurvey(Survey):
     all are replaced at once, so that deep models have no more variants than others.
 
     Attributes:
-        samples: n, how many samples of the calibration set the variants see.
         stride: the logits of every so many tokens of a sample are compared.
         most_variants: how many variants a layer has at the most, from which memory is foreseen.
     """
 
-    samples: int
     stride: int
     most_variants: int
+
+    @abstractmethod
+    def samples(self, calibration: int) -> int:
+        """n, how many of so many samples of the calibration set the variants see."""
 
     def group_size(self, layers: int) -> int:
         """How many neighbouring layers, of so many in all, form a group."""

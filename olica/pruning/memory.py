@@ -112,7 +112,7 @@ def _travelling(task: Task) -> int:
     if not isinstance(survey, TravellingSurvey):
         return 0
     variants = survey.most_variants * ceil(layers / survey.group_size(layers))
-    samples, tokens = min(survey.samples, task.ids_shape[0]), task.ids_shape[1]
+    samples, tokens = survey.samples(task.ids_shape[0]), task.ids_shape[1]
     return variants * samples * tokens * task.config.hidden_size * task.itemsize
 
 

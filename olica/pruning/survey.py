@@ -84,7 +84,7 @@ class Probes:
         self._survey, self._dense, self._options = survey, work.dense, work.options
         self._group = survey.group_size(work.dense.config.num_hidden_layers)
         samples = len(work.calibration_ids)
-        number = min(survey.samples, samples)
+        number = survey.samples(samples)
         self.rows = torch.arange(number) * samples // number
         self._ids = work.calibration_ids[self.rows]
 
