@@ -15,7 +15,7 @@ from ..checks import check_writable
 from ..errors import UsageError, in_words
 from ..model.configuration_olica import PrunedConfig
 from ..model.dense_form import filled, own_config, plan_of
-from ..model.layouts import EXPORTS, for_family
+from ..model.layouts import DENSE, EXPORTS, for_family
 from ..model.skeleton import pruned_skeleton, try_out
 from ..sources.configuration import read_config, refuse_quantised
 from ..sources.dense_model import DenseModel
@@ -61,7 +61,7 @@ def export(checkpoint: str | Path, path: str | Path, layout: str, largest: int, 
     except UsageError:
         raise
     except ValueError as error:
-        others = "" if layout == "dense" else "; give --layout dense, or prune with this one"
+        others = "" if layout == DENSE else "; give --layout dense, or prune with this one"
         raise location.error(f"{error}{others}") from error
     tokenizer, source = read_tokenizer(location), open_dense_model(location)
     dtype = source.model.dtype
