@@ -100,7 +100,8 @@ def filled(layer: nn.Module, own: nn.Module, config: PreTrainedConfig) -> dict[s
     """
     like = copy.deepcopy(own)
     separate_projections(like, config)
-    state, weights = layer.state_dict(), {}
+    state = layer.state_dict()
+    weights: dict[str, Tensor] = {}
     matrices = {name: as_matrix(projection) for name, projection in projections_of(layer)._asdict().items()}
     if large := [name for name, (weight, _) in matrices.items() if not all_finite(weight)]:
         raise ValueError(f"a product of factors of {large[0]} is beyond the largest number of the dtype")
