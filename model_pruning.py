@@ -18,6 +18,7 @@ from olica.methods.recipes import RECIPES, recipe_name
 from olica.model.configuration_olica import LayerShape
 from olica.model.layouts import LAYOUTS
 from olica.outputs.names import SPARSITY_OF
+from olica.outputs.weight_shards import ABOUT_LARGEST_FILE
 from olica.run import run_all
 from olica.sources.weights import DTYPES
 
@@ -59,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(group, "batch_size", type=number_or_auto, help="samples that go through a layer at a time; auto: what fits")
     group = parser.add_argument_group("output")
     add(group, "save_dir", type=expanduser, help="folder that receives the checkpoint's folder")
+    add(group, "max_shard_size", help=ABOUT_LARGEST_FILE)
     add(group, "overwrite", action="store_true", help="replace an existing checkpoint")
     group.add_argument(
         "--list_recipes",

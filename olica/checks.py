@@ -1,6 +1,7 @@
 """Checks of tensors, of files and of places to write to, before work is done in vain."""
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from .errors import UsageError
 
+# Sizes of files as people write them: in powers of a thousand, as disks are sold.
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 # How a file begins that git-lfs has not fetched, and what such a file has at most (the format's own limit).
 POINTER_START, POINTER_BYTES = b"version https://git-lfs", 1024
 
@@ -37,6 +40,19 @@ def as_kind(flag: str, value: Any, kind: type) -> Any:
         return kind(value)
     except ValueError as error:
         raise UsageError(f"--{flag} {value}: give {words}") from error
+
+
+def as_bytes(flag: str, value: str) -> int:
+    """Bytes of a size that is written as a number and a unit of UNITS.
+
+    Raises:
+        UsageError: it is none, or less than a byte; names the flag.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)?", value.strip().upper())
+    size = int(float(found[1]) * UNITS[found[2] or "B"]) if found else 0
+    if size < 1:
+        raise UsageError(f"--{flag} {value}: give a size such as 500MB or 5GB")
+    return size
 
 
 def check_writable(path: Path, flag: str) -> Path:

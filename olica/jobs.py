@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from .checks import as_kind
+from .checks import as_bytes, as_kind
 from .errors import UsageError
 from .machine import BatchSize, pick_device
 from .methods.allocation import describe_plan, largest_possible
@@ -22,6 +22,7 @@ from .model.configuration_olica import LayerShape
 from .model.layouts import LAYOUTS, OWN_LAYOUT, Layout, for_family
 from .model.skeleton import count_parameters, pruned_skeleton, try_out
 from .outputs.names import NAMED, RECIPES_OWN, SPARSITY_OF, checkpoint_folder
+from .outputs.weight_shards import LARGEST_FILE
 from .pruning.memory import Task, expected_peaks, fit_batch_size
 from .pruning.options import PruningOptions
 from .sources.calibration_set import calibration_shape, is_token_file
@@ -61,6 +62,7 @@ class Settings:
         cache_dev: where hidden states live.
         batch_size: samples that go through a layer at a time, or "auto".
         save_dir: folder that receives the checkpoint's folder.
+        max_shard_size: largest file of weights, such as "500MB" or "5GB"; a single weight that is larger has its own.
         overwrite: replace an existing checkpoint.
         parameters: those of the recipe that are not left at their defaults, by name.
     """
@@ -83,6 +85,7 @@ class Settings:
     cache_dev: str = "auto"
     batch_size: int | str = 16
     save_dir: str = "./pruned_models"
+    max_shard_size: str = LARGEST_FILE
     overwrite: bool = False
     parameters: dict[str, Any] = field(default_factory=dict)
 
@@ -107,6 +110,7 @@ class Settings:
             raise UsageError(f"--refit {self.refit} is none of {', '.join(REFITS)}")
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise UsageError(f"--dtype {self.dtype} is none of auto, {', '.join(DTYPES)}")
+        as_bytes("max_shard_size", self.max_shard_size)
         if self.batch_size != "auto" and self.batch_size < 1:
             raise UsageError(f"--batch_size {self.batch_size} must be at least 1")
         own = RECIPES[self.recipe].text
@@ -120,6 +124,11 @@ class Settings:
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "parameters"}
         own["round_to"] = self.multiple
         return own | asdict(RECIPES[self.recipe].with_parameters(self.parameters))
+
+    @property
+    def shard_bytes(self) -> int:
+        """Bytes of weights that a file has at most, unless a single one has more."""
+        return as_bytes("max_shard_size", self.max_shard_size)
 
     @property
     def multiple(self) -> int:
@@ -246,7 +255,7 @@ def _prepare(settings: Settings) -> Job:
         pruned = pruned_skeleton(config, shapes, layout)
         try_out(pruned)
     planned = count_parameters(pruned) if plan else None
-    expected = planned["total"] if planned else dense["total"] - round(budget.to_remove)
+    expected = (planned["total"] if planned else dense["total"] - round(budget.to_remove)) * itemsize
     return Job(
         settings=settings,
         recipe=recipe,
@@ -260,7 +269,8 @@ def _prepare(settings: Settings) -> Job:
         notes=([] if settings.layout == OWN_LAYOUT else [layout.about]) + method.allocate.notes(sizes, budget),
         parameters=Parameters(dense, planned),
         bytes_per_weight=itemsize,
-        disk_bytes=expected * itemsize + 2 * task.states,  # two, while one takes the place of the other
+        # Two states, while one takes the place of the other; later a file of weights beside what it is made of.
+        disk_bytes=expected + max(2 * task.states, min(expected, settings.shard_bytes)),
         memory=expected_peaks(task, options),
         folder=checkpoint_folder(
             settings.save_dir, location.label, settings.sparsity, **{name: getattr(settings, name) for name in NAMED}

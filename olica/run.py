@@ -183,7 +183,9 @@ def _prune_and_save(job: Job, folder: RunFolder) -> dict:
         with stages.stage("prune"):
             prune_layers(work, plan, findings, progress)
     with stages.stage("write"):
-        after = checkpoint.complete(folder, progress, dense, _skeleton(job, dense, plan), tokenizer)
+        after = checkpoint.complete(
+            folder, progress, dense, _skeleton(job, dense, plan), tokenizer, settings.shard_bytes
+        )
     record = _make_record(job, calibration, plan, {"before": before, "after": after}) | {
         "identity": identity.digest_of(what),
         "multiple_correlation": [found["correlation"].item() if "correlation" in found else None for found in findings],

@@ -133,7 +133,7 @@ def edit_config(folder: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def write_pruned(model, plan: list[LayerShape], tokenizer, folder: Path) -> None:
+def write_pruned(model, plan: list[LayerShape], tokenizer, folder: Path, largest: int = 10**9) -> None:
     """Save a model that was pruned in memory as the command line saves one that it streams."""
     dense = DenseModel(model)
     with RunFolder.locked(folder) as run:
@@ -143,7 +143,7 @@ def write_pruned(model, plan: list[LayerShape], tokenizer, folder: Path) -> None
         progress.wait()
         pruned = pruned_skeleton(dense.config, plan)
         check_description(run, dense, pruned, tokenizer)
-        complete(run, progress, dense, pruned, tokenizer)
+        complete(run, progress, dense, pruned, tokenizer, largest)
         run.publish()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import allocate, load_weights, make_llama, make_tokenizer, prune, write_pruned
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from olica.errors import UsageError
@@ -76,13 +76,38 @@ def test_loads_in_a_fresh_process_with_and_without_olica(pruned_folder, installe
 
 def test_a_checkpoint_holds_what_loading_needs(pruned_folder):
     names = {path.name for path in pruned_folder.iterdir()}
-    assert {"config.json", "model.safetensors.index.json", "generation_config.json", "tokenizer.json"} <= names
+    assert {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json"} <= names
     assert {"configuration_olica.py", "modeling_olica.py"} <= names
     config = json.loads((pruned_folder / "config.json").read_text())
     assert config["model_type"] == "olica_llama" and config["architectures"] == ["OlicaLlamaForCausalLM"]
     tasks = {"CausalLM", "SequenceClassification", "TokenClassification"}
     assert set(config["auto_map"]) == {"AutoConfig", "AutoModel"} | {f"AutoModelFor{task}" for task in tasks}
     assert len(config["layer_shapes"]) == 3 and config["intermediate_size"] == 176
+
+
+@pytest.mark.parametrize("largest", [1, 100_000, 10**9])
+def test_weights_are_gathered_into_files_of_a_size(tmp_path, largest):
+    """They have the bits of the model in memory, whatever the size; a single weight that is larger has its own file."""
+    model = make_llama(num_key_value_heads=2, tie_word_embeddings=True)
+    _, plan = prune(model, IDS, "olica", 0.25)
+    write_pruned(model, plan, make_tokenizer(), tmp_path / "out", largest)
+    folder, expected = tmp_path / "out", dict(model.named_parameters())
+    held = {path.name: load_file(path) for path in folder.glob("*.safetensors")}
+    assert len(held) == {1: len(expected), 10**9: 1}.get(largest, len(held)) and (largest == 10**9) == (len(held) == 1)
+    for tensors in held.values():
+        assert len(tensors) == 1 or sum(4 * tensor.numel() for tensor in tensors.values()) <= largest
+    found = {name: tensor for tensors in held.values() for name, tensor in tensors.items()}
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    index = folder / "model.safetensors.index.json"
+    if largest == 10**9:
+        assert [*held] == ["model.safetensors"] and not index.exists()
+    else:
+        said = json.loads(index.read_text())
+        assert said["weight_map"] == {name: file for file, tensors in held.items() for name in tensors}
+        count = model.num_parameters()
+        assert said["metadata"] == {"total_parameters": count, "total_size": 4 * count}
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 
 
 def test_tied_weights_are_saved_once(pruned_folder):

@@ -53,7 +53,7 @@ def test_a_quantised_model_is_not_pruned(saved_llama):
     config["quantization_config"] = {"quant_method": "fp8"}
     (saved_llama / "config.json").write_text(json.dumps(config))
     location = locate(str(saved_llama))
-    with pytest.raises(UsageError, match="this checkpoint is quantised; prune the one"):
+    with pytest.raises(UsageError, match="this checkpoint is quantised; give the one"):
         refuse_unprunable(read_config(location), location)
 
 

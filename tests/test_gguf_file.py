@@ -346,7 +346,7 @@ def test_wrong_input_ends_in_one_sentence(tmp_path, capsys):
 def test_a_full_disk_is_foreseen(tmp_path, monkeypatch):
     folder = save(make_llama(), tmp_path / "dense")
     usage = type("Usage", (), {"free": 10_000})
-    monkeypatch.setattr("olica.outputs.gguf_file.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     with pytest.raises(UsageError, match="--output_path: the file takes 0.00 GB"):
         write_gguf(folder, tmp_path / "a.gguf")
     assert not (tmp_path / "a.gguf").exists()

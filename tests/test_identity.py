@@ -15,6 +15,8 @@ PRUNING += (
     "outputs/run_folder.py",
     "outputs/run_progress.py",
     "outputs/survey_store.py",
+    "outputs/weight_shards.py",
+    "tensor_files.py",
     "jobs.py",
     "run.py",
     "methods/deeper/new.py",

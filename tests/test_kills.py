@@ -27,12 +27,14 @@ def surveyed() -> int:
 
 
 def steps() -> int:
-    """How many layers the journals have as surveyed and as pruned, and one more when all is to be put in its place."""
+    """How many layers the journals have as surveyed and as pruned, how many files as gathered, and one more when all is
+    to be put in its place."""
     try:
-        facts = journal()
+        facts, files = journal(), journal("files")
     except (ValueError, FileNotFoundError):  # there is none, or it has just been removed
         return surveyed()
-    return surveyed() + facts["pruned"] + facts.get("publishing", False)
+    gathered = sum(name.startswith("checkpoint/") for name in files)
+    return surveyed() + facts["pruned"] + gathered + facts.get("publishing", False)
 
 
 def changed_at() -> int:
@@ -47,6 +49,15 @@ def changed_at() -> int:
 COMMAND = [str(ROOT / "model_pruning.py")]
 RUN = "import runpy, sys; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
 SAVING_COMMAND = ["-c", "import olica.outputs.run_progress as r; r.SAVED_EVERY = -1.0; " + RUN, *COMMAND]
+# Files that a checkpoint has then, and the command on a disk that takes its time over every block of them.
+SMALL_FILES, FILES = "--max_shard_size=300KB", 4
+SLOW_DISK = """
+import time
+import olica.outputs.run_progress as r
+bytes_in = r.bytes_in
+r.bytes_in = lambda path, entry: (time.sleep(0.005) or piece for piece in bytes_in(path, entry))
+"""
+GATHERING_COMMAND = ["-c", SLOW_DISK + RUN, *COMMAND]
 
 
 def start(server: str, arguments: list[str], errors: Path) -> Fork:
@@ -63,8 +74,8 @@ class Kill(NamedTuple):
     has_hidden: bool
 
 
-def kill_until_done(kills: int, server: str, command: list[str]) -> list[Kill]:
-    """Run the command, killing it so often at random moments of its work, the first being the start of the survey.
+def kill_until_done(kills: int, server: str, command: list[str], first: int = 0) -> list[Kill]:
+    """Run the command, killing it so often at random moments of its work, the first when so many steps are done.
 
     The command is what Python is called with, in forks of the `server`.
     """
@@ -77,7 +88,7 @@ def kill_until_done(kills: int, server: str, command: list[str]) -> list[Kill]:
         while len(met) < kills and process.poll() is None:
             at_work = changed_at() != before if surveyed() == LAYERS else any(SURVEYS.glob("*.lock"))
             # That many steps further, and then at any moment.
-            if at_work and steps() >= done + more:
+            if at_work and steps() >= max(done + more, first):
                 time.sleep(draw.uniform(0, 0.05) if met else 0)
                 process.send_signal(signal.SIGKILL)
                 break
@@ -118,6 +129,21 @@ def test_a_killed_command_goes_on_to_the_same_bits(here, fork_server, kills, com
     is_saving = command is SAVING_COMMAND
     assert any(kill.has_hidden for kill in met) == is_saving
     assert any(0 < step < LAYERS for step in done) == is_saving, f"no kill met a survey that was half done: {done}"
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(16, marks=pytest.mark.slow)])
+def test_a_command_that_is_killed_while_it_gathers_goes_on_to_the_same_bits(here, fork_server, kills):
+    kill_until_done(0, fork_server, [*COMMAND, *FLAGS, SMALL_FILES])
+    undisturbed = contents(FOLDER)
+    shutil.rmtree("out")
+    gathering = 2 * LAYERS
+    met = kill_until_done(kills, fork_server, [*GATHERING_COMMAND, *FLAGS, SMALL_FILES], gathering)
+    assert contents(FOLDER) == undisturbed
+    assert sum(name.endswith(".safetensors") for name in undisturbed) == FILES
+    assert [path.name for path in Path("out").iterdir()] == [FOLDER.name]
+    done = [kill.steps for kill in met]
+    assert len(met) == kills and min(done) >= gathering, "a layer was lost"
+    assert any(gathering < step < gathering + FILES for step in done), f"no kill met half gathered files: {done}"
 
 
 # Its survey waits before the first layer for a file that is called go.

@@ -434,7 +434,7 @@ def test_an_altered_journal_is_found_by_its_checksum(here, undisturbed, capsys, 
             stored["facts"]["pruned"] = 2
             path.write_text(json.dumps(stored))
         case "a checksum":
-            stored["files"].pop("checkpoint/model-00003-of-00008.safetensors")
+            stored["files"].pop("shard-00003.safetensors")
             path.write_text(json.dumps(stored))
     message = refused(capsys)
     assert "progress.json is damaged" in message and "--overwrite" in message
@@ -443,7 +443,7 @@ def test_an_altered_journal_is_found_by_its_checksum(here, undisturbed, capsys, 
 
 
 @pytest.mark.parametrize("harm", ["altered", "cut", "missing"])
-@pytest.mark.parametrize("file", ["checkpoint/model-00003-of-00008.safetensors", "hidden-pruned-3.safetensors"])
+@pytest.mark.parametrize("file", ["shard-00003.safetensors", "hidden-pruned-3.safetensors"])
 def test_altered_files_are_found_by_their_checksums(here, undisturbed, capsys, monkeypatch, harm, file):
     monkeypatch.setattr(run_progress, "SAVED_EVERY", -1.0)
     interrupted_after(3, monkeypatch)
@@ -493,8 +493,9 @@ def test_a_batch_that_became_smaller_is_followed(here, monkeypatch, recipe, plac
 
 def test_what_a_killed_run_left_half_written_is_thrown_away(here, undisturbed, monkeypatch):
     interrupted_after(3, monkeypatch)
-    (WORK / "checkpoint/model-00005-of-00008.safetensors").write_bytes(b"not named in progress.json")
-    (WORK / "checkpoint/model-00005-of-00008.unfinished").write_bytes(b"half")
+    (WORK / "shard-00005.safetensors").write_bytes(b"not named in progress.json")
+    (WORK / "shard-00005.unfinished").write_bytes(b"half")
+    (WORK / "checkpoint/model.unfinished").write_bytes(b"half")
     (WORK / "hidden-pruned-4.safetensors").write_bytes(b"half")
     assert prune() == 0
     assert contents(FOLDER) == undisturbed
@@ -508,6 +509,88 @@ def test_a_repeated_command_that_overwrites_goes_on_too(here, monkeypatch):
     assert prune("--overwrite", "--percdamp=0.3") == 0
     assert json.loads((FOLDER / "olica_run.json").read_text())["went_on_after"] == [2]
     assert contents(FOLDER) != old
+
+
+SMALL_FILES = "--max_shard_size=200KB"
+
+
+@cache
+def in_small_files() -> dict[str, bytes]:
+    """What the checkpoint of a run of `here` with small files holds."""
+    prune(SMALL_FILES)
+    expected = contents(FOLDER)
+    for folder in ("out", "data"):
+        shutil.rmtree(folder)
+    assert len([name for name in expected if name.endswith(".safetensors")]) > 4
+    return expected
+
+
+def dying_in(patched, moment: str, files: int) -> None:
+    """Have a run die at a moment of gathering the file behind so many."""
+    begun = []
+
+    def is_due(counts: bool = True) -> bool:
+        if counts:
+            begun.append(moment)
+        return len(begun) > files
+
+    def writing(path, entries, pieces, write=run_progress.write_pieces):
+        if is_due():
+            path.write_bytes(next(iter(pieces)))
+            raise Killed
+        write(path, entries, pieces)
+
+    def committing(self, facts, without=(), commit=Journal.commit):
+        if is_due(counts=not facts):
+            raise Killed
+        commit(self, facts, without)
+
+    def unlinking(self, missing_ok=False, unlink=Path.unlink):
+        if self.name.startswith("shard-") and is_due():
+            raise Killed
+        unlink(self, missing_ok)
+
+    match moment:
+        case "half a file":
+            patched.setattr(run_progress, "write_pieces", writing)
+        case "before the journal":
+            patched.setattr(Journal, "commit", committing)
+        case "before shards go":
+            patched.setattr(Path, "unlink", unlinking)
+
+
+@pytest.mark.parametrize("files", [0, 2])
+@pytest.mark.parametrize("moment", ["half a file", "before the journal", "before shards go"])
+def test_a_kill_while_shards_are_gathered(here, monkeypatch, moment, files):
+    """No layer is pruned again, and the disk never held more than the weights, a file and a shard."""
+    expected = in_small_files()
+    with monkeypatch.context() as patched:
+        dying_in(patched, moment, files)
+        with pytest.raises(Killed):
+            prune(SMALL_FILES)
+    assert journal()["pruned"] == LAYERS and not FOLDER.exists()
+    left = [path.stat().st_size for path in WORK.rglob("*.safetensors")]
+    weights = sum(len(held) for name, held in expected.items() if name.endswith(".safetensors"))
+    assert weights - 10_000 < sum(left) < weights + 200_000 + max(left)
+    monkeypatch.setattr(pruning_module, "cut", None)
+    assert prune(SMALL_FILES) == 0
+    assert contents(FOLDER) == expected
+    assert json.loads((FOLDER / "olica_run.json").read_text())["went_on_after"] == [LAYERS]
+    assert [path.name for path in Path("out").iterdir()] == [FOLDER.name]
+
+
+def test_gathered_files_are_found_by_their_checksums_and_files_of_another_size_refused(here, capsys, monkeypatch):
+    expected = in_small_files()
+    with monkeypatch.context() as patched:
+        dying_in(patched, "half a file", 2)
+        with pytest.raises(Killed):
+            prune(SMALL_FILES)
+    assert "another --max_shard_size (200KB, now 5GB)" in refused(capsys)
+    path = next(WORK.glob("checkpoint/model-00002-of-*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-1] + b"!")  # no weight here ends so
+    assert f"{path.name} of the unfinished run was altered" in refused(capsys, SMALL_FILES)
+    assert prune(SMALL_FILES, "--overwrite") == 0
+    assert contents(FOLDER) == expected
 
 
 @pytest.mark.parametrize("replaced", [False, True])

@@ -72,7 +72,7 @@ def test_a_stopped_pruning_says_after_which_layer_it_goes_on(here, fast_python, 
     undisturbed = contents(FOLDER)
     shutil.rmtree("out")
     process = start(fast_python, "-c", SLOW_WRITING + RUN, PRUNING, *FLAGS)
-    wait_for(process, lambda: len(list(WORK.glob("checkpoint/*.safetensors"))) >= 2)
+    wait_for(process, lambda: len(list(WORK.glob("shard-*.safetensors"))) >= 2)
     how = stop(process, number)
     finished = journal()["pruned"]
     assert how == f"the same command goes on after {finished} of {LAYERS} layers" and 2 <= finished < LAYERS

@@ -26,7 +26,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def journal() -> dict:
-    """The facts in the journal of the unfinished run, whatever its recipe."""
+def journal(part: str = "facts") -> dict:
+    """The facts in the journal of the unfinished run, whatever its recipe, or its files."""
     (path,) = Path("out").glob(".*.partial/progress.json")
-    return json.loads(path.read_text())["facts"]
+    return json.loads(path.read_text())[part]

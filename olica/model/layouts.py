@@ -42,7 +42,7 @@ class Layout:
         return self.is_bare and self.is_alike
 
 
-OWN_LAYOUT, DECI = "olica", "deci"
+OWN_LAYOUT, DECI, DENSE = "olica", "deci", "dense"
 # Families whose own models have fused projections.
 FUSED_FAMILIES = ("phi3",)
 # Most engines know an MLP of DeciLM by a factor m, from which they take 2 m D / 3 channels, rounded up to this.
@@ -70,6 +70,16 @@ LAYOUTS = {
         ),
     )
 }
+# What a checkpoint of ours can be made into; those of LAYOUTS only where it was pruned to nothing else.
+EXPORTS = {
+    **{name: layout for name, layout in LAYOUTS.items() if layout.is_bare},
+    DENSE: Layout(
+        DENSE,
+        "the dense model's own architecture, which any engine reads, of its size and as slow: factors are multiplied "
+        "out, zeros are put where something was removed, and corrections go into removed channels where the family can "
+        "have biases in its MLPs",
+    ),
+}
 
 
 def for_family(layout: Layout, config: PreTrainedConfig) -> Layout:
@@ -83,7 +93,7 @@ def for_family(layout: Layout, config: PreTrainedConfig) -> Layout:
     family, heads = config.model_type, config.num_key_value_heads
     if family in FUSED_FAMILIES:
         raise UsageError(
-            f"--layout {layout.name} is not written for {family}, whose projections are fused: give {OWN_LAYOUT}"
+            f"--layout {layout.name} is not written for {family}, whose projections are fused: give another --layout"
         )
     if layout.families and family not in layout.families:
         raise UsageError(

@@ -7,8 +7,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from .configuration_olica import LayerShape
+from .dense_form import dense_config
 from .families import FAMILIES
-from .layouts import DECI, LAYOUTS, OWN_LAYOUT, Layout, check_fits, deci_config, stock_config
+from .layouts import DECI, DENSE, LAYOUTS, OWN_LAYOUT, Layout, check_fits, deci_config, stock_config
 from .modeling_deci import DeciLMForCausalLM
 
 
@@ -32,9 +33,9 @@ def pruned_skeleton(
     if layout.name == DECI:
         sized = deci_config(config, plan)
         return without_weights(lambda: DeciLMForCausalLM(sized))
-    if layout.is_stock:
-        stock = stock_config(config, plan[0])
-        return without_weights(lambda: AutoModelForCausalLM.from_config(stock))
+    if layout.is_stock or layout.name == DENSE:
+        own = stock_config(config, plan[0]) if layout.is_stock else dense_config(config, plan)
+        return without_weights(lambda: AutoModelForCausalLM.from_config(own))
     pruned_class = FAMILIES[config.model_type]
     settings = config.to_dict()
     for key in ("model_type", "architectures", "transformers_version"):

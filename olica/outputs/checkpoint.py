@@ -2,8 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import CONFIG_NAME
 
 from ..checks import check_writable
 from ..errors import UsageError
@@ -25,9 +25,10 @@ from ..model.families import SEQUENCE_CLASSIFIERS, TOKEN_CLASSIFIERS
 from ..model.modeling_deci import DeciLMConfig
 from ..model.skeleton import try_out, without_weights
 from ..sources.dense_model import DenseModel
-from ..sources.weight_files import StoredWeight, stored_weights
+from ..sources.weight_files import stored_weights
 from .run_folder import RunFolder
 from .run_progress import RunProgress
+from .weight_shards import write_index
 
 
 def check_folder(folder: Path) -> None:
@@ -55,8 +56,17 @@ def complete(
     dense: DenseModel,
     pruned: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
+    largest: int,
 ) -> dict[str, int]:
-    """Write what a checkpoint of the skeleton `pruned` has beside its decoder layers, all of which are written.
+    """Make the checkpoint of the skeleton `pruned`, whose decoder layers are all kept.
+
+    Args:
+        run: whose checkpoint it is.
+        progress: which has the decoder layers.
+        dense: the dense model, which has all else.
+        pruned: the skeleton.
+        tokenizer: of the model.
+        largest: bytes of weights that a file has at most, unless a single one has more.
 
     Returns:
         The parameters that were written: `total`, and `decoder_layers` alone.
@@ -65,12 +75,14 @@ def complete(
         RuntimeError: the weights are not those of the plan.
         UsageError: the disk is full or fails.
     """
-    embedding, others = dense.other_names()
-    progress.save_shard(1, dense.read(embedding))
-    progress.save_shard(progress.shards.layers + 2, dense.read(others))
+    if not progress.is_gathering:
+        embedding, others = dense.other_names()
+        progress.save_shard(1, dense.read(embedding))
+        progress.save_shard(progress.shards.layers + 2, dense.read(others))
+    progress.gather(largest)
     stored = stored_weights(sorted(run.checkpoint.glob("*.safetensors")))
     with _as_loading():
-        loaded = _describe(run, run.checkpoint, dense, pruned, tokenizer)
+        loaded = describe(run.checkpoint, dense, pruned, tokenizer, run.in_words)
     expected = {name: tuple(weight.shape) for name, weight in loaded.named_parameters()}
     if expected != {name: weight.shape for name, weight in stored.items()}:
         raise RuntimeError("the weights written are not those of the plan")
@@ -80,7 +92,7 @@ def complete(
         "decoder_layers": sum(size for name, size in sizes.items() if name.startswith(dense.layers_prefix)),
     }
     with run.in_words():
-        _write_index(run.checkpoint, stored, written["total"])
+        write_index(run.checkpoint, stored)
     return written
 
 
@@ -89,7 +101,7 @@ def check_description(
 ) -> None:
     """Raise UsageError if a checkpoint of the skeleton `pruned` would not load or run: before layers are pruned."""
     with TemporaryDirectory(dir=run.work) as folder, _as_loading():
-        try_out(_describe(run, Path(folder), dense, pruned, tokenizer))
+        try_out(describe(Path(folder), dense, pruned, tokenizer, run.in_words))
 
 
 @contextmanager
@@ -107,14 +119,21 @@ def _as_loading() -> Iterator[None]:
         ) from error
 
 
-def _describe(
-    run: RunFolder,
+def describe(
     folder: Path,
     dense: DenseModel,
     pruned: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
+    writing: Callable[[], AbstractContextManager],
 ) -> PreTrainedModel:
     """Write what a checkpoint has beside its weights, and load it again.
+
+    Args:
+        folder: the checkpoint's.
+        dense: the model that was read.
+        pruned: the skeleton of the one that is written.
+        tokenizer: of the model.
+        writing: has a disk that is full or fails end in a UsageError.
 
     Returns:
         The model that the Auto classes make of the folder, without weights.
@@ -123,7 +142,7 @@ def _describe(
         UsageError: the disk is full or fails.
         Exception: it cannot be made, or not be loaded.
     """
-    with run.in_words():
+    with writing():
         _write_description(pruned, dense.model, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -131,15 +150,6 @@ def _describe(
         AutoTokenizer.from_pretrained(folder)
     config = AutoConfig.from_pretrained(folder)
     return without_weights(lambda: AutoModelForCausalLM.from_config(config))
-
-
-def _write_index(folder: Path, stored: dict[str, StoredWeight], parameters: int) -> None:
-    size = sum(prod(weight.shape) * weight.dtype.itemsize for weight in stored.values())
-    index = {
-        "metadata": {"total_parameters": parameters, "total_size": size},
-        "weight_map": {name: weight.path.name for name, weight in sorted(stored.items())},
-    }
-    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _write_description(pruned: PreTrainedModel, dense: PreTrainedModel, folder: Path) -> None:

@@ -1,14 +1,11 @@
 """Write a model as a GGUF file, which llama.cpp and what is built on it run: whole or not at all."""
 
 import logging
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 import torch
@@ -17,15 +14,16 @@ from gguf.quants import quantize
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..checks import check_record_path, check_writable
+from ..checks import check_record_path
 from ..errors import UsageError
 from ..model.configuration_olica import PREFIX
-from ..sources.configuration import read_config
+from ..sources.configuration import read_config, refuse_quantised
 from ..sources.locate import Location, locate
 from ..sources.opening import open_dense_model
 from ..sources.tokenizers import read_tokenizer
 from .gguf_layout import GgufLayout, Shapes
 from .gguf_vocabulary import vocabulary_of
+from .output_path import check_room, in_place_of
 
 logger = logging.getLogger(__name__)
 
@@ -117,8 +115,8 @@ def write_model(
     computed = layout.computed()
     kinds = {name: _kind(name, shape, kind) for name, shape in weights.shapes.items()}
     sizes = {name: _bytes(shape, kinds[name]) for name, shape in weights.shapes.items()}
-    _check_room(path, sum(sizes.values()))
-    with _in_place_of(path) as partial, _writer(layout.name) as writer:
+    check_room(path, sum(sizes.values()), "the file")
+    with in_place_of(path) as partial, _writer(layout.name) as writer:
         writer.add_type("model")
         writer.add_name(name)
         writer.add_file_type(file_type)
@@ -146,7 +144,7 @@ def write_model(
 def _check_path(path: Path, overwrite: bool) -> None:
     check_record_path(path, "--output_path")
     if path.suffix.lower() != ".gguf":
-        raise UsageError(f"--output_path {path}: give a name that ends in .gguf")
+        raise UsageError(f"--output_path {path}: give a name that ends in .gguf, or --layout for a folder")
     if path.exists() and not overwrite:
         raise UsageError(f"--output_path {path} exists already; give --overwrite to replace it, or another name")
 
@@ -155,10 +153,9 @@ def _refuse_unwritable(location: Location, config: PreTrainedConfig) -> None:
     if config.model_type.startswith(PREFIX):
         raise location.error(
             "the sizes of this pruned checkpoint are of the layout olica, which GGUF cannot hold: factors and "
-            "narrowed heads; give a dense model, or one pruned in its family's own architecture"
+            "narrowed heads; give what --layout dense makes of it, or one pruned in its family's own architecture"
         )
-    if getattr(config, "quantization_config", None) is not None:
-        raise location.error("this checkpoint is quantised; give the one that it was quantised from")
+    refuse_quantised(config, location)
 
 
 def _kind(name: str, shape: tuple[int, ...], kind: GGMLQuantizationType) -> GGMLQuantizationType:
@@ -191,27 +188,6 @@ def _converted(name: str, weight: Tensor, kind: GGMLQuantizationType) -> np.ndar
         numbers = quantize(np.ascontiguousarray(part.float().numpy()), kind)
         converted[start : start + ROWS] = numbers.view(np.uint8) if row else numbers
     return converted
-
-
-def _check_room(path: Path, needed: int) -> None:
-    free = shutil.disk_usage(check_writable(path, "--output_path")).free
-    if free < needed:
-        raise UsageError(
-            f"--output_path: the file takes {needed / 1e9:.2f} GB, and {path.absolute().parent} has {free / 1e9:.2f} "
-            "GB free; make room or give another folder"
-        )
-
-
-@contextmanager
-def _in_place_of(path: Path) -> Iterator[Path]:
-    """Give a name beside `path` for what is to stand there once it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -18,10 +18,11 @@ CODE = "version of the code"
 PACKAGE = Path(__file__).parents[1]
 # The code that decides the bits of a pruned model, and that which decides the figures of an evaluation, as patterns
 # within the package. What shows results, and what of the ground only prints, is left out.
-PRUNING_CODE = ("jobs.py", "run.py", "machine.py")
+PRUNING_CODE = ("jobs.py", "run.py", "machine.py", "tensor_files.py")
 PRUNING_CODE += tuple(f"{room}/**/*.py" for room in ("model", "methods", "sources", "pruning"))
 PRUNING_CODE += tuple(
-    f"outputs/{name}.py" for name in ("checkpoint", "journal", "run_folder", "run_progress", "survey_store")
+    f"outputs/{name}.py"
+    for name in ("checkpoint", "journal", "run_folder", "run_progress", "survey_store", "weight_shards")
 )
 EVALUATION_CODE = ("machine.py", "processes.py", "model/**/*.py", "sources/**/*.py", "evaluation/**/*.py")
 # Blocks of a file that are read to know it, and bytes of each.

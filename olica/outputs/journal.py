@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import UsageError, in_words
-from ..tensor_files import save_tensors
+from ..tensor_files import OF_WEIGHTS, save_tensors
 
 
 class Journal:
@@ -76,10 +76,15 @@ class Journal:
 
     def write(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Write a file of safetensors, which the next `commit` is going to name."""
+        held = {key: t.cpu().contiguous() for key, t in tensors.items()}
+        self.add(name, lambda path: save_tensors(held, path, OF_WEIGHTS))
+
+    def add(self, name: str, write: Callable[[Path], None]) -> None:
+        """Have a file written under another name and moved to its place; the next `commit` is going to name it."""
         path = self.path.parent / name
         with writing_in_words(self.path.parent, self.flag):
             partial = path.with_suffix(".unfinished")
-            save_tensors({key: t.cpu().contiguous() for key, t in tensors.items()}, partial, {"format": "pt"})
+            write(partial)
             move_durably(partial, path)
             self.files[name] = _checksum(path)
 

@@ -2,8 +2,9 @@
 
 Until the checkpoint's folder NAME is complete, `.NAME.partial` lies beside it:
 
-    checkpoint/        the checkpoint so far, one shard for every finished layer
-    *.safetensors      hidden states that enter one of the next layers
+    shard-*            the weights so far, one shard for every finished layer, until they are in the checkpoint
+    hidden-*           hidden states that enter one of the next layers
+    checkpoint/        the checkpoint, made when all layers are finished
     progress.json      the journal: what is being done, how far it is, and the checksum of every finished file
 
 and, while a process is at work, the lock `.NAME.lock`.
@@ -120,7 +121,7 @@ class RunFolder:
         Args:
             identity: what decides the result: names, in words for messages, and plain values.
             overwrite: start afresh, unless the unfinished run was started so too and is the same.
-            shards: how the checkpoint is cut into files.
+            shards: in which files the weights are kept meanwhile.
             batch_size: what is left of it when the unfinished run ran out of memory.
             in_background: write a layer while the next is worked on.
 

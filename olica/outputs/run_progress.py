@@ -2,10 +2,14 @@
 
 Hidden states are the bulk of what is written, and they follow from the finished layers: they are kept every SAVED_EVERY
 seconds only, and a run that goes on sends them through the layers that were finished since.
+
+Every layer is a shard until all are finished. Then the shards are gathered into the files of the checkpoint, copied
+block by block; a shard is removed when all that it holds is in files that the journal names.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import monotonic
 
@@ -14,7 +18,9 @@ from torch import Tensor, nn
 
 from ..machine import BatchSize
 from ..pruning.progress import Progress
+from ..tensor_files import bytes_in, entries_of, write_pieces
 from .journal import Journal
+from .weight_shards import cut_into_files
 
 CHECKPOINT = "checkpoint"
 SAVED_EVERY = 20.0
@@ -22,7 +28,7 @@ SAVED_EVERY = 20.0
 
 @dataclass(frozen=True)
 class Shards:
-    """How a checkpoint is cut into files: the embedding, one for every decoder layer, and all else.
+    """In which files the weights are kept until all are there: the embedding, every decoder layer, and all else.
 
     Attributes:
         prefix: of the names of the decoder layers' weights, their index follows.
@@ -34,14 +40,19 @@ class Shards:
 
     def name(self, number: int) -> str:
         """Shard `number`, from 1 on; the decoder layers' begin with 2."""
-        return f"{CHECKPOINT}/model-{number:05}-of-{self.layers + 2:05}.safetensors"
+        return f"shard-{number:05}.safetensors"
+
+    @property
+    def names(self) -> list[str]:
+        """Those of all shards."""
+        return [self.name(number + 1) for number in range(self.layers + 2)]
 
 
 class RunProgress(Progress):
     """The progress of a run, which a journal holds.
 
     Attributes:
-        shards: how the checkpoint is cut into files.
+        shards: in which files the weights are kept.
     """
 
     def __init__(self, journal: Journal, shards: Shards, batch_size: BatchSize, in_background: bool):
@@ -97,12 +108,52 @@ class RunProgress(Progress):
         self._writer.shutdown()
 
     def save_shard(self, number: int, weights: dict[str, Tensor]) -> None:
-        """Write shard `number` of the checkpoint.
+        """Write shard `number`.
 
         Raises:
             UsageError: it cannot be written.
         """
         self._journal.write(self.shards.name(number), weights)
+
+    @property
+    def is_gathering(self) -> bool:
+        """Whether all shards were there, so that some may be in the checkpoint by now."""
+        return "files" in self._journal.facts
+
+    def gather(self, largest: int) -> None:
+        """Put the shards, which are all there, into the checkpoint's files, or go on with it.
+
+        Args:
+            largest: bytes that a file has at most, unless a single tensor has more.
+
+        Raises:
+            UsageError: the disk is full or fails.
+        """
+        if not self.is_gathering:
+            held = {
+                name: (shard, entry.size)
+                for shard in self.shards.names
+                for name, entry in entries_of(self._path(shard)).items()
+            }
+            cut = cut_into_files({name: size for name, (_, size) in held.items()}, largest)
+            self._journal.commit({"files": {file: {name: held[name][0] for name in cut[file]} for file in cut}})
+        files = self._journal.facts["files"]
+        left = {file: {*shards.values()} for file, shards in files.items()}
+        for file, shards in files.items():
+            emptied = left.pop(file).difference(*left.values())
+            name = f"{CHECKPOINT}/{file}"
+            if name not in self._journal.files:
+                self._journal.add(name, partial(self._write_file, shards))
+                self._journal.commit({}, without=emptied)
+
+    def _write_file(self, shards: dict[str, str], path: Path) -> None:
+        """Write a file of tensors, given in which shard each of them is."""
+        held = {shard: entries_of(self._path(shard)) for shard in {*shards.values()}}
+        entries = {name: held[shard][name] for name, shard in shards.items()}
+        # The widest numbers first, as safetensors has it: each then begins at a multiple of its width.
+        order = sorted(entries, key=lambda name: -entries[name].width)
+        pieces = (piece for name in order for piece in bytes_in(self._path(shards[name]), entries[name]))
+        write_pieces(path, {name: entries[name] for name in order}, pieces)
 
     def _path(self, name: str) -> Path:
         return self._journal.path.parent / name

@@ -130,8 +130,13 @@ def refuse_unprunable(config: PreTrainedConfig, location: Location) -> None:
         raise location.error(
             "this checkpoint is pruned already; prune the dense model to the sparsity that you want instead"
         )
+    refuse_quantised(config, location)
+
+
+def refuse_quantised(config: PreTrainedConfig, location: Location) -> None:
+    """Raise UsageError if the model's matrices are stored quantised."""
     if getattr(config, "quantization_config", None) is not None:
-        raise location.error("this checkpoint is quantised; prune the one that it was quantised from")
+        raise location.error("this checkpoint is quantised; give the one that it was quantised from")
 
 
 def count_dense_parameters(location: Location, config: PreTrainedConfig) -> dict[str, int]:

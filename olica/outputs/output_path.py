@@ -1,0 +1,41 @@
+"""What a command writes to `--output_path`: room for it is checked before, and it is there whole or not at all."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+from ..checks import check_writable
+from ..errors import UsageError
+from .journal import move_durably
+
+
+def check_room(path: Path, needed: int, what: str) -> None:
+    """Raise UsageError if there is no room at `path` for so many bytes of `what`."""
+    free = shutil.disk_usage(check_writable(path, "--output_path")).free
+    if free < needed:
+        raise UsageError(
+            f"--output_path: {what} takes {needed / 1e9:.2f} GB, and {path.absolute().parent} has {free / 1e9:.2f} "
+            "GB free; make room or give another folder"
+        )
+
+
+@contextmanager
+def in_place_of(path: Path) -> Iterator[Path]:
+    """Give a name beside `path` for a file or a folder that is to stand there once it is whole, in place of another."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial, replaced = (path.with_name(f".{path.name}.{uuid4().hex}.{end}") for end in ("partial", "old"))
+    try:
+        yield partial
+        if path.is_dir():  # whose place no other folder takes
+            path.replace(replaced)
+        try:
+            move_durably(partial, path)
+        except BaseException:
+            if replaced.exists():
+                replaced.replace(path)
+            raise
+    finally:
+        for left in (partial, replaced):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
