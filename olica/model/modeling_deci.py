@@ -1,6 +1,6 @@
 """LLaMA whose layers have MLPs of different widths, by the names that engines know it by: DeciLM.
 
-This file is copied into every checkpoint of the layout `deci`, and imports nothing of ours. Engines go by the name of
+This file and `configuration_olica.py` are copied into every checkpoint of the layout `deci`. Engines go by the name of
 the architecture and read `block_configs`; transformers has no such model and takes this one.
 """
 
@@ -8,6 +8,8 @@ import copy
 
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaMLP
+
+from .configuration_olica import BothNames
 
 
 class Block(dict):
@@ -25,7 +27,7 @@ def as_block(value):
     return Block({key: as_block(inner) for key, inner in value.items()}) if isinstance(value, dict) else value
 
 
-class DeciLMConfig(LlamaConfig):
+class DeciLMConfig(BothNames, LlamaConfig):
     """LLaMA's configuration with `block_configs`: of every layer how its attention and its MLP are.
 
     `intermediate_size` is that of the widest MLP. All layers have all heads.

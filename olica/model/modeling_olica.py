@@ -279,6 +279,9 @@ class PrunedClassifier:
         # Without the package a configuration's class is another for every file that defines it: none is known yet.
         AutoModel.register(type(config), self.base_class, exist_ok=True)
         super().__init__(config)
+        if type(self.model) is not self.base_class:  # old releases name the dense model's class
+            self.model = self.base_class(config)
+            self.post_init()
 
 
 # What the name of a model's class ends with -> the library's models of that kind, and what makes them pruned ones.

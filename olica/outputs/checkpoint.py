@@ -16,13 +16,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from ..checks import check_writable
 from ..errors import UsageError
-from ..model.configuration_olica import PREFIX, PrunedConfig
+from ..model.configuration_olica import PREFIX, BothNames, former_names
 from ..model.families import SEQUENCE_CLASSIFIERS, TOKEN_CLASSIFIERS
-from ..model.modeling_deci import DeciLMConfig
 from ..model.skeleton import try_out, without_weights
 from ..sources.dense_model import DenseModel
 from ..sources.weight_files import StoredWeight, stored_weights
@@ -127,6 +127,7 @@ def _describe(
         _write_description(pruned, dense.model, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+            _name_tokenizer_formerly(folder / TOKENIZER_CONFIG_FILE)
     if tokenizer is not None:
         AutoTokenizer.from_pretrained(folder)
     config = AutoConfig.from_pretrained(folder)
@@ -146,30 +147,28 @@ def _write_description(pruned: PreTrainedModel, dense: PreTrainedModel, folder: 
     """Write the configuration, modelling files of ours and the generation settings, as save_pretrained does."""
     pruned.config.dtype = str(dense.dtype).removeprefix("torch.")
     pruned.config.architectures = [type(pruned).__name__]
-    if isinstance(pruned.config, PrunedConfig | DeciLMConfig):
+    if isinstance(pruned.config, BothNames):
         _add_code(pruned, folder)
     pruned.config.save_pretrained(folder)
-    if not isinstance(pruned.config, PrunedConfig):
+    if not isinstance(pruned.config, BothNames):
         _add_former_names(folder / CONFIG_NAME)
     dense.generation_config.save_pretrained(folder)
 
 
 def _add_former_names(path: Path) -> None:
-    """Have a configuration say its dtype and its rotary embeddings by the names of old releases of transformers too.
-
-    These, and engines that read config.json themselves, would otherwise take the family's default theta, and be silent.
-    """
+    """Have the configuration of a family's own model say the names of old releases of transformers too."""
     config = json.loads(path.read_text(encoding="utf-8"))
-    config["torch_dtype"] = config["dtype"]
-    rope = config.get("rope_parameters") or {}
-    whole = rope.get("full_attention", rope)  # Gemma 3 has others for the layers with windows
-    if "rope_theta" in whole:
-        config["rope_theta"] = whole["rope_theta"]
-        kind = {name: value for name, value in whole.items() if name != "rope_theta"}
-        config["rope_scaling"] = kind if kind.get("rope_type", "default") != "default" else None
-    if "sliding_attention" in rope:
-        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(config | former_names(config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _name_tokenizer_formerly(path: Path) -> None:
+    """Have a tokenizer's settings say its class and its further special tokens by names that every release reads."""
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):  # old releases take this name for a dictionary
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _add_code(pruned: PreTrainedModel, folder: Path) -> None:
