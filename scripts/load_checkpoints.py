@@ -5,8 +5,9 @@ Wants nothing but PyTorch and transformers, 4.46 or newer. Reads from standard i
 Request: `tried`, a list of {"checkpoint": folder, "expected": file of tensors}; `again`, a folder where each is saved
 again; `with_olica`, whether the package is imported instead of the checkpoint's own code.
 Answer: `transformers` and `packages`, versions; `checkpoints`, by name: nothing where the release has no such family,
-else what was reached of `logits` (largest difference to the expected ones), `tokens`, `generated` (with a cache the same
-as without, and as expected), `saved` (read again by the release, with the same logits), and the `error` that ended it.
+else what was reached of `logits` (largest difference to the expected ones), `tokens`, `generated` (the same with a
+cache, without one and as expected), `saved` (read again by the release, with the same logits), and the `error` that
+ended it.
 """
 
 import json
@@ -38,7 +39,9 @@ def attempt(checkpoint: Path, expected: dict, chat: str, again: Path, code: dict
     """Fill `row` with what was reached."""
     # `torch_dtype`: the argument's name in every release; without it old ones take float32, new ones what is stored.
     settings = {"torch_dtype": torch.float32} | code
-    if "gemma2" in checkpoint.name:  # of which the fused attention of some releases, dense or pruned, leaves out the cap
+    if (
+        "gemma2" in checkpoint.name
+    ):  # of which the fused attention of some releases, dense or pruned, leaves out the cap
         settings["attn_implementation"] = "eager"
     model = AutoModelForCausalLM.from_pretrained(checkpoint, **settings).eval()
     row["logits"] = difference(model, expected)

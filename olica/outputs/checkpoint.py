@@ -127,7 +127,8 @@ def _describe(
         _write_description(pruned, dense.model, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-            _name_tokenizer_formerly(folder / TOKENIZER_CONFIG_FILE)
+            if (folder / TOKENIZER_CONFIG_FILE).is_file():
+                _name_tokenizer_formerly(folder / TOKENIZER_CONFIG_FILE)
     if tokenizer is not None:
         AutoTokenizer.from_pretrained(folder)
     config = AutoConfig.from_pretrained(folder)
