@@ -28,6 +28,7 @@ def pruned_folder(tmp_path) -> Path:
     _, plan = prune(model, IDS, "olica", 0.3)
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"extra_special_tokens": ["<mark>"]})
+    tokenizer.chat_template = {"default": "a {{ messages[0].content }}", "tool": "b"}
     write_pruned(model, plan, tokenizer, tmp_path / "pruned")
     return tmp_path / "pruned"
 
@@ -81,9 +82,12 @@ def test_tokenizers_have_names_that_old_releases_know(pruned_folder):
     settings = json.loads((pruned_folder / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert settings["additional_special_tokens"] == ["<mark>"] and "extra_special_tokens" not in settings
+    named = [{"name": "default", "template": "a {{ messages[0].content }}"}, {"name": "tool", "template": "b"}]
+    assert settings["chat_template"] == named
     tokenizer, expected = AutoTokenizer.from_pretrained(pruned_folder), make_tokenizer()
     expected.add_special_tokens({"extra_special_tokens": ["<mark>"]})
     assert type(tokenizer) is type(expected) and tokenizer.extra_special_tokens == ["<mark>"]
+    assert tokenizer.apply_chat_template([dict(role="user", content="x")], tokenize=False) == "a x"
     assert tokenizer("a<mark>b").input_ids == expected("a<mark>b").input_ids
 
 
@@ -142,7 +146,7 @@ def test_deci_and_stock_say_both_names_also_when_saved_again(here):
     for layout, recipe in (("deci", "olica-plus"), ("stock", "magnitude")):
         done = olica.prune("tiny", datasets="ids.safetensors", save_dir="out", layout=layout, recipe=recipe, round_to=1)
         names = {path.name for path in done.folder.glob("*.py")}
-        assert names == ({"configuration_olica.py", "modeling_deci.py"} if layout == "deci" else set())
+        assert names == ({"modeling_deci.py"} if layout == "deci" else set())
         written = json.loads((done.folder / "config.json").read_text())
         assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 7.0
         if layout == "deci":

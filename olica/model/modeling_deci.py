@@ -1,6 +1,6 @@
 """LLaMA whose layers have MLPs of different widths, by the names that engines know it by: DeciLM.
 
-This file and `configuration_olica.py` are copied into every checkpoint of the layout `deci`. Engines go by the name of
+This file is copied into every checkpoint of the layout `deci`, and imports nothing of ours. Engines go by the name of
 the architecture and read `block_configs`; transformers has no such model and takes this one.
 """
 
@@ -8,8 +8,6 @@ import copy
 
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaMLP
-
-from .configuration_olica import BothNames
 
 
 class Block(dict):
@@ -27,7 +25,7 @@ def as_block(value):
     return Block({key: as_block(inner) for key, inner in value.items()}) if isinstance(value, dict) else value
 
 
-class DeciLMConfig(BothNames, LlamaConfig):
+class DeciLMConfig(LlamaConfig):
     """LLaMA's configuration with `block_configs`: of every layer how its attention and its MLP are.
 
     `intermediate_size` is that of the widest MLP. All layers have all heads.
@@ -39,6 +37,18 @@ class DeciLMConfig(BothNames, LlamaConfig):
         if name == "block_configs" and value is not None:
             value = [as_block(block) for block in value]
         super().__setattr__(name, value)
+
+    def to_dict(self):
+        """The settings, rotary embeddings by their former names too, whichever release saves a checkpoint again.
+
+        An old release takes a theta of 10,000 and is silent where it finds the names of today alone.
+        """
+        settings = super().to_dict()
+        if rope := settings.get("rope_parameters"):
+            kind = {name: value for name, value in rope.items() if name != "rope_theta"}
+            scaling = None if kind.get("rope_type") == "default" else kind
+            settings |= {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
+        return settings
 
 
 class DeciLMModel(LlamaModel):

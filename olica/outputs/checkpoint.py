@@ -21,8 +21,9 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from ..checks import check_writable
 from ..errors import UsageError
-from ..model.configuration_olica import PREFIX, BothNames, former_names
+from ..model.configuration_olica import PREFIX, PrunedConfig, former_names
 from ..model.families import SEQUENCE_CLASSIFIERS, TOKEN_CLASSIFIERS
+from ..model.modeling_deci import DeciLMConfig
 from ..model.skeleton import try_out, without_weights
 from ..sources.dense_model import DenseModel
 from ..sources.weight_files import StoredWeight, stored_weights
@@ -128,7 +129,7 @@ def _describe(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
             if (folder / TOKENIZER_CONFIG_FILE).is_file():
-                _name_tokenizer_formerly(folder / TOKENIZER_CONFIG_FILE)
+                _name_tokenizer_formerly(folder / TOKENIZER_CONFIG_FILE, tokenizer.chat_template)
     if tokenizer is not None:
         AutoTokenizer.from_pretrained(folder)
     config = AutoConfig.from_pretrained(folder)
@@ -148,27 +149,34 @@ def _write_description(pruned: PreTrainedModel, dense: PreTrainedModel, folder: 
     """Write the configuration, modelling files of ours and the generation settings, as save_pretrained does."""
     pruned.config.dtype = str(dense.dtype).removeprefix("torch.")
     pruned.config.architectures = [type(pruned).__name__]
-    if isinstance(pruned.config, BothNames):
+    if isinstance(pruned.config, PrunedConfig | DeciLMConfig):
         _add_code(pruned, folder)
     pruned.config.save_pretrained(folder)
-    if not isinstance(pruned.config, BothNames):
+    if not isinstance(pruned.config, PrunedConfig):
         _add_former_names(folder / CONFIG_NAME)
     dense.generation_config.save_pretrained(folder)
 
 
 def _add_former_names(path: Path) -> None:
-    """Have the configuration of a family's own model say the names of old releases of transformers too."""
+    """Have a configuration of no class of ours, or of DeciLM's, say the names of old releases of transformers too."""
     config = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(config | former_names(config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _name_tokenizer_formerly(path: Path) -> None:
-    """Have a tokenizer's settings say its class and its further special tokens by names that every release reads."""
+def _name_tokenizer_formerly(path: Path, chat_template: str | dict[str, str] | None) -> None:
+    """Have a tokenizer's settings say its class, further special tokens and chat template as every release reads them.
+
+    The template is in a file of its own too, which the releases of today prefer and old ones do not know.
+    """
     settings = json.loads(path.read_text(encoding="utf-8"))
     if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(settings.get("extra_special_tokens"), list):  # old releases take this name for a dictionary
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    if isinstance(chat_template, dict):
+        chat_template = [{"name": name, "template": template} for name, template in chat_template.items()]
+    if chat_template:
+        settings["chat_template"] = chat_template
     path.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
