@@ -25,7 +25,7 @@ from olica.model.layouts import FUSED_FAMILIES, LAYOUTS
 from olica.outputs.records import environment, write_record
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]  # what the tests have there
 from conftest import make_tokenizer  # noqa: E402
 from tiny_families import ALTERNATING, make_family  # noqa: E402
 
