@@ -26,7 +26,7 @@ if STRICT:
     settings_class = dataclass(kw_only=True)
 else:
 
-    def strict(cls: type) -> type:
+    def strict(cls: type) -> type:  # type: ignore[no-redef]
         """A plain class as it is."""
         return cls
 
@@ -164,14 +164,14 @@ class BothNames:
     """
 
     @classmethod
-    def from_dict(cls, config_dict: dict, **kwargs):
+    def from_dict(cls, config_dict, **kwargs):
         """Of a file, take the names that this release knows."""
         former = former_names(config_dict)
         others = former if HAS_ROPE_PARAMETERS else ("dtype", "rope_parameters")
         known = {name: value for name, value in config_dict.items() if name not in others}
         return super().from_dict(known if HAS_ROPE_PARAMETERS else known | former, **kwargs)
 
-    def to_dict(self) -> dict:
+    def to_dict(self):
         """The settings by new and former names."""
         settings = super().to_dict()
         return settings | (former_names(settings) if HAS_ROPE_PARAMETERS else {})
