@@ -35,7 +35,7 @@ MAY_IMPORT = {
 # All that `evaluation` and `report` may have of `outputs`, at any remove.
 READ_OF_OUTPUTS = {"outputs.records", "outputs.model_card", "outputs.identity", "outputs.names"}
 # Copied into checkpoints, where there is nothing else of this program.
-COPIED = {"model.configuration_olica", "model.modeling_olica"}
+COPIED = {"model.configuration_olica", "model.modeling_olica", "model.modeling_deci"}
 
 
 @cache

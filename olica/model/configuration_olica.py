@@ -1,16 +1,36 @@
 """Sizes of pruned decoder layers, and one configuration class per model family.
 
 This file and `modeling_olica.py` are copied into every pruned checkpoint, so they import nothing of ours but each
-other, and of the library only the family that is asked for: a checkpoint loads where others are missing. The scalars
-of the dense configuration (`intermediate_size`, `head_dim`, ...) stay as they were: the Hugging Face constructor
-builds the dense modules and `shrink_layer` narrows them to `layer_shapes`.
+other, and of the library only the family that is asked for: a checkpoint loads where others are missing. They load on
+every transformers from 4.46 on; what differs between releases is in one block below. The scalars of the dense
+configuration (`intermediate_size`, `head_dim`, ...) stay as they were: the Hugging Face constructor builds the dense
+modules and `shrink_layer` narrows them to `layer_shapes`.
 """
 
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from functools import cache
 
-from huggingface_hub.dataclasses import strict
-from transformers import CONFIG_MAPPING, __version__
+from transformers import CONFIG_MAPPING, PretrainedConfig, __version__, cache_utils, modeling_rope_utils
+
+# What differs between releases of transformers is asked for here, and told by what a release has, not by its number.
+# Configurations are dataclasses, checked strictly; before, plain classes that keep every setting they do not know.
+STRICT = is_dataclass(PretrainedConfig)
+# `rope_parameters` and `dtype` are what `rope_theta`, `rope_scaling` and `torch_dtype` were.
+HAS_ROPE_PARAMETERS = hasattr(modeling_rope_utils, "RopeParameters")
+# Attention takes the number of heads from what its projections give, and a cache that from what it is given; before,
+# both took it from the configuration, so that removed heads have to be there, as zeros.
+TAKES_ANY_HEADS = hasattr(cache_utils, "DynamicSlidingWindowLayer")
+if STRICT:
+    from huggingface_hub.dataclasses import strict
+
+    settings_class = dataclass(kw_only=True)
+else:
+
+    def strict(cls: type) -> type:  # type: ignore[no-redef]
+        """A plain class as it is."""
+        return cls
+
+    settings_class = strict
 
 # model_type of a dense model -> what the names of its classes here have between `Olica` and `Config`, `Model`, ...
 FAMILY_NAMES = {
@@ -80,9 +100,10 @@ def norm_spans_heads(config) -> bool:
 def attends_with_all_heads(config) -> bool:
     """Whether the attention of a dense or pruned model computes and caches all heads, whatever a layer keeps.
 
-    Besides the families of `norm_spans_heads` it is Phi-3, which cuts a fused projection at fixed places.
+    Besides the families of `norm_spans_heads` it is Phi-3, which cuts a fused projection at fixed places, and every
+    family where `TAKES_ANY_HEADS` is false.
     """
-    return norm_spans_heads(config) or config.model_type.removeprefix(PREFIX) == "phi3"
+    return not TAKES_ANY_HEADS or norm_spans_heads(config) or config.model_type.removeprefix(PREFIX) == "phi3"
 
 
 def check_layer_shapes(config) -> None:
@@ -111,8 +132,53 @@ def check_layer_shapes(config) -> None:
                 raise ValueError(f"layer_shapes[{index}]: {name} = {size} does not fit this model")
 
 
-@dataclass(kw_only=True)
-class PrunedConfig:
+def former_names(settings: dict) -> dict:
+    """The dtype and the rotary embeddings of a configuration by the names of old releases, for its `config.json`.
+
+    An old release, or an engine that reads the file itself, would otherwise take the family's default theta, and be
+    silent. Nothing of rotary embeddings without `rope_parameters`.
+    """
+    found = {"torch_dtype": settings["dtype"]} if settings.get("dtype") else {}
+    rope = settings.get("rope_parameters") or {}
+    whole = rope.get("full_attention", rope)  # Gemma 3 has others for the layers with windows
+    if "rope_theta" in whole:
+        kind = {name: value for name, value in whole.items() if name not in ("rope_theta", "partial_rotary_factor")}
+        if kind.get("rope_type") == "longrope":  # Phi-3 refused any other name
+            kind = {"type": "longrope", "short_factor": kind["short_factor"], "long_factor": kind["long_factor"]}
+        is_scaled = kind.get("rope_type") != "default"
+        found |= {"rope_theta": whole["rope_theta"], "rope_scaling": kind if is_scaled else None}
+        if "partial_rotary_factor" in whole:
+            found["partial_rotary_factor"] = whole["partial_rotary_factor"]
+    if "sliding_attention" in rope:
+        found["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        kinds = settings["layer_types"]
+        if "full_attention" in kinds:
+            found["sliding_window_pattern"] = kinds.index("full_attention") + 1
+    return found
+
+
+class BothNames:
+    """Of a configuration that every release reads: the file has new and former names, an object those of its release.
+
+    So nothing is said twice in memory, and whichever release saves a checkpoint again, the newest reads it.
+    """
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """Of a file, take the names that this release knows."""
+        former = former_names(config_dict)
+        others = former if HAS_ROPE_PARAMETERS else ("dtype", "rope_parameters")
+        known = {name: value for name, value in config_dict.items() if name not in others}
+        return super().from_dict(known if HAS_ROPE_PARAMETERS else known | former, **kwargs)
+
+    def to_dict(self):
+        """The settings by new and former names."""
+        settings = super().to_dict()
+        return settings | (former_names(settings) if HAS_ROPE_PARAMETERS else {})
+
+
+@settings_class
+class PrunedConfig(BothNames):
     """What every family's configuration gains: the sizes of each decoder layer, one row per layer (None: all dense)."""
 
     layer_shapes: list[dict[str, int | bool]] | None = None

@@ -38,6 +38,18 @@ class DeciLMConfig(LlamaConfig):
             value = [as_block(block) for block in value]
         super().__setattr__(name, value)
 
+    def to_dict(self):
+        """The settings, rotary embeddings by their former names too, whichever release saves a checkpoint again.
+
+        An old release takes a theta of 10,000 and is silent where it finds the names of today alone.
+        """
+        settings = super().to_dict()
+        if rope := settings.get("rope_parameters"):
+            kind = {name: value for name, value in rope.items() if name != "rope_theta"}
+            scaling = None if kind.get("rope_type") == "default" else kind
+            settings |= {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
+        return settings
+
 
 class DeciLMModel(LlamaModel):
     """The base model."""

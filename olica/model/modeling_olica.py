@@ -279,6 +279,9 @@ class PrunedClassifier:
         # Without the package a configuration's class is another for every file that defines it: none is known yet.
         AutoModel.register(type(config), self.base_class, exist_ok=True)
         super().__init__(config)
+        if type(self.model) is not self.base_class:  # old releases name the dense model's class
+            self.model = self.base_class(config)
+            self.post_init()
 
 
 # What the name of a model's class ends with -> the library's models of that kind, and what makes them pruned ones.
@@ -303,6 +306,8 @@ def model_class(model_type: str, kind: str) -> type:
     dense = cast(type, library[CONFIG_MAPPING[model_type]])
     doc = f"The pruned form of {dense.__name__}."
     members = dict(__module__=__name__, __qualname__=name, __doc__=doc, config_class=config)
+    # So that saving copies this file: old releases do not set it when they load by an Auto class.
+    members["_auto_class"] = "AutoModel" if kind == "Model" else f"AutoModel{kind}"
     if kind != "Model":
         members["base_class"] = model_class(model_type, "Model")
     return type(name, (pruned, dense), members)

@@ -16,11 +16,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import CONFIG_NAME
 
 from ..checks import check_writable
 from ..errors import UsageError
-from ..model.configuration_olica import PREFIX, PrunedConfig
+from ..model.configuration_olica import PREFIX, PrunedConfig, former_names
 from ..model.families import SEQUENCE_CLASSIFIERS, TOKEN_CLASSIFIERS
 from ..model.modeling_deci import DeciLMConfig
 from ..model.skeleton import try_out, without_weights
@@ -146,6 +147,8 @@ def describe(
         _write_description(pruned, dense.model, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+            if (folder / TOKENIZER_CONFIG_FILE).is_file():
+                _name_tokenizer_formerly(folder / TOKENIZER_CONFIG_FILE, tokenizer.chat_template)
     if tokenizer is not None:
         AutoTokenizer.from_pretrained(folder)
     config = AutoConfig.from_pretrained(folder)
@@ -165,21 +168,26 @@ def _write_description(pruned: PreTrainedModel, dense: PreTrainedModel, folder: 
 
 
 def _add_former_names(path: Path) -> None:
-    """Have a configuration say its dtype and its rotary embeddings by the names of old releases of transformers too.
-
-    These, and engines that read config.json themselves, would otherwise take the family's default theta, and be silent.
-    """
+    """Have a configuration of no class of ours, or of DeciLM's, say the names of old releases of transformers too."""
     config = json.loads(path.read_text(encoding="utf-8"))
-    config["torch_dtype"] = config["dtype"]
-    rope = config.get("rope_parameters") or {}
-    whole = rope.get("full_attention", rope)  # Gemma 3 has others for the layers with windows
-    if "rope_theta" in whole:
-        config["rope_theta"] = whole["rope_theta"]
-        kind = {name: value for name, value in whole.items() if name != "rope_theta"}
-        config["rope_scaling"] = kind if kind.get("rope_type", "default") != "default" else None
-    if "sliding_attention" in rope:
-        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(config | former_names(config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _name_tokenizer_formerly(path: Path, chat_template: str | dict[str, str] | None) -> None:
+    """Have a tokenizer's settings say its class, further special tokens and chat template as every release reads them.
+
+    The template is in a file of its own too, which the releases of today prefer and old ones do not know.
+    """
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):  # old releases take this name for a dictionary
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    if isinstance(chat_template, dict):
+        chat_template = [{"name": name, "template": template} for name, template in chat_template.items()]
+    if chat_template:
+        settings["chat_template"] = chat_template
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _add_code(pruned: PreTrainedModel, folder: Path) -> None:
