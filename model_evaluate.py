@@ -38,6 +38,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num_fewshot", type=int, help="examples in a task's prompt")
     add("--limit", type=row_limit, help="only the first so many rows of every task, or this share below 1, else all")
     add("--add_bos_token", action="store_true", help="begin every window and prompt with the start token (Gemma)")
+    add(
+        "--apply_chat_template",
+        action="store_true",
+        help="put the prompts of --tasks through the chat template of the model's tokenizer",
+    )
     add("--cost", action="store_true", help="measure the times of prefill and decoding, and peak memory")
     add("--prompt", help=f"text that every model is to continue, greedily, by {CONTINUATION_TOKENS} tokens")
     add("--data_dir", help="folder searched first for texts and for rows of the paper's tasks")

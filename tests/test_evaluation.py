@@ -245,6 +245,26 @@ def test_start_token_in_windows_and_prompts(here, monkeypatch):
     assert result["perplexity"]["one.txt"]["value"] != plain["perplexity"]["one.txt"]["value"]
 
 
+def test_chat_template_in_prompts_of_tasks_alone(here, capsys):
+    assert "--apply_chat_template: the tokenizer of tiny has no chat template" in refused(
+        capsys, *FLAGS, "--apply_chat_template"
+    )
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained("tiny")
+    record, plain = evaluate(*FLAGS, "--apply_chat_template"), evaluate(*FLAGS)
+    result, without = record["results"]["model"], plain["results"]["model"]
+    assert record["settings"]["apply_chat_template"] and not plain["settings"]["apply_chat_template"]
+    assert result["zero_shot"]["apply_chat_template"] and not without["zero_shot"]["apply_chat_template"]
+    assert result["perplexity"] == without["perplexity"]
+    hashes = [scored["zero_shot"]["tasks"]["boolq"]["hash"] for scored in (result, without)]
+    assert hashes[0] != hashes[1]
+    done = olica.evaluate("tiny", ppl="none", tasks="boolq", data_dir="rows", apply_chat_template=True)
+    assert done.record["results"]["model"]["zero_shot"]["tasks"]["boolq"]["hash"] == hashes[0]
+    alone = refused(capsys, "--checkpoint=tiny", "--ppl=one.txt", "--apply_chat_template")
+    assert "--apply_chat_template is for the prompts of tasks" in alone
+
+
 def test_a_path_with_a_comma(here):
     Path("one.txt").rename("one,uno.txt")
     Path("two,deux").mkdir()

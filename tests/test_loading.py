@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Callable
 from functools import cache
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_tokenizer, prune, write_pruned
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_families import make_family
@@ -21,6 +23,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    Trainer,
+    TrainingArguments,
     pipeline,
 )
 
@@ -163,21 +167,70 @@ def test_a_checkpoint_needs_no_family_but_its_own(pruned_folder, run_without_oli
     assert run_without_olica("-c", ALONE, *map(pruned_folder, FAMILIES)).split() == list(FAMILIES)
 
 
-@pytest.mark.parametrize("with_tokenizer", [True, False])
-def test_the_lines_of_the_card_work_without_olica_and_ask_nothing(tmp_path, run_without_olica, with_tokenizer):
-    """On a terminal AutoTokenizer would ask whether to run the code of the configuration, and wait for an answer."""
+def prune_by_command(tmp_path: Path, with_tokenizer: bool) -> Path:
+    """The folder that model_pruning.py makes of a tiny LLaMA."""
     make_family("llama").save_pretrained(tmp_path / "dense")
     if with_tokenizer:
         make_tokenizer().save_pretrained(tmp_path / "dense")
     save_file({"calibration_ids": IDS}, tmp_path / "ids.safetensors")
     flags = [f"--base_model={tmp_path / 'dense'}", f"--datasets={tmp_path / 'ids.safetensors'}", "--mlp_num=1"]
     assert run_command(model_pruning.build_parser(), model_pruning.run, [*flags, f"--save_dir={tmp_path}"]) == 0
-    folder = tmp_path / "dense_sparsity-0.2"
+    return tmp_path / "dense_sparsity-0.2"
+
+
+@pytest.mark.parametrize("with_tokenizer", [True, False])
+def test_the_lines_of_the_card_work_without_olica_and_ask_nothing(tmp_path, run_without_olica, with_tokenizer):
+    """On a terminal AutoTokenizer would ask whether to run the code of the configuration, and wait for an answer."""
+    folder = prune_by_command(tmp_path, with_tokenizer)
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
     assert ("AutoTokenizer" in code) == with_tokenizer
     last = "print(type(model).__name__, type(tokenizer('ab').input_ids).__name__ if 'tokenizer' in vars() else 'none')"
     printed = run_without_olica("-c", f"FOLDER = {str(folder)!r}\n{code}\n{last}")
     assert printed == f"OlicaLlamaForCausalLM {'list' if with_tokenizer else 'none'}\n"
+
+
+def test_a_repository_of_the_hub_that_holds_the_folder(tmp_path, run_without_olica):
+    """Laid out as a download keeps it, it loads by the repository's name."""
+    folder = prune_by_command(tmp_path, with_tokenizer=True)
+    kept, revision = tmp_path / "cache" / "models--someone--pruned", "0" * 40
+    shutil.copytree(folder, kept / "snapshots" / revision)
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text(revision)
+    sent = {path.name for path in folder.iterdir()}
+    assert sent >= {"README.md", "config.json", "modeling_olica.py", "configuration_olica.py", "tokenizer.json"}
+    assert not any(name.startswith(".") for name in sent), "an upload sends hidden files too"
+    card = ModelCard.load(folder / "README.md")
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
+    assert card.data.tags == ["olica", "pruned"] and "base_model" not in card.data.to_dict()
+    auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
+    assert {name.split(".")[0] + ".py" for name in auto_map.values()} <= sent
+    script = (
+        "import sys; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "asked = dict(trust_remote_code=True, cache_dir=sys.argv[1])\n"
+        "model = AutoModelForCausalLM.from_pretrained('someone/pruned', **asked)\n"
+        "tokenizer = AutoTokenizer.from_pretrained('someone/pruned', **asked)\n"
+        "print(type(model).__name__, len(tokenizer('ab').input_ids), 'olica' in sys.modules)"
+    )
+    assert run_without_olica("-c", script, kept.parent) == "OlicaLlamaForCausalLM 2 False\n"
+
+
+def test_fine_tuning_goes_on_from_its_checkpoint(pruned_folder, tmp_path):
+    rows = [{"input_ids": row, "labels": row} for row in IDS]
+
+    def trained(resume_from_checkpoint=None) -> torch.Tensor:
+        torch.manual_seed(0)
+        lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(load(pruned_folder("llama")), lora)
+        settings = TrainingArguments(
+            tmp_path / "trained", max_steps=6, save_steps=3, per_device_train_batch_size=2, learning_rate=1e-2,
+            use_cpu=True, report_to="none", disable_tqdm=True,
+        )  # fmt: skip
+        Trainer(model, settings, train_dataset=rows).train(resume_from_checkpoint=resume_from_checkpoint)
+        return model.eval()(IDS).logits
+
+    at_once = trained()
+    assert (at_once - expected_logits(pruned_folder("llama"))).abs().max() > 0.1
+    torch.testing.assert_close(trained(str(tmp_path / "trained" / "checkpoint-3")), at_once)
 
 
 @every_family

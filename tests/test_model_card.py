@@ -108,6 +108,10 @@ def test_metrics_are_added_with_their_protocol_and_replaced(folder):
     assert text(folder).split("## Metrics")[1].count("\n- ") == 4
     add_metrics(folder, measured(start_token=True))
     assert text(folder).count("- piqa acc,") == 2, "with and without start token are two figures"
+    by_chat = measured()
+    by_chat["zero_shot"]["apply_chat_template"] = True
+    add_metrics(folder, by_chat)
+    assert text(folder).count("- piqa acc,") == 3 and ", without start token, by the chat template, " in text(folder)
 
 
 def test_figures_that_are_added_at_the_same_time_are_all_there(folder):

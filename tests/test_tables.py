@@ -219,13 +219,13 @@ def test_a_model_that_the_paper_has_in_another_table(tmp_path):
 def test_what_differs_between_runs_names_the_runs(record):
     record("tables/dense", evaluation(12.0, 66.0))
     fewer = evaluation(15.0, 64.0)
-    fewer["results"]["model"]["zero_shot"]["limit"] = 20
+    fewer["results"]["model"]["zero_shot"] |= {"limit": 20, "apply_chat_template": True}
     record("tables/sparsity-0.2", fewer, pruning())
     record("tables/sparsity-0.33", evaluation(19.0, 61.0), pruning((16, 128), sparsity=0.33, corrected=12))
     lines = TABLES["table2"](record.results).splitlines()
     assert "Perplexity: 30 windows of 128 tokens, start token: none; run in float16 on a GPU." in lines
     assert "Tasks: lm-eval 1, the first 200 rows of each, no examples, start token: no (0%, 33%)." in lines
-    assert "Tasks: lm-eval 1, the first 20 rows of each, no examples, start token: no (20%)." in lines
+    assert "Tasks: lm-eval 1, the first 20 rows of each, no examples, start token: no, chat template (20%)." in lines
     assert "Calibration: 16 samples of 128 tokens, seed 0 (33%)." in lines
     assert "Calibration texts: bookcorpus + alpaca." in lines
     assert "MLPs with a linear correction: 6, of rank 0.03 of the hidden size (20%)." in lines

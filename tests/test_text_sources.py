@@ -150,6 +150,8 @@ def test_columns_tell_prompts_from_prose(tmp_path):
         ("a.csv", b"text\none\n", "is of an unknown kind: give .jsonl"),
         ("a.jsonl", b'{"page": "one", "url": "u"}\n', "has the columns page, url: prose needs a column text"),
         ("a.jsonl", b'{"instruction": "Add."}\n', "has the columns instruction: .* instruction and output"),
+        ("a.jsonl", b'{"messages": "Hello."}\n', "has the columns messages: .* chats need messages .* a list of role"),
+        ("a.jsonl", b'{"conversations": [{"speaker": "a"}]}\n', "has the columns conversations: .* chats need"),
         ("a.jsonl", b'{"text": 1}\n', "has a column text of int64"),
         ("a.jsonl", b'{"text": ["one", "two"]}\n', "has a column text of list"),
     ],

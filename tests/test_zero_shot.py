@@ -219,6 +219,24 @@ def test_accuracy_is_that_of_the_log_likelihoods(hellaswag, grouped_llama, bos_t
     assert not any(bos_tokenizer.bos_token_id in ids for ids in seen_ids)
 
 
+@pytest.mark.parametrize("add_bos_token", [False, True])
+def test_prompts_by_the_chat_template(seven, grouped_llama, bos_tokenizer, seen_ids, add_bos_token):
+    bos_tokenizer.chat_template = (
+        "{{ bos_token }}{{ strftime_now('%B') }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    grouped_llama.register_forward_pre_hook(seen_ids, with_kwargs=True)
+    given = dict(apply_chat_template=True, add_bos_token=add_bos_token)
+    record = score(grouped_llama, bos_tokenizer, ["arc_easy"], seven, **given)["tasks"]["arc_easy"]
+    assert {ids.count(bos_tokenizer.bos_token_id) for ids in seen_ids} == {1}
+    assert {ids[0] for ids in seen_ids} == {bos_tokenizer.bos_token_id}
+    texts = {bos_tokenizer.decode([token for token in ids if token > 2]) for ids in seen_ids}
+    prompt = "26 Jul 2024[user] Question: What warms the sea?\nAnswer:\n[assistant]"
+    assert texts == {f"{prompt} {choice}"[:-1] for choice in SCIENCE["choices"]["text"]}
+    # No longer the same rows: a comparison of the two would compare prompts, too.
+    assert record["hash"] != score(grouped_llama, bos_tokenizer, ["arc_easy"], seven)["tasks"]["arc_easy"]["hash"]
+
+
 def test_near_ties_of_a_bfloat16_model(hellaswag, grouped_llama, tokenizer):
     folder, rows = hellaswag
     model = grouped_llama.bfloat16()

@@ -208,7 +208,10 @@ def make_protocol(asked: EvaluationSettings, dtype: str) -> Protocol:
     tasks = listed(asked.tasks, "--tasks")
     if not names and not tasks and not asked.cost:
         raise UsageError(f"--ppl {asked.ppl} leaves nothing to measure; give a text, --tasks or --cost")
-    of_tasks = TaskProtocol(asked.num_fewshot, asked.limit, asked.add_bos_token, asked.seed, asked.data_dir)
+    if asked.apply_chat_template and not tasks:
+        raise UsageError("--apply_chat_template is for the prompts of tasks; give --tasks, or leave it out")
+    names_of_tasks = ("num_fewshot", "limit", "add_bos_token", "seed", "data_dir", "apply_chat_template")
+    of_tasks = TaskProtocol(**{name: getattr(asked, name) for name in names_of_tasks})
     generated = check_tasks(tasks, of_tasks) if tasks else {}
     return Protocol(
         texts=texts,

@@ -137,6 +137,7 @@ def measure(subject: Subject, protocol: Protocol, measures: Measures, stages: St
             "harness": harness_version(),
             "limit": protocol.of_tasks.limit,
             "add_bos_token": protocol.of_tasks.add_bos_token,
+            "apply_chat_template": protocol.of_tasks.apply_chat_template,
             "softmax_dtype": SOFTMAX_DTYPE,
         }
     if protocol.cost:

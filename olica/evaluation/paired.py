@@ -86,6 +86,7 @@ def compare(ours: dict, dense: dict) -> dict:
         if _is_same_text(measured, dense.get("perplexity", {}).get(text))
     }
     scored, theirs = (result.get("zero_shot", {"add_bos_token": None, "tasks": {}}) for result in (ours, dense))
+    # (Whether a chat template was applied, and which, is in the hash of a task's prompts.)
     alike = scored["tasks"].keys() & theirs["tasks"] if scored["add_bos_token"] == theirs["add_bos_token"] else ()
     tasks = {
         task: _compare_task(scores, theirs["tasks"][task])

@@ -21,6 +21,7 @@ CHOICES = {
     "device_map": (None, "auto"),
     "with_dense": (False, True),
     "add_bos_token": (False, True),
+    "apply_chat_template": (False, True),
     "cost": (False, True),
 }
 PATHS = ("base_model", "save_dir", "checkpoint", "data_dir", "output_path")
@@ -50,6 +51,7 @@ class EvaluationSettings:
     num_fewshot: int = 0
     limit: int | float | None = None
     add_bos_token: bool = False
+    apply_chat_template: bool = False
     cost: bool = False
     prompt: str | None = None
     data_dir: str = "./data"

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..errors import UsageError
+from ..sources.chats import chat_template
 from ..sources.configuration import read_config
 from ..sources.locate import Location
 from ..sources.tokenizers import read_tokenizer, start_token
@@ -47,7 +48,7 @@ class Protocol:
         windows: how many windows count, from the first on; None: all.
         tasks: of lm-eval.
         generated: how many tokens those of them generate that do so, by their names.
-        of_tasks: how they are scored; its `add_bos_token` goes for the windows too.
+        of_tasks: how they are scored; its `add_bos_token` goes for the windows too, its `apply_chat_template` does not.
         prompt: a text to continue, or None.
         cost: whether times and peak memory are measured.
         dtype: to run in, a key of `DTYPES` or "auto".
@@ -94,6 +95,11 @@ def prepare(name: str, location: Location, protocol: Protocol) -> Subject:
         raise UsageError(f"{location.flag} {location.name}: the folder has no tokenizer, which evaluation needs")
     if protocol.of_tasks.add_bos_token:
         start_token(tokenizer)
+    if protocol.of_tasks.apply_chat_template and chat_template(tokenizer) is None:
+        raise UsageError(
+            f"--apply_chat_template: the tokenizer of {location.name} has no chat template; leave the flag out, or put "
+            "the model's chat_template.jinja beside it"
+        )
     if protocol.tasks:
         # Without the tokens added to it, such as one for padding, which models often lack and prompts do not have.
         check_vocabulary(tokenizer.vocab_size - 1, config, location)

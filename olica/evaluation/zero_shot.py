@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import UsageError, in_words, is_no_fault_of_input, reason
 from ..machine import BatchSize
 from ..processes import ALONE, Processes
+from ..sources.chats import dated_template
 from .local_rows import LOCAL_ROWS, find_rows, local_tasks
 from .paired import PAPER_METRIC, mean_error, pack_hits
 
@@ -42,6 +43,8 @@ class TaskProtocol:
         add_bos_token: whether every prompt begins with the tokenizer's start token. The paper's harness (of 2023) never
             put one there; today's default is what the tokenizer does, which for LLaMA is one <s>.
         seed: of the draw of examples.
+        apply_chat_template: whether prompts go through the tokenizer's chat template, each as what a user says, and
+            examples as turns before it. A start token that the template puts in front is the only one.
         data_dir: folder whose local rows take the place of the hub's, see `local_tasks`; None: the hub alone.
     """
 
@@ -50,6 +53,7 @@ class TaskProtocol:
     add_bos_token: bool = False
     seed: int = 0
     data_dir: str | Path | None = None
+    apply_chat_template: bool = False
 
 
 def zero_shot(
@@ -84,7 +88,7 @@ def zero_shot(
 
         def score(task: str) -> None:
             """Put the task's scores into `scored`."""
-            wrapped = _harness_model(model, tokenizer, fitting.size, protocol.add_bos_token, processes)
+            wrapped = _harness_model(model, tokenizer, fitting.size, protocol, processes)
             with _in_words([task], protocol.data_dir), without_inventory():
                 results = harness.simple_evaluate(
                     model=wrapped,
@@ -94,6 +98,7 @@ def zero_shot(
                     fewshot_random_seed=protocol.seed,
                     task_manager=manager,
                     log_samples=True,
+                    apply_chat_template=protocol.apply_chat_template,
                 )
             scored[task] = _scores(results, local) if processes.is_main else {}
 
@@ -192,14 +197,16 @@ def _harness_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
-    add_bos_token: bool,
+    protocol: TaskProtocol,
     processes: Processes,
 ):
     """The loaded model as lm-eval wants it."""
     from lm_eval.models.huggingface import HFLM
 
     tokenizer = copy.deepcopy(tokenizer)
-    if add_bos_token:
+    if protocol.apply_chat_template:
+        tokenizer.chat_template = dated_template(tokenizer)
+    if protocol.add_bos_token:
         # lm-eval leaves the token to the tokenizer, and many tokenizers that have one do not put it there.
         tokenizer.add_bos_token, tokenizer.add_eos_token = True, False
     # Prompts are padded by what the model knows: tokens that were added to a tokenizer may lie beyond its embedding.
@@ -213,7 +220,7 @@ def _harness_model(
         tokenizer=tokenizer,
         backend="causal",
         batch_size=batch_size,
-        add_bos_token=add_bos_token,
+        add_bos_token=protocol.add_bos_token,
         softmax_dtype=SOFTMAX_DTYPE,
     )
     if processes.state is not None:

@@ -181,8 +181,12 @@ def metrics(result: dict) -> dict[str, str]:
     zero_shot = result.get("zero_shot", {"tasks": {}})
     for task, scores in zero_shot["tasks"].items():
         start = "with" if zero_shot["add_bos_token"] else "without"
-        protocol = f"{scores['samples']} of {scores['split_size']} rows, {scores['num_fewshot']} examples"
+        protocol = (
+            f"{scores['samples']} of {scores['split_size']} rows, {scores['num_fewshot']} examples, {start} start token"
+        )
+        if zero_shot.get("apply_chat_template"):
+            protocol += ", by the chat template"
         for metric in scores["metrics"]:
-            name = f"{task} {metric}, {protocol}, {start} start token, {zero_shot['harness']}, {result['dtype']}"
+            name = f"{task} {metric}, {protocol}, {zero_shot['harness']}, {result['dtype']}"
             found[name] = with_error(scores[metric], scores.get(f"{metric}_stderr"), 4)
     return found

@@ -240,7 +240,8 @@ def _scoring(run: Run) -> str | None:
         return None
     rows = limited(scored["limit"])
     start = "yes" if scored["add_bos_token"] else "no"
-    return f"Tasks: {scored['harness']}, {rows}, no examples, start token: {start}."
+    chats = ", chat template" if scored.get("apply_chat_template") else ""
+    return f"Tasks: {scored['harness']}, {rows}, no examples, start token: {start}{chats}."
 
 
 def limited(limit: int | float | None) -> str:

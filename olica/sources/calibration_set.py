@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from ..checks import refuse_pointers
 from ..errors import UsageError
 from ..tensor_files import save_tensors
+from .chats import RefusedChat, chat_template, chat_text, messages_of
 from .text_sources import Rows, read_rows
 from .tokenizers import start_token
 
@@ -92,8 +93,8 @@ def build_calibration_set(
     (N, T)) is repeated as it is: it needs no tokenizer, and the draw is not asked for.
 
     Raises UsageError, naming the flag or file, for wrong values, for sources that cannot be read or have too
-    few rows of at least `seqlen` tokens, for a start token that is to be added where there is none, and for token ids
-    outside a vocabulary of `vocab_size`.
+    few rows of at least `seqlen` tokens, for a start token that is to be added where there is none, for chats where the
+    tokenizer has no chat template, and for token ids outside a vocabulary of `vocab_size`.
     """
     names = _split_sources(datasets)
     if _names_token_file(names[0]):
@@ -229,8 +230,15 @@ def _draw_or_reuse(
     sources: Sequence[Rows], tokenizer: PreTrainedTokenizerBase, request: Draw, cache_dir: Path
 ) -> CalibrationSet:
     """The cached draw of the same request, or else a new one, which is then cached."""
+    for rows in sources:
+        if rows.chat_field and chat_template(tokenizer) is None:
+            raise UsageError(
+                f"{rows.origin} holds chats (column {rows.chat_field}), but the tokenizer of --base_model has no chat "
+                "template: put its chat_template.jinja beside it, prune the model that is trained for chats, or give "
+                "the file a column text instead"
+            )
     described = describe_tokenizer(tokenizer)
-    path = cache_dir / f"{_cache_key(sources, described, request)}.safetensors"
+    path = cache_dir / f"{_cache_key(sources, tokenizer, described, request)}.safetensors"
     shape = (request.num_samples * len(sources), request.seqlen)
     if path.is_file():
         try:
@@ -252,58 +260,80 @@ def _draw_or_reuse(
 def _draw_windows(rows: Rows, tokenizer: PreTrainedTokenizerBase, request: Draw) -> tuple[list[list[int]], dict]:
     """Windows of `seqlen` tokens from distinct random rows that are long enough, and the source's record.
 
-    Prose is cropped at random, a prompt keeps its beginning. As in the released code every source starts from
+    Prose is cropped at random, prompts and chats keep their beginning. As in the released code every source starts from
     the same seed, and a row that was drawn before costs one draw of the generator and nothing else.
     """
     rng = random.Random(request.seed)
     start = [start_token(tokenizer)] if request.add_bos_token else []
     of_text = request.seqlen - len(start)
     limit = min(len(rows.table), MAX_TRIED_ROWS)
-    tried, windows = set(), []
+    tried, windows, refused = set(), [], []
     with tqdm(total=request.num_samples, desc=Path(rows.name).name, unit="sample", leave=False) as bar:
         while len(windows) < request.num_samples:
             if len(tried) == limit:
-                raise _too_few(rows, request, len(windows), limit)
+                raise _too_few(rows, request, len(windows), limit, refused)
             index = rng.randint(0, len(rows.table) - 1)
             if index in tried:
                 continue
             tried.add(index)
-            text, is_prompt = _row_text(rows, index)
-            tokens = tokenizer(text, verbose=False, add_special_tokens=not start)["input_ids"]
+            try:
+                tokens, is_whole = _row_tokens(rows, index, tokenizer, start)
+            except RefusedChat as error:
+                refused.append(str(error))
+                continue
             if len(tokens) < of_text:
                 continue
-            first = 0 if is_prompt else rng.randint(0, len(tokens) - of_text)
+            first = 0 if is_whole else rng.randint(0, len(tokens) - of_text)
             windows.append(start + tokens[first : first + of_text])
             bar.update()
     logger.info("%s: %d of %d tried rows accepted", rows.name, len(windows), len(tried))
+    if refused:
+        logger.warning("%s: left out %s", rows.name, _in_numbers(refused))
     counts = {"rows": len(rows.table), "tried": len(tried), "accepted": len(windows)}
     record = {"name": rows.name, "origin": rows.origin, "fingerprint": rows.fingerprint, **counts}
     return windows, record | {"acceptance_rate": len(windows) / len(tried)}
 
 
-def _row_text(rows: Rows, index: int) -> tuple[str, bool]:
-    """A row as the text to tokenise, empty where it has none, and whether it is a prompt."""
+def _row_tokens(rows: Rows, index: int, tokenizer: PreTrainedTokenizerBase, start: list[int]) -> tuple[list[int], bool]:
+    """The tokens of a row, none where it has no text, and whether they are to be read from their beginning.
+
+    `start` has the start token if one is put in front of every window, and is empty otherwise.
+    Raises RefusedChat where the chat template refuses a chat, UsageError where its messages are none.
+    """
     row = rows.table[index]
-    if rows.has_prompts and row["instruction"]:
-        return format_prompt(row), True
-    return (row[rows.text_field] if rows.text_field else None) or "", False
+    if rows.chat_field and row[rows.chat_field]:
+        text = chat_text(tokenizer, messages_of(row[rows.chat_field], f"{rows.origin}: row {index + 1}"))
+        # Templates write all special tokens themselves; the tokenizer would put a second start token before theirs.
+        tokens = tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"]
+        return tokens[1:] if start and tokens[:1] == start else tokens, True
+    is_prompt = rows.has_prompts and bool(row["instruction"])
+    text = format_prompt(row) if is_prompt else (row[rows.text_field] if rows.text_field else None) or ""
+    return tokenizer(text, verbose=False, add_special_tokens=not start)["input_ids"], is_prompt
 
 
-def _too_few(rows: Rows, request: Draw, accepted: int, tried: int) -> UsageError:
+def _in_numbers(refused: list[str]) -> str:
+    """How many chats the template refused, and why the first of them."""
+    return f"{len(refused)} chats that the tokenizer's chat template refuses (the first: {refused[0]})"
+
+
+def _too_few(rows: Rows, request: Draw, accepted: int, tried: int, refused: list[str]) -> UsageError:
+    others = f"; among the others are {_in_numbers(refused)}" if refused else ""
     return UsageError(
         f"--datasets {rows.name} has too few long rows: {accepted} of {tried} tried ({accepted / tried:.2%}) "
-        f"have --seqlen {request.seqlen} tokens or more, but --num_samples asks for {request.num_samples}: "
+        f"have --seqlen {request.seqlen} tokens or more, but --num_samples asks for {request.num_samples}{others}: "
         "lower one of the two, or give a source with longer rows"
     )
 
 
-def _cache_key(sources: Sequence[Rows], described: dict, request: Draw) -> str:
-    """The sha256 of everything that decides the draw."""
+def _cache_key(sources: Sequence[Rows], tokenizer: PreTrainedTokenizerBase, described: dict, request: Draw) -> str:
+    """The sha256 of everything that decides the draw; `described` is what `describe_tokenizer` says of `tokenizer`."""
+    of_chats = {"chat_template": chat_template(tokenizer)} if any(rows.chat_field for rows in sources) else {}
     decides = {
         "version": SAMPLING_VERSION,
         "sources": [[rows.name, rows.origin, rows.fingerprint] for rows in sources],
         "tokenizer": described,
         **asdict(request),
+        **of_chats,
     }
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 

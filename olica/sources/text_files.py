@@ -1,6 +1,6 @@
 """Text files and folders as rows: what is read of .jsonl, .json, .txt and .parquet, and of what save_to_disk made.
 
-A row is prose (one text) or a prompt (instruction, input, output); its columns say which.
+A row is prose (one text), a prompt (instruction, input, output) or a chat (messages); its columns say which.
 """
 
 import errno
@@ -17,17 +17,18 @@ from functools import cache
 from pathlib import Path
 
 import datasets
-from pyarrow import parquet
+from pyarrow import parquet, types
 
 from ..checks import refuse_pointers
 from ..errors import UsageError, in_words, reason
+from .chats import CHAT_COLUMNS, chat_column
 
 logger = logging.getLogger(__name__)
 
 # What no text is to blame for whose file has been opened before.
 CACHE_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT}
 CACHE_REMEDY = "a cache cannot be written to; name a folder with room for it by HF_HOME or HF_DATASETS_CACHE"
-# All columns that are ever read: of prose, and of prompts.
+# All columns of text that are ever read: of prose, and of prompts. Those of chats are `CHAT_COLUMNS`.
 COLUMNS = ("text", "sentence", "instruction", "input", "output")
 
 _FORMATS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}
@@ -35,9 +36,10 @@ _FORMATS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parq
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one split, a row with an instruction being a prompt and any other prose.
+    """The rows of one split: one with messages is a chat, another with an instruction a prompt, and any other prose.
 
-    `text_field` is the column of the prose, if there is one; `has_prompts` says whether any row is a prompt.
+    `text_field` is the column of the prose, if there is one, and `chat_field` that of the chats; `has_prompts` says
+    whether any row is a prompt.
 
     `origin` is for the record; `fingerprint` follows the content.
     """
@@ -48,6 +50,7 @@ class Rows:
     table: datasets.Dataset
     text_field: str | None
     has_prompts: bool
+    chat_field: str | None = None
 
 
 def rows_at(name: str, path: Path, saved_splits: tuple[str, ...], row_of_line: Callable | None) -> Rows:
@@ -64,9 +67,10 @@ def rows_at(name: str, path: Path, saved_splits: tuple[str, ...], row_of_line: C
 
 def rows_of(name: str, origin: str, fingerprint: str, table: datasets.Dataset) -> Rows:
     """The rows of a table, without the columns that are never read, which may hold what cannot be decoded here."""
-    prose, has_prompts = _columns(table, origin)
-    table = table.select_columns([name for name in table.column_names if name in COLUMNS])
-    return Rows(name, origin, fingerprint, table, prose, has_prompts)
+    chats = chat_column(table)
+    prose, has_prompts = _columns(table, origin, chats)
+    table = table.select_columns([name for name in table.column_names if name in (*COLUMNS, chats)])
+    return Rows(name, origin, fingerprint, table, prose, has_prompts, chats)
 
 
 def _load_folder(path: Path, saved_splits: tuple[str, ...]) -> tuple[Path, datasets.Dataset]:
@@ -118,10 +122,12 @@ def _read_text(path: Path, row_of_line: Callable | None, cached: dict) -> datase
 def _read_parquet(path: Path, cached: dict) -> datasets.Dataset:
     """The columns that may be needed of a .parquet file; all of them if none is, for the message."""
     schema = parquet.read_schema(path)
-    columns = [name for name in schema.names if name in COLUMNS] or schema.names
+    lists = {field.name for field in schema if types.is_list(field.type) or types.is_large_list(field.type)}
+    needed = {*COLUMNS, *(lists & {*CHAT_COLUMNS})}
+    columns = [name for name in schema.names if name in needed] or schema.names
     if len(columns) < len(schema.names):
-        needed = schema.empty_table().select(columns).schema
-        cached = cached | {"columns": columns, "features": datasets.Features.from_arrow_schema(needed)}
+        features = datasets.Features.from_arrow_schema(schema.empty_table().select(columns).schema)
+        cached = cached | {"columns": columns, "features": features}
     return datasets.Dataset.from_parquet(_pattern(path), **cached)
 
 
@@ -136,18 +142,21 @@ def _read_json(path: Path, cached: dict) -> datasets.Dataset:
     except datasets.exceptions.DatasetGenerationError:
         table = datasets.Dataset.from_generator(
             _needed_columns,
-            datasets.Features(dict.fromkeys(COLUMNS, datasets.Value("string"))),
+            datasets.Features(
+                dict.fromkeys(COLUMNS, datasets.Value("string"))
+                | dict.fromkeys(CHAT_COLUMNS, datasets.List(datasets.Json()))
+            ),
             cache_dir=cached["cache_dir"],
             gen_kwargs={"path": path.absolute(), "content": cached["config_name"]},
         )
-        held = [name for name in COLUMNS if table.data.column(name).null_count < len(table)]
+        held = [name for name in table.column_names if table.data.column(name).null_count < len(table)]
         if not held:
             raise
         return table.select_columns(held)
 
 
-def _needed_columns(path: Path, content: str) -> Iterator[dict[str, str | None]]:  # noqa: ARG001
-    """The rows of a .jsonl file, gzipped or not, with all of `COLUMNS` and no other; `content` keeps files apart."""
+def _needed_columns(path: Path, content: str) -> Iterator[dict[str, str | list | None]]:  # noqa: ARG001
+    """The rows of a .jsonl file, gzipped or not, of `COLUMNS` and `CHAT_COLUMNS` alone; `content` keeps files apart."""
     with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -160,7 +169,8 @@ def _needed_columns(path: Path, content: str) -> Iterator[dict[str, str | None]]
             for name, value in needed.items():
                 if not isinstance(value, str | None):
                     raise ValueError(f"line {number} has a {type(value).__name__} in the column {name}")
-            yield needed
+            chats = {name: row.get(name) for name in CHAT_COLUMNS}
+            yield needed | {name: value if isinstance(value, list) else None for name, value in chats.items()}
 
 
 def _cache_dir() -> str:
@@ -188,15 +198,15 @@ def _temporary_cache(reason: str) -> tempfile.TemporaryDirectory:
     return folder
 
 
-def _columns(table: datasets.Dataset, origin: str) -> tuple[str | None, bool]:
-    """The column that holds prose, if there is one, and whether any row is a prompt."""
+def _columns(table: datasets.Dataset, origin: str, chats: str | None) -> tuple[str | None, bool]:
+    """The column that holds prose, if there is one, and whether any row is a prompt; `chats` is the column of those."""
     columns = table.column_names
     prose = next((name for name in ("text", "sentence") if name in columns), None)
     has_prompts = {"instruction", "output"} <= set(columns) and any(table["instruction"])
-    if not has_prompts and not prose:
+    if not has_prompts and not prose and not chats:
         raise UsageError(
-            f"{origin} has the columns {', '.join(columns)}: "
-            "prose needs a column text or sentence, prompts need instruction and output"
+            f"{origin} has the columns {', '.join(columns)}: prose needs a column text or sentence, prompts need "
+            "instruction and output, chats need messages or conversations, each a list of role and content"
         )
     for name in filter(None, [*(("instruction", "output") if has_prompts else ()), prose]):
         kind = getattr(table.features[name], "dtype", "list")

@@ -1,6 +1,6 @@
 """Where text comes from: a table of named sources, local files and folders, and the text and code inside CPython.
 
-A row is prose (one text) or a prompt (instruction, input, output); its columns say which.
+A row is prose (one text), a prompt (instruction, input, output) or a chat (messages); its columns say which.
 Splits: "train" is what calibrates, "test" is what measures.
 """
 
@@ -94,7 +94,7 @@ def read_rows(source: str, split: str, data_dir: Path | None, *, flag: str = "--
     """Rows of `split` ("train" or "test") of a source in `SOURCES`, or of the file or folder at that path.
 
     Raises UsageError, naming `flag` or the file, where the source is unknown, lacks the split, cannot be
-    read, or holds neither prose nor prompts.
+    read, or holds neither prose nor prompts nor chats.
     """
     if source == PYDOC:
         return _pydoc_rows(split, flag)
@@ -112,11 +112,13 @@ def read_rows(source: str, split: str, data_dir: Path | None, *, flag: str = "--
 def evaluation_text(source: str, data_dir: Path | None, *, flag: str = "--datasets") -> tuple[str, str]:
     """The test rows of a source, blank ones included, joined with two newlines; and its origin.
 
-    This is the text of the paper's perplexity. Raises UsageError as `read_rows` does, and for prompts.
+    This is the text of the paper's perplexity, of which no chat is a part. Raises UsageError as `read_rows` does, for
+    prompts, and for chats without a column of prose beside them.
     """
     rows = read_rows(source, "test", data_dir, flag=flag)
-    if rows.has_prompts:
-        raise UsageError(f"{flag} names {rows.origin}, which holds prompts: give prose, with a column text")
+    if rows.has_prompts or not rows.text_field:
+        kind = "prompts" if rows.has_prompts else "chats"
+        raise UsageError(f"{flag} names {rows.origin}, which holds {kind}: give prose, with a column text")
     return "\n\n".join(text or "" for text in rows.table[rows.text_field]), rows.origin
 
 
