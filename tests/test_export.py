@@ -67,7 +67,8 @@ def plan_for(family: str) -> list[LayerShape]:
 # What a configuration may have otherwise than that of the dense model.
 ABOUT_FILES = {"_name_or_path", "architectures", "dtype"}
 BIASES = {"attention_bias", "mlp_bias"}
-FORMER_NAMES = {"torch_dtype", "rope_theta", "rope_scaling", "rope_local_base_freq", "sliding_window_pattern"}
+FORMER_NAMES = {"torch_dtype", "rope_theta", "rope_scaling", "rope_local_base_freq"}
+FORMER_NAMES |= {"partial_rotary_factor", "sliding_window_pattern"}
 
 # Loads what was made of every family where this package is not.
 WITHOUT_OLICA = """
