@@ -37,11 +37,13 @@ FORMS = {
     "stock": dict(layout="stock", recipe="wanda-sp"),
     "deci": dict(layout="deci", recipe="olica-plus"),
 }
-# As real models of these families are: no width of heads of its own, no windows that old releases gave to all layers.
+# As real models of these families are: no width of heads of their own, no windows that old releases gave to all layers,
+# no biases that the first release left out.
 # Gemma's layers are the first three of those that the releases without `layer_types` made of the number alone.
 WITHOUT_HEAD_DIM = ("qwen2", "smollm3", "granite", "olmo2", "phi3")
 USUAL = {
     "qwen2": dict(use_sliding_window=False),
+    "smollm3": dict(mlp_bias=False),
     "gemma3_text": dict(layer_types=ALTERNATING, sliding_window_pattern=2),
 }
 TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"

@@ -37,7 +37,7 @@ def table(results: Path) -> str | None:
         notes += [f"{named}, {name}: {row['error']}." for name, row in tried.items() if "error" in row]
         for check in CHECKS:
             if failed := [name for name, row in tried.items() if row.get(check) is False]:
-                notes.append(f"{named}, not {check}: {', '.join(failed)}.")
+                notes.append(f"{named}, {check} otherwise: {', '.join(failed)}.")
         if lacking := sorted({name.partition("_sparsity")[0] for name in checkpoints.keys() - tried.keys()}):
             notes.append(f"{named} has no family of these: {', '.join(lacking)}.")
     notes.append(origin([path.parent.as_posix()], [record["environment"]]))
