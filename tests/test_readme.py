@@ -36,7 +36,7 @@ README, DOCS = ROOT / "README.md", ROOT / "docs"
 PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
 RECORDS = ROOT / "results" / "smollm2"
 # Programs that a command block may call beside our own scripts.
-OTHER_PROGRAMS = {".", "cd", "lm_eval", "pip", "ruff"}
+OTHER_PROGRAMS = {".", "cd", "curl", "hf", "lm_eval", "optimum-cli", "pip", "ruff", "transformers"}
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 
@@ -149,6 +149,15 @@ def test_python_blocks_compile(page):
     for block in blocks(page):
         if block.language == "python":
             compile(block.text, page.name, "exec")
+
+
+def test_the_script_of_after_pruning_runs_all_python_of_its_page():
+    page, script = (ROOT / path for path in ("docs/after-pruning.md", "scripts/after_pruning.sh"))
+    sections = re.split(r"^## ", page.read_text(), flags=re.MULTILINE)[1:]
+    named = {section.splitlines()[0] for section in sections if "\n```python\n" in section}
+    assert len(named) == 5 and all(f'"{name}"' in script.read_text() for name in named)
+    pinned = re.findall(r"([\w-]+)(?:\[\w+\])?==([\d.]+)", script.read_text())
+    assert len(pinned) == 8 and all(f"{name} {version}" in page.read_text() for name, version in pinned)
 
 
 @every_page
