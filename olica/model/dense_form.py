@@ -32,7 +32,7 @@ OPEN = 32.0
 
 def own_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The configuration of the dense model of which a pruned one of `config` was made."""
-    ours = {"model_type", "architectures", "auto_map", "transformers_version", *(f.name for f in fields(PrunedConfig))}
+    ours = {"model_type", "architectures", "auto_map", "transformers_version", *PrunedConfig.__annotations__}
     settings = config.to_dict()
     ours |= former_names(settings).keys()  # of the file, where they are written anew
     return CONFIG_MAPPING[config.model_type.removeprefix(PREFIX)](
