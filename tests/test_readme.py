@@ -157,7 +157,7 @@ def test_the_script_of_after_pruning_runs_all_python_of_its_page():
     named = {section.splitlines()[0] for section in sections if "\n```python\n" in section}
     assert len(named) == 5 and all(f'"{name}"' in script.read_text() for name in named)
     pinned = re.findall(r"([\w-]+)(?:\[\w+\])?==([\d.]+)", script.read_text())
-    assert len(pinned) == 8 and all(f"{name} {version}" in page.read_text() for name, version in pinned)
+    assert len(pinned) == 9 and all(f"{name} {version}" in page.read_text() for name, version in pinned)
 
 
 @every_page
