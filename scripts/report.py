@@ -11,12 +11,13 @@ from pathlib import Path
 import olica_stopping
 from olica.command_line import run_command
 from olica.errors import UsageError
-from olica.report import methods, releases
+from olica.report import methods, peers, releases
 from olica.report.plots import FIGURES, draw, quality_over_size
 from olica.report.runs import Results
 from olica.report.tables import TABLES
 
-ALL_TABLES = TABLES | {"methods": methods.tables}
+BESIDE_THE_PAPER = {"methods": methods.tables, "peers": peers.table}
+ALL_TABLES = TABLES | BESIDE_THE_PAPER
 TITLES = {
     "figure2": "Figure 2: singular values of the attention projections",
     "figure3": "Figure 3: corrected MLPs, and how well each is explained",
@@ -37,8 +38,7 @@ difference on the same windows or rows. The paper's figures and what does not fi
 def section(results: Results, folder: Path) -> str:
     """Tables and figures of one model."""
     ours = {name: make for name, make in TABLES.items() if not results.belongs_elsewhere(int(name[len("table") :]))}
-    ours["methods"] = methods.tables
-    parts = [table for make in ours.values() if (table := make(results))]
+    parts = [table for make in (ours | BESIDE_THE_PAPER).values() if (table := make(results))]
     for name, title in TITLES.items():
         if drawing := draw(name, results):
             path, notes = drawing

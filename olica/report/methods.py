@@ -208,16 +208,24 @@ def _asked(size: tuple[float, str]) -> str:
 
 
 def _cell(mix: Mix, point: Point, text: str) -> str:
-    gap = point.gap(text)
-    if gap is None:
+    if point.gap(text) is None:
         return ""
-    rows, ratio = point.ratios[text], math.exp(gap)
+    share = mix.share(point, text)
+    known = f" ({share:.2f})" if share is not None and point.recipe not in FOUNDING else ""
+    return f"{ratio_in_words(point.ratios[text])}{known}"
+
+
+def ratio_in_words(rows: list[dict]) -> str:
+    """A ratio to the dense model and its paired error; of several seeds the geometric mean, the least and the greatest.
+
+    Args:
+        rows: of every seed, as `Point.ratios` has them.
+    """
+    ratio = math.exp(sum(row["difference"] for row in rows) / len(rows))
     errors = [row["standard_error"] for row in rows]
     error = None if None in errors else ratio * max(errors)
-    share = mix.share(point, text)
     spread = f", {min(row['ratio'] for row in rows):.2f} to {max(row['ratio'] for row in rows):.2f}"
-    known = f" ({share:.2f})" if share is not None and point.recipe not in FOUNDING else ""
-    return f"{Measured(ratio, error)}{spread if len(rows) > 1 else ''}{known}"
+    return f"{Measured(ratio, error)}{spread if len(rows) > 1 else ''}"
 
 
 def _scores(mix: Mix, point: Point) -> list[str]:

@@ -1,0 +1,215 @@
+"""Pruners of other people, as they ship, beside ours: one table.
+
+The runs are those of benchmarks/peers.sh: `peers_as_shipped/dense` and `peers_as_shipped/NAME`, which has
+`failure.json` instead of a run's records where a package could not be made to run; and the same below `long`, with
+longer windows, ours too. Our other figures are those of `methods`, where they were measured on the same windows and
+rows.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from ..evaluation.paired import PAPER_METRIC, compare
+from .methods import Point, mixes, ratio_in_words
+from .runs import Results, Run, limited, origin
+from .tables import TASKS, Measured, markdown, perplexity
+
+FOLDER = "peers_as_shipped"
+LONG = "long"
+# Of ours, what others are set beside.
+OURS = ("olica", "olica-grouped", "olica-plus")
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What is recorded of one model.
+
+    Attributes:
+        dense: the dense model, with windows of the usual length and the tasks.
+        long: the runs with longer windows, by recipe and sparsity; the dense one by `None` and 0.
+        peers: runs of other people's pruners.
+        failures: records of those that did not run.
+        ours: our points, calibrated on the same tokens, and what their tasks were compared with.
+    """
+
+    dense: Run
+    long: dict[tuple[str | None, float], Run]
+    peers: list[Run]
+    failures: list[dict]
+    ours: list[tuple[Point, Run, Run | None]]
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """The corpora that were measured."""
+        return list(self.dense.result["perplexity"])
+
+    @cached_property
+    def tasks(self) -> list[str]:
+        """The tasks that were scored."""
+        return list(self.dense.result.get("zero_shot", {"tasks": {}})["tasks"])
+
+    @cached_property
+    def long_texts(self) -> list[str]:
+        """The corpora that were measured with longer windows."""
+        dense = self.long.get((None, 0.0))
+        return list(dense.result["perplexity"]) if dense else []
+
+
+def read(results: Results) -> Recorded | None:
+    """The records of a model; None where the dense one or all others are missing."""
+    dense = results.run(f"{FOLDER}/dense")
+    peers = [run for run in results.runs(FOLDER) if run.pruning]
+    found = sorted((results.results / results.label / FOLDER).glob("*/failure.json"))
+    failures = [json.loads(path.read_text()) for path in found if not path.with_name("flags").exists()]
+    if dense is None or not (peers or failures):
+        return None
+    runs = results.runs(f"{FOLDER}/{LONG}")
+    long = {(run.recipe if run.pruning else None, run.sparsity): run for run in runs}
+    calibrated = {_calibration(run) for run in peers} - {None}
+    ours = [
+        (point, mix.dense, mix.dense_scored)
+        for mix in mixes(results)
+        for point in mix.points
+        if point.recipe in OURS and point.size[1] == "model" and _calibration(point.runs[0]) in calibrated
+    ]
+    return Recorded(dense, long, peers, failures, ours)
+
+
+def table(results: Results) -> str | None:
+    """The table; None where nothing is recorded."""
+    recorded = read(results)
+    if recorded is None:
+        return None
+    header = ["gone", "pruner", "version", "tokens", "parameters", *(Path(text).stem for text in recorded.texts)]
+    header += [f"{Path(text).stem}, long windows" for text in recorded.long_texts]
+    header += [*(f"{TASKS[task]}, %" for task in recorded.tasks), "seconds", "peak memory, GB"]
+    rows = [_dense_row(recorded)]
+    sparsities = {run.sparsity for run in recorded.peers} | {failed["sparsity"] for failed in recorded.failures}
+    for sparsity in sorted(sparsities):
+        rows += [_peer_row(recorded, run) for run in recorded.peers if run.sparsity == sparsity]
+        for failed in recorded.failures:
+            if failed["sparsity"] == sparsity:
+                names = [_share(sparsity), failed["peer"], ", ".join(failed["packages"]), "", "not run"]
+                rows.append(names + [""] * (len(header) - len(names)))
+        rows += [_our_row(recorded, *ours) for ours in recorded.ours if ours[0].size[0] == sparsity]
+    return markdown("Pruners of other people, as they ship", header, rows, _notes(recorded))
+
+
+def _calibration(run: Run) -> tuple | None:
+    """Which tokens a pruning saw: their file or files, samples and length; None if it saw none."""
+    calibration = run.pruning["calibration"]
+    return (run.texts, *calibration["ids"]) if calibration else None
+
+
+def _share(sparsity: float) -> str:
+    return f"{100 * sparsity:.4g}%"
+
+
+def _dense_row(recorded: Recorded) -> list[str]:
+    result, long = recorded.dense.result, recorded.long.get((None, 0.0))
+    cells = ["0%", "dense", "", "", f"{result['parameters']['total']:,}"]
+    cells += [str(perplexity(recorded.dense, text)) for text in recorded.texts]
+    cells += [str(perplexity(long, text)) for text in recorded.long_texts]
+    for task in recorded.tasks:
+        scores, metric = result["zero_shot"]["tasks"][task], PAPER_METRIC[task]
+        error = scores.get(f"{metric}_stderr")
+        cells.append(str(Measured(100 * scores[metric], None if error is None else 100 * error)))
+    return [*cells, "", ""]
+
+
+def _peer_row(recorded: Recorded, run: Run) -> list[str]:
+    compared = compare(run.result, recorded.dense.result)
+    tokens = run.pruning["calibration"]
+    cells = [_share(run.sparsity), run.recipe, run.pruning["package"]]
+    cells += [f"{tokens['ids'][0] * tokens['ids'][1]:,}" if tokens else "none"]
+    cells += [f"{run.result['parameters']['total']:,}"]
+    cells += [_ratio([compared["perplexity"].get(text)]) for text in recorded.texts]
+    cells += _long_cells(recorded, run.recipe, run.sparsity)
+    cells += [_difference(compared["zero_shot"].get(task), task) for task in recorded.tasks]
+    return [*cells, *_cost(run)]
+
+
+def _our_row(recorded: Recorded, point: Point, dense: Run, dense_scored: Run | None) -> list[str]:
+    """Ours are paired with the dense model of their own machine, where that was asked the same as the peers' one."""
+    run, sparsity = point.runs[0], point.size[0]
+    samples, tokens = run.pruning["calibration"]["ids"]
+    version = f"olica {run.pruning['environment']['olica']}"
+    cells = [_share(sparsity), point.recipe, version, f"{samples * tokens:,}", f"{point.parameters:,}"]
+    alike = compare(dense.result, recorded.dense.result)["perplexity"]
+    cells += [_ratio(point.ratios.get(text, [None]) if text in alike else [None]) for text in recorded.texts]
+    cells += _long_cells(recorded, point.recipe, sparsity)
+    if point.scored and dense_scored:
+        alike = compare(dense_scored.result, recorded.dense.result)["zero_shot"]
+        compared = compare(point.scored[0].result, dense_scored.result)["zero_shot"]
+        cells += [_difference(compared.get(task) if task in alike else None, task) for task in recorded.tasks]
+    else:
+        cells += [""] * len(recorded.tasks)
+    here = recorded.long.get((point.recipe, sparsity))  # pruned where the others were
+    return [*cells, *(_cost(here) if here else ["", ""])]
+
+
+def _ratio(rows: list[dict | None]) -> str:
+    return "" if None in rows else ratio_in_words(rows)
+
+
+def _difference(metrics: dict | None, task: str) -> str:
+    """Of a task's accuracy to the dense model's, in points."""
+    if metrics is None:
+        return ""
+    row = metrics[PAPER_METRIC[task]]
+    return str(Measured(row["difference"], row["standard_error"], sign="+"))
+
+
+def _long_cells(recorded: Recorded, recipe: str, sparsity: float) -> list[str]:
+    run, dense = (recorded.long.get(key) for key in ((recipe, sparsity), (None, 0.0)))
+    compared = compare(run.result, dense.result)["perplexity"] if run and dense else {}
+    return [_ratio([compared.get(text)]) for text in recorded.long_texts]
+
+
+def _cost(run: Run) -> list[str]:
+    return [f"{run.seconds:.0f}", f"{run.peak_bytes / 1e9:.2f}"]
+
+
+def _notes(recorded: Recorded) -> list[str]:
+    """How the table was made, and what the packages that did not run said."""
+    dense, long = recorded.dense, recorded.long.get((None, 0.0))
+    calibrated = next((run for run in recorded.peers if run.pruning["calibration"]), None)
+    lines = [
+        "Perplexity and accuracy of the dense model; of the others the ratio of the perplexity and the difference of "
+        "the accuracy in points to that, with the paired error. Packages are used as they ship, by their documented "
+        "calls: all of them prune the MLPs alone, every layer to one width, and none but OSSCAR repairs what stays. Of "
+        "nvidia-modelopt the scores are taken, the cut is ours. `olica` and its kin are those of methods beside each "
+        "other that were calibrated on the same tokens; long windows, seconds and peak memory of theirs are of runs "
+        "beside the peers'."
+    ]
+    lines += [_windows(run) for run in (dense, long) if run]
+    if calibrated:
+        samples, tokens = calibrated.pruning["calibration"]["ids"]
+        lines.append(f"Calibration: {samples} samples of {tokens} tokens, of {calibrated.texts}.")
+    if scored := dense.result.get("zero_shot"):
+        lines.append(f"Tasks: {scored['harness']}, {limited(scored['limit'])}, no examples.")
+    lines += dict.fromkeys(f"{run.pruning['package']} ran with {_packages(run)}." for run in recorded.peers)
+    lines += [
+        f"Not run: {failed['peer']}, {_share(failed['sparsity'])}; step {failed['step']}: `{failed['error']}`"
+        for failed in recorded.failures
+    ]
+    runs = [dense, *recorded.peers, *recorded.long.values()]
+    folders = {run.folder.parent.as_posix() for run in runs}
+    return [*lines, origin(folders, [run.evaluation["environment"] for run in runs])]
+
+
+def _windows(run: Run) -> str:
+    """Windows of every text, and the dtype; the texts differ in how many windows they have."""
+    said = [
+        f"{Path(text).stem} {measured['windows']} windows of {measured['seqlen']} tokens"
+        for text, measured in run.result["perplexity"].items()
+    ]
+    return f"Perplexity: {', '.join(said)}; run in {run.result['dtype']}."
+
+
+def _packages(run: Run) -> str:
+    """What a package of others ran with."""
+    versions = run.pruning["environment"]["packages"]
+    return ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers"))
