@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from copy import deepcopy
 from os.path import expanduser
 from pathlib import Path
 from shutil import rmtree
@@ -27,7 +28,7 @@ from olica.outputs.records import environment, write_record
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]  # what the tests have there
 from conftest import make_tokenizer  # noqa: E402
-from tiny_families import ALTERNATING, make_family  # noqa: E402
+from tiny_families import ALTERNATING, LLAMA3_SCALING, make_family  # noqa: E402
 
 # What a pruning makes of a family -> the layout, and a recipe that fills it: factors, narrower value heads and a
 # correction; fewer heads and channels; the same sizes in all layers; other widths in each.
@@ -39,12 +40,18 @@ FORMS = {
 }
 # As real models of these families are: no width of heads of their own, no windows that old releases gave to all layers,
 # no biases that the first release left out.
-# Gemma's layers are the first three of those that the releases without `layer_types` made of the number alone.
+# Gemma's layers are those that releases without `layer_types` make of the pattern.
 WITHOUT_HEAD_DIM = ("qwen2", "smollm3", "granite", "olmo2", "phi3")
 USUAL = {
     "qwen2": dict(use_sliding_window=False),
     "smollm3": dict(mlp_bias=False),
     "gemma3_text": dict(layer_types=ALTERNATING, sliding_window_pattern=2),
+}
+# Of no family's default: a release that overlooks it gives other logits.
+THETA = {"rope_type": "default", "rope_theta": 500.0}
+ROPE = {
+    "llama": LLAMA3_SCALING | {"rope_theta": 500.0},
+    "gemma3_text": {"full_attention": THETA, "sliding_attention": THETA | {"rope_theta": 300.0}},
 }
 TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
 TEXTS = ("ab cd", "Two  spaces, 12 grüße 文 🙂\n<mark>x")
@@ -71,8 +78,9 @@ def prune_families(folder: Path) -> list[Path]:
     save_file({"calibration_ids": ids}, folder / "ids.safetensors")
     made = []
     for family in FAMILIES:
-        sizes = dict(hidden_size=72, head_dim=None) if family in WITHOUT_HEAD_DIM else dict(hidden_size=72)
+        sizes: dict = dict(hidden_size=72) | (dict(head_dim=None) if family in WITHOUT_HEAD_DIM else {})
         dense = folder / "dense" / family
+        sizes["rope_parameters"] = deepcopy(ROPE.get(family, THETA))
         make_family(family, **sizes, **USUAL.get(family, {})).save_pretrained(dense)
         tokenizer.save_pretrained(dense)
         for form, settings in FORMS.items():

@@ -162,8 +162,9 @@ def test_the_table_counts_what_held(tmp_path):
     path = tmp_path / releases.RECORD
     assert releases.table(tmp_path) is None
     path.parent.mkdir()
-    path.write_text(json.dumps({"releases": [found], "environment": {"device": "cpu"}}))
+    path.write_text(json.dumps({"releases": [found], "environment": {"git_commit": "cafe"}}))
     text = releases.table(tmp_path)
     (row,) = [line for line in text.splitlines() if line.startswith("| 4.46.3")]
     assert [cell.strip() for cell in row.strip("|").split("|")][2:] == ["2", "1", "3e+00", "1", "1", "1", "1"]
     assert "phi3_olica_sparsity-0.3: ValueError: no." in text and "has no family of these: qwen3_stock." in text
+    assert "at commit cafe." in text

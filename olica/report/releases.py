@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-from .runs import origin
 from .tables import markdown
 
 RECORD = Path("compatibility") / "releases.json"
@@ -40,7 +39,8 @@ def table(results: Path) -> str | None:
                 notes.append(f"{named}, {check} otherwise: {', '.join(failed)}.")
         if lacking := sorted({name.partition("_sparsity")[0] for name in checkpoints.keys() - tried.keys()}):
             notes.append(f"{named} has no family of these: {', '.join(lacking)}.")
-    notes.append(origin([path.parent.as_posix()], [record["environment"]]))
+    made = record["environment"]
+    notes.append(f"Record: `{path.as_posix()}`, made by `scripts/compatibility.sh` at commit {made['git_commit']}.")
     return markdown("Releases of transformers", HEADER, rows, notes)
 
 
