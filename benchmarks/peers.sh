@@ -10,8 +10,8 @@
 #   PPL          corpora (wikitext2,c4), and LONG_PPL those with windows of LONG_SEQLEN tokens too (wikitext2, 2048)
 #   TASKS        (arc_easy,piqa,hellaswag), of each LIMIT rows (500)
 # What is recorded is not run again; what failed is recorded with its error, and tried again.
-# Memory and time: 4.2 GB of disk and 10 minutes for the environments; SmolLM2 on 2 cores: 3 GB and a minute each pruning,
-#   OSSCAR 15; with all windows of three corpora 45 minutes each evaluation.
+# Memory and time: 4.5 GB of disk and 10 minutes for the environments; SmolLM2 on 2 cores: 2.1 GB and a minute or two each
+#   pruning, OSSCAR 5 to 10; with all windows of three corpora some 40 minutes each evaluation.
 TASKS=${TASKS:-arc_easy,piqa,hellaswag}
 LIMIT=${LIMIT:-500}
 KEEP=${KEEP:-no}
@@ -28,6 +28,7 @@ OLICA_PEERS=$(cd "$OLICA_PEERS" && pwd)
 windows=${WINDOWS:+--ppl_windows $WINDOWS}
 measures="--ppl ${PPL:-wikitext2,c4} $windows --tasks $TASKS --limit $LIMIT"
 long="--ppl ${LONG_PPL:-wikitext2} --ppl_seqlen ${LONG_SEQLEN:-2048} $windows"
+long_batch=1  # window at a time, whose logits take 0.4 GB
 
 # packages PEER: what pip installs for it; behind a + what it installs without what that asks for. torch is pinned
 # everywhere, since an open range takes a build with CUDA.
@@ -97,7 +98,7 @@ shipped() {
         echo "$flags" > "$folder/flags"
     fi
     step evaluate measured "$folder" "$sparsity" "$out" "$measures" || return 0
-    step evaluate measured "$folder" "$sparsity" "$out_long" "$long" || return 0
+    EVALUATION_BATCH_SIZE=$long_batch step evaluate measured "$folder" "$sparsity" "$out_long" "$long" || return 0
     cp "$folder/peer_run.json" "$out/pruning.json"
     cp "$folder/peer_run.json" "$out_long/pruning.json"
     echo "$flags $measures" > "$out/flags"
@@ -108,7 +109,7 @@ shipped() {
 }
 
 dense peers_as_shipped/dense "$measures"
-dense peers_as_shipped/long/dense "$long"
+EVALUATION_BATCH_SIZE=$long_batch dense peers_as_shipped/long/dense "$long"
 dense=$SAVE_DIR/${RECORDS##*/}-peers/dense
 [ -f "$dense/flags" ] || $PYTHON benchmarks/peers/dense.py --base_model "$MODEL" --output_path "$dense"
 echo "--base_model $MODEL" > "$dense/flags"
@@ -117,7 +118,7 @@ for sparsity in ${SPARSITIES:-0.2 0.33}; do
     for recipe in $OURS; do
         flags=(--recipe "$recipe" --sparsity "$sparsity" --seed 0)
         [ "$recipe" = olica-plus ] || flags+=(--mlp_num "$(mlp_num "$sparsity")")
-        pruned "peers_as_shipped/long/${recipe}_sparsity-$sparsity" "$long" "${flags[@]}"
+        EVALUATION_BATCH_SIZE=$long_batch pruned "peers_as_shipped/long/${recipe}_sparsity-$sparsity" "$long" "${flags[@]}"
     done
 done
 report peers

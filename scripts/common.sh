@@ -11,12 +11,12 @@
 #   SPARSITY_OF what sparsities are a share of: model or layers (model)
 #   TASKS       zero-shot tasks, joined by commas (the paper's seven); LIMIT rows of every task (default: all)
 #   WINDOWS     of every text (default: all)
-#   BATCH_SIZE  samples, windows or prompts at a time (16)
+#   BATCH_SIZE  samples, windows or prompts at a time (16); EVALUATION_BATCH_SIZE of them in an evaluation (the same)
 #   RESULTS     folder of the records (results); SAVE_DIR folder of the checkpoints (./pruned_models)
 #   KEEP        yes or no: whether checkpoints stay when they are measured (tables: yes, figures: no)
 #   PYTHON      made by scripts/install.sh
 # Relative paths are relative to the repository. What is recorded by the same flags is not run again, and what was stopped
-# is taken up; DATA_DIR, DEVICE and BATCH_SIZE are no such flags: for other data or another machine give other RESULTS.
+# is taken up; DATA_DIR, DEVICE and batch sizes are no such flags: for other data or another machine give other RESULTS.
 # Runs of one model, text and recipe share a survey in DATA_DIR; the times that scripts name are of runs that each made one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -118,7 +118,7 @@ evaluate() {
     mkdir -p "$2"
     # shellcheck disable=SC2086
     $PYTHON model_evaluate.py --checkpoint "$1" $3 --data_dir "$DATA_DIR" --device "$DEVICE" --dtype "$DTYPE" \
-        --batch_size "$BATCH_SIZE" --output_path "$2/evaluation.json"
+        --batch_size "${EVALUATION_BATCH_SIZE:-$BATCH_SIZE}" --output_path "$2/evaluation.json"
 }
 
 # mlp_num SPARSITY: how many MLPs are corrected; the paper takes 6, 12 or 16 and does not say which where.

@@ -181,8 +181,9 @@ def _notes(recorded: Recorded) -> list[str]:
         "the accuracy in points to that, with the paired error. Packages are used as they ship, by their documented "
         "calls: all of them prune the MLPs alone, every layer to one width, and none but OSSCAR repairs what stays. Of "
         "nvidia-modelopt the scores are taken, the cut is ours. `olica` and its kin are those of methods beside each "
-        "other that were calibrated on the same tokens; long windows, seconds and peak memory of theirs are of runs "
-        "beside the peers'."
+        "other that were calibrated on the same tokens; where there are more seeds, which drew other tokens of the "
+        "same texts, it is the geometric mean, followed by the least and the greatest. Long windows, seconds and peak "
+        "memory of theirs are of runs beside the peers'."
     ]
     lines += [_windows(run) for run in (dense, long) if run]
     if calibrated:
