@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,16 @@ def check_writable(path: Path, flag: str) -> Path:
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UsageError(f"{flag}: {parent} is not a folder that can be written to")
     return parent
+
+
+def check_room(path: Path, needed: int, flag: str, what: str) -> None:
+    """Raise UsageError, naming `flag`, unless there is room at `path` for so many bytes of `what`."""
+    free = shutil.disk_usage(check_writable(path, flag)).free
+    if free < needed:
+        raise UsageError(
+            f"{flag}: {what} takes {needed / 1e9:.2f} GB more, and {path.absolute().parent} has {free / 1e9:.2f} GB "
+            f"free; make room or give another {flag}"
+        )
 
 
 def check_record_path(path: Path, flag: str) -> None:

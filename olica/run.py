@@ -127,7 +127,7 @@ def run(job: Job) -> Pruned:
     checkpoint.check_folder(job.folder)
     with RunFolder.locked(job.folder) as folder, full_precision():
         needed = 0 if folder.is_published else job.disk_bytes - folder.written_bytes
-        checkpoint.check_room(job.folder, needed, job.settings.overwrite or folder.is_published)
+        checkpoint.check_place(job.folder, needed, job.settings.overwrite or folder.is_published)
         with memory_in_words(partial(memory_advice, job.settings)):
             record = _prune_and_save(job, folder)
     return Pruned(job.folder, [LayerShape(**shape) for shape in record["plan"]], record)

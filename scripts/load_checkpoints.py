@@ -39,9 +39,8 @@ def attempt(checkpoint: Path, expected: dict, chat: str, again: Path, code: dict
     """Fill `row` with what was reached."""
     # `torch_dtype`: the argument's name in every release; without it old ones take float32, new ones what is stored.
     settings = {"torch_dtype": torch.float32} | code
-    if (
-        "gemma2" in checkpoint.name
-    ):  # of which the fused attention of some releases, dense or pruned, leaves out the cap
+    # Its cap of scores is left out by the fused attention of some releases, dense or pruned.
+    if "gemma2" in checkpoint.name:
         settings["attn_implementation"] = "eager"
     model = AutoModelForCausalLM.from_pretrained(checkpoint, **settings).eval()
     row["logits"] = difference(model, expected)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from olica.errors import UsageError
-from olica.outputs.checkpoint import check_folder, check_room
+from olica.outputs.checkpoint import check_folder, check_place
 from olica.outputs.names import checkpoint_folder
 
 ROOT = Path(__file__).parents[1]
@@ -176,12 +176,12 @@ def test_folders_are_named_by_model_sparsity_and_recipe():
 
 def test_output_is_checked_before_work(tmp_path, monkeypatch):
     check_folder(tmp_path / "a/b/new")
-    check_room(tmp_path / "a/b/new", 1000, overwrite=False)
+    check_place(tmp_path / "a/b/new", 1000, overwrite=False)
     (tmp_path / "old").mkdir()
     check_folder(tmp_path / "old")
     with pytest.raises(UsageError, match="--save_dir.*old exists already; give --overwrite"):
-        check_room(tmp_path / "old", 1000, overwrite=False)
-    check_room(tmp_path / "old", 1000, overwrite=True)
+        check_place(tmp_path / "old", 1000, overwrite=False)
+    check_place(tmp_path / "old", 1000, overwrite=True)
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "old")
     for name in ("file", "link"):
@@ -191,4 +191,4 @@ def test_output_is_checked_before_work(tmp_path, monkeypatch):
         check_folder(tmp_path / "file/new")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 5, 5))
     with pytest.raises(UsageError, match="--save_dir: the pruned model, .* takes 0.00 GB .* free"):
-        check_room(tmp_path / "new", 1000, overwrite=False)
+        check_place(tmp_path / "new", 1000, overwrite=False)

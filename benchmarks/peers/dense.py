@@ -1,10 +1,10 @@
 """Write a model, a .gguf file too, as a folder of plain float32 weights that packages of any age read."""
 
 import argparse
-import json
 from pathlib import Path
 
 from olica.command_line import run_command
+from olica.outputs.checkpoint import add_former_names
 from olica.sources.locate import locate
 from olica.sources.tokenizers import read_tokenizer
 from olica.sources.weights import read_model
@@ -21,14 +21,9 @@ def build_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     """Write weights, configuration and tokenizer."""
     location = locate(args.base_model)
-    model = read_model(location, "float32")
-    model.save_pretrained(args.output_path)
+    read_model(location, "float32").save_pretrained(args.output_path)
     read_tokenizer(location).save_pretrained(args.output_path)
-    # transformers 4 looks for the base of the rotary embedding here, and without it quietly takes another one.
-    file = args.output_path / "config.json"
-    config = json.loads(file.read_text())
-    config.setdefault("rope_theta", model.config.rope_parameters["rope_theta"])
-    file.write_text(json.dumps(config, indent=2) + "\n")
+    add_former_names(args.output_path / "config.json")  # which packages on transformers 4 read
 
 
 if __name__ == "__main__":

@@ -93,7 +93,8 @@ def for_family(layout: Layout, config: PreTrainedConfig) -> Layout:
     family, heads = config.model_type, config.num_key_value_heads
     if family in FUSED_FAMILIES:
         raise UsageError(
-            f"--layout {layout.name} is not written for {family}, whose projections are fused: give another --layout"
+            f"--layout {layout.name} is not written for {family}, whose projections are fused: prune to {OWN_LAYOUT}, "
+            f"of which a checkpoint can be exported to {DENSE}"
         )
     if layout.families and family not in layout.families:
         raise UsageError(

@@ -1,7 +1,6 @@
 """Write a pruned model as a checkpoint that the Auto classes load, whole or not at all."""
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from math import prod
@@ -19,7 +18,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import CONFIG_NAME
 
-from ..checks import check_writable
+from ..checks import check_room, check_writable
 from ..errors import UsageError
 from ..model.configuration_olica import PREFIX, PrunedConfig, former_names
 from ..model.families import SEQUENCE_CLASSIFIERS, TOKEN_CLASSIFIERS
@@ -39,16 +38,11 @@ def check_folder(folder: Path) -> None:
     check_writable(folder, "--save_dir")
 
 
-def check_room(folder: Path, needed_bytes: int, overwrite: bool) -> None:
+def check_place(folder: Path, needed_bytes: int, overwrite: bool) -> None:
     """Raise UsageError if `folder` exists and may not be replaced, or the disk has no room for `needed_bytes`."""
     if folder.exists() and not overwrite:
         raise UsageError(f"--save_dir: {folder} exists already; give --overwrite to replace it, or another --save_dir")
-    free = shutil.disk_usage(check_writable(folder, "--save_dir")).free
-    if free < needed_bytes:
-        raise UsageError(
-            f"--save_dir: the pruned model, with what the run keeps meanwhile, takes {needed_bytes / 1e9:.2f} GB more "
-            f"and {folder.parent} has {free / 1e9:.2f} GB free; make room or give another --save_dir"
-        )
+    check_room(folder, needed_bytes, "--save_dir", "the pruned model, with what the run keeps meanwhile,")
 
 
 def complete(
@@ -163,11 +157,11 @@ def _write_description(pruned: PreTrainedModel, dense: PreTrainedModel, folder: 
         _add_code(pruned, folder)
     pruned.config.save_pretrained(folder)
     if not isinstance(pruned.config, PrunedConfig):
-        _add_former_names(folder / CONFIG_NAME)
+        add_former_names(folder / CONFIG_NAME)
     dense.generation_config.save_pretrained(folder)
 
 
-def _add_former_names(path: Path) -> None:
+def add_former_names(path: Path) -> None:
     """Have a configuration of no class of ours, or of DeciLM's, say the names of old releases of transformers too."""
     config = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(config | former_names(config), indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
-from ..checks import check_writable
+from ..checks import check_room, check_writable
 from ..errors import UsageError, in_words
 from ..model.configuration_olica import PrunedConfig
 from ..model.dense_form import filled, own_config, plan_of
@@ -26,7 +26,7 @@ from ..sources.tokenizers import read_tokenizer
 from ..sources.weight_files import stored_weights
 from ..tensor_files import bytes_of, entry_of, write_pieces
 from .checkpoint import describe
-from .output_path import check_room, in_place_of
+from .output_path import in_place_of
 from .weight_shards import cut_into_files, write_index
 
 
@@ -67,7 +67,7 @@ def export(checkpoint: str | Path, path: str | Path, layout: str, largest: int, 
     dtype = source.model.dtype
     entries = {name: entry_of(weight.shape, dtype) for name, weight in target.named_parameters()}
     sizes = {name: entry.size for name, entry in entries.items()}
-    check_room(path, sum(sizes.values()), "the checkpoint")
+    check_room(path, sum(sizes.values()), "--output_path", "the checkpoint")
     with in_place_of(path) as partial:
         with _writing(path):
             partial.mkdir()

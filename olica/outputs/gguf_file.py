@@ -14,7 +14,7 @@ from gguf.quants import quantize
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..checks import check_record_path
+from ..checks import check_record_path, check_room
 from ..errors import UsageError
 from ..model.configuration_olica import PREFIX
 from ..sources.configuration import read_config, refuse_quantised
@@ -23,7 +23,7 @@ from ..sources.opening import open_dense_model
 from ..sources.tokenizers import read_tokenizer
 from .gguf_layout import GgufLayout, Shapes
 from .gguf_vocabulary import vocabulary_of
-from .output_path import check_room, in_place_of
+from .output_path import in_place_of
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ def write_model(
     computed = layout.computed()
     kinds = {name: _kind(name, shape, kind) for name, shape in weights.shapes.items()}
     sizes = {name: _bytes(shape, kinds[name]) for name, shape in weights.shapes.items()}
-    check_room(path, sum(sizes.values()), "the file")
+    check_room(path, sum(sizes.values()), "--output_path", "the file")
     with in_place_of(path) as partial, _writer(layout.name) as writer:
         writer.add_type("model")
         writer.add_name(name)

@@ -1,4 +1,4 @@
-"""What a command writes to `--output_path`: room for it is checked before, and it is there whole or not at all."""
+"""What a command writes to `--output_path`: it is there whole or not at all."""
 
 import shutil
 from collections.abc import Iterator
@@ -6,19 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-from ..checks import check_writable
-from ..errors import UsageError
 from .journal import move_durably
-
-
-def check_room(path: Path, needed: int, what: str) -> None:
-    """Raise UsageError if there is no room at `path` for so many bytes of `what`."""
-    free = shutil.disk_usage(check_writable(path, "--output_path")).free
-    if free < needed:
-        raise UsageError(
-            f"--output_path: {what} takes {needed / 1e9:.2f} GB, and {path.absolute().parent} has {free / 1e9:.2f} "
-            "GB free; make room or give another folder"
-        )
 
 
 @contextmanager

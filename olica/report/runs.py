@@ -25,7 +25,10 @@ PAPER_MODELS = {
     "vicuna-13b": "Vicuna-13B",
 }
 # What is said of other models; the paper has none of them.
-OTHER_MODELS = {"smollm2": "SmolLM2-135M-Instruct, dequantised from Q4_1"}
+OTHER_MODELS = {
+    "smollm2": "SmolLM2-135M-Instruct, dequantised from Q4_1",
+    "qwen2.5-coder-0.5b": "Qwen2.5-Coder-0.5B-Instruct, dequantised from Q4_K_M",
+}
 
 
 # What a pruning was asked for, beside its calibration set.
