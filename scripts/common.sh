@@ -76,6 +76,9 @@ dense() {
     echo "$flags" > "$out/flags"
 }
 
+# folder_of FLAGS...: the folder below which `pruned` has the checkpoint.
+folder_of() { echo "$SAVE_DIR/${RECORDS##*/}$(printf '%s' "$*" | tr -cs 'A-Za-z0-9._+' '-')"; }
+
 # pruned NAME MEASURES FLAGS...: prune with these flags, unless that is done for another table, and measure the result.
 pruned() {
     local out=$RECORDS/$1 measures=$2; shift 2
@@ -84,7 +87,7 @@ pruned() {
     recorded "$flags" "$out/flags" "$out/evaluation.json" "$out/pruning.json" && return
     recorded_before "$flags" "$out" && return
     rm -f "$out/flags"
-    local folder; folder=$SAVE_DIR/${RECORDS##*/}$(printf '%s' "$*" | tr -cs 'A-Za-z0-9._+' '-')
+    local folder; folder=$(folder_of "$@")
     if ! recorded "$pruning" "$folder/flags"; then
         prune "$folder" "$pruning"
     elif [ ! -f "$folder/temporary" ]; then

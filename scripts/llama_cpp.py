@@ -64,8 +64,14 @@ def ask(request: dict) -> dict:
     done = subprocess.run(["node", script, folder], input=json.dumps(request), capture_output=True, text=True)
     if done.returncode:
         first = next((line for line in done.stderr.splitlines() if "error" in line.lower()), done.stderr[-200:])
-        raise UsageError(f"llama.cpp does not run {Path(request['model']).name}: {first.strip()}")
+        names = ", ".join(Path(model).name for model in request["models"])
+        raise UsageError(f"llama.cpp does not run {names}: {first.strip()}")
     return json.loads(done.stdout)
+
+
+def read_by(answer: dict) -> dict[str, str]:
+    """The versions that gave an answer."""
+    return {"llama.cpp": answer["llama_cpp"], "node-llama-cpp": answer["node_llama_cpp"]}
 
 
 @torch.no_grad()
@@ -104,16 +110,18 @@ def compare(args: argparse.Namespace) -> dict:
     expected = [log_probabilities(model, ids) for ids in sequences]
     answer = ask(
         {
-            "model": str(Path(args.file).resolve()),
+            "models": [str(Path(args.file).resolve())],
             "threads": args.threads,
             "sequences": sequences,
             "prompts": prompts,
             "new_tokens": args.new_tokens,
             "texts": TEXTS,
+            "timed": [],
+            "repeats": 0,
         }
     )
-    found = [torch.tensor(row) for row in answer["log_probabilities"]]
-    difference = torch.cat(found) - torch.cat(expected)
+    (found,) = answer["models"]
+    difference = torch.cat([torch.tensor(row) for row in found["log_probabilities"]]) - torch.cat(expected)
     reader = GGUFReader(args.file)
     cut = [tokenizer(text, add_special_tokens=False).input_ids for text in TEXTS]
     return {
@@ -122,7 +130,7 @@ def compare(args: argparse.Namespace) -> dict:
         "form": LlamaFileType(reader.fields["general.file_type"].contents()).name.removeprefix("MOSTLY_"),
         "bytes": Path(args.file).stat().st_size,
         "checkpoint": location.label,
-        "read_by": {"llama.cpp": answer["llama_cpp"], "node-llama-cpp": answer["node_llama_cpp"]},
+        "read_by": read_by(answer),
         "compared_with": "transformers in float32, weights as in the checkpoint",
         "log_probabilities": {
             "tokens": difference.numel(),
@@ -132,9 +140,9 @@ def compare(args: argparse.Namespace) -> dict:
         },
         "continuations": [
             {"prompt": text} | compared(model, tokenizer, *tokens)
-            for text, *tokens in zip(PROMPTS, prompts, ours, answer["continuations"], strict=True)
+            for text, *tokens in zip(PROMPTS, prompts, ours, found["continuations"], strict=True)
         ],
-        "texts_cut_alike": [a == b for a, b in zip(cut, answer["tokens"], strict=True)],
+        "texts_cut_alike": [a == b for a, b in zip(cut, found["tokens"], strict=True)],
         "environment": environment(torch.device("cpu")),
     }
 

@@ -56,8 +56,9 @@ def written(model: PreTrainedModel, folder: Path, form: str) -> Path:
 
 
 def asked(path: Path, **more) -> dict:
-    request = dict(model=str(path), threads=1, sequences=[IDS], prompts=[], new_tokens=0, texts=[])
-    return llama_cpp.ask(request | more)
+    request = dict(models=[str(path)], threads=1, sequences=[IDS], prompts=[], new_tokens=0, texts=[])
+    (found,) = llama_cpp.ask(request | dict(timed=[], repeats=0) | more)["models"]
+    return found
 
 
 def difference(answer: dict, model: PreTrainedModel) -> float:

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Layouts of checkpoints beside each other: one recipe, at one size, with one text; perplexity, bytes, and the speed of
+# prefill and decoding in transformers and, where it is installed, in llama.cpp.
+# Command: bash scripts/layouts.sh, or MODEL=smollm2 bash scripts/layouts.sh; variables in scripts/common.sh, and
+#   SPARSITIES      of which share of what SPARSITY_OF says (0.2 0.33; of the model)
+#   RECIPE          which (olica-plus)
+#   PPL             corpora (wikitext2,c4)
+#   OLICA_LLAMA_CPP what scripts/llama_cpp.sh made (without it llama.cpp is left out)
+# Sizes are no multiples of anything, so that all are equal: speed is that of such sizes.
+# Memory and time: SmolLM2 on 2 cores: 1.6 GB and 40 minutes with WINDOWS=512; speed wants the machine for itself.
+source "$(dirname "$0")/common.sh"
+use "${MODEL:-7b}"
+measures="--ppl ${PPL:-wikitext2,c4} ${WINDOWS:+--ppl_windows $WINDOWS}"
+recipe=${RECIPE:-olica-plus}
+out=$RECORDS/layouts
+
+dense layouts/dense "$measures"
+checkpoints=()
+for sparsity in ${SPARSITIES:-0.2 0.33}; do
+    for layout in olica stock deci; do
+        flags=(--recipe "$recipe" --sparsity "$sparsity" --seed 0 --round_to 1 --layout "$layout")
+        pruned "layouts/${layout}_sparsity-$sparsity" "$measures" "${flags[@]}"
+        checkpoints+=("$(echo "$(folder_of "${flags[@]}")"/*/)")
+    done
+done
+$PYTHON benchmarks/generation_speed.py --dense "$MODEL" --checkpoints "${checkpoints[@]}" --dtype "$DTYPE" \
+    --device "$DEVICE" --output_path "$out/generation_speed.json"
+if [ -n "${OLICA_LLAMA_CPP:-}" ]; then
+    files=()
+    for checkpoint in "$MODEL" "${checkpoints[@]}"; do
+        case $checkpoint in *_layout-* | "$MODEL") ;; *) continue ;; esac
+        files+=("$SAVE_DIR/${RECORDS##*/}-gguf/$(basename "$checkpoint").gguf")
+        [ -f "${files[-1]}" ] || $PYTHON model_export.py "$checkpoint" --gguf f16 --output_path "${files[-1]}"
+    done
+    $PYTHON scripts/llama_cpp_speed.py "${files[@]}" --output_path "$out/llama_cpp_speed.json"
+fi
+report layouts
