@@ -20,9 +20,10 @@ from ..processes import Processes
 from ..sources.configuration import describe_source
 from ..sources.weights import read_model
 from . import cost
+from .harness_model import SOFTMAX_DTYPE
 from .perplexity import perplexity
 from .subject import CONTINUATION_TOKENS, LATENCY, Protocol, Subject, TestText
-from .zero_shot import SOFTMAX_DTYPE, averages, harness_version, zero_shot
+from .zero_shot import averages, harness_version, zero_shot
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ def measure(subject: Subject, protocol: Protocol, measures: Measures, stages: St
             "limit": protocol.of_tasks.limit,
             "add_bos_token": protocol.of_tasks.add_bos_token,
             "apply_chat_template": protocol.of_tasks.apply_chat_template,
-            "softmax_dtype": SOFTMAX_DTYPE,
+            "softmax_dtype": str(SOFTMAX_DTYPE).removeprefix("torch."),
         }
     if protocol.cost:
         result["cost"] = take("cost", lambda model: latencies(model, stages.device))

@@ -1,36 +1,29 @@
 """Zero-shot accuracy through lm-evaluation-harness, on rows of the hub or of local files."""
 
-import copy
 import difflib
 import hashlib
 import importlib.util
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from unittest.mock import patch
 
-from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UsageError, in_words, is_no_fault_of_input, reason
 from ..machine import BatchSize
 from ..processes import ALONE, Processes
-from ..sources.chats import dated_template
+from .harness_model import WHILE_RUNNING, harness_model
 from .local_rows import LOCAL_ROWS, find_rows, local_tasks
 from .paired import PAPER_METRIC, mean_error, pack_hits
 
-# lm-eval's default is the model's dtype: in bfloat16 a log-likelihood near -40 comes in steps of 0.25, and answers tie.
-SOFTMAX_DTYPE = "float32"
 # Metrics that are right or wrong row by row.
 ROW_METRICS = ("acc", "acc_norm")
-# What lm-eval calls of a model, and the mark of what fails there: whatever it is, it is no fault of the rows.
-CALLS = ("loglikelihood", "loglikelihood_rolling", "generate_until", "all_gather", "gather_object", "barrier")
-WHILE_RUNNING = "while lm-eval ran the model"
 
 
 @dataclass(frozen=True)
@@ -88,7 +81,8 @@ def zero_shot(
 
         def score(task: str) -> None:
             """Put the task's scores into `scored`."""
-            wrapped = _harness_model(model, tokenizer, fitting.size, protocol, processes)
+            starts, chats = protocol.add_bos_token, protocol.apply_chat_template
+            wrapped = harness_model(model, tokenizer, fitting.size, processes, starts, chats)
             with _in_words([task], protocol.data_dir), without_inventory():
                 results = harness.simple_evaluate(
                     model=wrapped,
@@ -191,63 +185,6 @@ def averages(results: dict[str, dict]) -> dict:
 
 def _mean_percent(shares: list[float]) -> float | None:
     return 100 * sum(shares) / len(shares) if shares else None
-
-
-def _harness_model(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-    protocol: TaskProtocol,
-    processes: Processes,
-):
-    """The loaded model as lm-eval wants it."""
-    from lm_eval.models.huggingface import HFLM
-
-    tokenizer = copy.deepcopy(tokenizer)
-    if protocol.apply_chat_template:
-        tokenizer.chat_template = dated_template(tokenizer)
-    if protocol.add_bos_token:
-        # lm-eval leaves the token to the tokenizer, and many tokenizers that have one do not put it there.
-        tokenizer.add_bos_token, tokenizer.add_eos_token = True, False
-    # Prompts are padded by what the model knows: tokens that were added to a tokenizer may lie beyond its embedding.
-    special = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id)
-    known = (token for token in special if token is not None and token < model.config.vocab_size)
-    tokenizer.pad_token_id = next(known, 0)
-    # A class of its own: methods that were replaced on the instance would refer to it, and keep the model in memory.
-    marked = type("Marked", (HFLM,), {name: _marked(getattr(HFLM, name)) for name in CALLS})
-    wrapped = marked(
-        pretrained=model,
-        tokenizer=tokenizer,
-        backend="causal",
-        batch_size=batch_size,
-        add_bos_token=protocol.add_bos_token,
-        softmax_dtype=SOFTMAX_DTYPE,
-    )
-    if processes.state is not None:
-        # lm-eval joins the processes of a launch only where it reads the model itself.
-        wrapped.accelerator = Accelerator()
-        wrapped._rank, wrapped._world_size = processes.index, processes.count
-    return wrapped
-
-
-def _marked(run: Callable) -> Callable:
-    """`run`, whose failures carry the note `WHILE_RUNNING`; log-likelihoods that are NaN are one."""
-
-    @wraps(run)
-    def marked(*arguments, **settings):
-        try:
-            results = run(*arguments, **settings)
-        except Exception as error:
-            error.add_note(WHILE_RUNNING)
-            raise
-        answers = results if isinstance(results, list) else []  # of a choice: log-likelihood, and whether it is greedy
-        if any(isinstance(answer, tuple) and math.isnan(answer[0]) for answer in answers):
-            raise UsageError(
-                "a log-likelihood is NaN: the checkpoint yields NaN or infinite logits, or its dtype overflows"
-            )
-        return results
-
-    return marked
 
 
 def _import_harness():
