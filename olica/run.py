@@ -37,6 +37,7 @@ from .pruning.survey import survey_layers
 from .sources.calibration_set import CalibrationSet, Draw, build_calibration_set
 from .sources.configuration import describe_source
 from .sources.dense_model import DenseModel
+from .sources.licence import licence_of
 from .sources.model_files import folder_weight_bytes
 from .sources.opening import open_dense_model
 from .sources.tokenizers import read_tokenizer
@@ -270,7 +271,7 @@ def _make_record(
             "about": job.recipe.about,
             "parameters": job.recipe.parameter_names,
         },
-        "model": describe_source(job.location, job.config),
+        "model": describe_source(job.location, job.config) | {"licence": licence_of(job.location)},
         "calibration": {**vars(calibration), "ids": list(calibration.ids.shape)},
         "shares_removed": job.method.allocate.shares(job.sizes, job.budget),
         "plan": [shape.to_dict() for shape in plan],

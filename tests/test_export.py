@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import edit_config, make_tokenizer
 from safetensors.torch import load_file
+from test_model_card import RECORD
 from tiny_families import SIZES, make_family
 from tiny_run import contents
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -306,6 +307,18 @@ def test_what_fails_half_way_leaves_what_was_there(tmp_path, monkeypatch, error)
     with pytest.raises(UsageError if isinstance(error, OSError) else type(error)):
         export(tmp_path / "pruned", tmp_path / "out", "dense", 100_000, overwrite=True)
     assert contents(tmp_path) == before and not [*tmp_path.glob(".*")]
+
+
+def test_the_record_and_the_card_of_the_pruning_come_along(tmp_path):
+    write("llama", [WHOLE] * 3, tmp_path / "pruned")
+    export(tmp_path / "pruned", tmp_path / "bare", "stock", 10**9)
+    assert not {"README.md", "olica_run.json"} & {path.name for path in (tmp_path / "bare").iterdir()}
+    (tmp_path / "pruned/olica_run.json").write_text(json.dumps(RECORD | {"weight_bytes_on_disk": 1}))
+    size = export(tmp_path / "pruned", tmp_path / "dense", "dense", 10**9)
+    written = json.loads((tmp_path / "dense/olica_run.json").read_text())
+    assert written == RECORD | {"exported": "dense", "weight_bytes_on_disk": size}
+    card = (tmp_path / "dense/README.md").read_text()
+    assert "Written in the layout `dense` afterwards" in card and "AutoTokenizer" in card
 
 
 def test_the_command_replaces_a_checkpoint_when_asked_to_and_says_its_size(tmp_path, capsys):

@@ -71,6 +71,29 @@ def test_a_model_that_is_not_of_the_hub_is_no_base_model_of_it(tmp_path):
     assert "# mine without" in text(tmp_path) and "mine, pruned without retraining" in text(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("licence", "words"),
+    [
+        ({"license": "apache-2.0"}, "too: apache-2.0."),
+        ({"license": "other", "license_name": "own", "license_link": "LICENSE"}, "too: other, own, LICENSE."),
+        ({}, "too: its files here do not name it."),
+    ],
+)
+def test_the_card_carries_the_licence_and_the_revision_of_the_dense_model(tmp_path, licence, words):
+    write_card(tmp_path, RECORD | {"model": RECORD["model"] | {"licence": licence}})
+    _, metadata, body = text(tmp_path).split("---\n", 2)
+    found = yaml.safe_load(metadata)
+    assert {name: value for name, value in found.items() if name.startswith("license")} == licence
+    assert f"at revision `{'0' * 40}`, whose licence holds for them {words}" in body
+
+
+@pytest.mark.parametrize(("layout", "has_code"), [("stock", False), ("dense", False), ("deci", True)])
+def test_the_card_of_an_export_says_its_layout_and_how_it_loads(tmp_path, layout, has_code):
+    write_card(tmp_path, RECORD | {"exported": layout})
+    assert f"Written in the layout `{layout}` afterwards: " in text(tmp_path)
+    assert ("trust_remote_code=True" in text(tmp_path)) == has_code
+
+
 def test_the_card_says_which_model_a_name_stands_for(tmp_path):
     write_card(tmp_path, RECORD | {"model": RECORD["model"] | {"description": "The Model, dequantised"}})
     assert "The Model, dequantised, pruned without retraining" in text(tmp_path)

@@ -41,6 +41,11 @@ class Layout:
         """Whether a checkpoint is of the family's own architecture, which needs no code."""
         return self.is_bare and self.is_alike
 
+    @property
+    def has_code(self) -> bool:
+        """Whether transformers needs the code in a checkpoint's folder, or this package."""
+        return self.name in (OWN_LAYOUT, DECI)
+
 
 OWN_LAYOUT, DECI, DENSE = "olica", "deci", "dense"
 # Families whose own models have fused projections.

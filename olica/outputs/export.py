@@ -26,7 +26,9 @@ from ..sources.tokenizers import read_tokenizer
 from ..sources.weight_files import stored_weights
 from ..tensor_files import bytes_of, entry_of, write_pieces
 from .checkpoint import describe
+from .model_card import write_card
 from .output_path import in_place_of
+from .records import PRUNING_RECORD, read_pruning_record, write_record
 from .weight_shards import cut_into_files, write_index
 
 
@@ -79,6 +81,11 @@ def export(checkpoint: str | Path, path: str | Path, layout: str, largest: int, 
                 pieces = (bytes_of(weight.to(dtype)) for weight in islice(weights, len(names)))
                 write_pieces(partial / file, {name: entries[name] for name in names}, pieces)
             write_index(partial, stored_weights(partial.glob("*.safetensors")))
+            record = read_pruning_record(location.path)
+            if record:
+                record |= {"exported": layout, "weight_bytes_on_disk": folder_weight_bytes(partial)}
+                write_record(partial / PRUNING_RECORD, record)
+                write_card(partial, record)
     return folder_weight_bytes(path)
 
 

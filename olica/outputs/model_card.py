@@ -5,7 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-from ..model.layouts import LAYOUTS, OWN_LAYOUT, Layout
+from ..model.layouts import EXPORTS, LAYOUTS, OWN_LAYOUT, Layout
 from ..output import with_error
 from ..sources.calibration_set import is_token_file
 from .names import DIALS, turned
@@ -29,7 +29,9 @@ CARD_TEXT = """---
 | of the decoder layers | {parameters[decoder_layers_before]:,} | {parameters[decoder_layers_after]:,} |
 
 Recipe `{settings[recipe]}` with `{flags}`;
-{corrections}calibrated on {samples} samples of {tokens} tokens from {texts}. `olica_run.json` has the rest.
+{corrections}calibrated on {samples} samples of {tokens} tokens from {texts}. `olica_run.json` has the rest.{exported}
+
+{licence}
 
 ## Loading
 
@@ -45,6 +47,8 @@ model = AutoModelForCausalLM.from_pretrained(FOLDER{trust})
 
 {metrics}"""
 
+EXPORTED = "\n\nWritten in the layout `{name}` afterwards: {about}."
+LICENCE = "These weights are made of the dense model's{revision}, whose licence holds for them too: {licence}."
 TOKENIZER_LINE = "tokenizer = AutoTokenizer.from_pretrained(FOLDER{trust})\n"
 # The tokenizer is none of ours, but AutoTokenizer looks into the configuration first, which is, but for `stock`.
 TRUST = ", trust_remote_code=True"
@@ -58,11 +62,17 @@ def write_card(folder: Path, record: dict) -> None:
     samples, tokens = calibration["ids"]
     # The hub wants an id of its own there, which a model without a revision has not.
     base = model["source"] if model["revision"] else None
+    licence = model.get("licence", {})  # old records have none
     metadata = ModelCardData(
-        base_model=base, library_name="transformers", pipeline_tag="text-generation", tags=["olica", "pruned"]
+        base_model=base,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["olica", "pruned"],
+        **licence,
     )
     name = base or Path(model["name"]).name
-    trust = "" if layout_of(record["settings"]).is_stock else TRUST
+    layout = EXPORTS[record["exported"]] if "exported" in record else layout_of(record["settings"])
+    trust = TRUST if layout.has_code else ""
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     text = CARD_TEXT.format(
         metadata=metadata.to_yaml(),
@@ -76,6 +86,11 @@ def write_card(folder: Path, record: dict) -> None:
         changes=changes(record["plan"], record["dense_layer"]),
         flags=flags(record),
         corrections=corrections(record),
+        exported=EXPORTED.format(name=layout.name, about=layout.about) if "exported" in record else "",
+        licence=LICENCE.format(
+            revision=f" at revision `{model['revision']}`" if base else "",
+            licence=", ".join(licence.values()) or "its files here do not name it",
+        ),
         classes="AutoModelForCausalLM, AutoTokenizer" if has_tokenizer else "AutoModelForCausalLM",
         tokenizer=TOKENIZER_LINE.format(trust=trust) if has_tokenizer else "",
         trust=trust,
