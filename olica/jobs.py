@@ -170,6 +170,7 @@ class Job:
         notes: what the user should know of the plan.
         parameters: before, and of the plan.
         bytes_per_weight: in the dtype that is saved.
+        task: what decides the memory that it takes.
         disk_bytes: that the checkpoint, and what is kept meanwhile, take.
         memory: expected peaks.
         folder: of the checkpoint.
@@ -187,6 +188,7 @@ class Job:
     notes: list[str]
     parameters: Parameters
     bytes_per_weight: int
+    task: Task
     disk_bytes: int
     memory: dict[str, int | None]
     folder: Path
@@ -269,6 +271,7 @@ def _prepare(settings: Settings) -> Job:
         notes=([] if settings.layout == OWN_LAYOUT else [layout.about]) + method.allocate.notes(sizes, budget),
         parameters=Parameters(dense, planned),
         bytes_per_weight=itemsize,
+        task=task,
         # Two states, while one takes the place of the other; later a file of weights beside what it is made of.
         disk_bytes=expected + max(2 * task.states, min(expected, settings.shard_bytes)),
         memory=expected_peaks(task, options),

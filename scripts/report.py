@@ -11,7 +11,7 @@ from pathlib import Path
 import olica_stopping
 from olica.command_line import run_command
 from olica.errors import UsageError
-from olica.report import layouts, methods, peers, releases
+from olica.report import choices, layouts, methods, peers, releases
 from olica.report.plots import FIGURES, draw, quality_over_size
 from olica.report.runs import Results
 from olica.report.tables import TABLES
@@ -80,6 +80,7 @@ def run(args: argparse.Namespace) -> None:
         if figure := quality_over_size(models):
             figure.savefig(path := args.results / "methods.png")
             sections.append(f"### Quality over size\n\n![Quality over size]({relpath(path, args.output_path.parent)})")
+        sections += choices.tables(args.results)
         if table := releases.table(args.results):
             sections.append(table)
         args.output_path.write_text("\n".join([HEAD, *sections]).rstrip() + "\n", encoding="utf-8")

@@ -155,11 +155,16 @@ def _per_token(task: Task, statistics: Iterable[Statistic]) -> int:
 
 def expected_peaks(task: Task, options: PruningOptions) -> dict[str, int | None]:
     """Peak memory that a task is going to see in this process: `host_bytes`, and `device_bytes` on a GPU."""
+    if options.device.type == "cuda":
+        free_memory(options.device)  # starts CUDA, whose own memory on the host is then counted
+    return peaks_beside(psutil.Process().memory_info().rss, task, options)
+
+
+def peaks_beside(resident: int, task: Task, options: PruningOptions) -> dict[str, int | None]:
+    """The same, of a process that holds `resident` bytes before; the device need not be there."""
     demand = estimate(task, options)
     working = max(demand.survey, demand.prune)
     on_gpu, on_host = options.device.type == "cuda", options.cache_device.type == "cpu"
-    if on_gpu:
-        free_memory(options.device)  # starts CUDA, whose own memory on the host is then counted
     # The layer at work and its pruned form; beside a GPU the next layer, which is read meanwhile, and the last one,
     # which is written.
     layers = 2 * demand.layer
@@ -167,20 +172,25 @@ def expected_peaks(task: Task, options: PruningOptions) -> dict[str, int | None]
     passes = layers + whole + demand.states + (0 if on_gpu else working)  # states of a GPU come by to be written
     edges = whole + 2 * demand.embedding + (demand.states if on_host else 0)
     return {
-        "host_bytes": psutil.Process().memory_info().rss + RUNTIME_BYTES + max(passes, edges),
+        "host_bytes": resident + RUNTIME_BYTES + max(passes, edges),
         "device_bytes": 2 * demand.layer + working + (0 if on_host else demand.states) if on_gpu else None,
     }
 
 
 def fit_batch_size(task: Task, options: PruningOptions) -> None:
     """Set the batch size of `options` to the largest power of two of which the memory that is free has room."""
+    fit_into(free_memory(options.device), task, options)
+
+
+def fit_into(free: int, task: Task, options: PruningOptions) -> bool:
+    """The same with `free` bytes of the device, which need not be there; returns whether they suffice."""
     size = 1
     while 2 * size * task.ids_shape[1] <= MOST_TOKENS[options.device.type] and size < task.ids_shape[0]:
         size *= 2
-    free = USABLE * free_memory(options.device)
     while True:
         options.batch_size.size = size
-        peaks = expected_peaks(task, options)
-        if size == 1 or (peaks["device_bytes"] or peaks["host_bytes"] - psutil.Process().memory_info().rss) <= free:
-            return
+        peaks = peaks_beside(0, task, options)
+        fits = (peaks["device_bytes"] or peaks["host_bytes"]) <= USABLE * free
+        if size == 1 or fits:
+            return fits
         size //= 2

@@ -1,0 +1,95 @@
+"""What `olica-plus` is made of: its parts added one by one, and refits by text and ridge.
+
+The records are those of benchmarks/ablation.py and benchmarks/refit_texts.py, `ablation_*.json` and
+`refit_texts_*.json` in the folder of the choices.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..evaluation.paired import compare
+from .methods import ratio_in_words
+from .tables import Measured, markdown
+
+FOLDER = Path("choices/olica_plus")
+
+
+def tables(results: Path) -> list[str]:
+    """A table for each record that is there, of ablations first."""
+    made = {"ablation_*.json": ablation, "refit_texts_*.json": refit_texts}
+    return [make(path) for pattern, make in made.items() for path in sorted((results / FOLDER).glob(pattern))]
+
+
+def ablation(path: Path) -> str:
+    """Perplexity as the parts are added one by one."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    dense, points = record["dense"], record["points"]
+    texts = list(dense["perplexity"])
+    header = ["with", "parameters"]
+    for text in texts:
+        header += [Path(text).stem, f"{Path(text).stem}, by this part"]
+    rows = [["dense", f"{dense['parameters']['total']:,}"]]
+    for text in texts:
+        measured = dense["perplexity"][text]
+        rows[0] += [str(Measured(measured["value"], measured["standard_error"])), ""]
+    for before, point in zip([None, *points], points, strict=False):
+        rows.append([point["step"], f"{point['parameters']['total']:,}"])
+        for text in texts:
+            rows[-1] += [ratio_in_words([_row(point, dense, text)]), _change(point, before, text) if before else ""]
+    settings, calibration = record["settings"], record["calibration"]
+    measured = next(iter(dense["perplexity"].values()))
+    samples, tokens = calibration["ids"]
+    notes = [
+        "Perplexity of the dense model; of the others the ratio to it, and by how much the last part that was added "
+        "changes it, both with the paired error.",
+        f"{100 * float(settings['sparsity']):.4g} % of the whole model gone, {samples} samples of {tokens} tokens of "
+        f"{_named(source['name'] for source in calibration['sources'])}; {measured['windows']} windows of "
+        f"{measured['seqlen']} tokens of texts that no other table reports; run in {settings['dtype']}.",
+        _origin(path, "ablation", record),
+    ]
+    return markdown(f"Parts of olica-plus, one by one: {record['model']['description']}", header, rows, notes)
+
+
+def refit_texts(path: Path) -> str:
+    """The error that a refit leaves, by the text that it is fitted to, the ridge and the text it is measured on."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    texts = list(record["texts"])
+    rows = [
+        [_named(row["fitted_to"]), f"{row['ridge']:g}", *(f"{row['measured_on'][text]:.3f}" for text in texts)]
+        for row in record["error_left"]
+    ]
+    settings = record["settings"]
+    notes = [
+        "Error of a refitted MLP over that of the same channels as they were, the geometric mean over the layers; "
+        f"{100 * float(settings['share']):g} % of the channels stay, those that the text of the fit chooses. Below 1 "
+        f"the refit helps. {settings['num_samples']} samples of each text, half of them to fit to and half to measure "
+        "on; the ridge is in units of the mean of the diagonal.",
+        _origin(path, "refit_texts", record),
+    ]
+    title = f"Fitted to one text, measured on another: {record['model']['description']}"
+    return markdown(title, ["fitted to", "ridge", *(_named([text]) for text in texts)], rows, notes)
+
+
+def _row(point: dict, other: dict, text: str) -> dict:
+    """How a point's perplexity differs from another's."""
+    return compare(point, other)["perplexity"][text]
+
+
+def _change(point: dict, before: dict, text: str) -> str:
+    row = _row(point, before, text)
+    error = row["standard_error"]
+    return f"{Measured(100 * (row['ratio'] - 1), error and 100 * row['ratio'] * error, digits=1, sign='+')} %"
+
+
+def _origin(path: Path, script: str, record: dict) -> str:
+    made = record["environment"]
+    return (
+        f"Record: `{path.as_posix()}`, made by `benchmarks/{script}.py` at commit {made['git_commit']} on "
+        f"{made['device']}, {made['cpu_threads']} threads."
+    )
+
+
+def _named(texts: Iterable[str]) -> str:
+    """Names of texts, without their folders and endings."""
+    return " + ".join(Path(text).name.partition(".")[0] for text in texts)
