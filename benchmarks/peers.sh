@@ -5,13 +5,15 @@
 #   scripts/common.sh, DATASETS being one token file (docs/models-and-texts.md), and
 #   OLICA_PEERS  folder of the environments and logs (no default)
 #   PEERS        which (those of benchmarks/peers/prune.py)
-#   OURS         recipes of ours to measure with long windows too (olica olica-grouped olica-plus; or none)
+#   OURS         recipes of ours to measure too (olica olica-grouped olica-plus; or none)
+#   TEXTS        what two more calibration sets of ours are drawn from, by the seeds 1 and 2 (none: there are no more)
 #   SPARSITIES   shares of what SPARSITY_OF says (0.2 0.33)
 #   PPL          corpora (wikitext2,c4), and LONG_PPL those with windows of LONG_SEQLEN tokens too (wikitext2, 2048)
 #   TASKS        (arc_easy,piqa,hellaswag), of each LIMIT rows (500)
 # What is recorded is not run again; what failed is recorded with its error, and tried again.
 # Memory and time: 4.5 GB of disk and 10 minutes for the environments; SmolLM2 on 2 cores: 2.1 GB and a minute or two each
-#   pruning, OSSCAR 5 to 10; with all windows of three corpora some 40 minutes each evaluation.
+#   pruning, OSSCAR 5 to 10; with all windows of three corpora some 40 minutes each evaluation, a quarter of that with
+#   WINDOWS=256 LIMIT=200.
 TASKS=${TASKS:-arc_easy,piqa,hellaswag}
 LIMIT=${LIMIT:-500}
 KEEP=${KEEP:-no}
@@ -116,9 +118,17 @@ echo "--base_model $MODEL" > "$dense/flags"
 for sparsity in ${SPARSITIES:-0.2 0.33}; do
     for peer in $PEERS; do shipped; done
     for recipe in $OURS; do
-        flags=(--recipe "$recipe" --sparsity "$sparsity" --seed 0)
-        [ "$recipe" = olica-plus ] || flags+=(--mlp_num "$(mlp_num "$sparsity")")
-        EVALUATION_BATCH_SIZE=$long_batch pruned "peers_as_shipped/long/${recipe}_sparsity-$sparsity" "$long" "${flags[@]}"
+        for seed in 0 ${TEXTS:+1 2}; do
+            name=${recipe}_sparsity-${sparsity}_seed-$seed
+            flags=(--recipe "$recipe" --sparsity "$sparsity" --seed "$seed")
+            [ "$recipe" = olica-plus ] || flags+=(--mlp_num "$(mlp_num "$sparsity")")
+            if [ "$seed" = 0 ]; then
+                pruned "peers_as_shipped/$name" "$measures" "${flags[@]}"
+                EVALUATION_BATCH_SIZE=$long_batch pruned "peers_as_shipped/long/$name" "$long" "${flags[@]}"
+            else
+                DATASETS=$TEXTS pruned "peers_as_shipped/$name" "$measures" "${flags[@]}"
+            fi
+        done
     done
 done
 report peers

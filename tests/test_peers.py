@@ -182,16 +182,12 @@ def fail(record: Recorder, name: str, sparsity: float) -> None:
 
 def test_the_table_has_peers_failures_and_ours(record):
     fail(record, "c-d", 0.2)
-    record("methods/dense", evaluation(20.0, 50.0))
     ours = pruning(texts=["ids.safetensors"], recipe="olica-plus", after=800, sparsity_of="model")
     ours["environment"]["olica"] = "9.9"
-    ours["measured_sparsity_of_layers"] = 0.25
-    record("methods/paper/olica-plus_sparsity-0.2_seed-0", evaluation(30.0, 49.0), ours)
-    record("peers_as_shipped/long/olica-plus_sparsity-0.2", sized(15.0, 0, 800), ours)
-    other = pruning(texts=["novels"], recipe="olica-plus", after=800, sparsity_of="model", seed=1)
-    record(
-        "methods/web/olica-plus_sparsity-0.2_seed-1", evaluation(30.0, 49.0), other | {"measured_sparsity_of_layers": 0}
-    )
+    record("peers_as_shipped/olica-plus_sparsity-0.2_seed-0", sized(30.0, 49.0, 800), ours)
+    ours["settings"]["seed"] = 1
+    record("peers_as_shipped/olica-plus_sparsity-0.2_seed-1", sized(36.3, 48.0, 799), ours)
+    record("peers_as_shipped/long/olica-plus_sparsity-0.2_seed-0", sized(15.0, 0, 800), ours)
     text = peers.table(record.results)
     header, dense, *rows = cells(text)
     assert header[:6] == ["gone", "pruner", "version", "tokens", "parameters", "wikitext2"]
@@ -204,24 +200,11 @@ def test_the_table_has_peers_failures_and_ours(record):
     assert data[header.index("PIQA, %")] == "+0.00 ± 0.00" and data[-2:] == ["60", "2.00"]
     assert static[3] == "none" and static[5] == "4.00 ± 0.00" and static[long] == ""
     assert failed[:5] == ["20%", "c-d", "c==3", "", "not run"] and not any(failed[5:])
-    assert plus[2:6] == ["olica 9.9", "32,768", "800", "1.50 ± 0.00"] and plus[long] == "1.50 ± 0.00"
-    assert plus[-2:] == ["360", "3.00"], "of the run beside the peers'"
+    assert plus[2:6] == ["olica 9.9", "32,768", "800", "1.65 ± 0.00, 1.50 to 1.81"] and plus[long] == "1.50 ± 0.00"
+    assert plus[-2:] == ["360", "3.00"]
     assert "Not run: c-d, 20%; step install: `no space`" in text
     assert "pack 1.0 ran with torch 2.0, transformers 5.0." in text
     assert "Calibration: 256 samples of 128 tokens, of ids.safetensors." in text
-
-
-def test_ours_of_other_windows_are_left_out_of_the_columns(record):
-    fewer = evaluation(20.0, 50.0)
-    fewer["results"]["model"]["perplexity"]["wikitext2"]["windows"] = 29
-    record("methods/dense", fewer)
-    ours = pruning(texts=["ids.safetensors"], after=800, sparsity_of="model") | {"measured_sparsity_of_layers": 0.25}
-    ours["environment"]["olica"] = "9.9"
-    pruned = evaluation(30.0, 49.0)
-    pruned["results"]["model"]["perplexity"]["wikitext2"]["windows"] = 29
-    record("methods/paper/olica_sparsity-0.2_seed-0", pruned, ours)
-    *_, last = cells(peers.table(record.results))
-    assert last[1] == "olica" and last[5] == ""
 
 
 def test_without_the_dense_model_or_any_peer_there_is_no_table(tmp_path):

@@ -2,8 +2,7 @@
 
 The runs are those of benchmarks/peers.sh: `peers_as_shipped/dense` and `peers_as_shipped/NAME`, which has
 `failure.json` instead of a run's records where a package could not be made to run; and the same below `long`, with
-longer windows, ours too. Our other figures are those of `methods`, where they were measured on the same windows and
-rows.
+longer windows. Ours are among them.
 """
 
 import json
@@ -12,14 +11,12 @@ from functools import cached_property
 from pathlib import Path
 
 from ..evaluation.paired import PAPER_METRIC, compare
-from .methods import Point, mixes, ratio_in_words
+from .methods import ratio_in_words
 from .runs import Results, Run, limited, origin
 from .tables import TASKS, Measured, markdown, perplexity
 
 FOLDER = "peers_as_shipped"
 LONG = "long"
-# Of ours, what others are set beside.
-OURS = ("olica", "olica-grouped", "olica-plus")
 
 
 @dataclass(frozen=True)
@@ -31,14 +28,14 @@ class Recorded:
         long: the runs with longer windows, by recipe and sparsity; the dense one by `None` and 0.
         peers: runs of other people's pruners.
         failures: records of those that did not run.
-        ours: our points, calibrated on the same tokens, and what their tasks were compared with.
+        ours: our runs, those of one recipe and size together, by seed.
     """
 
     dense: Run
     long: dict[tuple[str | None, float], Run]
     peers: list[Run]
     failures: list[dict]
-    ours: list[tuple[Point, Run, Run | None]]
+    ours: list[list[Run]]
 
     @cached_property
     def texts(self) -> list[str]:
@@ -60,21 +57,22 @@ class Recorded:
 def read(results: Results) -> Recorded | None:
     """The records of a model; None where the dense one or all others are missing."""
     dense = results.run(f"{FOLDER}/dense")
-    peers = [run for run in results.runs(FOLDER) if run.pruning]
+    pruned = [run for run in results.runs(FOLDER) if run.pruning]
+    peers, ours = [run for run in pruned if _is_peer(run)], [run for run in pruned if not _is_peer(run)]
     found = sorted((results.results / results.label / FOLDER).glob("*/failure.json"))
     failures = [json.loads(path.read_text()) for path in found if not path.with_name("flags").exists()]
     if dense is None or not (peers or failures):
         return None
     runs = results.runs(f"{FOLDER}/{LONG}")
     long = {(run.recipe if run.pruning else None, run.sparsity): run for run in runs}
-    calibrated = {_calibration(run) for run in peers} - {None}
-    ours = [
-        (point, mix.dense, mix.dense_scored)
-        for mix in mixes(results)
-        for point in mix.points
-        if point.recipe in OURS and point.size[1] == "model" and _calibration(point.runs[0]) in calibrated
-    ]
-    return Recorded(dense, long, peers, failures, ours)
+    grouped: dict[tuple[float, str], list[Run]] = {}
+    for run in sorted(ours, key=lambda run: run.pruning["settings"]["seed"]):
+        grouped.setdefault((run.sparsity, run.recipe), []).append(run)
+    return Recorded(dense, long, peers, failures, [grouped[key] for key in sorted(grouped)])
+
+
+def _is_peer(run: Run) -> bool:
+    return "package" in run.pruning
 
 
 def table(results: Results) -> str | None:
@@ -93,14 +91,8 @@ def table(results: Results) -> str | None:
             if failed["sparsity"] == sparsity:
                 names = [_share(sparsity), failed["peer"], ", ".join(failed["packages"]), "", "not run"]
                 rows.append(names + [""] * (len(header) - len(names)))
-        rows += [_our_row(recorded, *ours) for ours in recorded.ours if ours[0].size[0] == sparsity]
+        rows += [_our_row(recorded, runs) for runs in recorded.ours if runs[0].sparsity == sparsity]
     return markdown("Pruners of other people, as they ship", header, rows, _notes(recorded))
-
-
-def _calibration(run: Run) -> tuple | None:
-    """Which tokens a pruning saw: their file or files, samples and length; None if it saw none."""
-    calibration = run.pruning["calibration"]
-    return (run.texts, *calibration["ids"]) if calibration else None
 
 
 def _share(sparsity: float) -> str:
@@ -120,34 +112,25 @@ def _dense_row(recorded: Recorded) -> list[str]:
 
 
 def _peer_row(recorded: Recorded, run: Run) -> list[str]:
-    compared = compare(run.result, recorded.dense.result)
-    tokens = run.pruning["calibration"]
-    cells = [_share(run.sparsity), run.recipe, run.pruning["package"]]
+    return _row(recorded, [run], run.pruning["package"])
+
+
+def _our_row(recorded: Recorded, runs: list[Run]) -> list[str]:
+    return _row(recorded, runs, f"olica {runs[0].pruning['environment']['olica']}")
+
+
+def _row(recorded: Recorded, runs: list[Run], version: str) -> list[str]:
+    """What a pruner of a version left: perplexity of all seeds, the rest of the first."""
+    first = runs[0]
+    compared = [compare(run.result, recorded.dense.result) for run in runs]
+    tokens = first.pruning["calibration"]
+    cells = [_share(first.sparsity), first.recipe, version]
     cells += [f"{tokens['ids'][0] * tokens['ids'][1]:,}" if tokens else "none"]
-    cells += [f"{run.result['parameters']['total']:,}"]
-    cells += [_ratio([compared["perplexity"].get(text)]) for text in recorded.texts]
-    cells += _long_cells(recorded, run.recipe, run.sparsity)
-    cells += [_difference(compared["zero_shot"].get(task), task) for task in recorded.tasks]
-    return [*cells, *_cost(run)]
-
-
-def _our_row(recorded: Recorded, point: Point, dense: Run, dense_scored: Run | None) -> list[str]:
-    """Ours are paired with the dense model of their own machine, where that was asked the same as the peers' one."""
-    run, sparsity = point.runs[0], point.size[0]
-    samples, tokens = run.pruning["calibration"]["ids"]
-    version = f"olica {run.pruning['environment']['olica']}"
-    cells = [_share(sparsity), point.recipe, version, f"{samples * tokens:,}", f"{point.parameters:,}"]
-    alike = compare(dense.result, recorded.dense.result)["perplexity"]
-    cells += [_ratio(point.ratios.get(text, [None]) if text in alike else [None]) for text in recorded.texts]
-    cells += _long_cells(recorded, point.recipe, sparsity)
-    if point.scored and dense_scored:
-        alike = compare(dense_scored.result, recorded.dense.result)["zero_shot"]
-        compared = compare(point.scored[0].result, dense_scored.result)["zero_shot"]
-        cells += [_difference(compared.get(task) if task in alike else None, task) for task in recorded.tasks]
-    else:
-        cells += [""] * len(recorded.tasks)
-    here = recorded.long.get((point.recipe, sparsity))  # pruned where the others were
-    return [*cells, *(_cost(here) if here else ["", ""])]
+    cells += [f"{first.result['parameters']['total']:,}"]
+    cells += [_ratio([row["perplexity"].get(text) for row in compared]) for text in recorded.texts]
+    cells += _long_cells(recorded, first.recipe, first.sparsity)
+    cells += [_difference(compared[0]["zero_shot"].get(task), task) for task in recorded.tasks]
+    return [*cells, f"{first.seconds:.0f}", f"{first.peak_bytes / 1e9:.2f}"]
 
 
 def _ratio(rows: list[dict | None]) -> str:
@@ -168,10 +151,6 @@ def _long_cells(recorded: Recorded, recipe: str, sparsity: float) -> list[str]:
     return [_ratio([compared.get(text)]) for text in recorded.long_texts]
 
 
-def _cost(run: Run) -> list[str]:
-    return [f"{run.seconds:.0f}", f"{run.peak_bytes / 1e9:.2f}"]
-
-
 def _notes(recorded: Recorded) -> list[str]:
     """How the table was made, and what the packages that did not run said."""
     dense, long = recorded.dense, recorded.long.get((None, 0.0))
@@ -180,10 +159,9 @@ def _notes(recorded: Recorded) -> list[str]:
         "Perplexity and accuracy of the dense model; of the others the ratio of the perplexity and the difference of "
         "the accuracy in points to that, with the paired error. Packages are used as they ship, by their documented "
         "calls: all of them prune the MLPs alone, every layer to one width, and none but OSSCAR repairs what stays. Of "
-        "nvidia-modelopt the scores are taken, the cut is ours. `olica` and its kin are those of methods beside each "
-        "other that were calibrated on the same tokens; where there are more seeds, which drew other tokens of the "
-        "same texts, it is the geometric mean, followed by the least and the greatest. Long windows, seconds and peak "
-        "memory of theirs are of runs beside the peers'."
+        "nvidia-modelopt the scores are taken, the cut is ours. Of `olica` and its kin the perplexity is the geometric "
+        "mean over the seeds, which drew other tokens of the same texts, followed by the least and the greatest; all "
+        "else is of the first seed, which was calibrated on the same tokens as the others."
     ]
     lines += [_windows(run) for run in (dense, long) if run]
     if calibrated:
@@ -196,7 +174,8 @@ def _notes(recorded: Recorded) -> list[str]:
         f"Not run: {failed['peer']}, {_share(failed['sparsity'])}; step {failed['step']}: `{failed['error']}`"
         for failed in recorded.failures
     ]
-    runs = [dense, *recorded.peers, *recorded.long.values()]
+    ours = [run for runs in recorded.ours for run in runs]
+    runs = [dense, *recorded.peers, *ours, *recorded.long.values()]
     folders = {run.folder.parent.as_posix() for run in runs}
     return [*lines, origin(folders, [run.evaluation["environment"] for run in runs])]
 
