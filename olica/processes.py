@@ -7,8 +7,9 @@ it, each time after all have met on the host.
 """
 
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import count as counting
@@ -28,6 +29,9 @@ PATIENCE = timedelta(hours=12)
 PIECE = 1 << 22
 # How long the first process, with which what they have in common may go, waits for the others to learn that it fails.
 GRACE = 5.0
+
+# How long a process takes to close its connections when it is killed.
+DYING = 0.5
 
 Value = TypeVar("Value")
 _joined = counting()
@@ -53,7 +57,7 @@ class Processes:
     count: int = 1
     here: int = 1
     device: torch.device = torch.device("cpu")
-    host: distributed.ProcessGroup | None = None
+    host: "distributed.ProcessGroup | None" = None
 
     @property
     def is_main(self) -> bool:
@@ -120,7 +124,7 @@ class Processes:
             return tensors or {}
         described = {name: _described(tensor) for name, tensor in (tensors or {}).items()}
         held = dict(tensors or {})
-        for name, description in self._from(index, described).items():
+        for name, description in self.all_of(described)[index].items():  # all of them meet, see `_meet`
             tensor = held[name].contiguous() if self.index == index else self._empty(*description)
             held[name] = tensor
             if tensor.numel():
@@ -178,7 +182,7 @@ class Processes:
     def _empty(self, shape: torch.Size, dtype: torch.dtype, on_host: bool) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="cpu" if on_host else self.device)
 
-    def _carried(self, tensor: Tensor) -> tuple[Tensor, distributed.ProcessGroup | None]:
+    def _carried(self, tensor: Tensor) -> "tuple[Tensor, distributed.ProcessGroup | None]":
         """A tensor where the processes can exchange it, and the group in which they do (None: that of all)."""
         if tensor.is_cuda and "nccl" in str(distributed.get_backend_config()):
             return tensor, None
@@ -214,12 +218,12 @@ def _as_bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().view(-1).view(torch.uint8)
 
 
-def _send(tensor: Tensor, index: int, group: distributed.ProcessGroup) -> None:
+def _send(tensor: Tensor, index: int, group: "distributed.ProcessGroup") -> None:
     if tensor.numel():
         distributed.send(_as_bytes(tensor), index, group=group)
 
 
-def _receive(tensor: Tensor, index: int, group: distributed.ProcessGroup) -> None:
+def _receive(tensor: Tensor, index: int, group: "distributed.ProcessGroup") -> None:
     if tensor.numel():
         distributed.recv(_as_bytes(tensor), index, group=group)
 
@@ -230,7 +234,7 @@ def join_processes(device: torch.device) -> Processes:
     Raises:
         UsageError: there are fewer GPUs than processes that want one.
     """
-    if not distributed.is_initialized():
+    if not (distributed.is_available() and distributed.is_initialized()):
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return replace(ALONE, device=device)
         local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -286,9 +290,11 @@ class _End:
         # Of those that a signal stops the main one prints a line: this one does not say why.
         says = not isinstance(error, KeyboardInterrupt) or processes.is_main
         try:
-            come = self._store.add(self._name, 1 if says else 0)
-        except RuntimeError:  # the main process had it
-            come = 1 if processes.index == 1 else 2
+            if is_lost:
+                _check_store()
+            come = self._store.add(self._name, int(says))
+        except (OSError, RuntimeError):  # it went with the main process: the next one says it
+            come = int(says) if processes.index == 1 else 2
         error.is_said_by_another = come > int(says)  # type: ignore[attr-defined]
         if processes.is_main and isinstance(error, Exception):
             self._awaited = processes.count - is_lost
@@ -296,5 +302,20 @@ class _End:
     def wait(self) -> None:
         """Return when the others have looked, or will not: the store may end with this process."""
         until = monotonic() + GRACE
-        while self._awaited and self._store.add(self._name, 0) < self._awaited and monotonic() < until:
-            sleep(0.01)
+        with suppress(RuntimeError):  # a launcher that is gone had it
+            while self._awaited and self._store.add(self._name, 0) < self._awaited and monotonic() < until:
+                sleep(0.01)
+
+
+def _check_store() -> None:
+    """Raise OSError if what the processes have in common, at the launcher's or the main one's address, is gone.
+
+    torch would find out as well, and write the stack of the C++ functions that did. A process that is just dying may
+    still take a connection, but closes it: what is there waits for a question.
+    """
+    if address := os.environ.get("MASTER_ADDR"):
+        with socket.create_connection((address, int(os.environ["MASTER_PORT"])), timeout=GRACE) as asking:
+            asking.settimeout(DYING)
+            with suppress(TimeoutError):
+                asking.recv(1)
+                raise ConnectionResetError
