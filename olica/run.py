@@ -197,7 +197,7 @@ def _prune_and_save(job: Job, folder: RunFolder | None) -> dict:
                 bar.skip(layers)
             work_of_survey = replace(work, options=replace(options, batch_size=surveying))
             plan, findings = measure_and_decide(work_of_survey, job.budget, survey)
-        options.batch_size.size = min(options.batch_size.size, surveying.size)
+        options.batch_size.size = min(options.batch_size.size, *processes.all_of(surveying.size))
         on_main(lambda: folder.bind(_digest_of_plan(plan, findings)))
         logger.info("survey: %d of %d layers were there already", survey.layers_before, layers)
         logger.info("sizes of all layers:\n%s", describe_plan(plan))
