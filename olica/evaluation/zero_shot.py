@@ -223,7 +223,7 @@ def _harness_model(
         add_bos_token=protocol.add_bos_token,
         softmax_dtype=SOFTMAX_DTYPE,
     )
-    if processes.state is not None:
+    if processes.count > 1:
         # lm-eval joins the processes of a launch only where it reads the model itself.
         wrapped.accelerator = Accelerator()
         wrapped._rank, wrapped._world_size = processes.index, processes.count
