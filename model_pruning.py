@@ -11,7 +11,7 @@ from os.path import expanduser
 
 from olica.command_line import run_command
 from olica.jobs import REFITS, Job, Settings, describe, prepare, settings_of
-from olica.machine import DEVICES
+from olica.machine import DEVICES, pick_device
 from olica.methods.allocation import describe_plan
 from olica.methods.recipe import PAPERS_TEXT
 from olica.methods.recipes import RECIPES, recipe_name
@@ -19,6 +19,7 @@ from olica.model.configuration_olica import LayerShape
 from olica.model.layouts import LAYOUTS
 from olica.outputs.names import SPARSITY_OF
 from olica.outputs.weight_shards import ABOUT_LARGEST_FILE
+from olica.processes import working_together
 from olica.run import run_all
 from olica.sources.weights import DTYPES
 
@@ -196,12 +197,16 @@ def print_result(job: Job, record: dict) -> None:
 def run(args: argparse.Namespace) -> None:
     """Plan; unless that was all, prune, save and print what was done, for every sparsity."""
     given = {name: value for name, value in vars(args).items() if name not in ("dry_run", "verbose", "sparsity")}
-    planned = prepare(settings_of(given), args.sparsity)
-    for job in planned:
-        print(describe(job))
-    if not args.dry_run:
-        for job, done in zip(planned, run_all(planned), strict=True):
-            print_result(job, done.record)
+    settings = settings_of(given)
+    with working_together(pick_device(settings.device)) as processes:
+        planned = prepare(settings, args.sparsity, processes)
+        if processes.is_main:
+            for job in planned:
+                print(describe(job))
+        if not args.dry_run:
+            for job, done in zip(planned, run_all(planned), strict=True):
+                if processes.is_main:
+                    print_result(job, done.record)
 
 
 if __name__ == "__main__":

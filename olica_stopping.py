@@ -45,7 +45,8 @@ def end_with(command: Callable[[], int]) -> NoReturn:
         number = getattr(ended, "number", _seen[0] if _seen else None)
         if number is None and isinstance(ended, SystemExit):
             raise
-        _end(number or signal.SIGINT, "; ".join(getattr(ended, "__notes__", [GO_ON])))
+        is_said = getattr(ended, "is_said_by_another", False)
+        _end(number or signal.SIGINT, None if is_said else "; ".join(getattr(ended, "__notes__", [GO_ON])))
 
 
 def _handle(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
@@ -60,13 +61,15 @@ def _raise(number: int, _: FrameType | None) -> NoReturn:
     raise Stopped(number)
 
 
-def _end(number: int, how: str) -> NoReturn:
+def _end(number: int, how: str | None) -> NoReturn:
     """Print one line, if this is the first of the processes that `accelerate launch` started, and die of the signal.
+
+    With `how` None nothing is printed: another of them has said why all end.
 
     A shell that sees its command die of Ctrl-C stops the script too; that a command exited with 130 says nothing to it.
     """
     with suppress(OSError, ValueError):  # whoever read it has got the signal too
-        if os.environ.get("RANK", "0") == "0":
+        if how is not None and os.environ.get("RANK", "0") == "0":
             print(f"{Path(sys.argv[0]).name}: stopped by {signal.Signals(number).name}; {how}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()

@@ -47,12 +47,12 @@ def run_command(
     except UsageError as error:
         if os.environ.get("OLICA_DEBUG"):
             raise
-        parser.exit(2, only_once(f"{parser.prog}: error: {error}\n"))
+        parser.exit(2, only_once(f"{parser.prog}: error: {error}\n", error))
     except OSError as error:
         if error.filename is None or error.errno not in PATH_ERRORS:
             raise
         reason = f"{error.filename}: {error.strerror}; give another file or folder"
-        parser.exit(2, only_once(f"{parser.prog}: error: {reason}\n"))
+        parser.exit(2, only_once(f"{parser.prog}: error: {reason}\n", error))
     return 0
 
 
@@ -61,6 +61,10 @@ def memory_advice(of_host: bool) -> str:
     return "lower --batch_size, or give a --dtype of half the width" + ("" if of_host else " or --device cpu")
 
 
-def only_once(message: str) -> str | None:
-    """The message, in the first of the processes that `accelerate launch` started; the others say nothing."""
-    return message if os.environ.get("RANK", "0") == "0" else None
+def only_once(message: str, error: BaseException) -> str | None:
+    """The message, in one of the processes that `accelerate launch` started; the others say nothing.
+
+    Those that were at work together have settled which (`working_together`), else it is the first.
+    """
+    is_said = getattr(error, "is_said_by_another", os.environ.get("RANK", "0") != "0")
+    return None if is_said else message

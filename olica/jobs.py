@@ -7,6 +7,7 @@ from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 
 from .checks import as_bytes, as_kind
@@ -23,6 +24,7 @@ from .model.layouts import LAYOUTS, OWN_LAYOUT, Layout, for_family
 from .model.skeleton import count_parameters, pruned_skeleton, try_out
 from .outputs.names import NAMED, RECIPES_OWN, SPARSITY_OF, checkpoint_folder
 from .outputs.weight_shards import LARGEST_FILE
+from .processes import ALONE, Processes
 from .pruning.memory import Task, expected_peaks, fit_batch_size
 from .pruning.options import PruningOptions
 from .sources.calibration_set import calibration_shape, is_token_file
@@ -213,22 +215,28 @@ def settings_of(given: dict[str, Any]) -> Settings:
     return settings
 
 
-def prepare(settings: Settings, sparsities: Sequence[float]) -> list[Job]:
+def prepare(settings: Settings, sparsities: Sequence[float], processes: Processes | None = None) -> list[Job]:
     """Check all that can be checked without weights, and plan, for every sparsity.
+
+    Args:
+        settings: what is asked for.
+        sparsities: in place of the one in the settings.
+        processes: that are going to work together; None: this one alone, on the device that the settings say.
 
     Raises:
         UsageError: what was asked for is impossible.
     """
     if not sparsities:
         raise UsageError("--sparsity: give a share, or several joined by commas")
-    jobs = [_prepare(replace(settings, sparsity=sparsity)) for sparsity in sparsities]
+    processes = processes or replace(ALONE, device=pick_device(settings.device))
+    jobs = [_prepare(replace(settings, sparsity=sparsity), processes) for sparsity in sparsities]
     folders = [job.folder for job in jobs]
     if twice := next((folder for folder in folders if folders.count(folder) > 1), None):
         raise UsageError(f"--sparsity: two of them would be {twice}")
     return jobs
 
 
-def _prepare(settings: Settings) -> Job:
+def _prepare(settings: Settings, processes: Processes) -> Job:
     recipe = RECIPES[settings.recipe]
     location = locate(settings.base_model)
     config = read_config(location)
@@ -237,22 +245,30 @@ def _prepare(settings: Settings) -> Job:
     method = method_of(recipe, settings, layout)
     ids_shape = calibration_shape(settings.datasets, settings.num_samples, settings.seqlen)
     check_seqlen(ids_shape[1], "--datasets" if is_token_file(settings.datasets) else "--seqlen", config)
+    if processes.count > ids_shape[0]:
+        raise UsageError(
+            f"--num_samples: {processes.count} processes cannot share {ids_shape[0]} samples; start fewer, or give "
+            "more samples"
+        )
     dense = count_dense_parameters(location, config)
     whole = dense["total" if settings.sparsity_of == "model" else "decoder_layers"]
     budget = Budget(whole, settings.sparsity, settings.multiple)
     sizes = Sizes.of_all(config)
     plan = plan_before_survey(recipe, method, sizes, budget)
-    device = pick_device(settings.device)
+    device = processes.device
     options = PruningOptions(
         batch_size=BatchSize(1 if settings.batch_size == "auto" else settings.batch_size),
         device=device,
-        cache_device=device if settings.cache_dev == "auto" else pick_device(settings.cache_dev, "--cache_dev"),
+        cache_device=_cache_device(settings.cache_dev, device),
+        processes=processes,
     )
     shapes = plan or [dense_shape(sizes[0])] * len(sizes)
     itemsize = bytes_per_weight(location, config, settings.dtype)
-    task = Task(config, dense["total"], frozenset(shapes), ids_shape, itemsize, method, is_streamed(location))
+    streamed = is_streamed(location)
+    task = Task(config, dense["total"], frozenset(shapes), ids_shape, itemsize, method, streamed, processes)
     if settings.batch_size == "auto":
         fit_batch_size(task, options)
+        options.batch_size.size = min(processes.all_of(options.batch_size.size))
     with location.in_words("its configuration describes no model that can be pruned and run"):
         pruned = pruned_skeleton(config, shapes, layout)
         try_out(pruned)
@@ -279,6 +295,12 @@ def _prepare(settings: Settings) -> Job:
             settings.save_dir, location.label, settings.sparsity, **{name: getattr(settings, name) for name in NAMED}
         ),
     )
+
+
+def _cache_device(name: str, device: torch.device) -> torch.device:
+    """Where hidden states live: on the GPU where layers run, if on one."""
+    picked = device if name == "auto" else pick_device(name, "--cache_dev")
+    return device if picked.type == device.type else picked
 
 
 def method_of(recipe: Recipe, settings: Settings, layout: Layout) -> Method:
@@ -370,6 +392,9 @@ def describe(job: Job) -> str:
         after = job.parameters.planned["total"]
         lines = _sizes_of(job)
     device = f", device {job.memory['device_bytes'] / 1e9:.2f} GB" if job.memory["device_bytes"] else ""
+    processes = job.options.processes.count
+    if processes > 1:
+        device += f", in each of {processes} processes"
     return "\n".join([
         *lines,
         *(f"note         {note}" for note in job.notes),

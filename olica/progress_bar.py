@@ -15,11 +15,11 @@ LINE_EVERY = 30.0
 class Bar:
     """How far a run is, in layers of all its stages."""
 
-    def __init__(self, total: int):
-        """Show nothing yet; `total` is the number of layers of all stages."""
-        self._total, self._done = total, 0
+    def __init__(self, total: int, is_shown: bool = True):
+        """Show nothing yet, or never; `total` is the number of layers of all stages."""
+        self._total, self._done, self._is_shown = total, 0, is_shown
         self._begun = self._said = monotonic()
-        self._tqdm = tqdm(total=total, unit="layer", leave=False) if sys.stderr.isatty() else None
+        self._tqdm = tqdm(total=total, unit="layer", leave=False) if is_shown and sys.stderr.isatty() else None
 
     def through(self, stage: str, first: int, count: int) -> Iterator[int]:
         """Yield the indices `first` to `count` - 1 of the layers, and show each as done when the next is asked for."""
@@ -43,7 +43,7 @@ class Bar:
         self._done += layers
         if self._tqdm:
             self._tqdm.update(layers)
-        elif where and monotonic() - self._said > LINE_EVERY:
+        elif where and self._is_shown and monotonic() - self._said > LINE_EVERY:
             self._said = monotonic()
             seconds = self._said - self._begun
             print(f"{stage}: {where}, {self._done / self._total:.0%} of the run, {seconds:.0f} s", file=sys.stderr)
@@ -53,9 +53,9 @@ _shown: ContextVar[Bar | None] = ContextVar("shown", default=None)
 
 
 @contextmanager
-def one_bar(total: int) -> Iterator[Bar]:
-    """Show all stages inside as one bar of `total` layers."""
-    bar = Bar(total)
+def one_bar(total: int, is_shown: bool = True) -> Iterator[Bar]:
+    """Show all stages inside as one bar of `total` layers; with `is_shown` False count them only."""
+    bar = Bar(total, is_shown)
     token = _shown.set(bar)
     try:
         yield bar

@@ -27,12 +27,13 @@ from .model.skeleton import count_parameters, pruned_skeleton
 from .outputs import checkpoint, identity, records
 from .outputs.model_card import write_card
 from .outputs.run_folder import RunFolder
-from .outputs.run_progress import Shards
+from .outputs.run_progress import RunProgress, Shards
 from .outputs.survey_store import StoredSurvey
+from .processes import working_together
 from .progress_bar import one_bar
 from .pruning.layers import prune_layers
 from .pruning.options import Work
-from .pruning.progress import SurveyProgress
+from .pruning.progress import Progress, SurveyProgress
 from .pruning.survey import survey_layers
 from .sources.calibration_set import CalibrationSet, Draw, build_calibration_set
 from .sources.configuration import describe_source
@@ -71,6 +72,8 @@ def prune(
 ) -> Pruned | list[Pruned]:
     """Prune a model and save it, as `model_pruning.py` does.
 
+    The processes of an initialised process group (torch.distributed) all call it, and share the work.
+
     Args:
         model: name (7b, llama2-7b, smollm2, ...), hub id, folder or .gguf file.
         datasets: texts to calibrate on, joined by +: names or paths; or one token file; by default the recipe's own.
@@ -83,20 +86,23 @@ def prune(
         What was done; of several sparsities a list of it.
 
     Raises:
-        UsageError: wrong input, or too little memory or disk; the message says what to do.
+        UsageError: wrong input, or too little memory or disk; the message says what to do. Where it is raised in one of
+            several processes, the others raise `ProcessLost`, which is one too.
     """
     texts = {"base_model": model, "save_dir": save_dir, "recipe": recipe}
     wanted = {name: as_kind(name, value, str) for name, value in texts.items()} | {"datasets": datasets}
     wanted["recipe"] = recipe_name(wanted["recipe"])
     several = isinstance(sparsity, Sequence) and not isinstance(sparsity, str)
-    done = run_all(prepare(settings_of(wanted | settings), sparsity if several else [sparsity]))
-    return [*done] if several else next(done)
+    asked = settings_of(wanted | settings)
+    with working_together(pick_device(asked.device)) as processes:
+        done = [*run_all(prepare(asked, sparsity if several else [sparsity], processes))]
+    return done if several else done[0]
 
 
 def run_all(jobs: list[Job]) -> Iterator[Pruned]:
     """Do jobs that were given together; of several, those that a stopped run has finished are left as they are."""
     for job in jobs:
-        finished = _finished(job) if len(jobs) > 1 else None
+        finished = job.options.processes.on_main(partial(_finished, job)) if len(jobs) > 1 else None
         yield finished or run(job)
 
 
@@ -116,7 +122,10 @@ def _finished(job: Job) -> Pruned | None:
 
 def _identity(job: Job, calibration: CalibrationSet) -> dict:
     """What decides the bits of a job's checkpoint."""
-    return identity.of_run(job.settings.flat(), job.location, calibration.token_hash, job.options.device)
+    options = job.options
+    return identity.of_run(
+        job.settings.flat(), job.location, calibration.token_hash, options.device, options.processes.count
+    )
 
 
 def run(job: Job) -> Pruned:
@@ -125,13 +134,22 @@ def run(job: Job) -> Pruned:
     Raises:
         UsageError: memory or disk does not suffice, another run is at work or finished there, or numbers overflow.
     """
+    with _folder_of(job) as folder, full_precision(), memory_in_words(partial(memory_advice, job.settings)):
+        record = _prune_and_save(job, folder)
+    return Pruned(job.folder, [LayerShape(**shape) for shape in record["plan"]], record)
+
+
+@contextmanager
+def _folder_of(job: Job) -> Iterator[RunFolder | None]:
+    """The folder of a run in the process that writes; None in the others."""
+    if not job.options.processes.is_main:
+        yield None
+        return
     checkpoint.check_folder(job.folder)
-    with RunFolder.locked(job.folder) as folder, full_precision():
+    with RunFolder.locked(job.folder) as folder:
         needed = 0 if folder.is_published else job.disk_bytes - folder.written_bytes
         checkpoint.check_place(job.folder, needed, job.settings.overwrite or folder.is_published)
-        with memory_in_words(partial(memory_advice, job.settings)):
-            record = _prune_and_save(job, folder)
-    return Pruned(job.folder, [LayerShape(**shape) for shape in record["plan"]], record)
+        yield folder
 
 
 def measure_and_decide(work: Work, budget: Budget, progress: SurveyProgress) -> tuple[list[LayerShape], list[Findings]]:
@@ -139,15 +157,19 @@ def measure_and_decide(work: Work, budget: Budget, progress: SurveyProgress) -> 
     sizes = Sizes.of_all(work.dense.config)
     allocate = work.method.allocate
     findings = survey_layers(work, allocate.before_survey(sizes, budget), progress)
-    return allocate(sizes, budget, findings), findings
+    return work.options.processes.on_main(lambda: allocate(sizes, budget, findings)), findings
 
 
-def _prune_and_save(job: Job, folder: RunFolder) -> dict:
-    """Draw the calibration set, survey, prune and save; returns the record, which lies beside the checkpoint."""
+def _prune_and_save(job: Job, folder: RunFolder | None) -> dict:
+    """Draw the calibration set, survey, prune and save; returns the record, which lies beside the checkpoint.
+
+    Of several processes all run this; what is done `on_main` the one that has the `folder` does for all.
+    """
     settings, options, stages = job.settings, job.options, records.Stages(job.options.device)
+    processes, on_main = options.processes, options.processes.on_main
     with stages.stage("calibration set"):
         tokenizer = read_tokenizer(job.location)
-        calibration = draw_calibration_set(settings, tokenizer, job.config)
+        calibration = on_main(lambda: draw_calibration_set(settings, tokenizer, job.config))
     with stages.stage("open model"):
         dense = open_dense_model(job.location, settings.dtype)
         before = count_parameters(dense.model)
@@ -156,50 +178,68 @@ def _prune_and_save(job: Job, folder: RunFolder) -> dict:
             f"{job.location.flag} {job.location.name}: its weights hold another model than its configuration; give the "
             "same command again, which plans by the weights, now that they are here"
         )
-    progress = folder.begin(
-        what := _identity(job, calibration),
-        settings.overwrite,
-        Shards(dense.layers_prefix, len(job.sizes)),
-        options.batch_size,
-        in_background=options.device.type == "cuda",  # on the CPU it competes for the cores
-    )
-    if folder.is_complete:
-        return records.read_pruning_record(job.folder)
+    progress = Progress() if folder is None else _begin(job, folder, calibration, dense.layers_prefix)
+    if on_main(lambda: folder.is_complete):
+        return on_main(lambda: records.read_pruning_record(job.folder))
+    options.batch_size.size = processes.from_main(options.batch_size.size)
+
+    def check_description(plan: list[LayerShape]) -> None:
+        on_main(lambda: checkpoint.check_description(folder, dense, _skeleton(job, dense, plan), tokenizer))
+
     if job.plan:
-        checkpoint.check_description(folder, dense, _skeleton(job, dense, job.plan), tokenizer)
+        check_description(job.plan)
     work, layers = Work(dense, calibration.ids, job.method, options), len(job.sizes)
-    surveying = BatchSize(folder.began_with)  # a run that goes on may have smaller batches by now
-    with one_bar(2 * layers if job.method.survey else layers) as bar:
+    # A run that goes on may have smaller batches by now.
+    surveying = BatchSize(on_main(lambda: folder.began_with))
+    with one_bar(2 * layers if job.method.survey else layers, processes.is_main) as bar:
         with _kept_survey(job, surveying, calibration.token_hash) as survey, stages.stage("survey"):
+            surveying.size = processes.from_main(surveying.size)
             if survey.is_complete:
                 bar.skip(layers)
             work_of_survey = replace(work, options=replace(options, batch_size=surveying))
             plan, findings = measure_and_decide(work_of_survey, job.budget, survey)
-        options.batch_size.size = min(options.batch_size.size, surveying.size)
-        folder.bind(_digest_of_plan(plan, findings))
+        options.batch_size.size = min(options.batch_size.size, *processes.all_of(surveying.size))
+        on_main(lambda: folder.bind(_digest_of_plan(plan, findings)))
         logger.info("survey: %d of %d layers were there already", survey.layers_before, layers)
         logger.info("sizes of all layers:\n%s", describe_plan(plan))
         if not job.plan:
-            checkpoint.check_description(folder, dense, _skeleton(job, dense, plan), tokenizer)
+            check_description(plan)
         with stages.stage("prune"):
             prune_layers(work, plan, findings, progress)
-    with stages.stage("write"):
-        after = checkpoint.complete(
-            folder, progress, dense, _skeleton(job, dense, plan), tokenizer, settings.shard_bytes
-        )
-    record = _make_record(job, calibration, plan, {"before": before, "after": after}) | {
-        "identity": identity.digest_of(what),
-        "multiple_correlation": [found["correlation"].item() if "correlation" in found else None for found in findings],
-        "survey": survey.described(),
-        "went_on_after": folder.interruptions,
-        "stages": stages.rows,
-        "weight_bytes_on_disk": folder_weight_bytes(folder.checkpoint),
-    }
-    with folder.in_words():
-        records.write_record(folder.checkpoint / records.PRUNING_RECORD, record)
-        write_card(folder.checkpoint, record)
-    folder.publish()
-    return record
+
+    def save() -> dict:
+        with stages.stage("write"):
+            after = checkpoint.complete(
+                folder, progress, dense, _skeleton(job, dense, plan), tokenizer, settings.shard_bytes
+            )
+        record = _make_record(job, calibration, plan, {"before": before, "after": after}) | {
+            "identity": identity.digest_of(_identity(job, calibration)),
+            "multiple_correlation": [
+                found["correlation"].item() if "correlation" in found else None for found in findings
+            ],
+            "survey": survey.described(),
+            "went_on_after": folder.interruptions,
+            "stages": stages.rows,
+            "weight_bytes_on_disk": folder_weight_bytes(folder.checkpoint),
+        }
+        with folder.in_words():
+            records.write_record(folder.checkpoint / records.PRUNING_RECORD, record)
+            write_card(folder.checkpoint, record)
+        folder.publish()
+        return record
+
+    return on_main(save)
+
+
+def _begin(job: Job, folder: RunFolder, calibration: CalibrationSet, layers_prefix: str) -> RunProgress:
+    """Begin a run in its folder, or go on with it."""
+    return folder.begin(
+        _identity(job, calibration),
+        job.settings.overwrite,
+        Shards(layers_prefix, len(job.sizes)),
+        job.options.batch_size,
+        in_background=job.options.device.type == "cuda",  # on the CPU it competes for the cores
+    )
 
 
 def _skeleton(job: Job, dense: DenseModel, plan: list[LayerShape]) -> PreTrainedModel:
@@ -208,11 +248,11 @@ def _skeleton(job: Job, dense: DenseModel, plan: list[LayerShape]) -> PreTrained
 
 @contextmanager
 def _kept_survey(job: Job, batch_size: BatchSize, token_hash: str) -> Iterator[SurveyProgress]:
-    """The survey that this job needs, as far as it lies under the data folder, where it is going to be kept."""
+    """The survey that this job needs, as far as it lies under the data folder, where the main process keeps it."""
     settings = job.settings
     with ExitStack() as stack:
         survey = SurveyProgress()
-        if job.method.survey:
+        if job.method.survey and job.options.processes.is_main:
             what = _identity_of_survey(job, batch_size.size, token_hash)
             try:
                 survey = stack.enter_context(StoredSurvey.locked(Path(settings.data_dir), what, batch_size))
@@ -232,7 +272,7 @@ def _identity_of_survey(job: Job, batch_size: int, token_hash: str) -> dict:
         decides["batch_size"] = batch_size
     else:  # no text is read
         token_hash = ""
-    return identity.of_run(decides, job.location, token_hash, job.options.device)
+    return identity.of_run(decides, job.location, token_hash, job.options.device, job.options.processes.count)
 
 
 def _digest_of_plan(plan: list[LayerShape], findings: list[Findings]) -> str:
@@ -287,6 +327,7 @@ def _make_record(
         "measured_sparsity": 1 - after["total"] / before["total"],
         "measured_sparsity_of_layers": 1 - after["decoder_layers"] / before["decoder_layers"],
         "batch_size": job.options.batch_size.size,
+        "processes": job.options.processes.count,
         "expected_peak_memory": job.memory,
         "environment": records.environment(job.options.device),
     }

@@ -306,14 +306,19 @@ def shared_data() -> Path:
     return Path(folder)
 
 
+def fill_with_run(folder: Path, samples: int = 8) -> None:
+    """Put into a folder a tiny model of several layers and a calibration set."""
+    make_llama(num_key_value_heads=2, num_hidden_layers=LAYERS).save_pretrained(folder / "tiny")
+    make_tokenizer().save_pretrained(folder / "tiny")
+    ids = torch.randint(3, 259, (samples, 32), generator=torch.Generator().manual_seed(0))
+    save_file({"calibration_ids": ids}, folder / "ids.safetensors")
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """An empty current folder with a tiny model of several layers and a calibration set."""
     monkeypatch.chdir(tmp_path)
-    make_llama(num_key_value_heads=2, num_hidden_layers=LAYERS).save_pretrained("tiny")
-    make_tokenizer().save_pretrained("tiny")
-    ids = torch.randint(3, 259, (8, 32), generator=torch.Generator().manual_seed(0))
-    save_file({"calibration_ids": ids}, "ids.safetensors")
+    fill_with_run(tmp_path)
     return tmp_path
 
 

@@ -13,8 +13,9 @@ from olica.jobs import dense_shape
 from olica.machine import BatchSize
 from olica.methods.moments import total
 from olica.methods.sizes import Sizes
+from olica.processes import Processes
 from olica.pruning import memory
-from olica.pruning.memory import MOST_TOKENS, Task, expected_peaks, fit_batch_size
+from olica.pruning.memory import MOST_TOKENS, Task, estimate, expected_peaks, fit_batch_size
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,6 +39,15 @@ def test_expected_peaks_grow_with_what_they_should(task):
     assert expected_peaks(replace(task, itemsize=2), options)["host_bytes"] < base["host_bytes"]
     larger = expected_peaks(task, pruning_options(batch_size=BatchSize(64)))
     assert larger["host_bytes"] > base["host_bytes"]
+
+
+def test_of_several_processes_each_has_a_share_of_the_states_and_the_first_holds_all_once(task):
+    options = pruning_options()
+    shared = replace(task, processes=Processes(count=3))
+    assert estimate(shared, options).states == pytest.approx(estimate(task, options).states / 3, rel=0.02)
+    states = 256 * 128 * 1024 * 4
+    more = expected_peaks(shared, options)["host_bytes"] - expected_peaks(task, options)["host_bytes"]
+    assert more == pytest.approx(states / 3, rel=0.1)
 
 
 def test_a_gpu_takes_the_work_and_maybe_the_hidden_states(task, monkeypatch):

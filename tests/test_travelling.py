@@ -62,14 +62,13 @@ class Trying(TravellingSurvey):
     def __call__(self, layer, shape):
         return {"norms": layer.moments[diagonal("mlp_input")]}
 
-    def variants(self, layer, shape):
+    def variants(self, sizes):
         """The last units have the highest scores."""
-        sizes = layer.sizes
         thinner = LayerShape(0, 0, sizes.head_dim, CHANNELS)
         fewer = LayerShape(0, 0, sizes.head_dim, sizes.intermediate_size, kv_heads=GROUPS)
         mlp = ThinnedMLP(needs()(lambda layer: torch.arange(sizes.intermediate_size)))
         heads = RemovedGroups(needs()(lambda layer: torch.arange(sizes.num_kv_heads)))
-        return [(thinner, mlp(layer, thinner)), (fewer, heads(layer, fewer))]
+        return [(thinner, mlp), (fewer, heads)]
 
     def compare(self, dense, changed):
         self.compared.append((dense, changed))

@@ -79,7 +79,8 @@ def evaluate(
         settings
         | {"checkpoint": model, "base_model": base_model, "ppl": ppl, "tasks": tasks, "output_path": output_path}
     )
-    processes, device = join_processes(pick_device(asked.device))
+    processes = join_processes(pick_device(asked.device))
+    device = processes.device
     check_processes(asked, processes.count)
     locations = find_models(asked)
     measured = locations.get("pruned") or locations["model"]

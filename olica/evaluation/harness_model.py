@@ -66,7 +66,7 @@ def harness_model(
         batch_size=batch_size,
         add_bos_token=add_bos_token,
     )
-    if processes.state is not None:
+    if processes.count > 1:
         # lm-eval joins the processes of a launch only where it reads the model itself.
         wrapped.accelerator = Accelerator()
         wrapped._rank, wrapped._world_size = processes.index, processes.count

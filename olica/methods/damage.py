@@ -17,7 +17,7 @@ from .linalg import ROUNDING
 from .moments import Statistic
 from .multiplier import Choice, least_damage, merged
 from .parts import LEAST, Part
-from .recipe import Allocate, Findings, Layer, TravellingSurvey, Weights, needs_of, workspace_of
+from .recipe import Allocate, Cut, Findings, Layer, TravellingSurvey, needs_of, workspace_of
 from .sizes import Budget, Sizes
 
 # Groups of layers that the survey tries, at the most: in deeper models neighbouring layers are tried together.
@@ -85,10 +85,9 @@ class DamageSurvey(TravellingSurvey):
             found |= {part.name: errors, f"{part.name}_tried": errors[size]}
         return found
 
-    def variants(self, layer: Layer, shape: LayerShape | None) -> list[tuple[LayerShape, Weights]]:
+    def variants(self, sizes: Sizes) -> list[tuple[LayerShape, Cut]]:
         """See `TravellingSurvey`: one for each part."""
-        tried = [shape for shape, _ in self._tried(layer.sizes)]
-        return [(shape, part.stage(layer, shape)) for part, shape in zip(self.parts, tried, strict=True)]
+        return [(shape, part.stage) for part, (shape, _) in zip(self.parts, self._tried(sizes), strict=True)]
 
     def read(self, logits: Tensor) -> Tensor:
         """See `TravellingSurvey`: log-probabilities, float64."""

@@ -231,6 +231,41 @@ class Moments:
             case "cross":
                 summed.addmm_(x.T, y)
 
+    @property
+    def centres(self) -> dict[str, Tensor]:
+        """c (f,) of every place whose sums are taken about one."""
+        return self._centres
+
+    @property
+    def sums(self) -> list[Tensor]:
+        """All sums, in an order that the statistics alone decide; to be changed in place, with `count`."""
+        names = sorted(self._sums, key=lambda statistic: (statistic.kind, statistic.tap, statistic.other or ""))
+        return [self._sums[statistic] for statistic in names]
+
+    def move_to(self, centres: dict[str, Tensor]) -> None:
+        """Take all sums about other centres (f,), so that those of another part of the text can be added.
+
+        Where x was taken about a and y about b, and now about a - p and b - q, with sums s and t over n tokens, the sum
+        of their products grows by s q^T + p t^T + n p q^T.
+        """
+        shifts = {
+            tap: self._centres[tap].double() - centre.double()
+            for tap, centre in centres.items()
+            if not torch.equal(self._centres[tap], centre)
+        }
+        for statistic, summed in self._sums.items():
+            if statistic.kind in ("full", "cross", "diagonal") and not shifts.keys().isdisjoint(statistic.taps):
+                x, y = statistic.tap, statistic.other or statistic.tap
+                s, t = self._sums[total(x)], self._sums[total(y)]
+                p, q = shifts.get(x, torch.zeros_like(s)), shifts.get(y, torch.zeros_like(t))
+                if statistic.kind == "diagonal":
+                    summed += 2 * p * s + self.count * p.square()
+                else:
+                    summed.addr_((s + self.count * p).to(summed), q.to(summed)).addr_(p.to(summed), t.to(summed))
+        for tap, shift in shifts.items():
+            self._sums[total(tap)] += self.count * shift
+        self._centres = dict(centres)
+
     def mean(self, tap: str) -> Tensor:
         """Mean over the tokens (f,), where the sum is taken, in double precision."""
         return self[total(tap)] / self.count

@@ -23,6 +23,8 @@ from .sizes import Budget, Sizes
 Findings = dict[str, Tensor]
 # Computed weights and biases, by the names of projections: "down_proj.weight", "q_proj.reduce.weight", ...
 Weights = dict[str, Tensor]
+# What computes those of a part of a layer for a shape, as stages do.
+Cut = Callable[["Layer", LayerShape], Weights]
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,8 @@ class TravellingSurvey(Survey):
         return 1
 
     @abstractmethod
-    def variants(self, layer: Layer, shape: LayerShape | None) -> list[tuple[LayerShape, Weights]]:
-        """Forms of the layer to be tried in its place, with what stages return for them; as many for every layer."""
+    def variants(self, sizes: Sizes) -> list[tuple[LayerShape, Cut]]:
+        """Forms of a layer to be tried in its place, and what cuts it to each; as many for every layer."""
 
     def read(self, logits: Tensor) -> Tensor:
         """What is compared of the logits (tokens, V) of one sample: they themselves, unless a survey says otherwise."""

@@ -18,7 +18,7 @@ CODE = "version of the code"
 PACKAGE = Path(__file__).parents[1]
 # The code that decides the bits of a pruned model, and that which decides the figures of an evaluation, as patterns
 # within the package. What shows results, and what of the ground only prints, is left out.
-PRUNING_CODE = ("jobs.py", "run.py", "machine.py", "tensor_files.py")
+PRUNING_CODE = ("jobs.py", "run.py", "machine.py", "processes.py", "tensor_files.py")
 PRUNING_CODE += tuple(f"{room}/**/*.py" for room in ("model", "methods", "sources", "pruning"))
 PRUNING_CODE += tuple(
     f"outputs/{name}.py"
@@ -31,7 +31,7 @@ BLOCKS, BLOCK = 256, 16384
 PRUNING_PACKAGES = ("torch", "transformers", "numpy", "safetensors", "gguf")
 
 
-def of_run(settings: dict, location: Location, token_hash: str, device: torch.device) -> dict:
+def of_run(settings: dict, location: Location, token_hash: str, device: torch.device, processes: int = 1) -> dict:
     """The settings, the dense model, the calibration set, the code and the machine of a run, by names for messages.
 
     Args:
@@ -39,6 +39,7 @@ def of_run(settings: dict, location: Location, token_hash: str, device: torch.de
         location: of the dense model.
         token_hash: of the calibration set.
         device: where layers run.
+        processes: how many share the samples, of whose sums the rounding depends on it.
     """
     machine = environment(device)
     return {
@@ -50,6 +51,7 @@ def of_run(settings: dict, location: Location, token_hash: str, device: torch.de
         **{f"version of {name}": machine["packages"][name] for name in PRUNING_PACKAGES},
         "device": machine["device"],
         "number of threads": machine["cpu_threads"],
+        "number of processes": processes,
     }
 
 

@@ -73,18 +73,25 @@ class RunProgress(Progress):
         prefix, weights = f"{self.shards.prefix}{index}.", read_tensors(self._path(self.shards.name(index + 2)))
         return {name.removeprefix(prefix): weight for name, weight in weights.items()}
 
+    def is_due(self) -> bool:
+        """See `Progress`."""
+        self.wait()
+        # A batch that became smaller on the way to them changes the rounding: then the layers do not give them again.
+        has_halved = self._batch_size.size != self._journal.facts["batch_size"]
+        return has_halved or monotonic() - self._saved_at > SAVED_EVERY
+
     def save_layer(self, index: int, layer: nn.Module, hidden: Tensor | None) -> None:
         """See `Progress`; hidden states are written when it returns, the layer may be written later."""
         self.wait()
         # Copies of what is on a device, whose memory the next layer needs.
         weights = {f"{self.shards.prefix}{index}.{name}": weight.cpu() for name, weight in layer.state_dict().items()}
-        size, states = self._batch_size.size, {}
-        # A batch that became smaller on the way to them changes the rounding: then the layers do not give them again.
-        is_due = monotonic() - self._saved_at > SAVED_EVERY
-        if hidden is None or size != self._journal.facts["batch_size"] or is_due:
-            states = self._kept(index + 1, hidden)
-        self._writing = self._writer.submit(self._save_layer, index, weights, {"batch_size": size} | states)
-        if states or not self._in_background:
+        facts: dict = {"batch_size": self._batch_size.size}
+        if hidden is not None:
+            facts |= self._kept(index + 1, hidden)
+        elif index + 1 == self.shards.layers:
+            facts |= {"hidden": None, "entered": 0}
+        self._writing = self._writer.submit(self._save_layer, index, weights, facts)
+        if "hidden" in facts or not self._in_background:
             self.wait()
 
     def _save_layer(self, index: int, weights: dict[str, Tensor], facts: dict) -> None:
@@ -162,10 +169,8 @@ class RunProgress(Progress):
         name = self._journal.facts["hidden"]
         return read_tensors(self._path(name))["hidden"] if name else None
 
-    def _kept(self, layers: int, hidden: Tensor | None) -> dict:
+    def _kept(self, layers: int, hidden: Tensor) -> dict:
         """Write the hidden states that enter the layer behind so many; returns what the journal is to say of them."""
-        if hidden is None:
-            return {"hidden": None, "entered": 0}
         name = f"hidden-pruned-{layers}.safetensors"
         self._journal.write(name, {"hidden": hidden})
         self._saved_at = monotonic()

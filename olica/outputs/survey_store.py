@@ -116,11 +116,14 @@ class StoredSurvey(SurveyProgress):
         travelling = {tuple(map(int, name.split("."))): state for name, state in states.items()}
         return Surveyed(findings, hidden, travelling)
 
+    def is_due(self) -> bool:
+        """See `SurveyProgress`."""
+        return monotonic() - self._saved_at > run_progress.SAVED_EVERY
+
     def save(self, surveyed: Surveyed) -> None:
         """See `SurveyProgress`."""
-        if monotonic() - self._saved_at > run_progress.SAVED_EVERY:
-            self._keep(surveyed, is_complete=False)
-            self._saved_at = monotonic()
+        self._keep(surveyed, is_complete=False)
+        self._saved_at = monotonic()
 
     def finish(self, findings: list[dict[str, Tensor]]) -> None:
         """See `SurveyProgress`."""

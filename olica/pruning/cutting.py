@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from ..methods.recipe import Findings, Layer, Stage, Weights, needs_of, together
 from ..methods.sizes import Sizes
 from ..model.configuration_olica import LayerShape, head_dim
 from ..model.modeling_olica import MODULES, CroppedHeadsLinear, PaddedHeadsLinear, projections_of, shrink_layer
+from .options import Work
 from .soundness import cast_weights, solvable
 
 # What methods may see and change beside it, where it spans all heads.
@@ -33,7 +35,7 @@ def heads_of(layer: nn.Module, config: PreTrainedConfig) -> int:
 
 
 def cut(
-    index: int, layer: nn.Module, config: PreTrainedConfig, stages: tuple[Stage, ...], seen: Layer, shape: LayerShape
+    work: Work, index: int, layer: nn.Module, stages: tuple[Stage, ...], seen: Layer, shape: LayerShape
 ) -> set[str]:
     """Have the stages of a pass replace their parts of `layer`, whose moments are used up; returns the parts' names.
 
@@ -41,17 +43,17 @@ def cut(
         UsageError: a fit or a decomposition fails, or the dtype cannot hold what it gives.
         RuntimeError: what the stages return is not what the new modules take.
     """
-    parts: list[Weights] = []
-    for number, stage in enumerate(stages):
-        later = needs_of(stages[number + 1 :], shape)
-        seen = replace(seen, later=later)
+
+    def compute(number: int, stage: Stage) -> Weights:
+        own = replace(seen, later=needs_of(stages[number + 1 :], shape))
         with solvable(index, stage.about):
-            computed = stage(seen, shape)
             # What is computed in double precision is cast before the next is.
-            parts.append(cast_weights(computed, index, next(layer.parameters())))
-        del computed
-        seen.drop(stage.needs(shape))
-    return put(layer, config, shape, together(parts))
+            weights = cast_weights(stage(own, shape), index, next(layer.parameters()))
+        own.drop(stage.needs(shape))
+        return weights
+
+    parts = work.options.processes.share_out([partial(compute, *numbered) for numbered in enumerate(stages)])
+    return put(layer, work.dense.config, shape, together(parts))
 
 
 def put(layer: nn.Module, config: PreTrainedConfig, shape: LayerShape, weights: Weights) -> set[str]:

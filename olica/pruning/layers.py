@@ -1,6 +1,6 @@
 """Prune the decoder layers of a dense model one at a time (paper, Algorithm 1).
 
-N samples, T tokens, D hidden size
+N samples, of several processes those of this one, T tokens, D hidden size
 """
 
 import torch
@@ -13,6 +13,7 @@ from .activations import calibrate, enter_layers, propagate
 from .cutting import as_seen, check_complete, cut, heads_of, restore
 from .options import Work
 from .progress import Progress
+from .sharing import combine, keep_layer, pruned, weights_of
 from .soundness import check_finite
 
 
@@ -30,23 +31,23 @@ def prune_layers(work: Work, plan: list[LayerShape], findings: list[Findings], p
         UsageError: activations are NaN or infinite, a fit or a decomposition fails, or a dtype cannot hold a weight.
     """
     dense, method, options = work.dense, work.method, work.options
-    finished, entered, hidden = progress.pruned()
+    finished, entered, hidden = pruned(work, progress)
     if finished == len(plan):
         return
     calls: list[dict] = [{}] * len(plan)
     # Where no statistic is read, nothing has to stream.
     is_streaming = any(needs for shape in plan for needs in method.needs(shape))
     if is_streaming:
-        hidden, calls = enter_layers(dense, work.calibration_ids, hidden, options.cache_device)
+        hidden, calls = enter_layers(dense, work.own_ids, hidden, options.cache_device)
     for index, layer in dense.layers(options.device, "prune", first=entered if is_streaming else finished):
         if index < finished:
             if method.stream == "pruned":
-                restore(layer, dense.config, plan[index], progress.weights(index))
+                restore(layer, dense.config, plan[index], weights_of(work, progress, index))
             propagate(layer, hidden, calls[index], options.batch_size)
             continue
         goes_on = is_streaming and index + 1 < len(plan)
         hidden = _prune_layer(work, index, layer, plan[index], findings[index], (hidden, calls[index], goes_on))
-        progress.save_layer(index, layer, hidden if goes_on else None)
+        keep_layer(work, progress, index, layer, hidden if goes_on else None)
     progress.wait()
 
 
@@ -83,8 +84,9 @@ def _prune_layer(
         moments = Moments(needs, heads_of(layer, config))
         advance = goes_on and is_dense and is_single
         calibrate(layer, hidden, call, moments, options.batch_size, advance=advance)
+        combine(moments, options.processes)
         check_finite(moments, index, next(layer.parameters()).dtype)
-        replaced |= cut(index, layer, config, stages, as_seen(layer, config, moments, findings), shape)
+        replaced |= cut(work, index, layer, stages, as_seen(layer, config, moments, findings), shape)
         del moments
     check_complete(layer, config, shape, replaced)
     if goes_on and not is_dense:

@@ -15,6 +15,7 @@ from ..methods.moments import DOUBLE, SINGLE, Statistic, tap_width
 from ..methods.recipe import Method, TravellingSurvey, needs_of
 from ..methods.sizes import Sizes
 from ..model.configuration_olica import LayerShape
+from ..processes import ALONE, Processes
 from .options import PruningOptions
 
 # What `auto` takes at most, in tokens: on two CPU cores 1,024 were 5 % faster than 2,048; a GPU wants more.
@@ -56,6 +57,7 @@ class Task:
         itemsize: bytes of a weight.
         method: what is computed.
         is_streamed: whether the weights are read layer by layer, not as a whole.
+        processes: how many share the samples; all that is said is of the one with most of them.
     """
 
     config: PreTrainedConfig
@@ -65,11 +67,22 @@ class Task:
     itemsize: int
     method: Method
     is_streamed: bool
+    processes: Processes = ALONE
 
     @property
     def states(self) -> int:
-        """Bytes of the hidden states of the calibration set."""
+        """Bytes of the hidden states of the calibration set, of all its samples."""
         return prod(self.ids_shape) * self.config.hidden_size * self.itemsize
+
+    @property
+    def own_samples(self) -> int:
+        """How many of the samples one process has."""
+        return self.processes.most_of(self.ids_shape[0])
+
+    @property
+    def own_states(self) -> int:
+        """Bytes of their hidden states."""
+        return self.own_samples * self.states // self.ids_shape[0]
 
     @property
     def sizes(self) -> Sizes:
@@ -79,12 +92,12 @@ class Task:
 
 def estimate(task: Task, options: PruningOptions) -> Demand:
     """The demand of a task."""
-    tokens = min(options.batch_size.size, task.ids_shape[0]) * task.ids_shape[1]
+    tokens = min(options.batch_size.size, task.own_samples) * task.ids_shape[1]
     is_kept_twice = task.method.stream == "dense" and len(task.method.passes) > 1
     return Demand(
         embedding=task.config.vocab_size * task.config.hidden_size * task.itemsize,
         layer=task.sizes.layer * task.itemsize,
-        states=task.states * (2 if is_kept_twice else 1) + _travelling(task) if streams(task) else 0,
+        states=task.own_states * (2 if is_kept_twice else 1) + _travelling(task) if streams(task) else 0,
         survey=max(_survey(task, shape, tokens) for shape in task.shapes),
         prune=max(_cut(task, shape, tokens) for shape in task.shapes),
     )
@@ -112,7 +125,7 @@ def _travelling(task: Task) -> int:
     if not isinstance(survey, TravellingSurvey):
         return 0
     variants = survey.most_variants * ceil(layers / survey.group_size(layers))
-    samples, tokens = survey.samples(task.ids_shape[0]), task.ids_shape[1]
+    samples, tokens = task.processes.most_of(survey.samples(task.ids_shape[0])), task.ids_shape[1]
     return variants * samples * tokens * task.config.hidden_size * task.itemsize
 
 
@@ -170,6 +183,8 @@ def peaks_beside(resident: int, task: Task, options: PruningOptions) -> dict[str
     layers = 2 * demand.layer
     whole = 0 if task.is_streamed else task.total * task.itemsize
     passes = layers + whole + demand.states + (0 if on_gpu else working)  # states of a GPU come by to be written
+    if task.processes.count > 1:  # the first gathers those of all, to write them
+        passes += task.processes.count * demand.states
     edges = whole + 2 * demand.embedding + (demand.states if on_host else 0)
     return {
         "host_bytes": resident + RUNTIME_BYTES + max(passes, edges),
@@ -179,13 +194,14 @@ def peaks_beside(resident: int, task: Task, options: PruningOptions) -> dict[str
 
 def fit_batch_size(task: Task, options: PruningOptions) -> None:
     """Set the batch size of `options` to the largest power of two of which the memory that is free has room."""
-    fit_into(free_memory(options.device), task, options)
+    sharing = options.processes.here if options.device.type == "cpu" else 1
+    fit_into(free_memory(options.device) // sharing, task, options)
 
 
 def fit_into(free: int, task: Task, options: PruningOptions) -> bool:
     """The same with `free` bytes of the device, which need not be there; returns whether they suffice."""
     size = 1
-    while 2 * size * task.ids_shape[1] <= MOST_TOKENS[options.device.type] and size < task.ids_shape[0]:
+    while 2 * size * task.ids_shape[1] <= MOST_TOKENS[options.device.type] and size < task.own_samples:
         size *= 2
     while True:
         options.batch_size.size = size

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..machine import BatchSize
 from ..methods.recipe import Method
+from ..processes import ALONE, Processes
 from ..sources.dense_model import DenseModel
 
 
@@ -18,11 +19,13 @@ class PruningOptions:
         batch_size: samples that go through a layer at a time.
         device: where layers run.
         cache_device: where the hidden states (N, T, D) of the calibration set live.
+        processes: that work together, each on a share of the samples.
     """
 
     batch_size: BatchSize
     device: torch.device
     cache_device: torch.device
+    processes: Processes = ALONE
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Work:
 
     Attributes:
         dense: the model; one that is in memory as a whole is pruned in place.
-        calibration_ids: (N, T).
+        calibration_ids: (N, T), of all samples.
         method: what is measured, decided and computed.
         options: how layers are worked on.
     """
@@ -40,3 +43,10 @@ class Work:
     calibration_ids: Tensor
     method: Method
     options: PruningOptions
+
+    @property
+    def own_ids(self) -> Tensor:
+        """Those of this process's samples."""
+        processes = self.options.processes
+        rows = processes.rows_of(processes.index, len(self.calibration_ids))
+        return self.calibration_ids[rows.start : rows.stop]

@@ -1,6 +1,6 @@
 """What the passes over the layers report of what they have finished, so that a run that ends early can go on.
 
-These two keep nothing: they serve where all happens in memory.
+These two keep nothing: they serve where all happens in memory, and in processes that another one writes for.
 """
 
 from dataclasses import dataclass, field
@@ -45,8 +45,12 @@ class SurveyProgress:
         """What `save` was given last; nothing at first."""
         return Surveyed()
 
+    def is_due(self) -> bool:
+        """Whether it is time to keep how far the survey is."""
+        return False
+
     def save(self, surveyed: Surveyed) -> None:
-        """Keep, now and then, how far the survey is."""
+        """Keep how far the survey is."""
 
     def finish(self, findings: list[Findings]) -> None:
         """Keep the completed findings of all layers: the survey is over."""
@@ -64,8 +68,12 @@ class Progress:
         """The weights of a finished layer."""
         raise KeyError(index)
 
+    def is_due(self) -> bool:
+        """Whether it is time to keep hidden states beside a layer."""
+        return False
+
     def save_layer(self, index: int, layer: nn.Module, hidden: Tensor | None) -> None:
-        """Keep a finished layer and, now and then, the hidden states that enter the next one (None: there is none)."""
+        """Keep a finished layer and the hidden states that enter the next one; None: those that were kept stay."""
 
     def wait(self) -> None:
         """Return when the layers that were to be kept are kept."""
