@@ -95,11 +95,11 @@ def prune(
 def run_all(jobs: list[Job]) -> Iterator[Pruned]:
     """Do jobs that were given together; of several, those that a stopped run has finished are left as they are."""
     for job in jobs:
-        finished = _finished(job) if len(jobs) > 1 else None
-        yield finished or run(job)
+        done = finished(job) if len(jobs) > 1 else None
+        yield done or run(job)
 
 
-def _finished(job: Job) -> Pruned | None:
+def finished(job: Job) -> Pruned | None:
     """What the same job has made before, if it has and it lies there."""
     record = records.read_pruning_record(job.folder)
     if not record or "identity" not in record:
@@ -188,6 +188,7 @@ def _prune_and_save(job: Job, folder: RunFolder) -> dict:
         )
     record = _make_record(job, calibration, plan, {"before": before, "after": after}) | {
         "identity": identity.digest_of(what),
+        "damage": job.method.allocate.damage(job.sizes, plan, findings),
         "multiple_correlation": [found["correlation"].item() if "correlation" in found else None for found in findings],
         "survey": survey.described(),
         "went_on_after": folder.interruptions,
