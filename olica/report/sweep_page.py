@@ -45,9 +45,10 @@ p { margin: .4rem 0; max-width: 46rem; }
 .soft, figcaption, .axis { color: var(--soft); }
 figcaption, .axis, .note { font-size: .875rem; }
 figure { margin: .6rem 0; }
-.answer { border: 2px solid var(--ink); background: var(--panel); padding: .6rem .9rem; }
+.answer { border: 2px solid var(--ink); background: var(--panel); padding: .6rem .9rem; margin: 1rem 0; }
 svg { display: block; width: 100%; }
-svg text { font: 13px system-ui, sans-serif; fill: var(--ink); }
+svg text { font: 13px system-ui, sans-serif; fill: var(--ink); paint-order: stroke;
+  stroke: var(--paper); stroke-width: 4px; }
 svg .small { fill: var(--soft); }
 .grid { stroke: var(--line); stroke-width: 1; }
 .limit { stroke: var(--found); stroke-width: 2; stroke-dasharray: 7 5; }
@@ -69,6 +70,7 @@ td, tbody th { white-space: nowrap; }
 thead th { border-bottom: 2px solid var(--ink); }
 pre { white-space: pre-wrap; background: var(--panel); border: 1px solid var(--line); padding: .5rem .7rem;
   margin: .2rem 0 .7rem; font: .875rem/1.45 ui-monospace, monospace; }
+pre span { display: inline-block; max-width: 100%; }
 @media (max-width: 640px) {
   .wide { display: none; } .narrow { display: block; }
   .strip { grid-template-columns: 1fr; } .axis { margin-left: 0; }
@@ -116,24 +118,27 @@ alone are pruned. {escape(record["recipe"]["about"])}.</p>
 
 
 def in_words(answer: dict) -> str:
-    """The sparsity that was sought, in a sentence."""
-    found, ratio = f"{answer['sparsity']:g}", with_error(answer["ratio"], answer["ratio_error"], 3)
-    total = answer["parameters"]["total"]
+    """The sparsity that was sought, in a sentence without its end."""
+    found, limit = f"{answer['sparsity']:g}, within {answer['tolerance']:g}", answer["limit"]
     if answer["flag"] == "max_params":
-        met = f"at most {answer['limit']:,} parameters: the smallest sparsity that leaves so few is {found}"
+        met = f"the smallest sparsity that leaves at most {limit:,} parameters is {found}"
     else:
-        met = f"at most {answer['limit']:g} times the dense perplexity: the largest sparsity that keeps it is {found}"
-    return f"{met}, to {answer['tolerance']:g}. It has {total:,} parameters and {ratio} times the dense perplexity"
+        met = f"the largest sparsity with at most {limit:g} times the dense perplexity is {found}"
+    ratio = with_error(answer["ratio"], answer["ratio_error"], 3)
+    return f"{met}: {answer['parameters']['total']:,} parameters, {ratio} times the dense perplexity"
 
 
 def _answer(record: dict) -> str:
     answer = record["answer"]
     if not answer:
         return ""
-    return (
-        f'<div class="answer"><p><strong>Found.</strong> Asked for was {escape(in_words(answer))}.</p>'
-        f"<pre>{escape(answer['command'])}</pre></div>"
-    )
+    words = f"<strong>Found:</strong> {escape(in_words(answer))}."
+    return f'<div class="answer"><p>{words}</p>{_command(answer["command"])}</div>'
+
+
+def _command(command: str) -> str:
+    """A command, which narrow screens break between its words, and not at their hyphens."""
+    return "<pre>" + " ".join(f"<span>{escape(word)}</span>" for word in command.split(" ")) + "</pre>"
 
 
 # The curve.
@@ -147,7 +152,7 @@ class _Scale(NamedTuple):
     shares: tuple[float, float]  # at the left and the right edge
     ratios: tuple[float, float]  # at the lower and the upper edge
 
-    left, right, top, bottom = 48, 14, 24, 44
+    left, right, top, bottom = 48, 14, 34, 44
 
     def x(self, share: float) -> float:
         first, last = self.shares
@@ -235,7 +240,7 @@ def _axes(scale: _Scale) -> str:
         parts.append(f'<text class="small" x="{x:.1f}" y="{floor + 17}" text-anchor="middle">{100 - gone}</text>')
     middle = (scale.left + right) / 2
     parts.append(f'<text x="{middle:.0f}" y="{scale.height - 6}" text-anchor="middle">parameters left, %</text>')
-    parts.append(f'<text x="4" y="{scale.top - 5}">perplexity, ratio to dense</text>')
+    parts.append('<text x="4" y="13">perplexity, ratio to dense</text>')
     return "".join(parts)
 
 
@@ -277,7 +282,7 @@ def _labels(names: list[str], places: list[tuple[float, float]], first: int | No
 def _table_section(record: dict) -> str:
     text = next(iter(record["dense"]["perplexity"]))
     headings = ["sparsity", "parameters", "left of the model", "left of its layers", "weights", "perplexity"]
-    headings += ["ratio to dense", "pruning"]
+    headings += ["ratio to dense", "pruning, with survey"]
     rows = [[_name(point, record), *_cells(point, record, text)] for point in [record["dense"], *record["points"]]]
     return f"<h2>All points</h2>\n{_table(headings, rows)}"
 
@@ -431,7 +436,7 @@ def _layer_axis(layers: int) -> str:
 
 
 def _commands(points: list[dict]) -> str:
-    commands = "\n".join(f"<h3>Sparsity {p['sparsity']:g}</h3>\n<pre>{escape(p['command'])}</pre>" for p in points)
+    commands = "\n".join(f"<h3>Sparsity {p['sparsity']:g}</h3>\n{_command(p['command'])}" for p in points)
     return f"<h2>Commands</h2>\n<p>Each writes the checkpoint of a point.</p>\n{commands}"
 
 
@@ -451,7 +456,7 @@ def _protocol(record: dict) -> str:
         "windows.</p>\n"
         f"<p>olica {escape(machine['olica'])}, torch {escape(machine['packages']['torch'])}, "
         f"{escape(machine['device'])}; {escape(record['date'])}. This page was made by</p>\n"
-        f"<pre>{escape(record['command'])}</pre>"
+        f"{_command(record['command'])}"
     )
 
 
