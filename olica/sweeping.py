@@ -14,7 +14,7 @@ import math
 import shlex
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -328,6 +328,8 @@ def run_sweep(plan: SweepPlan, tell: Callable[[dict], None] = lambda _: None) ->
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder of a sweep, which goes again where nothing came into it."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
@@ -341,6 +343,9 @@ def _locked(folder: Path) -> Iterator[None]:
     finally:
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
+        with suppress(OSError):  # not empty
+            for path in made:
+                path.rmdir()
 
 
 class _Sweep:
