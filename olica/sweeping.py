@@ -429,9 +429,7 @@ class _Sweep:
         target, tolerance = self._wanted.target, self._wanted.tolerance
         if target is None:
             return None
-        budget, guess = self._job.budget, None
-        if target.flag == "max_params":
-            guess = (self.record["dense"]["parameters"]["total"] - target.value) / budget.whole
+        guess = self._interpolated(target.value) if target.flag == "max_params" else None
         while (trial := next_trial(self._sides(target), tolerance, guess)) is not None:
             settings = _settings_of_points(self._settings, self._wanted, self._plan.folder)
             self._point(prepare(settings, [trial])[0], tell)
@@ -457,6 +455,18 @@ class _Sweep:
             "tolerance": tolerance,
             **{name: found[name] for name in ("sparsity", "ratio", "ratio_error", "parameters", "command")},
         }
+
+    def _interpolated(self, most: float) -> float | None:
+        """The sparsity that leaves so many parameters, by the points that were asked for: they lie nearly on a line.
+
+        Not the budget's: what a recipe leaves may be more, such as its corrections. None where no point leaves so few.
+        """
+        left = {p["sparsity"]: p["parameters"]["total"] for p in self.record["points"]}
+        curve = [(0.0, self.record["dense"]["parameters"]["total"]), *((s, left[s]) for s in self._wanted.sparsity)]
+        for (near, more), (far, fewer) in zip(curve[:-1], curve[1:], strict=True):
+            if more > most >= fewer:
+                return near + (far - near) * (more - most) / (more - fewer)
+        return None
 
     def _sides(self, target: Target) -> dict[float, bool]:
         points = self.record["points"]
