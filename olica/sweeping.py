@@ -411,7 +411,7 @@ class _Sweep:
             self.record["answer"] = self._found(tell)
         except KeyboardInterrupt as stopped:
             if self.record["dense"]:
-                done = f"the dense model and {len(self.record['points'])} points of the sweep are measured"
+                done = f"of the sweep the dense model and {len(self.record['points'])} of the points are measured"
                 stopped.add_note(f"the same command goes on: {done}")
             raise
         finally:

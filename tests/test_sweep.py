@@ -278,7 +278,7 @@ def test_an_interrupted_sweep_goes_on_to_the_same_record(undisturbed, monkeypatc
         with pytest.raises(KeyboardInterrupt) as stopped:
             sweep(SPARSITIES)
     done = 2 if at == "removing" else 1
-    assert any(f"{done} points of the sweep are measured" in note for note in stopped.value.__notes__)
+    assert any(f"{done} of the points are measured" in note for note in stopped.value.__notes__)
     assert len(json.loads((FOLDER / "sweep.json").read_text())["points"]) == done
     run = sweep_module.run
     monkeypatch.setattr(sweep_module, "run", lambda job: pruned.append(job.settings.sparsity) or run(job))
