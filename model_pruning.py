@@ -26,7 +26,16 @@ from olica.sources.weights import DTYPES
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of the released code, with its defaults, and ours; those of recipes come from their parameters."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    return parser_of_pruning(
+        __doc__,
+        type=shares,
+        help="share of the parameters to remove, in [0, 1); several, joined by commas, share one survey",
+    )
+
+
+def parser_of_pruning(description: str, **sparsity) -> argparse.ArgumentParser:
+    """All flags of a pruning, of a command that takes --sparsity as the keyword arguments say."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     group = parser.add_argument_group("model")
     add(group, "base_model", type=expanduser, help="name (7b, llama2-7b, smollm2, ...), hub id, folder or .gguf file")
     add(group, "dtype", choices=["auto", *DTYPES], help="to run and save in; auto: as stored")
@@ -53,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(group, "seqlen", type=int, help="tokens per sample")
     add(group, "seed", type=int, help="seed of the draw")
     add(group, "add_bos_token", action="store_true", help="begin every sample with the start token (Gemma)")
-    add_pruning(parser)
+    add_pruning(parser, sparsity)
     add_parameters(parser)
     group = parser.add_argument_group("machine")
     add(group, "device", choices=DEVICES, help="where layers run; auto: a GPU if there is one")
@@ -89,8 +98,8 @@ def own_texts() -> str:
     return "; ".join([PAPERS_TEXT.datasets, *own])
 
 
-def add_pruning(parser: argparse.ArgumentParser) -> None:
-    """The flags that say what is pruned, and how."""
+def add_pruning(parser: argparse.ArgumentParser, sparsity: dict) -> None:
+    """The flags that say what is pruned, and how; `sparsity` are the arguments of --sparsity."""
     group = parser.add_argument_group("pruning")
     add(
         group,
@@ -99,12 +108,7 @@ def add_pruning(parser: argparse.ArgumentParser) -> None:
         choices=[*RECIPES],
         help="what is measured, decided and computed: " + "; ".join(f"{r.name}: {r.about}" for r in RECIPES.values()),
     )
-    add(
-        group,
-        "sparsity",
-        type=shares,
-        help="share of the parameters to remove, in [0, 1); several, joined by commas, share one survey",
-    )
+    add(group, "sparsity", **sparsity)
     add(
         group,
         "sparsity_of",

@@ -19,10 +19,15 @@ from .model.families import FAMILIES, SEQUENCE_CLASSIFIERS, TOKEN_CLASSIFIERS
 from .model.modeling_deci import DeciLMForCausalLM
 from .version import __version__
 
-__all__ = ["FAMILIES", "LayerShape", "RECIPES", "__version__", "evaluate", "prune"]
+__all__ = ["FAMILIES", "LayerShape", "RECIPES", "__version__", "evaluate", "prune", "sweep"]
 
 # Public names, by the modules that define them: these take seconds to import, and loading a checkpoint needs none.
-_LAZY = {"evaluate": "olica.evaluation.evaluate", "prune": "olica.run", "RECIPES": "olica.methods.recipes"}
+_LAZY = {
+    "evaluate": "olica.evaluation.evaluate",
+    "prune": "olica.run",
+    "sweep": "olica.sweeping",
+    "RECIPES": "olica.methods.recipes",
+}
 
 _CAUSAL_LMS = [*FAMILIES.values(), DeciLMForCausalLM]
 for _causal_lm in _CAUSAL_LMS:

@@ -102,11 +102,11 @@ def prune(
 def run_all(jobs: list[Job]) -> Iterator[Pruned]:
     """Do jobs that were given together; of several, those that a stopped run has finished are left as they are."""
     for job in jobs:
-        finished = job.options.processes.on_main(partial(_finished, job)) if len(jobs) > 1 else None
-        yield finished or run(job)
+        done = job.options.processes.on_main(partial(finished, job)) if len(jobs) > 1 else None
+        yield done or run(job)
 
 
-def _finished(job: Job) -> Pruned | None:
+def finished(job: Job) -> Pruned | None:
     """What the same job has made before, if it has and it lies there."""
     record = records.read_pruning_record(job.folder)
     if not record or "identity" not in record:
@@ -214,6 +214,7 @@ def _prune_and_save(job: Job, folder: RunFolder | None) -> dict:
             )
         record = _make_record(job, calibration, plan, {"before": before, "after": after}) | {
             "identity": identity.digest_of(_identity(job, calibration)),
+            "damage": job.method.allocate.damage(job.sizes, plan, findings),
             "multiple_correlation": [
                 found["correlation"].item() if "correlation" in found else None for found in findings
             ],

@@ -8,7 +8,9 @@ from pathlib import Path
 from runpy import run_path
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("model_pruning.py", "model_evaluate.py", "model_export.py")
+COMMANDS = ("model_pruning.py", "model_sweep.py", "model_evaluate.py", "model_export.py")
+# Commands that take all flags of another: only what differs is listed again.
+EXTENDS = {"model_sweep.py": "model_pruning.py"}
 PAGE = ROOT / "docs" / "flags.md"
 HEAD = """# Flags
 
@@ -36,13 +38,23 @@ def row(action: argparse.Action) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def section(name: str, parser: argparse.ArgumentParser) -> str:
-    """The flags of one command, a table for each group that `--help` prints."""
+def rows_of(group: argparse._ArgumentGroup) -> list[str]:
+    """The lines of a group's flags, but for hidden ones."""
+    hidden = (action.help == argparse.SUPPRESS or action.dest == "help" for action in group._group_actions)
+    return [row(action) for action, hide in zip(group._group_actions, hidden, strict=True) if not hide]
+
+
+def section(name: str, parser: argparse.ArgumentParser, extended: argparse.ArgumentParser | None = None) -> str:
+    """The flags of one command, a table for each group that `--help` prints.
+
+    Of a command that extends another, whose parser is `extended`, those that are not the same there.
+    """
     parts = [f"## {name}", parser.description]
+    known = [line for group in extended._action_groups for line in rows_of(group)] if extended else []
+    if extended:
+        parts.append(f"All flags of {EXTENDS[name]}, and in their place or beside them:")
     for group in parser._action_groups:
-        hidden = (action.help == argparse.SUPPRESS or action.dest == "help" for action in group._group_actions)
-        rows = [row(action) for action, hide in zip(group._group_actions, hidden, strict=True) if not hide]
-        if rows:
+        if rows := [line for line in rows_of(group) if line not in known]:
             table = "\n".join(["| flag | default | meaning |", "|---|---|---|", *rows])
             parts += [f"### {group.title}", *filter(None, [group.description]), table]
     return "\n\n".join(parts)
@@ -50,7 +62,8 @@ def section(name: str, parser: argparse.ArgumentParser) -> str:
 
 def flags_page() -> str:
     """The text of docs/flags.md."""
-    sections = (section(name, run_path(str(ROOT / name))["build_parser"]()) for name in COMMANDS)
+    parsers = {name: run_path(str(ROOT / name))["build_parser"]() for name in COMMANDS}
+    sections = (section(name, parser, parsers.get(EXTENDS.get(name))) for name, parser in parsers.items())
     return "\n".join([HEAD, "\n\n".join(sections), ""])
 
 

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditiona
 import model_evaluate
 import model_export
 import model_pruning
+import model_sweep
 import olica
 from olica.errors import UsageError
 from olica.evaluation.paired import compare, perplexity_error
@@ -191,6 +192,15 @@ def test_every_flag_is_on_the_page():
         actions = [action for action in command.build_parser()._actions if action.dest != "help"]
         wanted = [(action.option_strings or [action.metavar])[-1] for action in actions]
         assert sorted(listed) == sorted(wanted)
+
+
+def test_of_the_sweep_the_page_has_the_flags_that_pruning_has_not():
+    section = (DOCS / "flags.md").read_text().split("## model_sweep.py")[1].split("\n## ")[0]
+    listed = re.findall(r"^\| `(--\w+)` \|", section, flags=re.MULTILINE)
+    sweep, pruning = (command.build_parser()._option_string_actions for command in (model_sweep, model_pruning))
+    assert pruning.keys() < sweep.keys()
+    assert sorted(listed) == sorted([*(sweep.keys() - pruning.keys()), "--sparsity"])
+    assert "All flags of model_pruning.py" in section
 
 
 def test_every_model_name_is_listed():

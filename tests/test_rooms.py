@@ -30,7 +30,8 @@ MAY_IMPORT = {
     "report": {"outputs.records", "outputs.model_card", "outputs.names", "sources", "model", "evaluation.paired"},
     "jobs": {"pruning", "outputs", "methods", "sources", "model"},
     "run": {"jobs", "pruning", "outputs", "methods", "sources", "model"},
-    "__init__": {"run", "evaluation", "methods", "model"},
+    "sweeping": {"run", "jobs", "pruning", "evaluation", "report", "outputs", "methods", "sources", "model"},
+    "__init__": {"run", "sweeping", "evaluation", "methods", "model"},
 }
 # All that `evaluation` and `report` may have of `outputs`, at any remove.
 READ_OF_OUTPUTS = {"outputs.records", "outputs.model_card", "outputs.identity", "outputs.names"}
@@ -117,7 +118,7 @@ def wrongly_reached(room: str, package: Path) -> list[str]:
     return sorted(
         name
         for name in reached
-        if room_of(name) in ("pruning", "methods", "jobs", "run")
+        if room_of(name) in ("pruning", "methods", "jobs", "run", "sweeping")
         or (room_of(name) == "outputs" and name not in READ_OF_OUTPUTS)
     )
 

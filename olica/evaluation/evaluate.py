@@ -24,7 +24,7 @@ from ..sources.weights import DTYPES
 from .measures import Measures, measure
 from .paired import compare
 from .settings import EvaluationSettings, listed
-from .subject import Protocol, TestText, prepare
+from .subject import Protocol, TestText, TestWindows, prepare
 from .zero_shot import TaskProtocol, check_tasks
 
 logger = logging.getLogger(__name__)
@@ -201,13 +201,16 @@ def common_dtype(asked: EvaluationSettings, locations: dict[str, Location]) -> s
     return stored if stored in DTYPES else "auto"
 
 
-def make_protocol(asked: EvaluationSettings, dtype: str) -> Protocol:
-    """What is to be measured, its texts and tasks read, in `dtype`; raises UsageError if it is nothing."""
+def make_protocol(asked: EvaluationSettings, dtype: str, windows: Sequence[TestWindows] = ()) -> Protocol:
+    """What is to be measured, its texts and tasks read, in `dtype`; raises UsageError if it is nothing.
+
+    `windows` are measured after the texts that the settings name.
+    """
     data_dir = Path(asked.data_dir)
     names = [] if asked.ppl == "none" else listed(asked.ppl, "--ppl")
     texts = [TestText(name, *evaluation_text(expanduser(name), data_dir, flag="--ppl")) for name in names]
     tasks = listed(asked.tasks, "--tasks")
-    if not names and not tasks and not asked.cost:
+    if not names and not windows and not tasks and not asked.cost:
         raise UsageError(f"--ppl {asked.ppl} leaves nothing to measure; give a text, --tasks or --cost")
     if asked.apply_chat_template and not tasks:
         raise UsageError("--apply_chat_template is for the prompts of tasks; give --tasks, or leave it out")
@@ -215,7 +218,7 @@ def make_protocol(asked: EvaluationSettings, dtype: str) -> Protocol:
     of_tasks = TaskProtocol(**{name: getattr(asked, name) for name in names_of_tasks})
     generated = check_tasks(tasks, of_tasks) if tasks else {}
     return Protocol(
-        texts=texts,
+        texts=[*texts, *windows],
         seqlen=asked.ppl_seqlen,
         windows=asked.ppl_windows,
         tasks=tasks,

@@ -22,7 +22,7 @@ from ..sources.weights import read_model
 from . import cost
 from .harness_model import SOFTMAX_DTYPE
 from .perplexity import perplexity
-from .subject import CONTINUATION_TOKENS, LATENCY, Protocol, Subject, TestText
+from .subject import CONTINUATION_TOKENS, LATENCY, Protocol, Subject, TestText, TestWindows
 from .zero_shot import averages, harness_version, zero_shot
 
 logger = logging.getLogger(__name__)
@@ -160,7 +160,7 @@ def sizes(model: PreTrainedModel) -> dict:
 
 
 def text_measure(
-    model: PreTrainedModel, subject: Subject, text: TestText, protocol: Protocol, processes: Processes
+    model: PreTrainedModel, subject: Subject, text: TestText | TestWindows, protocol: Protocol, processes: Processes
 ) -> dict:
     """The perplexity of one text, with its protocol."""
     windows = subject.windows[text.name]

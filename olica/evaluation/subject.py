@@ -5,12 +5,14 @@ W windows, T tokens in each
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..errors import UsageError
+from ..sources.calibration_set import hash_tokens
 from ..sources.chats import chat_template
 from ..sources.configuration import read_config
 from ..sources.locate import Location
@@ -37,6 +39,28 @@ class TestText:
         """sha256 of the text."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
+    def windows(self, tokenizer: PreTrainedTokenizerBase, *cut: Any) -> Tensor:
+        """Ids (W, T), by the further arguments of `token_windows`."""
+        return token_windows(tokenizer, self.text, *cut)
+
+
+@dataclass(frozen=True)
+class TestWindows:
+    """Windows of tokens whose perplexity is measured as they are: no tokenizer cuts them."""
+
+    name: str
+    ids: Tensor  # (W, T)
+    origin: str
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the shape and the ids."""
+        return hash_tokens(self.ids)
+
+    def windows(self, *_: Any) -> Tensor:
+        """The ids (W, T), however texts are cut."""
+        return self.ids
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -56,7 +80,7 @@ class Protocol:
         batch_size: windows or prompts that go through the model at a time.
     """
 
-    texts: list[TestText]
+    texts: list[TestText | TestWindows]
     seqlen: int
     windows: int | None
     tasks: list[str]
@@ -118,7 +142,7 @@ def prepare(name: str, location: Location, protocol: Protocol) -> Subject:
         needed["--prompt"] = prompt.shape[1] + CONTINUATION_TOKENS
     check_positions(needed, config, location)
     cut = (protocol.seqlen, protocol.windows, protocol.of_tasks.add_bos_token)
-    windows = {text.name: token_windows(tokenizer, text.text, *cut) for text in protocol.texts}
+    windows = {text.name: text.windows(tokenizer, *cut) for text in protocol.texts}
     for ids in [*windows.values(), *([] if prompt is None else [prompt])]:
         check_vocabulary(ids.max().item(), config, location)
     return Subject(name, location, config, tokenizer, windows, prompt)

@@ -158,6 +158,18 @@ class LeastDamage(Allocate):
             shapes[index] = part.shape(shapes[index], sizes[index], size)
         return shapes
 
+    def damage(self, sizes: list[Sizes], plan: list[LayerShape], findings: list[Findings]) -> list[float]:
+        """See `Allocate`: the sum over the parts."""
+        return [
+            sum(found[part.name][self._size(part, layer, shape)].item() for part in self.parts)
+            for layer, shape, found in zip(sizes, plan, findings, strict=True)
+        ]
+
+    @staticmethod
+    def _size(part: Part, layer: Sizes, shape: LayerShape) -> int:
+        """The size of a part in a layer of sizes `shape`."""
+        return next(size for size in part.candidates(layer, 1) if part.shape(shape, layer, size) == shape)
+
     def alike(self, kv_heads: tuple[int, ...]) -> "LeastDamage":
         """See `Allocate`; how many heads stay is a matter of the parts."""
         return replace(self, is_uniform=True)

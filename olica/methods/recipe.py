@@ -176,6 +176,13 @@ class Allocate(ABC):
         """Shares that parts of every layer are to lose, by name, for records; none where there is no such rule."""
         return {}
 
+    def damage(self, sizes: list[Sizes], plan: list[LayerShape], findings: list[Findings]) -> list[float] | None:
+        """What its sizes damage in each layer, in nats of KL(dense || pruned); None where the survey does not say.
+
+        Each layer's is as if it alone were pruned.
+        """
+        return None
+
     def notes(self, sizes: list[Sizes], budget: Budget) -> list[str]:
         """What a user should know of the plan, in sentences."""
         return []

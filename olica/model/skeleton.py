@@ -11,6 +11,15 @@ from .dense_form import dense_config
 from .families import FAMILIES
 from .layouts import DECI, DENSE, LAYOUTS, OWN_LAYOUT, Layout, check_fits, deci_config, stock_config
 from .modeling_deci import DeciLMForCausalLM
+from .modeling_olica import module_paths
+
+# The parts of a decoder layer, and the modules of each. A correction, where there is one, stands beside the MLP.
+PARTS = {
+    "query_key": ("q_proj", "k_proj"),
+    "value_output": ("v_proj", "o_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+    "correction": ("correction",),
+}
 
 
 def without_weights(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
@@ -66,3 +75,23 @@ def count_parameters(model: PreTrainedModel) -> dict[str, int]:
         "total": sum(parameter.numel() for parameter in model.parameters()),
         "decoder_layers": sum(parameter.numel() for parameter in model.get_decoder().layers.parameters()),
     }
+
+
+def count_by_part(config: PreTrainedConfig, plan: list[LayerShape]) -> list[dict[str, int]]:
+    """Parameters of every part of PARTS of each decoder layer whose sizes are `plan`, biases included.
+
+    What belongs to no part, such as norms, is left out. The layout makes no difference.
+
+    Raises:
+        ValueError: the plan does not fit the model.
+    """
+    layers = pruned_skeleton(config, plan).get_decoder().layers
+    return [_by_part(layer) for layer in layers]
+
+
+def _by_part(layer: torch.nn.Module) -> dict[str, int]:
+    sizes = {
+        name: sum(parameter.numel() for parameter in layer.get_submodule(path).parameters())
+        for name, path in module_paths(layer).items()
+    }
+    return {part: sum(sizes.get(name, 0) for name in names) for part, names in PARTS.items()}

@@ -27,8 +27,16 @@ DIALS = ("layout", "refit")
 
 def checkpoint_folder(save_dir: str, label: str, sparsity: float, **flags: str) -> Path:
     """Where a pruned model is saved; evaluation finds it by two flags where the others are at their defaults."""
-    named = [NAMED[name][1].format(flags[name]) for name in turned(flags)]
-    return Path(save_dir) / "".join([f"{label}_sparsity-{sparsity:g}", *named])
+    return _named(save_dir, f"{label}_sparsity-{sparsity:g}", flags)
+
+
+def sweep_folder(save_dir: str, label: str, **flags: str) -> Path:
+    """Where a sweep over the sparsity has its record and its page."""
+    return _named(save_dir, f"{label}_sweep", flags)
+
+
+def _named(save_dir: str, name: str, flags: Mapping[str, str]) -> Path:
+    return Path(save_dir) / "".join([name, *(NAMED[flag][1].format(flags[flag]) for flag in turned(flags))])
 
 
 def recipe_in_words(settings: Mapping[str, Any], dials: Iterable[str] = DIALS) -> str:

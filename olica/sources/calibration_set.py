@@ -117,6 +117,24 @@ def build_calibration_set(
     return found
 
 
+def held_back(longer: CalibrationSet, drawn: CalibrationSet) -> torch.Tensor:
+    """Windows (M, T) of a longer draw that the calibration set `drawn` (N, T) has nothing of.
+
+    The longer draw differs from the other in the number of samples alone, and so begins, of every source, with the same
+    ones: what follows them comes from other rows. A row that the source has twice may give a window twice; those that
+    the calibration set has too are left out.
+    """
+    sources, (_, tokens) = len(drawn.sources), drawn.ids.shape
+    further = longer.ids.view(sources, -1, tokens)[:, len(drawn.ids) // sources :].reshape(-1, tokens)
+    return without(further, drawn.ids)
+
+
+def without(ids: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """The windows (M, T) of `ids` that are none of `others` (N, U)."""
+    known = set(map(tuple, others.tolist()))
+    return ids[[tuple(window) not in known for window in ids.tolist()]]
+
+
 def is_token_file(datasets: str) -> bool:
     """Whether `--datasets` names a token file rather than text."""
     return _names_token_file(_split_sources(datasets)[0])

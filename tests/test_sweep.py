@@ -1,0 +1,641 @@
+"""Sweeps: points, what is held back, stopped ones, targets, and the page."""
+
+import json
+import math
+import re
+import shlex
+import shutil
+import signal
+import time
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import load_weights, make_llama, make_tokenizer
+from safetensors.torch import load_file
+from test_kills import start
+from test_zero_shot import ROWS, write_rows
+from transformers import AutoModelForCausalLM
+
+import model_pruning
+import model_sweep
+import olica
+from olica import sweeping as sweep_module
+from olica.bisection import Target, as_parameters, as_sparsities, bracket, next_trial
+from olica.command_line import run_command
+from olica.errors import UsageError
+from olica.evaluation import measures
+from olica.methods.damage import LeastDamage
+from olica.report.sweep_page import page
+from olica.sources.calibration_set import Draw, build_calibration_set, held_back, without
+
+ROOT = Path(__file__).parents[1]
+ROWS_OF_TEXT, SAMPLES, HELD, TOKENS = 40, 6, 8, 24
+TEXT_FLAGS = [f"--num_samples={SAMPLES}", f"--seqlen={TOKENS}"]
+PLAIN_FLAGS = ["--base_model=tiny", "--datasets=text.jsonl", *TEXT_FLAGS, f"--held_back={HELD}", "--save_dir=out"]
+FLAGS = [*PLAIN_FLAGS, "--mlp_num=1", "--ratio=0.1"]
+FOLDER = Path("out/tiny_sweep")
+SPARSITIES = "--sparsity=0.1:0.3:0.1"
+
+
+def write_text(name: str, mark: str) -> None:
+    """Rows that are known by any 24 of their characters, as tokens are bytes: `mark` and a number, again and again."""
+    rows = [json.dumps({"text": f"{mark}{number:03d} " * 12}) for number in range(ROWS_OF_TEXT)]
+    Path(name).write_text("\n".join(rows))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty current folder with a tiny model and a text."""
+    monkeypatch.chdir(tmp_path)
+    make_llama(num_key_value_heads=2, initializer_range=0.1).save_pretrained("tiny")
+    make_tokenizer().save_pretrained("tiny")
+    write_text("text.jsonl", "a")
+    return tmp_path
+
+
+def bare(*arguments: str) -> int:
+    return run_command(model_sweep.build_parser(), model_sweep.run, [*arguments])
+
+
+def sweep(*arguments: str) -> dict:
+    """The record of a sweep that has to succeed."""
+    assert bare(*FLAGS, *arguments) == 0
+    return json.loads((FOLDER / "sweep.json").read_text())
+
+
+def refused(capsys, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        sweep(*arguments)
+    assert ended.value.code == 2
+    message = capsys.readouterr().err.rsplit("error: ", 1)[1]
+    assert message.count("\n") == 1, message
+    return message
+
+
+def without_times(value):
+    """A record without what says when, and how long."""
+    if isinstance(value, dict):
+        return {name: without_times(held) for name, held in value.items() if not re.search("date|seconds", name)}
+    return [without_times(held) for held in value] if isinstance(value, list) else value
+
+
+def plain_nll(folder: str | Path, ids: torch.Tensor) -> list[float]:
+    """Mean negative log-likelihood of every window by the library's own loss."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+    with torch.no_grad():
+        return [model(window[None], labels=window[None]).loss.item() for window in ids]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+# Points.
+
+
+def test_points_are_those_of_separate_prunings(here):
+    assert bare(*PLAIN_FLAGS, SPARSITIES, "--keep", "--recipe=olica-plus", "--sparsity_of=layers") == 0
+    record = json.loads(Path("out/tiny_sweep_of-layers_olica-plus/sweep.json").read_text())
+    (draw,) = [
+        ids for path in Path("data/calibration").iterdir()
+        if len(ids := load_file(path)["calibration_ids"]) == SAMPLES + HELD
+    ]  # fmt: skip
+    dense = plain_nll("tiny", draw[SAMPLES:])
+    assert [point["sparsity"] for point in record["points"]] == [0.1, 0.2, 0.3]
+    shutil.rmtree("data")
+    for point in record["points"]:
+        kept = Path(f"out/tiny_sparsity-{point['sparsity']:g}_of-layers_olica-plus")
+        words = shlex.split(point["command"])
+        assert words[:2] == ["python", "model_pruning.py"]
+        again = [*words[2:], "--save_dir=alone"]
+        assert run_command(model_pruning.build_parser(), model_pruning.run, again) == 0
+        assert contents(kept) and contents(kept) == contents(Path("alone") / kept.name)
+        nll = plain_nll(kept, draw[SAMPLES:])
+        ratio = math.exp(sum(nll) / HELD - sum(dense) / HELD)
+        assert point["ratio"] == pytest.approx(ratio, rel=1e-4)
+        weights = load_weights(kept)
+        for index, layer in enumerate(point["layers"]):
+            of_layer = {name: w.numel() for name, w in weights.items() if f"layers.{index}." in name}
+            counted = Counter()
+            for name, number in of_layer.items():
+                part = next((part for part in ("mlp", "q_proj", "k_proj", "v_proj", "o_proj") if part in name), "")
+                counted[part] += number
+            assert layer["mlp"] + layer["correction"] == counted["mlp"]
+            assert layer["query_key"] == counted["q_proj"] + counted["k_proj"]
+            assert layer["value_output"] == counted["v_proj"] + counted["o_proj"]
+        assert point["parameters"]["total"] == sum(w.numel() for w in weights.values())
+    damage = [sum(point["damage"]) for point in record["points"]]
+    assert 0 < damage[0] < damage[1] < damage[2], "what does least damage does more where more has to go"
+
+
+def test_corrections_are_counted_beside_the_mlp(here):
+    """Two of D r parameters; by a recipe whose survey knows no damage."""
+    (point,) = sweep("--sparsity=0.2")["points"]
+    added = [layer["correction"] for layer in point["layers"]]
+    assert sorted(added) == [0, 0, 2 * 64 * round(0.1 * 64)]
+    assert point["damage"] is None
+
+
+def test_a_size_that_stays_dense_does_no_damage():
+    """The damage of a plan is read from the findings at the sizes of the parts."""
+    allocate = LeastDamage((_Part("one"), _Part("two")), is_uniform=False)
+    findings = [{"one": torch.tensor([9.0, 4.0, 0.0]), "two": torch.tensor([7.0, 1.0, 0.0])}] * 2
+    assert allocate.damage([None] * 2, [{"one": 1, "two": 0}, {"one": 2, "two": 2}], findings) == [4.0 + 7.0, 0.0]
+
+
+class _Part:
+    """A part of three sizes, in a shape that is a dictionary."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def candidates(self, layer, round_to):
+        return [0, 1, 2]
+
+    def shape(self, shape, layer, size):
+        return shape | {self.name: size}
+
+
+def test_checkpoints_go_once_they_are_measured(here):
+    sweep(SPARSITIES)
+    assert {path.name for path in FOLDER.iterdir()} == {"sweep.json", "sweep.html"}
+    assert [path.name for path in Path("out").iterdir()] == [FOLDER.name]
+    assert len([*Path("data/surveys").iterdir()]) == 1, "points share one survey"
+
+
+def test_from_python(here):
+    settings = dict(datasets="text.jsonl", num_samples=SAMPLES, seqlen=TOKENS, held_back=HELD, mlp_num=1, ratio=0.1)
+    done = olica.sweep("tiny", sparsity=[0.2, 0.1], save_dir="out", **settings)
+    assert done.page == FOLDER / "sweep.html" and done.page.is_file()
+    assert [point["sparsity"] for point in done.record["points"]] == [0.1, 0.2]
+    assert without_times(json.loads(json.dumps(done.record))) == without_times(sweep("--sparsity=0.1,0.2"))
+    with pytest.raises(UsageError, match="held_bak"):
+        olica.sweep("tiny", held_bak=3)
+
+
+def test_a_dry_run_writes_nothing(here, capsys):
+    before = sorted(Path().rglob("*"))
+    assert bare(*FLAGS, SPARSITIES, "--dry_run", "--keep") == 0
+    assert sorted(Path().rglob("*")) == before
+    said = capsys.readouterr().out
+    dense = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained("tiny").parameters())
+    assert re.search(rf"dense +{dense:,}", said)
+    assert [line.split()[0] for line in said.splitlines()[2:5]] == ["0.1", "0.2", "0.3"]
+    assert "peak memory" in said and "GB of checkpoints stay" in said
+
+
+@pytest.mark.usefixtures("stock_tasks")
+def test_tasks_are_scored_at_every_point(here):
+    write_rows(here / "data", "piqa_validation", [ROWS["piqa_validation"] | {"idx": index} for index in range(5)])
+    record = sweep("--sparsity=0.2", "--tasks=piqa", "--limit=3")
+    hits = [len(model["zero_shot"]["tasks"]["piqa"]["hits"]["acc"]) for model in (record["dense"], *record["points"])]
+    assert hits == [3, 3]
+    shown = (FOLDER / "sweep.html").read_text()
+    assert "piqa acc_norm" in shown and "The first 3 rows of each task" in shown
+
+
+# What is held back.
+
+
+def rows_in(ids: torch.Tensor) -> set[str]:
+    """The rows of `write_text` that windows are of, by mark and number."""
+    found = set()
+    for window in make_tokenizer().batch_decode(ids):
+        (row,) = set(re.findall(r"[ab]\d{3}(?= )", window))
+        found.add(row)
+    return found
+
+
+def test_no_row_calibrates_and_measures(here):
+    write_text("other.jsonl", "b")
+
+    def drawn(samples: int):
+        draw = Draw(samples, TOKENS, seed=3)
+        return build_calibration_set("text.jsonl+other.jsonl", make_tokenizer(), draw, None, Path("drawn"), 320)
+
+    calibration = drawn(SAMPLES)
+    ids = held_back(drawn(SAMPLES + HELD), calibration)
+    assert ids.shape == (2 * HELD, TOKENS)
+    measured, calibrated = rows_in(ids), rows_in(calibration.ids)
+    assert len(measured) == 2 * HELD and len(calibrated) == 2 * SAMPLES and not measured & calibrated
+    assert Counter(row[0] for row in measured) == {"a": HELD, "b": HELD}
+
+
+def test_windows_of_the_calibration_set_are_left_out():
+    ids = torch.tensor([[1, 2], [3, 4], [5, 6], [3, 4]])
+    assert without(ids, torch.tensor([[3, 4], [6, 5]])).tolist() == [[1, 2], [5, 6]]
+    assert without(ids, ids).shape == (0, 2)
+
+
+def test_a_token_file_wants_other_text(here, capsys):
+    sweep("--sparsity=0.2")
+    (tokens,) = [p for p in Path("data/calibration").iterdir() if len(load_file(p)["calibration_ids"]) == SAMPLES]
+    first = json.loads((FOLDER / "sweep.json").read_text())["points"][0]
+    assert "--held_back_datasets" in refused(capsys, f"--datasets={tokens}", "--save_dir=other")
+    with_text = ["--held_back_datasets=text.jsonl", "--save_dir=other", "--sparsity=0.2"]
+    assert bare(*FLAGS, f"--datasets={tokens}", *with_text) == 0
+    record = json.loads(Path("other/tiny_sweep/sweep.json").read_text())
+    assert record["points"][0]["plan"] == first["plan"]
+    assert record["held_back"]["ids"][0] <= HELD
+    same = [f"--datasets={tokens}", f"--held_back_datasets={tokens}", "--save_dir=third"]
+    assert "all of its samples are in the calibration set" in refused(capsys, *same)
+
+
+# Stopped sweeps.
+
+
+@pytest.fixture
+def undisturbed(here) -> dict:
+    record = without_times(sweep(SPARSITIES))
+    for folder in ("out", "data"):
+        shutil.rmtree(folder)
+    return record
+
+
+@pytest.mark.parametrize("at", ["pruning", "measuring", "removing"])
+def test_an_interrupted_sweep_goes_on_to_the_same_record(undisturbed, monkeypatch, at):
+    """At the second point; finished ones, and what was pruned but not measured, are not done again."""
+    module, name = {
+        "pruning": (sweep_module, "run"),
+        "measuring": (measures, "perplexity"),
+        "removing": (sweep_module.shutil, "rmtree"),
+    }[at]
+    real, made, pruned = getattr(module, name), [], []
+    stop_at = {"pruning": 2, "measuring": 3, "removing": 2}[at]
+
+    def stopping(*arguments, **settings):
+        if at != "removing" or Path(arguments[0]).name.startswith("tiny_sparsity-"):
+            made.append(1)
+            if len(made) == stop_at:
+                raise KeyboardInterrupt
+        return real(*arguments, **settings)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, name, stopping)
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            sweep(SPARSITIES)
+    done = 2 if at == "removing" else 1
+    assert any(f"{done} of the points are measured" in note for note in stopped.value.__notes__)
+    assert len(json.loads((FOLDER / "sweep.json").read_text())["points"]) == done
+    run = sweep_module.run
+    monkeypatch.setattr(sweep_module, "run", lambda job: pruned.append(job.settings.sparsity) or run(job))
+    assert without_times(sweep(SPARSITIES)) == undisturbed
+    assert pruned == {"pruning": [0.2, 0.3], "measuring": [0.3], "removing": [0.3]}[at]
+    assert {path.name for path in FOLDER.iterdir()} == {"sweep.json", "sweep.html"}
+    pruned.clear()
+    assert without_times(sweep(SPARSITIES)) == undisturbed
+    assert pruned == []
+
+
+def test_a_killed_sweep_goes_on_to_the_same_record(here, fork_server):
+    """SIGKILL, as soon as the record has the dense model, and again when it has a point."""
+    command, path = [str(ROOT / "model_sweep.py"), *FLAGS, "--sparsity=0.1,0.2"], FOLDER / "sweep.json"
+
+    def until(points: int) -> int:
+        """The status of the command, killed when so many points are there."""
+        process = start(fork_server, command, Path("errors"))
+        while process.poll() is None:
+            if path.is_file() and len(json.loads(path.read_text())["points"]) >= points:
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.001)
+        return process.wait()
+
+    assert until(math.inf) == 0, Path("errors").read_text()
+    undisturbed = without_times(json.loads(path.read_text()))
+    for folder in ("out", "data"):
+        shutil.rmtree(folder)
+    assert (until(0), until(1)) == (-signal.SIGKILL, -signal.SIGKILL), Path("errors").read_text()
+    assert until(math.inf) == 0, Path("errors").read_text()
+    assert without_times(json.loads(path.read_text())) == undisturbed
+    assert {one.name for one in FOLDER.iterdir()} == {"sweep.json", "sweep.html"}
+
+
+def test_a_longer_sweep_takes_up_the_points_of_a_shorter(here, monkeypatch):
+    sweep("--sparsity=0.1")
+    pruned, run = [], sweep_module.run
+    monkeypatch.setattr(sweep_module, "run", lambda job: pruned.append(job.settings.sparsity) or run(job))
+    record = sweep("--sparsity=0.1,0.2")
+    assert pruned == [0.2] and [point["sparsity"] for point in record["points"]] == [0.1, 0.2]
+
+
+def test_another_sweep_is_not_gone_on_with(here, capsys):
+    first = sweep("--sparsity=0.2")
+    message = refused(capsys, "--sparsity=0.2", "--percdamp=0.3")
+    assert "made with another --percdamp (0.5, now 0.3)" in message and "--overwrite" in message
+    assert "held-back text" in refused(capsys, "--sparsity=0.2", "--held_back=9")
+    replaced = sweep("--sparsity=0.3", "--percdamp=0.3", "--overwrite")
+    assert [point["sparsity"] for point in replaced["points"]] == [0.3] and first["points"][0]["sparsity"] == 0.2
+    (FOLDER / "sweep.json").write_text("{}")
+    assert "is no record of a sweep" in refused(capsys, "--sparsity=0.2")
+
+
+# Targets.
+
+
+@pytest.mark.parametrize("tolerance", [0.005, 0.02, 0.03])
+@pytest.mark.parametrize("threshold", [0.0123, 0.1, 0.2 - 1e-4, 0.25, 0.4999])
+@pytest.mark.parametrize("guess", [None, 0.25, 0.9])
+def test_bisection_finds_the_multiple_beside_the_threshold(tolerance, threshold, guess):
+    """What no multiple of the tolerance between the two ends of the bracket could change."""
+    beyond = {sparsity: sparsity >= threshold for sparsity in (0.1, 0.3, 0.5)}
+    trials = 0
+    while (trial := next_trial(beyond, tolerance, guess)) is not None:
+        assert trial not in beyond and trial / tolerance == pytest.approx(round(trial / tolerance))
+        beyond[trial] = trial >= threshold
+        trials += 1
+    near, far = bracket(beyond)
+    assert near < threshold <= far and far - near <= tolerance + 1e-9
+    assert trials <= math.ceil(math.log2(0.2 / tolerance)) + 2 * (guess is not None)
+
+
+def test_there_is_nothing_to_try_without_a_far_side():
+    assert next_trial({0.1: False, 0.5: False}, 0.01) is None
+
+
+def test_where_a_curve_falls_again_its_first_crossing_counts():
+    assert bracket({0.1: False, 0.2: True, 0.3: False, 0.4: True}) == (0.1, 0.2)
+
+
+@pytest.fixture
+def known_curve(monkeypatch):
+    """Perplexity ratios that follow from the parameters left, by a rule that is known: (before / after)^2."""
+    compare = sweep_module.compare
+
+    def compared(ours, dense):
+        result = compare(ours, dense)
+        ratio = (dense["parameters"]["total"] / ours["parameters"]["total"]) ** 2
+        result["perplexity"][sweep_module.HELD_BACK]["ratio"] = ratio
+        return result
+
+    monkeypatch.setattr(sweep_module, "compare", compared)
+
+
+def test_a_ratio_of_perplexities_is_met(here, known_curve, capsys):
+    """1 / (1 - s)^2 <= 1.75 up to s = 0.244; of multiples of 0.02 that is 0.24."""
+    flags = ["--sparsity=0.1,0.3", "--mlp_num=0", "--target_ppl_ratio=1.75", "--tolerance=0.02"]
+    record = sweep(*flags)
+    answer = record["answer"]
+    assert answer["sparsity"] == 0.24 and answer["ratio"] <= 1.75
+    assert next(point for point in record["points"] if point["sparsity"] == 0.26)["ratio"] > 1.75
+    assert len(record["points"]) <= 2 + math.ceil(math.log2(0.2 / 0.02))
+    said = capsys.readouterr().out
+    assert "the largest sparsity with at most 1.75 times the dense perplexity is 0.24, within 0.02" in said
+    assert said.splitlines()[-3].startswith("python model_pruning.py --base_model tiny --sparsity 0.24 ")
+    again = sweep(*flags)
+    assert without_times(again) == without_times(record)
+
+
+def test_a_number_of_parameters_is_met(here):
+    dense = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained("tiny").parameters())
+    most = round(0.833 * dense)
+    record = sweep("--sparsity=0.1,0.3", f"--max_params={most / 1e6}M", "--tolerance=0.01")
+    answer, points = record["answer"], {point["sparsity"]: point for point in record["points"]}
+    assert answer["parameters"]["total"] == points[answer["sparsity"]]["parameters"]["total"] <= most
+    before = round(answer["sparsity"] - 0.01, 2)
+    assert points[before]["parameters"]["total"] > most
+    assert sorted(points) == [0.1, before, answer["sparsity"], 0.3], "where it has to be is tried first"
+
+
+def test_a_target_that_no_sparsity_meets(here, known_curve, capsys):
+    """The points are there all the same."""
+    beyond = refused(capsys, "--sparsity=0.1,0.2", "--target_ppl_ratio=9")
+    assert "even --sparsity 0.2 leaves" in beyond and "goes further" in beyond
+    assert "already --sparsity 0.05 has" in refused(
+        capsys, "--sparsity=0.1,0.2", "--target_ppl_ratio=1.001", "--tolerance=0.05"
+    )
+    assert (FOLDER / "sweep.html").read_text().count("<h3>Sparsity 0.2</h3>") == 2
+    assert "the largest --sparsity, 0.2, leaves" in refused(capsys, "--sparsity=0.1,0.2", "--max_params=1000")
+    assert "the dense model has no more" in refused(capsys, "--sparsity=0.1,0.2", "--max_params=1B")
+
+
+@pytest.mark.parametrize(
+    ("given", "count"), [("1.0B", 10**9), ("900M", 9 * 10**8), ("12", 12), (134515008, 134515008), ("1.5k", 1500)]
+)
+def test_numbers_of_parameters(given, count):
+    assert as_parameters("max_params", given) == count
+
+
+@pytest.mark.parametrize(
+    ("given", "sparsities"),
+    [
+        ("0.1:0.5:0.05", [0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5]),
+        ("0.1:0.35:0.1", [0.1, 0.2, 0.3]),
+        ("0.2:0.2:0.1", [0.2]),
+        ("0.3, 0.1", [0.1, 0.3]),
+        ([0.25], [0.25]),
+        (0.2, [0.2]),
+    ],
+)
+def test_ranges(given, sparsities):
+    assert as_sparsities(given) == sparsities
+
+
+def test_which_side_is_beyond():
+    ratio, size = Target("target_ppl_ratio", 1.2), Target("max_params", 100)
+    assert [ratio.is_beyond(value, 0) for value in (1.1, 1.2, 1.3)] == [False, False, True]
+    assert [size.is_beyond(0, value) for value in (99, 100, 101)] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--sparsity=0.1:0.5"], "give a range START:END:STEP"),
+        (["--sparsity=0.1:x:0.1"], "give a range START:END:STEP"),
+        (["--sparsity=often"], "give a range START:END:STEP"),
+        (["--sparsity="], "give a range START:END:STEP"),
+        (["--sparsity=0.5:0.1:0.1"], "END must be no less than START"),
+        (["--sparsity=0.1:0.5:0"], "STEP at least 0.001"),
+        (["--sparsity=0.1:0.5:nan"], "STEP at least 0.001"),
+        (["--sparsity=0.5:1:0.25"], "1 is outside [0, 1)"),
+        (["--sparsity=-0.1,0.2"], "-0.1 is outside [0, 1)"),
+        (["--sparsity=nan"], "outside [0, 1)"),
+        (["--sparsity=0.2,0.2"], "a sparsity is there twice"),
+        (["--sparsity=0.99"], "the largest possible is"),
+        (["--target_ppl_ratio=1.2", "--max_params=1M"], "--target_ppl_ratio and --max_params are both given"),
+        (["--target_ppl_ratio=1"], "give a ratio above 1"),
+        (["--target_ppl_ratio=inf"], "give a ratio above 1"),
+        (["--target_ppl_ratio=bad"], "--target_ppl_ratio bad: give a number"),
+        (["--max_params=many"], "--max_params many: give a number of parameters"),
+        (["--max_params=0"], "--max_params 0: give a number of parameters"),
+        (["--tolerance=0"], "--tolerance 0 is outside"),
+        (["--held_back=0"], "--held_back is 0"),
+        (
+            ["--held_back=1000"],
+            "--held_back 1000, which goes on top of --num_samples: --datasets text.jsonl has too few",
+        ),
+        (["--held_back_datasets=nowhere.jsonl"], "nowhere.jsonl"),
+        (["--limit=0"], "--limit 0 must be"),
+        (["--datasets=nowhere.jsonl"], "nowhere.jsonl"),
+    ],
+)
+def test_wrong_input_ends_in_a_sentence(here, capsys, flags, words):
+    assert words in refused(capsys, *flags)
+    assert not FOLDER.exists()
+
+
+# The page.
+
+
+class Read(HTMLParser):
+    """What a page holds."""
+
+    VOID = {"meta", "br", "line", "rect", "circle", "path", "polyline"}
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.strips, self.texts = [], Counter(), [], {}, []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.tags[tag] += 1
+        self.attributes += attrs
+        if tag == "svg":
+            self.bars = self.strips.setdefault(attributes["aria-label"], [])
+        if tag == "rect" and attributes["class"] == "bar":
+            self.bars.append(float(attributes["height"]))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append((self.open[-1] if self.open else "", data.strip()))
+
+
+def made_record(layers: int, sparsities: list[float], **changes) -> dict:
+    """The record of a sweep that never was: layer i keeps the share 1 - s (i + 1) / L of its MLP."""
+    whole = {"query_key": 400, "value_output": 400, "mlp": 1200, "correction": 0}
+
+    def model(sparsity: float) -> dict:
+        total = round(10_000 * (1 - sparsity))
+        measured = {"value": 20 * math.exp(sparsity), "standard_error": 0.5}
+        return {
+            "parameters": {"total": total, "decoder_layers": total - 1000},
+            "weight_bytes": 4 * total,
+            "perplexity": {"held-back text": measured},
+            "layers": [whole | {"mlp": 1200 * (1 - sparsity * (index + 1) / layers)} for index in range(layers)],
+        }
+
+    def point(sparsity: float) -> dict:
+        return model(sparsity) | {
+            "sparsity": sparsity,
+            "ratio": math.exp(sparsity),
+            "ratio_error": 0.01,
+            "damage": [0.01 * (index + 1) for index in range(layers)],
+            "command": f"python model_pruning.py --base_model tiny --sparsity {sparsity:g}",
+            "pruning_seconds": 90.0,
+        }
+
+    drawn = {"sources": [{"name": "text.jsonl"}], "ids": [8, 24]}
+    return {
+        "settings": {"limit": None},
+        "command": "python model_sweep.py --base_model tiny",
+        "recipe": {"name": "olica", "about": "the paper's"},
+        "model": {"name": "tiny", "description": "a tiny model"},
+        "calibration": drawn,
+        "held_back": drawn,
+        "dense": model(0.0),
+        "points": [point(sparsity) for sparsity in sparsities],
+        "answer": None,
+        "date": "2026-01-01T00:00:00+00:00",
+        "environment": {"olica": "1", "packages": {"torch": "2"}, "device": "cpu"},
+    } | changes
+
+
+@pytest.mark.parametrize("layers", [30, 80])
+@pytest.mark.parametrize("sparsities", [[0.2], [0.1, 0.2, 0.3, 0.4, 0.5], [round(0.05 * n, 2) for n in range(1, 17)]])
+def test_the_page_holds_every_layer_of_every_point_and_needs_nothing_else(layers, sparsities):
+    text = page(made_record(layers, sparsities))
+    read = Read(text)
+    assert not read.open
+    assert not re.search(r"https?:|//|url\(|@import|@font-face", text)
+    assert not {"script", "link", "img", "iframe", "object", "image", "use"} & read.tags.keys()
+    assert not {"src", "href", "xlink:href", "srcset", "data"} & {name for name, _ in read.attributes}
+    assert "prefers-color-scheme: dark" in text and ("name", "viewport") in read.attributes
+    rows = [said for tag, said in read.texts if tag == "th"]
+    headings = [said for tag, said in read.texts if tag == "h3"]
+    for sparsity in sparsities:
+        assert f"{sparsity:g}" in rows
+        assert headings.count(f"Sparsity {sparsity:g}") == 2, "its parts, and its command"
+        assert re.sub("<[^>]*>", "", text).count(f"--sparsity {sparsity:g}\n") == 1
+    # One row of bars for what is left in all; three parts, some of which are alike at all points, and the damage.
+    assert text.count('class="bar"') == len(sparsities) * layers * 5
+    widest = {label: bars for label, bars in read.strips.items() if label.startswith("MLP")}
+    last = f"least {1 - sparsities[-1]:.1%} (layer {layers - 1})"
+    (bars,) = (bars for label, bars in widest.items() if last in label)
+    wanted = [100 * (1 - sparsities[-1] * (index + 1) / layers) for index in range(layers)]
+    assert bars == pytest.approx(wanted, abs=0.051)
+    damage = next(bars for label, bars in read.strips.items() if label.startswith("damage"))
+    assert damage[:layers] == pytest.approx([100 * (index + 1) / layers for index in range(layers)], abs=0.051)
+
+
+def circles(text: str) -> list[tuple[float, float, str]]:
+    """The points of the first curve: places, and what they say."""
+    found = re.findall(r'<circle class="point" cx="([\d.]+)" cy="([\d.]+)" r="5"><title>([^<]*)', text)
+    return [(float(x), float(y), said) for x, y, said in found[: len(found) // 2]]
+
+
+def test_the_curve_is_to_scale():
+    """Parameters left to the right in equal steps; exp(s) on a logarithmic axis rises in equal steps too."""
+    text = page(made_record(3, [0.1, 0.2, 0.3, 0.4]))
+    places = circles(text)
+    assert places[0][2] == "dense" and places[2][2].startswith("sparsity 0.2: 80.0 % left, 1.221 ± 0.010 times")
+    for axis, sign in ((0, 1), (1, -1)):
+        steps = [sign * (b[axis] - a[axis]) for a, b in zip(places[:-1], places[1:], strict=True)]
+        assert min(steps) > 20 and max(steps) - min(steps) < 0.3
+    labels = re.findall(r'<text [^>]*text-anchor="end">([\d.]+)</text>', text)
+    assert {"0.1", "0.2", "0.3", "0.4"} <= {*labels}
+
+
+@pytest.mark.parametrize("ratio", [0.9, 1.0, 1.001, 1.3, 25.0, 3e4, 1e12])
+def test_the_curve_has_ticks_and_room_at_any_ratio(ratio):
+    record = made_record(3, [0.1, 0.2])
+    record["points"][1] |= {"ratio": ratio, "ratio_error": ratio / 2}
+    text = page(record)
+    picture = text.split("<svg", 2)[1]
+    for y in map(float, re.findall(r'(?:cy|y1|y2)="([-\d.]+)"', picture)):
+        assert 0 <= y <= 400
+    ticks = re.findall(r'<text class="small" x="\d+" y="[\d.]+" text-anchor="end">', picture)
+    assert 1 <= len(ticks) <= 11
+
+
+@pytest.mark.parametrize(
+    ("flag", "limit", "words"),
+    [
+        ("target_ppl_ratio", 1.25, "the largest sparsity with at most 1.25 times the dense perplexity is 0.2"),
+        ("max_params", 8000, "the smallest sparsity that leaves at most 8,000 parameters is 0.2"),
+    ],
+)
+def test_what_was_found_is_told_by_more_than_colour(flag, limit, words):
+    record = made_record(3, [0.1, 0.2, 0.3])
+    found = {name: record["points"][1][name] for name in ("sparsity", "ratio", "ratio_error", "parameters", "command")}
+    text = page(record | {"answer": {"flag": flag, "limit": limit, "tolerance": 0.01, **found}})
+    assert f"{words}, within 0.01: 8,000 parameters" in text
+    assert text.count('class="found"') == text.count('class="limit"') == 2, "on wide screens and on narrow ones"
+    assert ">limit " in text and ">0.2 (found)</th>" in text
+    assert 'class="found"' not in page(record) and 'class="limit"' not in page(record)
+
+
+def test_names_are_text_and_no_markup():
+    named = {"name": "<b>&", "description": "<script>alert(1)</script>"}
+    text = page(made_record(3, [0.2], model=named))
+    assert "<script" not in text and "<h1>Sparsity of &lt;b&gt;&amp; by olica</h1>" in text
+
+
+def test_without_damage_and_without_points():
+    record = made_record(3, [0.2])
+    record["points"][0]["damage"] = None
+    assert "damage" not in page(record).split("</style>")[1].lower()
+    assert "no point is there yet" in page(record | {"points": []})
