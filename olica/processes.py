@@ -27,11 +27,11 @@ from .errors import UsageError, is_out_of_memory
 PATIENCE = timedelta(hours=12)
 # Numbers that every process sends at a time when tensors are summed.
 PIECE = 1 << 22
-# How long the first process, with which what they have in common may go, waits for the others to learn that it fails.
-GRACE = 5.0
-
-# How long a process takes to close its connections when it is killed.
-DYING = 0.5
+# How long the first process, with which what they have in common may go, waits for the others to learn that it fails:
+# they do when they next meet, and may be in the middle of a layer.
+GRACE = 60.0
+# How long a process takes to answer, and one that is killed to close its connections.
+ANSWERING, DYING = 5.0, 0.5
 
 Value = TypeVar("Value")
 _joined = counting()
@@ -314,7 +314,7 @@ def _check_store() -> None:
     still take a connection, but closes it: what is there waits for a question.
     """
     if address := os.environ.get("MASTER_ADDR"):
-        with socket.create_connection((address, int(os.environ["MASTER_PORT"])), timeout=GRACE) as asking:
+        with socket.create_connection((address, int(os.environ["MASTER_PORT"])), timeout=ANSWERING) as asking:
             asking.settimeout(DYING)
             with suppress(TimeoutError):
                 asking.recv(1)
