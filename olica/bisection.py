@@ -95,6 +95,11 @@ class Target:
     flag: str
     value: float
 
+    @property
+    def in_words(self) -> str:
+        """The flag and its value."""
+        return f"--{self.flag} {self.value:,}" if self.flag == "max_params" else f"--{self.flag} {self.value:g}"
+
     def is_beyond(self, ratio: float, parameters: int) -> bool:
         """Whether a model of this perplexity ratio and size is on the far side: too bad, or small enough."""
         return ratio > self.value if self.flag == "target_ppl_ratio" else parameters <= self.value

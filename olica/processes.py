@@ -14,13 +14,14 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import count as counting
 from time import monotonic, sleep
+from traceback import clear_frames
 from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
 from torch import Tensor, distributed
 
-from .errors import UsageError, is_out_of_memory
+from .errors import UsageError
 
 # How long a process waits for another one that is there: as long as a solve, a slow disk or a survey that another run
 # is making may take. One that is gone is noticed at once.
@@ -41,6 +42,22 @@ class ProcessLost(UsageError):
     """Another of the processes has ended before its time."""
 
 
+class _HostGroup:
+    """A group on the host, whose connections close when nothing refers to it any more.
+
+    Attributes:
+        handle: torch's object; None once it is closed.
+    """
+
+    def __init__(self) -> None:
+        self.handle: Any = distributed.new_group(backend="gloo", timeout=PATIENCE)
+
+    def close(self) -> None:
+        """Have the others notice that this process is gone."""
+        handle, self.handle = self.handle, None
+        distributed.destroy_process_group(handle)
+
+
 @dataclass(frozen=True)
 class Processes:
     """The processes that work together, seen from one of them.
@@ -57,7 +74,7 @@ class Processes:
     count: int = 1
     here: int = 1
     device: torch.device = torch.device("cpu")
-    host: "distributed.ProcessGroup | None" = None
+    host: "_HostGroup | None" = None
 
     @property
     def is_main(self) -> bool:
@@ -75,7 +92,9 @@ class Processes:
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of every process's tensor, in all of them."""
         if self.host is not None:
-            distributed.all_reduce(tensor)
+            self._meet()
+            with self._meeting():
+                distributed.all_reduce(tensor)
         return tensor
 
     def from_main(self, value: Value) -> Value:
@@ -92,7 +111,7 @@ class Processes:
             return [value]
         values: list[Any] = [None] * self.count
         with self._meeting():
-            distributed.all_gather_object(values, value, group=self.host)
+            distributed.all_gather_object(values, value, group=self.host.handle)
         return values
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
@@ -142,14 +161,18 @@ class Processes:
         if self.host is None:
             return tensor
         own = tensor.cpu().contiguous()
-        parts = [own if index == 0 else self._empty(*d) for index, d in enumerate(self.all_of(_described(own)))]
+        rows = self.all_of(len(own))
+        whole = torch.empty(sum(rows) if self.is_main else 0, *own.shape[1:], dtype=own.dtype)
         with self._meeting():
             if not self.is_main:
-                _send(own, 0, self.host)
+                _send(own, 0, self.host.handle)
                 return None
-            for index, part in enumerate(parts[1:], 1):
-                _receive(part, index, self.host)
-        return torch.cat(parts)
+            for index, part in enumerate(whole.split(rows)):
+                if index:
+                    _receive(part, index, self.host.handle)
+                else:
+                    part.copy_(own)
+        return whole
 
     def scattered(self, tensor: Tensor | None, rows: Sequence[int]) -> Tensor:
         """This process's rows of a tensor that the main one has (None in the others), on the host.
@@ -163,12 +186,13 @@ class Processes:
             return tensor
         parts = tensor.cpu().contiguous().split(list(rows)) if tensor is not None else None
         descriptions = self.from_main([_described(part) for part in parts] if parts else None)
-        own = parts[0] if parts else self._empty(*descriptions[self.index])
+        # A copy, since a part would keep all of them.
+        own = parts[0].clone() if parts else self._empty(*descriptions[self.index])
         with self._meeting():
             if not parts:
-                _receive(own, 0, self.host)
+                _receive(own, 0, self.host.handle)
             for index, part in enumerate(parts[1:] if parts else [], 1):
-                _send(part.contiguous(), index, self.host)
+                _send(part.contiguous(), index, self.host.handle)
         return own
 
     def _from(self, index: int, value: Value) -> Value:
@@ -176,7 +200,7 @@ class Processes:
             return value
         values = [value]
         with self._meeting():
-            distributed.broadcast_object_list(values, index, group=self.host)
+            distributed.broadcast_object_list(values, index, group=self.host.handle)
         return values[0]
 
     def _empty(self, shape: torch.Size, dtype: torch.dtype, on_host: bool) -> Tensor:
@@ -186,7 +210,7 @@ class Processes:
         """A tensor where the processes can exchange it, and the group in which they do (None: that of all)."""
         if tensor.is_cuda and "nccl" in str(distributed.get_backend_config()):
             return tensor, None
-        return tensor.cpu(), self.host
+        return tensor.cpu(), self.host.handle
 
     def _meet(self) -> None:
         """Return when all are here: NCCL does not notice that one is missing."""
@@ -194,11 +218,11 @@ class Processes:
 
     @contextmanager
     def _meeting(self) -> Iterator[None]:
-        """Say that a process is missing: gloo notices when its connection is closed."""
+        """Say that a process is missing: gloo, which has no exception of its own, notices when a connection closes."""
         try:
             yield
         except RuntimeError as error:
-            if is_out_of_memory(error):
+            if not (isinstance(error, distributed.DistError) or "gloo/transport" in str(error)):
                 raise
             raise ProcessLost(
                 f"another of the {self.count} processes has ended before its time; the same command, with as many "
@@ -234,23 +258,42 @@ def join_processes(device: torch.device) -> Processes:
     Raises:
         UsageError: there are fewer GPUs than processes that want one.
     """
-    if not (distributed.is_available() and distributed.is_initialized()):
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return replace(ALONE, device=device)
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        if device.type == "cuda" and local >= torch.cuda.device_count():
-            raise UsageError(
-                f"--device: process {local} of this machine has no GPU of its own, there are "
-                f"{torch.cuda.device_count()}; start as many processes, or give --device cpu"
-            )
+    is_joined = distributed.is_available() and distributed.is_initialized()
+    if not is_joined and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return replace(ALONE, device=device)
+    _take_a_gpu(device)
+    if not is_joined:
         PartialState(cpu=device.type == "cpu")
     if (count := distributed.get_world_size()) == 1:
         return replace(ALONE, device=device)
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
-    host = distributed.new_group(backend="gloo", timeout=PATIENCE)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", count))
-    return Processes(distributed.get_rank(), count, here, device, host)
+    return Processes(distributed.get_rank(), count, here, device, _HostGroup())
+
+
+def are_several() -> bool:
+    """Whether a launcher, or the program itself, has made this one of several processes."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_world_size() > 1
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _take_a_gpu(device: torch.device) -> None:
+    """Have the process use the GPU of its number on this machine, where the launcher gave it one.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if device.type != "cuda" or "LOCAL_RANK" not in os.environ:
+        return
+    local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local >= there:
+        raise UsageError(
+            f"--device: process {local} of this machine has no GPU of its own, there are {there}; start as many "
+            "processes, or give --device cpu"
+        )
+    torch.cuda.set_device(local)
 
 
 @contextmanager
@@ -270,9 +313,10 @@ def working_together(device: torch.device) -> Iterator[Processes]:
         processes._meet()  # lest one closes what another still reads from
     except BaseException as error:
         end.announce(error)
+        clear_frames(error.__traceback__)  # which may refer to the group
         raise
     finally:
-        distributed.destroy_process_group(processes.host)
+        processes.host.close()
         end.wait()
 
 

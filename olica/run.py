@@ -178,7 +178,9 @@ def _prune_and_save(job: Job, folder: RunFolder | None) -> dict:
             f"{job.location.flag} {job.location.name}: its weights hold another model than its configuration; give the "
             "same command again, which plans by the weights, now that they are here"
         )
-    progress = Progress() if folder is None else _begin(job, folder, calibration, dense.layers_prefix)
+    # As they are now: what changes while the run is at work has no part in it.
+    what, licence = on_main(lambda: (_identity(job, calibration), licence_of(job.location)))
+    progress = Progress() if folder is None else _begin(job, folder, what, dense.layers_prefix)
     if on_main(lambda: folder.is_complete):
         return on_main(lambda: records.read_pruning_record(job.folder))
     options.batch_size.size = processes.from_main(options.batch_size.size)
@@ -213,7 +215,8 @@ def _prune_and_save(job: Job, folder: RunFolder | None) -> dict:
                 folder, progress, dense, _skeleton(job, dense, plan), tokenizer, settings.shard_bytes
             )
         record = _make_record(job, calibration, plan, {"before": before, "after": after}) | {
-            "identity": identity.digest_of(_identity(job, calibration)),
+            "model": describe_source(job.location, job.config) | {"licence": licence},
+            "identity": identity.digest_of(what),
             "damage": job.method.allocate.damage(job.sizes, plan, findings),
             "multiple_correlation": [
                 found["correlation"].item() if "correlation" in found else None for found in findings
@@ -232,10 +235,10 @@ def _prune_and_save(job: Job, folder: RunFolder | None) -> dict:
     return on_main(save)
 
 
-def _begin(job: Job, folder: RunFolder, calibration: CalibrationSet, layers_prefix: str) -> RunProgress:
-    """Begin a run in its folder, or go on with it."""
+def _begin(job: Job, folder: RunFolder, what: dict, layers_prefix: str) -> RunProgress:
+    """Begin a run, of the identity `what`, in its folder, or go on with it."""
     return folder.begin(
-        _identity(job, calibration),
+        what,
         job.settings.overwrite,
         Shards(layers_prefix, len(job.sizes)),
         job.options.batch_size,
@@ -312,7 +315,6 @@ def _make_record(
             "about": job.recipe.about,
             "parameters": job.recipe.parameter_names,
         },
-        "model": describe_source(job.location, job.config) | {"licence": licence_of(job.location)},
         "calibration": {**vars(calibration), "ids": list(calibration.ids.shape)},
         "shares_removed": job.method.allocate.shares(job.sizes, job.budget),
         "plan": [shape.to_dict() for shape in plan],

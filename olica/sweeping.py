@@ -40,7 +40,7 @@ from .methods.recipes import recipe_name
 from .model.skeleton import count_by_part
 from .outputs import checkpoint, identity, records
 from .outputs.names import NAMED, sweep_folder
-from .processes import ALONE
+from .processes import ALONE, are_several
 from .pruning.memory import RUNTIME_BYTES
 from .report.sweep_page import page
 from .run import draw_calibration_set, finished, run
@@ -272,7 +272,7 @@ def describe_sweep(plan: SweepPlan) -> str:
         lines.append(f"{sparsity or 'dense':>10}  {f'{about}{left:,}':>15}  {weights:>10}")
     lines += [f"note         {note}" for note in dict.fromkeys(note for job in jobs for note in job.notes)]
     if wanted.target:
-        lines.append(f"search       {wanted.target.flag} {wanted.target.value:g}, to {wanted.tolerance:g}: "
+        lines.append(f"search       {wanted.target.in_words}, to {wanted.tolerance:g}: "
                      f"at most {plan.most_trials} points more")  # fmt: skip
     samples, tokens = held_back_shape(plan.settings, wanted)
     source = wanted.held_back_datasets or f"what is left of {plan.settings.datasets}"
@@ -299,10 +299,13 @@ def command_of(script: str, settings: Settings, **more: Any) -> str:
         more: flags beside them, by name; a switch is True.
     """
     plain, flags = Settings(recipe=settings.recipe), {"base_model": settings.base_model, **more}
+    flags["recipe"] = settings.recipe
+    if settings.datasets != plain.datasets:  # other texts have another number of samples by default
+        plain = Settings(recipe=settings.recipe, datasets=settings.datasets)
+        flags["datasets"] = settings.datasets
     for f in fields(Settings):
         value = getattr(settings, f.name)
-        if f.name == "recipe" or (f.name not in ("base_model", "sparsity", "overwrite", "parameters")
-                                  and value != getattr(plain, f.name)):  # fmt: skip
+        if f.name not in ("sparsity", "overwrite", "parameters", *flags) and value != getattr(plain, f.name):
             flags[f.name] = value
     words = ["python", script]
     for name, value in (flags | settings.parameters).items():
@@ -320,6 +323,8 @@ def run_sweep(plan: SweepPlan, tell: Callable[[dict], None] = lambda _: None) ->
     Raises:
         UsageError: memory or disk does not suffice, another sweep is there or at work, or no sparsity meets the target.
     """
+    if are_several():
+        raise UsageError("a sweep is the work of one process: start it without a launcher")
     checkpoint.check_folder(plan.folder)
     check_room(plan.folder, plan.disk_bytes, "--save_dir", "the sweep")
     with full_precision(), _locked(plan.folder), memory_in_words(memory_advice):
@@ -439,13 +444,13 @@ class _Sweep:
         if far is None:
             last = self.record["points"][-1]
             raise UsageError(
-                f"--{target.flag} {target.value:g}: even --sparsity {last['sparsity']:g} leaves "
+                f"{target.in_words}: even --sparsity {last['sparsity']:g} leaves "
                 f"{last['parameters']['total']:,} parameters and {last['ratio']:.4g} times the dense perplexity; give "
                 "--sparsity that goes further"
             )
         if not sparsity:
             raise UsageError(
-                f"--{target.flag} {target.value:g}: already --sparsity {far:g} has {ends[far]['ratio']:.4g} times the "
+                f"{target.in_words}: already --sparsity {far:g} has {ends[far]['ratio']:.4g} times the "
                 "dense perplexity; give a higher ratio, or a finer --tolerance"
             )
         found = ends[sparsity]
@@ -500,6 +505,8 @@ class _Sweep:
             self._write()
             if not self._wanted.keep:
                 shutil.rmtree(done.folder)
+        elif self._wanted.keep and not finished(job):  # measured when checkpoints were not kept
+            run(job)
         tell(point)
 
     def _measure(self, name: str, location: Location) -> dict:

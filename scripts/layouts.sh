@@ -8,6 +8,7 @@
 #   OLICA_LLAMA_CPP what scripts/llama_cpp.sh made (without it llama.cpp is left out)
 # Sizes are no multiples of anything, so that all are equal: speed is that of such sizes.
 # Memory and time: SmolLM2 on 2 cores: 1.6 GB and 40 minutes with WINDOWS=512; speed wants the machine for itself.
+KEEP=yes  # what is timed
 source "$(dirname "$0")/common.sh"
 use "${MODEL:-7b}"
 measures="--ppl ${PPL:-wikitext2,c4} ${WINDOWS:+--ppl_windows $WINDOWS}"
@@ -19,6 +20,8 @@ checkpoints=()
 for sparsity in ${SPARSITIES:-0.2 0.33}; do
     for layout in olica stock deci; do
         flags=(--recipe "$recipe" --sparsity "$sparsity" --seed 0 --round_to 1 --layout "$layout")
+        # Where a record is there without its checkpoint, both are made again.
+        [ -d "$(folder_of "${flags[@]}")" ] || rm -f "$out/${layout}_sparsity-$sparsity/flags"
         pruned "layouts/${layout}_sparsity-$sparsity" "$measures" "${flags[@]}"
         checkpoints+=("$(echo "$(folder_of "${flags[@]}")"/*/)")
     done

@@ -71,6 +71,7 @@ async function time(sequence, ids) {
         first ??= performance.now();
         if (++found === request.new_tokens) break;
     }
+    if (found < 2) throw new Error(`the model ends after ${found} tokens, of which none can be timed`);
     return [(first - start) / 1000, (performance.now() - first) / 1000 / (found - 1)];
 }
 

@@ -486,9 +486,9 @@ def test_two_processes_give_the_figures_of_one(here, fast_python):
     two, one = json.loads(Path("two.json").read_text()), evaluate(*FLAGS)
     assert two["processes"] == 2
     # The main process has three of the five rows, of two or four endings, and four of the eight batches of windows.
-    shown = {name: re.findall(rf"{name}:.*?/(\d+)", done.stderr) for name in ("loglikelihood requests", "perplexity")}
+    shown = {name: re.findall(rf"{name}:.*?/(\d+)", done.stderr) for name in ("log-likelihoods", "perplexity")}
     assert {name: set(totals) for name, totals in shown.items()} == {
-        "loglikelihood requests": {"6", "12"},
+        "log-likelihoods": {"6", "12"},
         "perplexity": {"4"},
     }
     ours, alone = two["results"]["model"], one["results"]["model"]

@@ -48,8 +48,8 @@ def test_layouts_stand_in_order_beside_the_dense_model(record):
     assert [row[4][:4] for row in rows] == ["20.0", "1.50", "2.50", "2.00"]
     assert [row[5] for row in rows] == ["1,500 tokens/s", "0.90", "0.80", ""]
     assert [row[-1] for row in rows] == ["1,500 tokens/s", "", "0.70", ""]
-    assert "transformers: 128 tokens, continued by 32, medians of 9 rounds, 8 threads." in text
-    assert "llama.cpp v7: 128 tokens, continued by 32, medians of 9 rounds, 1 threads." in text
+    assert "transformers: 128 tokens, continued by 32, medians of 9 rounds, threads: 8." in text
+    assert "llama.cpp v7: 128 tokens, continued by 32, medians of 9 rounds, threads: 1." in text
 
 
 def test_without_speeds_or_runs_there_is_less(record, tmp_path):

@@ -75,7 +75,10 @@ def test_a_model_that_is_not_of_the_hub_is_no_base_model_of_it(tmp_path):
     ("licence", "words"),
     [
         ({"license": "apache-2.0"}, "too: apache-2.0."),
-        ({"license": "other", "license_name": "own", "license_link": "LICENSE"}, "too: other, own, LICENSE."),
+        (
+            {"license": "other", "license_name": "own", "license_link": "https://a.b/c"},
+            "too: other, own, https://a.b/c.",
+        ),
         ({}, "too: its files here do not name it."),
     ],
 )
@@ -85,6 +88,16 @@ def test_the_card_carries_the_licence_and_the_revision_of_the_dense_model(tmp_pa
     found = yaml.safe_load(metadata)
     assert {name: value for name, value in found.items() if name.startswith("license")} == licence
     assert f"at revision `{'0' * 40}`, whose licence holds for them {words}" in body
+
+
+@pytest.mark.parametrize(
+    ("revision", "link"),
+    [("1" * 40, f"https://huggingface.co/huggyllama/llama-7b/blob/{'1' * 40}/LICENSE"), (None, None)],
+)
+def test_a_licence_beside_the_dense_model_is_linked_where_it_lies(tmp_path, revision, link):
+    licence = {"license": "other", "license_link": "LICENSE"}
+    write_card(tmp_path, RECORD | {"model": RECORD["model"] | {"licence": licence, "revision": revision}})
+    assert yaml.safe_load(text(tmp_path).split("---\n")[1]).get("license_link") == link
 
 
 @pytest.mark.parametrize(("layout", "has_code"), [("stock", False), ("dense", False), ("deci", True)])

@@ -27,9 +27,11 @@ from olica.bisection import Target, as_parameters, as_sparsities, bracket, next_
 from olica.command_line import run_command
 from olica.errors import UsageError
 from olica.evaluation import measures
+from olica.jobs import Settings, settings_of
 from olica.methods.damage import LeastDamage
 from olica.report.sweep_page import page
 from olica.sources.calibration_set import Draw, build_calibration_set, held_back, without
+from olica.sweeping import command_of
 
 ROOT = Path(__file__).parents[1]
 ROWS_OF_TEXT, SAMPLES, HELD, TOKENS = 40, 6, 8, 24
@@ -166,6 +168,37 @@ def test_checkpoints_go_once_they_are_measured(here):
     assert len([*Path("data/surveys").iterdir()]) == 1, "points share one survey"
 
 
+def test_checkpoints_are_kept_by_a_later_sweep_too(here):
+    sweep("--sparsity=0.1,0.2")
+    record = sweep("--sparsity=0.1,0.2", "--keep")
+    for point in record["points"]:
+        kept = load_weights(Path("out") / f"tiny_sparsity-{point['sparsity']:g}")
+        assert sum(weight.numel() for weight in kept.values()) == point["parameters"]["total"]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"recipe": "olica-plus"},
+        {"recipe": "olica-plus", "datasets": "pydoc"},
+        {"recipe": "olica-plus", "datasets": "pydoc", "num_samples": 768},
+        {"recipe": "olica-plus", "datasets": Settings(recipe="olica-plus").datasets, "num_samples": 128},
+        {"recipe": "olica", "num_samples": 768, "mlp_num": "3", "add_bos_token": True},
+    ],
+)
+def test_a_points_command_asks_for_the_same_pruning(asked):
+    settings = settings_of({"base_model": "tiny"} | asked)
+    words = shlex.split(command_of("model_pruning.py", settings, sparsity="0.2"))
+    parsed = vars(model_pruning.build_parser().parse_args(words[2:]))
+    given = {name: value for name, value in parsed.items() if name not in ("sparsity", "dry_run", "verbose")}
+    assert settings_of(given) == settings
+
+
+def test_several_processes_are_refused(here, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "a sweep is the work of one process" in refused(capsys, SPARSITIES)
+
+
 def test_from_python(here):
     settings = dict(datasets="text.jsonl", num_samples=SAMPLES, seqlen=TOKENS, held_back=HELD, mlp_num=1, ratio=0.1)
     done = olica.sweep("tiny", sparsity=[0.2, 0.1], save_dir="out", **settings)
@@ -194,7 +227,7 @@ def test_tasks_are_scored_at_every_point(here):
     hits = [len(model["zero_shot"]["tasks"]["piqa"]["hits"]["acc"]) for model in (record["dense"], *record["points"])]
     assert hits == [3, 3]
     shown = (FOLDER / "sweep.html").read_text()
-    assert "piqa acc_norm" in shown and "The first 3 rows of each task" in shown
+    assert "piqa acc_norm" in shown and "Rows: the first 3 rows of each." in shown
 
 
 # What is held back.

@@ -605,6 +605,13 @@ def test_log_likelihoods_are_those_of_lm_eval_itself(grouped_llama, bos_tokenize
     np.testing.assert_allclose([value for value, _ in found], [value for value, _ in expected], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("context", "answer"), [([], [5]), ([5], []), ([5], [6] * 1000)])
+def test_what_cannot_be_scored_is_refused(grouped_llama, bos_tokenizer, context, answer):
+    own = harness_model(grouped_llama, bos_tokenizer, 8, ALONE, add_bos_token=False, apply_chat_template=False)
+    with pytest.raises(UsageError, match=f"an answer of {len(answer)} tokens behind {len(context)} cannot be scored"):
+        own._loglikelihood_tokens([(None, context, answer)], disable_tqdm=True)
+
+
 def test_logits_are_made_of_the_answers_positions_alone(grouped_llama, bos_tokenizer):
     made, head = [], grouped_llama.lm_head
     handle = head.register_forward_hook(lambda _module, _args, logits: made.append(tuple(logits.shape[:2])))

@@ -16,7 +16,7 @@ from ..machine import pick_device
 from ..outputs import identity, records
 from ..outputs.model_card import add_metrics
 from ..outputs.names import checkpoint_folder
-from ..processes import join_processes
+from ..processes import Processes, working_together
 from ..sources.configuration import count_dense_parameters, read_config
 from ..sources.locate import Location, locate
 from ..sources.text_sources import evaluation_text
@@ -79,7 +79,11 @@ def evaluate(
         settings
         | {"checkpoint": model, "base_model": base_model, "ppl": ppl, "tasks": tasks, "output_path": output_path}
     )
-    processes = join_processes(pick_device(asked.device))
+    with working_together(pick_device(asked.device)) as processes:
+        return _evaluate(asked, processes)
+
+
+def _evaluate(asked: EvaluationSettings, processes: Processes) -> Evaluated | None:
     device = processes.device
     check_processes(asked, processes.count)
     locations = find_models(asked)

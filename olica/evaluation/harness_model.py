@@ -94,6 +94,11 @@ def log_likelihoods(
     """
     asked: dict[tuple[int, ...], list[int]] = {}
     for number, (_, context, answer) in enumerate(requests):
+        if not (context and 0 < len(answer) <= self.max_length):
+            raise UsageError(
+                f"an answer of {len(answer)} tokens behind {len(context)} cannot be scored by a model of "
+                f"{self.max_length} positions"
+            )
         # What does not fit is cut off on the left; the last token is only predicted.
         asked.setdefault(tuple((context + answer)[-(self.max_length + 1) : -1]), []).append(number)
     prompts = sorted(asked, key=lambda tokens: (-len(tokens), tokens))
@@ -137,7 +142,7 @@ def last_steps(
     wanted = [range(len(tokens) - last, len(tokens)) for tokens, last in zip(prompts, longest, strict=True)]
     positions = sorted(set().union(*wanted))
     places = {position: place for place, position in enumerate(positions)}
-    logits = model(ids.to(device), use_cache=False, logits_to_keep=torch.tensor(positions, device=device)).logits
+    logits = model(ids.to(device), use_cache=False, logits_to_keep=torch.tensor(positions)).logits
     for row, of_row in zip(logits, wanted, strict=True):
         yield row[[places[position] for position in of_row]].log_softmax(-1, dtype=SOFTMAX_DTYPE)
 

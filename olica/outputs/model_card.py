@@ -62,7 +62,12 @@ def write_card(folder: Path, record: dict) -> None:
     samples, tokens = calibration["ids"]
     # The hub wants an id of its own there, which a model without a revision has not.
     base = model["source"] if model["revision"] else None
-    licence = model.get("licence", {})  # old records have none
+    licence = dict(model.get("licence", {}))  # old records have none
+    link = licence.get("license_link", "")
+    if link and "://" not in link:  # a file beside the dense model
+        del licence["license_link"]
+        if base:
+            licence["license_link"] = f"https://huggingface.co/{base}/blob/{model['revision']}/{link}"
     metadata = ModelCardData(
         base_model=base,
         library_name="transformers",

@@ -49,7 +49,7 @@ def table(results: Results) -> str | None:
         version = f" {record['read_by']['llama.cpp']}" if "read_by" in record else ""
         notes.append(
             f"{engine}{version}: {settings['prompt_tokens']} tokens, continued by {settings['new_tokens']}, medians of "
-            f"{settings['repeats']} rounds, {settings.get('threads', machine['cpu_threads'])} threads."
+            f"{settings['repeats']} rounds, threads: {settings.get('threads', machine['cpu_threads'])}."
         )
     return markdown("Layouts", header, rows, notes + protocol({_name(run): run for run in [dense, *runs]}))
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from ..evaluation.paired import PAPER_METRIC
 from ..output import with_error
+from .runs import limited
 
 # The parts of `model.skeleton.PARTS` in words; a correction is what may be added, and no share of anything.
 PARTS = {"query_key": "queries and keys", "value_output": "values and outputs", "mlp": "MLP"}
@@ -320,10 +321,9 @@ def _tasks_section(record: dict) -> str:
             scored["averages"]["paper_rule"], scored["averages"]["standard_error"], 2
         )
     rows = [[_name(model, record), *(cell(model["zero_shot"]) for cell in columns.values())] for model in models]
-    limit = record["settings"]["limit"]
-    counted = f"The first {limit:g} rows of each task" if limit else "All rows of each task"
+    rows_of_all, harness = limited(record["settings"]["limit"]), record["dense"]["zero_shot"]["harness"]
     return (
-        f"<h2>Zero-shot tasks</h2>\n<p>{counted}, by {escape(record['dense']['zero_shot']['harness'])}.</p>\n"
+        f"<h2>Zero-shot tasks</h2>\n<p>Rows: {rows_of_all}. Scored by {escape(harness)}.</p>\n"
         f"{_table(['sparsity', *columns], rows)}"
     )
 

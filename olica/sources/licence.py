@@ -1,6 +1,7 @@
 """The licence of a model, as far as its files say: weights that are derived from it inherit it."""
 
 from huggingface_hub.repocard import metadata_load
+from transformers.utils import cached_file
 from yaml import YAMLError
 
 from .gguf import header_of
@@ -18,7 +19,10 @@ def licence_of(location: Location) -> dict[str, str]:
         said = {name: fields.get(f"general.{name.replace('_', '.')}") for name in FIELDS}
     else:
         try:
-            card = location.find(CARD)
+            # That of the commit whose configuration was read: asking for another would make it the one that is known.
+            card = cached_file(
+                location.path, CARD, revision=location.revision, _raise_exceptions_for_missing_entries=False
+            )
             said = (metadata_load(card) if card else None) or {}
         except (OSError, ValueError, YAMLError):  # no network, or metadata that is none
             said = {}
