@@ -85,6 +85,14 @@ def succeeded(ended: list[Ended]) -> list[Ended]:
     return ended
 
 
+def assert_alike(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """That weights are the expected ones to rounding."""
+    assert weights.keys() == expected.keys()
+    for name, weight in expected.items():
+        largest = weight.abs().max().item()
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=ROUNDING * largest, msg=name)
+
+
 def the_sentence_of(ended: list[Ended]) -> str:
     """The one sentence that one of the processes says of why all end, and nothing else that is an error."""
     lines = [line for one in ended for line in one.errors.splitlines() if line and "Writing model shards" not in line]
@@ -141,11 +149,8 @@ def test_two_processes_give_the_weights_of_one_and_the_same_bits_again(there, tw
     assert (record["processes"], alone.record["processes"]) == (2, 1)
     assert record["identity"] != alone.record["identity"]
     weights, expected = load_weights(two), load_weights(alone.folder)
-    assert weights.keys() == expected.keys()
+    assert_alike(weights, expected)
     assert any(not torch.equal(weights[name], expected[name]) for name in expected), "the sums were not shared"
-    for name, weight in expected.items():
-        largest = weight.abs().max().item()
-        torch.testing.assert_close(weights[name], weight, rtol=0, atol=ROUNDING * largest, msg=name)
 
 
 # Ends one process by a signal before it keeps a layer of the survey or of the cut; keeps states after every layer.
@@ -227,9 +232,7 @@ def test_a_process_without_memory_halves_its_batch(there, twice, fork_server, mo
     assert "out of memory: going on with --batch_size 1" in other.errors
     record = json.loads(Path("out", folder_of("olica"), "olica_run.json").read_text())
     assert record["batch_size"] == 1
-    weights = load_weights(Path("out", folder_of("olica")))
-    for name, weight in load_weights(twice / "first" / folder_of("olica")).items():
-        torch.testing.assert_close(weights[name], weight, rtol=0, atol=ROUNDING * weight.abs().max().item())
+    assert_alike(load_weights(Path("out", folder_of("olica"))), load_weights(twice / "first" / folder_of("olica")))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -240,6 +243,18 @@ def test_one_without_memory_for_a_single_sample_ends_both(there, fork_server, mo
     assert abs(ended[0].at - ended[1].at) < SECONDS_TO_END
     assert "out of memory" in the_sentence_of(ended)
     assert not Path("out").exists()
+
+
+def test_a_process_may_have_no_probe(there, fork_server):
+    flags = [*FLAGS, "--recipe=olica-plus", "--probes=1", "--save_dir=out"]
+    folder = Path("out", folder_of("olica-plus"))
+    succeeded(end_of(started(fork_server, [*COMMAND, *flags])))
+    shared = load_weights(folder)
+    shutil.rmtree("out")
+    shutil.rmtree("data", ignore_errors=True)  # with the survey
+    (alone,) = end_of(started(fork_server, [*COMMAND, *flags], 1))
+    assert alone.status == 0
+    assert_alike(shared, load_weights(folder))
 
 
 def test_what_all_find_wrong_is_said_once(there, fork_server):
