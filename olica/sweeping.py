@@ -140,8 +140,9 @@ class SweepPlan:
 
     @property
     def kept_bytes(self) -> int:
-        """Of the checkpoints that stay, trials not counted."""
-        return sum(expected_parameters(job) * job.bytes_per_weight for job in self.jobs) if self.wanted.keep else 0
+        """Of the checkpoints that stay and are not there yet, trials not counted."""
+        missing = [job for job in self.jobs if self.wanted.keep and not job.folder.is_dir()]
+        return sum(expected_parameters(job) * job.bytes_per_weight for job in missing)
 
     @property
     def disk_bytes(self) -> int:
@@ -328,6 +329,9 @@ def run_sweep(plan: SweepPlan, tell: Callable[[dict], None] = lambda _: None) ->
     checkpoint.check_folder(plan.folder)
     check_room(plan.folder, plan.disk_bytes, "--save_dir", "the sweep")
     with full_precision(), _locked(plan.folder), memory_in_words(memory_advice):
+        for job in plan.jobs if plan.wanted.keep else ():  # before anything is measured
+            if not finished(job):
+                checkpoint.check_place(job.folder, 0, plan.settings.overwrite)
         return _Sweep(plan).run(tell)
 
 

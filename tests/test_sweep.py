@@ -176,6 +176,12 @@ def test_checkpoints_are_kept_by_a_later_sweep_too(here):
         assert sum(weight.numel() for weight in kept.values()) == point["parameters"]["total"]
 
 
+def test_a_checkpoint_in_the_way_is_refused_before_anything_is_measured(here, capsys):
+    Path("out/tiny_sparsity-0.2").mkdir(parents=True)
+    assert "out/tiny_sparsity-0.2 exists already" in refused(capsys, "--sparsity=0.1,0.2", "--keep")
+    assert not (FOLDER / "sweep.json").exists() and not Path("out/tiny_sparsity-0.1").exists()
+
+
 @pytest.mark.parametrize(
     "asked",
     [
