@@ -92,8 +92,8 @@ class Processes:
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of every process's tensor, in all of them."""
         if self.host is not None:
-            self._meet()
-            with self._meeting():
+            self._barrier()
+            with self._noticing_losses():
                 distributed.all_reduce(tensor)
         return tensor
 
@@ -110,7 +110,7 @@ class Processes:
         if self.host is None:
             return [value]
         values: list[Any] = [None] * self.count
-        with self._meeting():
+        with self._noticing_losses():
             distributed.all_gather_object(values, value, group=self.host.handle)
         return values
 
@@ -121,12 +121,12 @@ class Processes:
         """
         if self.host is None:
             return
-        self._meet()
+        self._barrier()
         for tensor in tensors:
             for piece in tensor.view(-1).split(PIECE):
                 sent, group = self._carried(piece)
                 received = [torch.empty_like(sent) for _ in range(self.count)]
-                with self._meeting():
+                with self._noticing_losses():
                     distributed.all_gather(received, sent, group=group)
                 for other in received[1:]:
                     received[0] += other
@@ -143,12 +143,12 @@ class Processes:
             return tensors or {}
         described = {name: _described(tensor) for name, tensor in (tensors or {}).items()}
         held = dict(tensors or {})
-        for name, description in self.all_of(described)[index].items():  # all of them meet, see `_meet`
+        for name, description in self.all_of(described)[index].items():  # all of them meet, see `_barrier`
             tensor = held[name].contiguous() if self.index == index else self._empty(*description)
             held[name] = tensor
             if tensor.numel():
                 sent, group = self._carried(_as_bytes(tensor))
-                with self._meeting():
+                with self._noticing_losses():
                     distributed.broadcast(sent, index, group=group)
                 _as_bytes(tensor).copy_(sent)
         return held
@@ -163,7 +163,7 @@ class Processes:
         own = tensor.cpu().contiguous()
         rows = self.all_of(len(own))
         whole = torch.empty(sum(rows) if self.is_main else 0, *own.shape[1:], dtype=own.dtype)
-        with self._meeting():
+        with self._noticing_losses():
             if not self.is_main:
                 _send(own, 0, self.host.handle)
                 return None
@@ -188,7 +188,7 @@ class Processes:
         descriptions = self.from_main([_described(part) for part in parts] if parts else None)
         # A copy, since a part would keep all of them.
         own = parts[0].clone() if parts else self._empty(*descriptions[self.index])
-        with self._meeting():
+        with self._noticing_losses():
             if not parts:
                 _receive(own, 0, self.host.handle)
             for index, part in enumerate(parts[1:] if parts else [], 1):
@@ -199,7 +199,7 @@ class Processes:
         if self.host is None:
             return value
         values = [value]
-        with self._meeting():
+        with self._noticing_losses():
             distributed.broadcast_object_list(values, index, group=self.host.handle)
         return values[0]
 
@@ -212,12 +212,12 @@ class Processes:
             return tensor, None
         return tensor.cpu(), self.host.handle
 
-    def _meet(self) -> None:
+    def _barrier(self) -> None:
         """Return when all are here: NCCL does not notice that one is missing."""
         self.all_of(None)
 
     @contextmanager
-    def _meeting(self) -> Iterator[None]:
+    def _noticing_losses(self) -> Iterator[None]:
         """Say that a process is missing: gloo, which has no exception of its own, notices when a connection closes."""
         try:
             yield
@@ -310,7 +310,7 @@ def working_together(device: torch.device) -> Iterator[Processes]:
     end = _End(processes, f"olica/{next(_joined)}")
     try:
         yield processes
-        processes._meet()  # lest one closes what another still reads from
+        processes._barrier()  # lest one closes what another still reads from
     except BaseException as error:
         end.announce(error)
         clear_frames(error.__traceback__)  # which may refer to the group

@@ -13,7 +13,7 @@ from .activations import calibrate, enter_layers, propagate
 from .cutting import as_seen, check_complete, cut, heads_of, restore
 from .options import Work
 from .progress import Progress
-from .sharing import combine, keep_layer, pruned, weights_of
+from .sharing import combine, keep_layer, taken_up_cut, weights_of
 from .soundness import check_finite
 
 
@@ -31,7 +31,7 @@ def prune_layers(work: Work, plan: list[LayerShape], findings: list[Findings], p
         UsageError: activations are NaN or infinite, a fit or a decomposition fails, or a dtype cannot hold a weight.
     """
     dense, method, options = work.dense, work.method, work.options
-    finished, entered, hidden = pruned(work, progress)
+    finished, entered, hidden = taken_up_cut(work, progress)
     if finished == len(plan):
         return
     calls: list[dict] = [{}] * len(plan)

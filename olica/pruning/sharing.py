@@ -32,7 +32,7 @@ def probe_rows(work: Work, samples: int) -> list[list[int]]:
     return [[row for row in spread if row in share] for share in shares]
 
 
-def surveyed(work: Work, progress: SurveyProgress, probes: list[list[int]]) -> Surveyed:
+def taken_up_survey(work: Work, progress: SurveyProgress, probes: list[list[int]]) -> Surveyed:
     """How far a survey is, with this process's share of the states.
 
     Args:
@@ -65,7 +65,7 @@ def keep_survey(work: Work, progress: SurveyProgress, surveyed: Surveyed) -> Non
             progress.save(Surveyed(surveyed.findings, hidden, travelling))
 
 
-def pruned(work: Work, progress: Progress) -> tuple[int, int, Tensor | None]:
+def taken_up_cut(work: Work, progress: Progress) -> tuple[int, int, Tensor | None]:
     """What `Progress.pruned` says in the main process, with this process's share of the hidden states."""
     finished, entered, hidden = progress.pruned()
     finished, entered = work.options.processes.from_main((finished, entered))

@@ -19,7 +19,7 @@ from .activations import calibrate, enter_layers, propagate, reading_logits
 from .cutting import as_seen, put
 from .options import Work
 from .progress import Surveyed, SurveyProgress
-from .sharing import combine, keep_survey, probe_rows, surveyed
+from .sharing import combine, keep_survey, probe_rows, taken_up_survey
 from .soundness import cast_weights, check_finite, check_trial, solvable
 
 
@@ -44,7 +44,7 @@ def survey_layers(work: Work, plan: list[LayerShape] | None, progress: SurveyPro
         return [{} for _ in range(layers)]
     processes = options.processes
     probes = Probes(survey, work) if isinstance(survey, TravellingSurvey) else None
-    so_far = surveyed(work, progress, probes.shares if probes else [])
+    so_far = taken_up_survey(work, progress, probes.shares if probes else [])
     found, hidden = list(so_far.findings), so_far.hidden
     if processes.from_main(progress.is_complete):
         return found
