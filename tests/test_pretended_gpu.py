@@ -532,7 +532,7 @@ def test_no_memory_for_batches_of_an_evaluation_halves_them(here, gpu, caplog):
     [
         "torch.nn.Module.to",
         "olica.evaluation.measures.perplexity",
-        "olica.evaluation.harness_model.last_steps",
+        "olica.evaluation.harness_model.tail_logits",
         "olica.evaluation.measures.latencies",
         "olica.evaluation.measures.continuation",
     ],

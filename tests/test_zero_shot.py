@@ -612,7 +612,7 @@ def test_what_cannot_be_scored_is_refused(grouped_llama, bos_tokenizer, context,
         own._loglikelihood_tokens([(None, context, answer)], disable_tqdm=True)
 
 
-def test_logits_are_made_of_the_answers_positions_alone(grouped_llama, bos_tokenizer):
+def test_logits_are_made_of_the_last_positions_alone(grouped_llama, bos_tokenizer):
     made, head = [], grouped_llama.lm_head
     handle = head.register_forward_hook(lambda _module, _args, logits: made.append(tuple(logits.shape[:2])))
     own = harness_model(grouped_llama, bos_tokenizer, 8, ALONE, add_bos_token=False, apply_chat_template=False)

@@ -2,7 +2,7 @@
 
 lm-eval takes the logits of whole prompts, and the log-softmax of whole batches of them in float32: with a vocabulary of
 262,144 tokens 16 prompts of 700 tokens would want 12 GB twice. Of a choice only the tokens of its answer are scored, so
-that logits are made of those positions alone.
+that logits are made of the last positions alone.
 """
 
 import copy
@@ -120,7 +120,6 @@ def log_likelihoods(
     return results
 
 
-@torch.no_grad()
 def last_steps(
     model: PreTrainedModel, prompts: list[tuple[int, ...]], longest: list[int], device: torch.device
 ) -> Iterator[Tensor]:
@@ -128,23 +127,29 @@ def last_steps(
 
     Args:
         model: what is asked.
-        prompts: tokens of each, the longest prompt first; they are padded on the right, which causal attention never
-            sees.
+        prompts: tokens of each, the longest prompt first.
         longest: behind how many of its last tokens, for each.
         device: where tokens go.
 
     Yields:
         (n, V) of each prompt in `SOFTMAX_DTYPE`, n being its number of `longest`.
     """
+    wanted = [(len(tokens) - last, len(tokens)) for tokens, last in zip(prompts, longest, strict=True)]
+    first = min(begin for begin, _ in wanted)
+    for row, (begin, end) in zip(tail_logits(model, prompts, first, device), wanted, strict=True):
+        yield row[begin - first : end - first].log_softmax(-1, dtype=SOFTMAX_DTYPE)
+
+
+@torch.no_grad()
+def tail_logits(model: PreTrainedModel, prompts: list[tuple[int, ...]], first: int, device: torch.device) -> Tensor:
+    """Logits (B, T - first, V) of B prompts, the longest of T tokens first, from position `first` on.
+
+    They are padded on the right, which causal attention never sees.
+    """
     ids = torch.zeros(len(prompts), len(prompts[0]), dtype=torch.long)
     for row, tokens in zip(ids, prompts, strict=True):
         row[: len(tokens)] = torch.tensor(tokens)
-    wanted = [range(len(tokens) - last, len(tokens)) for tokens, last in zip(prompts, longest, strict=True)]
-    positions = sorted(set().union(*wanted))
-    places = {position: place for place, position in enumerate(positions)}
-    logits = model(ids.to(device), use_cache=False, logits_to_keep=torch.tensor(positions)).logits
-    for row, of_row in zip(logits, wanted, strict=True):
-        yield row[[places[position] for position in of_row]].log_softmax(-1, dtype=SOFTMAX_DTYPE)
+    return model(ids.to(device), use_cache=False, logits_to_keep=ids.shape[1] - first).logits
 
 
 def _marked(run: Callable) -> Callable:

@@ -2,7 +2,6 @@
 
 from huggingface_hub.repocard import metadata_load
 from transformers.utils import cached_file
-from yaml import YAMLError
 
 from .gguf import header_of
 from .locate import Location
@@ -24,6 +23,6 @@ def licence_of(location: Location) -> dict[str, str]:
                 location.path, CARD, revision=location.revision, _raise_exceptions_for_missing_entries=False
             )
             said = (metadata_load(card) if card else None) or {}
-        except (OSError, ValueError, YAMLError):  # no network, or metadata that is none
+        except Exception:  # no network, or metadata that is none: the libraries share none
             said = {}
     return {name: said[name] for name in FIELDS if isinstance(said.get(name), str)}
