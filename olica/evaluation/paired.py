@@ -81,7 +81,7 @@ def compare(ours: dict, dense: dict) -> dict:
         mean over the paper's tasks, if all of them have one; the tasks' errors are independent.
     """
     texts = {
-        text: _compare_perplexity(measured, dense["perplexity"][text])
+        text: compare_perplexity(measured, dense["perplexity"][text])
         for text, measured in ours.get("perplexity", {}).items()
         if _is_same_text(measured, dense.get("perplexity", {}).get(text))
     }
@@ -114,7 +114,8 @@ def _is_same_text(ours: dict, dense: dict | None) -> bool:
     return dense is not None and all(ours[key] == dense[key] for key in ("fingerprint", "windows", "seqlen", "bos"))
 
 
-def _compare_perplexity(ours: dict, dense: dict) -> dict:
+def compare_perplexity(ours: dict, dense: dict) -> dict:
+    """Difference, its paired error and ratio of two recorded perplexities of the same windows of one text."""
     windows = (unpack_floats(measured["nll_by_window"]) for measured in (ours, dense))
     row = paired_difference(*windows, consecutive=True)
     return row | {"ratio": ours["value"] / dense["value"]}

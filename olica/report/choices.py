@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..evaluation.paired import compare
+from ..evaluation.paired import compare_perplexity
 from .methods import ratio_in_words
 from .tables import Measured, markdown
 
@@ -73,7 +73,7 @@ def refit_texts(path: Path) -> str:
 
 def _row(point: dict, other: dict, text: str) -> dict:
     """How a point's perplexity differs from another's."""
-    return compare(point, other)["perplexity"][text]
+    return compare_perplexity(point["perplexity"][text], other["perplexity"][text])
 
 
 def _change(point: dict, before: dict, text: str) -> str:
