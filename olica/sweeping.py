@@ -528,8 +528,11 @@ class _Sweep:
         records.write_text(self._plan.folder / PAGE, page(self.record))
 
     def _tidy(self) -> None:
-        """Remove checkpoints that a stopped sweep had measured and not removed yet."""
+        """Remove checkpoints that a stopped sweep had measured and not removed yet, and what one was killed writing."""
         shutil.rmtree(self._plan.folder / CHECKPOINTS, ignore_errors=True)
+        for name in (RECORD, PAGE):
+            for left in self._plan.folder.glob(f".{name}.*.partial"):
+                left.unlink()
 
 
 def sweep_command(plan: SweepPlan) -> str:
