@@ -258,14 +258,12 @@ def join_processes(device: torch.device) -> Processes:
     Raises:
         UsageError: there are fewer GPUs than processes that want one.
     """
-    is_joined = distributed.is_available() and distributed.is_initialized()
-    if not is_joined and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not are_several():
         return replace(ALONE, device=device)
     _take_a_gpu(device)
-    if not is_joined:
+    if not distributed.is_initialized():
         PartialState(cpu=device.type == "cpu")
-    if (count := distributed.get_world_size()) == 1:
-        return replace(ALONE, device=device)
+    count = distributed.get_world_size()
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
     here = int(os.environ.get("LOCAL_WORLD_SIZE", count))
