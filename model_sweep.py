@@ -12,7 +12,8 @@ from model_pruning import parser_of_pruning
 from olica.command_line import run_command
 from olica.output import with_error
 from olica.report.sweep_page import in_words
-from olica.sweeping import RECORD, SweepSettings, describe_sweep, plan_sweep, run_sweep
+from olica.sweeping.plan import RECORD, SweepSettings, describe_sweep, plan_sweep
+from olica.sweeping.work import run_sweep
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -25,7 +25,7 @@ __all__ = ["FAMILIES", "LayerShape", "RECIPES", "__version__", "evaluate", "prun
 _LAZY = {
     "evaluate": "olica.evaluation.evaluate",
     "prune": "olica.run",
-    "sweep": "olica.sweeping",
+    "sweep": "olica.sweeping.work",
     "RECIPES": "olica.methods.recipes",
 }
 

@@ -22,8 +22,6 @@ from transformers import AutoModelForCausalLM
 import model_pruning
 import model_sweep
 import olica
-from olica import sweeping as sweep_module
-from olica.bisection import Target, as_parameters, as_sparsities, bracket, next_trial
 from olica.command_line import run_command
 from olica.errors import UsageError
 from olica.evaluation import measures
@@ -31,7 +29,9 @@ from olica.jobs import Settings, settings_of
 from olica.methods.damage import LeastDamage
 from olica.report.sweep_page import page
 from olica.sources.calibration_set import Draw, build_calibration_set, held_back, without
-from olica.sweeping import command_of
+from olica.sweeping import work as sweep_module
+from olica.sweeping.bisection import Target, as_parameters, as_sparsities, bracket, next_trial
+from olica.sweeping.commands import command_of
 
 ROOT = Path(__file__).parents[1]
 ROWS_OF_TEXT, SAMPLES, HELD, TOKENS = 40, 6, 8, 24

@@ -10,158 +10,44 @@ Dimensions: M windows of held-back text, T tokens in each.
 """
 
 import json
-import math
-import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from .bisection import FINEST, Target, as_parameters, as_ratio, as_sparsities, bracket, next_trial
-from .checks import as_kind, check_room
-from .command_line import memory_advice
-from .errors import UsageError, memory_in_words
-from .evaluation.evaluate import make_protocol
-from .evaluation.measures import Measures, measure
-from .evaluation.paired import compare
-from .evaluation.settings import EvaluationSettings
-from .evaluation.subject import TestWindows
-from .evaluation.subject import prepare as prepare_subject
-from .jobs import Job, Settings, check_seqlen, dense_shape, prepare, settings_of
-from .machine import full_precision
-from .methods.recipes import recipe_name
-from .model.skeleton import count_by_part
-from .outputs import checkpoint, identity, records
-from .outputs.names import NAMED, sweep_folder
-from .processes import ALONE, are_several
-from .pruning.memory import RUNTIME_BYTES
-from .report.sweep_page import page
-from .run import draw_calibration_set, finished, run
-from .sources.calibration_set import CalibrationSet, calibration_shape, hash_tokens, held_back, is_token_file, without
-from .sources.configuration import describe_source
-from .sources.locate import Location, locate
-from .sources.tokenizers import read_tokenizer
+from ..checks import as_kind, check_room
+from ..command_line import memory_advice
+from ..errors import UsageError, memory_in_words
+from ..evaluation.evaluate import make_protocol
+from ..evaluation.measures import Measures, measure
+from ..evaluation.paired import compare
+from ..evaluation.settings import EvaluationSettings
+from ..evaluation.subject import TestWindows
+from ..evaluation.subject import prepare as prepare_subject
+from ..jobs import Job, dense_shape, prepare
+from ..machine import full_precision
+from ..model.skeleton import count_by_part
+from ..outputs import checkpoint, identity, records
+from ..processes import ALONE, are_several
+from ..report.sweep_page import page
+from ..run import draw_calibration_set, finished, run
+from ..sources.calibration_set import CalibrationSet, hash_tokens, held_back, without
+from ..sources.configuration import describe_source
+from ..sources.locate import Location, locate
+from ..sources.tokenizers import read_tokenizer
+from .bisection import Target, bracket, next_trial
+from .commands import command_of, sweep_command
+from .plan import CHECKPOINTS, PAGE, RECORD, SweepPlan, evaluation_settings, plan_sweep, settings_of_points
 
-RECORD, PAGE, CHECKPOINTS, LOCK = "sweep.json", "sweep.html", "checkpoints", ".sweep.lock"
+LOCK = ".sweep.lock"
 # What the held-back windows are called beside the texts of other evaluations.
 HELD_BACK = "held-back text"
-
-
-@dataclass(frozen=True)
-class SweepSettings:
-    """What a sweep is asked for beside what every pruning is, by the names of the flags.
-
-    Attributes:
-        sparsity: START:END:STEP, a list joined by commas, or numbers; becomes a list of numbers, ascending.
-        held_back: samples drawn from each text to measure on.
-        held_back_datasets: texts to draw them from, or a token file; None: what the calibration set leaves of its own.
-        tasks: zero-shot tasks of lm-eval, joined by commas; empty: none.
-        limit: how many rows of every task count, or which share of them if below 1; None: all.
-        target_ppl_ratio: find the largest sparsity whose perplexity is at most so many times the dense model's.
-        max_params: find the smallest sparsity that leaves at most so many parameters.
-        tolerance: of the sparsity that is found.
-        keep: whether the points' checkpoints are kept.
-
-    Raises:
-        UsageError: a value that cannot be.
-    """
-
-    sparsity: Any = "0.1:0.5:0.1"
-    held_back: int = 64
-    held_back_datasets: str | None = None
-    tasks: str = ""
-    limit: int | float | None = None
-    target_ppl_ratio: float | None = None
-    max_params: str | int | None = None
-    tolerance: float = 0.005
-    keep: bool = False
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "sparsity", as_sparsities(self.sparsity))
-        object.__setattr__(self, "held_back", as_kind("held_back", self.held_back, int))
-        object.__setattr__(self, "tolerance", as_kind("tolerance", self.tolerance, float))
-        if self.held_back < 1:
-            raise UsageError(f"--held_back is {self.held_back}: give 1 or more")
-        if not FINEST <= self.tolerance < 1:
-            raise UsageError(
-                f"--tolerance {self.tolerance:g} is outside [{FINEST:g}, 1): it is a difference of sparsities"
-            )
-        if not isinstance(self.keep, bool):
-            raise UsageError(f"--keep {self.keep}: give True or False")
-        if self.target_ppl_ratio is not None and self.max_params is not None:
-            raise UsageError("--target_ppl_ratio and --max_params are both given: a sparsity is sought for one of them")
-        if self.target_ppl_ratio is not None:
-            as_ratio("target_ppl_ratio", self.target_ppl_ratio)
-        if self.max_params is not None:
-            as_parameters("max_params", self.max_params)
-
-    @property
-    def target(self) -> Target | None:
-        """What the sparsity that is sought has to meet; None: none is sought."""
-        if self.target_ppl_ratio is not None:
-            return Target("target_ppl_ratio", as_ratio("target_ppl_ratio", self.target_ppl_ratio))
-        if self.max_params is not None:
-            return Target("max_params", as_parameters("max_params", self.max_params))
-        return None
-
-
-@dataclass(frozen=True)
-class SweepPlan:
-    """A sweep, as far as it is decided before a weight is read.
-
-    Attributes:
-        settings: of all prunings, but for the sparsity.
-        wanted: what else was asked for.
-        jobs: the prunings of the points that are asked for, ascending.
-        folder: of the record and the page.
-    """
-
-    settings: Settings
-    wanted: SweepSettings
-    jobs: list[Job]
-    folder: Path
-
-    @property
-    def most_trials(self) -> int:
-        """Points more that finding the target takes at the most."""
-        if self.wanted.target is None:
-            return 0
-        sparsities = [0.0, *self.wanted.sparsity]
-        widest = max(high - low for low, high in zip(sparsities[:-1], sparsities[1:], strict=True))
-        guesses = 2 if self.wanted.target.flag == "max_params" else 0
-        return guesses + math.ceil(math.log2(max(widest / self.wanted.tolerance, 1)))
-
-    @property
-    def kept_bytes(self) -> int:
-        """Of the checkpoints that stay and are not there yet, trials not counted."""
-        missing = [job for job in self.jobs if self.wanted.keep and not job.folder.is_dir()]
-        return sum(expected_parameters(job) * job.bytes_per_weight for job in missing)
-
-    @property
-    def disk_bytes(self) -> int:
-        """What the sweep takes at the most while it is at work, trials not counted."""
-        return self.kept_bytes + max(job.disk_bytes for job in self.jobs)
-
-    @property
-    def measuring_bytes(self) -> int:
-        """Memory that measuring takes: the largest model, which is the dense one, and the logits of a batch.
-
-        On the CPU that of the process itself is in it.
-        """
-        job, (_, tokens) = self.jobs[0], held_back_shape(self.settings, self.wanted)
-        batch, vocabulary = job.options.batch_size.size, job.config.vocab_size
-        # The logits in the model's dtype; of one window in float32, with their log-probabilities.
-        logits = tokens * vocabulary * (batch * job.bytes_per_weight + 2 * 4)
-        is_host = job.options.device.type == "cpu"
-        own = psutil.Process().memory_info().rss + RUNTIME_BYTES if is_host else 0
-        return own + job.parameters.before["total"] * job.bytes_per_weight + logits
 
 
 @dataclass(frozen=True)
@@ -193,125 +79,6 @@ def sweep(model: str | Path, **settings: Any) -> Swept:
             do.
     """
     return run_sweep(plan_sweep({"base_model": as_kind("base_model", model, str)} | settings))
-
-
-def plan_sweep(given: dict[str, Any]) -> SweepPlan:
-    """Check all that can be checked without weights, and plan.
-
-    Args:
-        given: fields of `SweepSettings` and `Settings`, or parameters of the recipe.
-
-    Raises:
-        UsageError: what was asked for is impossible.
-    """
-    own = {f.name for f in fields(SweepSettings)}
-    wanted = SweepSettings(**{name: value for name, value in given.items() if name in own})
-    others = {name: value for name, value in given.items() if name not in own}
-    if "recipe" in others:
-        others["recipe"] = recipe_name(as_kind("recipe", others["recipe"], str))
-    settings = settings_of(others)
-    if wanted.held_back_datasets is None and is_token_file(settings.datasets):
-        raise UsageError(
-            f"--datasets {settings.datasets} is a token file, which has no further text to hold back: give "
-            "--held_back_datasets"
-        )
-    location = locate(settings.base_model)
-    folder = sweep_folder(settings.save_dir, location.label, **{name: getattr(settings, name) for name in NAMED})
-    jobs = prepare(_settings_of_points(settings, wanted, folder), wanted.sparsity)
-    _, tokens = held_back_shape(settings, wanted)
-    check_seqlen(tokens, "--held_back_datasets" if wanted.held_back_datasets else "--seqlen", jobs[0].config)
-    plan = SweepPlan(settings, wanted, jobs, folder)
-    evaluation_settings(plan)
-    if wanted.max_params is not None:
-        _check_reachable(plan)
-    return plan
-
-
-def _settings_of_points(settings: Settings, wanted: SweepSettings, folder: Path) -> Settings:
-    """Where checkpoints are kept they go where a pruning by itself would put them."""
-    return settings if wanted.keep else replace(settings, save_dir=str(folder / CHECKPOINTS))
-
-
-def held_back_shape(settings: Settings, wanted: SweepSettings) -> tuple[int, int]:
-    """The (M, T) of the held-back text, but for windows that turn out to be the calibration set's.
-
-    Raises:
-        UsageError: a token file that cannot be read.
-    """
-    return calibration_shape(wanted.held_back_datasets or settings.datasets, wanted.held_back, settings.seqlen)
-
-
-def expected_parameters(job: Job) -> int:
-    """Parameters that a job leaves of the model: those of its plan, or else of its budget."""
-    if job.parameters.planned:
-        return job.parameters.planned["total"]
-    return job.parameters.before["total"] - round(job.budget.to_remove)
-
-
-def _check_reachable(plan: SweepPlan) -> None:
-    """Raise UsageError if --max_params lies beyond the sparsities that are asked for, or asks for nothing."""
-    most, dense = plan.wanted.target.value, plan.jobs[0].parameters.before["total"]
-    if most >= dense:
-        raise UsageError(f"--max_params {plan.wanted.max_params}: the dense model has no more, {dense:,}")
-    if (fewest := expected_parameters(plan.jobs[-1])) > most:
-        raise UsageError(
-            f"--max_params {plan.wanted.max_params}: the largest --sparsity, {plan.wanted.sparsity[-1]:g}, leaves "
-            f"{fewest:,}; give --sparsity that goes further"
-        )
-
-
-def describe_sweep(plan: SweepPlan) -> str:
-    """Lines that say what a sweep is going to do: its points, and the memory and the disk that it takes."""
-    jobs, wanted = plan.jobs, plan.wanted
-    before = jobs[0].parameters.before["total"]
-    lines = [f"{'sparsity':>10}  {'parameters':>15}  {'weights':>10}"]
-    for sparsity, left, about in [
-        (0.0, before, ""),
-        *((job.budget.sparsity, expected_parameters(job), "" if job.plan else "about ") for job in jobs),
-    ]:
-        weights = f"{left * jobs[0].bytes_per_weight / 1e9:.3f} GB"
-        lines.append(f"{sparsity or 'dense':>10}  {f'{about}{left:,}':>15}  {weights:>10}")
-    lines += [f"note         {note}" for note in dict.fromkeys(note for job in jobs for note in job.notes)]
-    if wanted.target:
-        lines.append(f"search       {wanted.target.in_words}, to {wanted.tolerance:g}: "
-                     f"at most {plan.most_trials} points more")  # fmt: skip
-    samples, tokens = held_back_shape(plan.settings, wanted)
-    source = wanted.held_back_datasets or f"what is left of {plan.settings.datasets}"
-    host = max(job.memory["host_bytes"] for job in jobs)
-    devices = [job.memory["device_bytes"] for job in jobs if job.memory["device_bytes"]]
-    device = f", device {max(devices) / 1e9:.2f} GB" if devices else ""
-    stays = f"{plan.kept_bytes / 1e9:.3f} GB of checkpoints stay" if wanted.keep else "no checkpoint stays"
-    return "\n".join([
-        *lines,
-        f"measured on  {samples} samples of {tokens} tokens from {source}" + (f"; {wanted.tasks}" * bool(wanted.tasks)),
-        f"peak memory  host {host / 1e9:.2f} GB{device} (expected) while pruning, about "
-        f"{plan.measuring_bytes / 1e9:.2f} GB while measuring",
-        f"disk         {plan.disk_bytes / 1e9:.3f} GB at the most; {stays}",
-        f"page         {plan.folder / PAGE}",
-    ])  # fmt: skip
-
-
-def command_of(script: str, settings: Settings, **more: Any) -> str:
-    """The command of a script with these settings: what is at its default is left out, but for model and recipe.
-
-    Args:
-        script: name of the script.
-        settings: of the pruning, whose sparsity is left out.
-        more: flags beside them, by name; a switch is True.
-    """
-    plain, flags = Settings(recipe=settings.recipe), {"base_model": settings.base_model, **more}
-    flags["recipe"] = settings.recipe
-    if settings.datasets != plain.datasets:  # other texts have another number of samples by default
-        plain = Settings(recipe=settings.recipe, datasets=settings.datasets)
-        flags["datasets"] = settings.datasets
-    for f in fields(Settings):
-        value = getattr(settings, f.name)
-        if f.name not in ("sparsity", "overwrite", "parameters", *flags) and value != getattr(plain, f.name):
-            flags[f.name] = value
-    words = ["python", script]
-    for name, value in (flags | settings.parameters).items():
-        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return shlex.join(words)
 
 
 def run_sweep(plan: SweepPlan, tell: Callable[[dict], None] = lambda _: None) -> Swept:
@@ -440,7 +207,7 @@ class _Sweep:
             return None
         guess = self._interpolated(target.value) if target.flag == "max_params" else None
         while (trial := next_trial(self._sides(target), tolerance, guess)) is not None:
-            settings = _settings_of_points(self._settings, self._wanted, self._plan.folder)
+            settings = settings_of_points(self._settings, self._wanted, self._plan.folder)
             self._point(prepare(settings, [trial])[0], tell)
         near, far = bracket(self._sides(target))
         sparsity = far if target.flag == "max_params" else near
@@ -535,14 +302,6 @@ class _Sweep:
                 left.unlink()
 
 
-def sweep_command(plan: SweepPlan) -> str:
-    """The command of a sweep."""
-    plain = SweepSettings()
-    asked = {name: value for name, value in asdict(plan.wanted).items() if value != getattr(plain, name)}
-    asked["sparsity"] = ",".join(f"{sparsity:g}" for sparsity in plan.wanted.sparsity)
-    return command_of("model_sweep.py", plan.settings, **asked)
-
-
 def draw_held_back(plan: SweepPlan, tokenizer, calibration: CalibrationSet) -> tuple[Tensor, list[dict]]:
     """Windows (M, T) that no calibration window is among, from other rows, and where they come from.
 
@@ -564,21 +323,6 @@ def draw_held_back(plan: SweepPlan, tokenizer, calibration: CalibrationSet) -> t
     if not len(ids):
         raise UsageError(f"{flag}: all of its samples are in the calibration set; give other text")
     return ids, drawn.sources
-
-
-def evaluation_settings(plan: SweepPlan) -> EvaluationSettings:
-    """What every model of the sweep is measured by.
-
-    Raises:
-        UsageError: a value of --tasks or --limit that cannot be.
-    """
-    settings, job = plan.settings, plan.jobs[0]
-    same = {name: getattr(settings, name) for name in ("dtype", "add_bos_token", "data_dir", "seed", "device")}
-    return EvaluationSettings.of(
-        same
-        | {"ppl": "none", "tasks": plan.wanted.tasks, "limit": plan.wanted.limit}
-        | {"batch_size": job.options.batch_size.size}
-    )
 
 
 def _record_at(folder: Path, wanted: dict, overwrite: bool) -> dict | None:

@@ -9,8 +9,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .checks import as_kind
-from .errors import UsageError
+from ..checks import as_kind
+from ..errors import UsageError
 
 # Steps and tolerances that are finer tell nothing: sizes are whole numbers, and perplexities have an error.
 FINEST = 0.001

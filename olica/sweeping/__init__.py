@@ -1,0 +1,1 @@
+"""A sweep over the sparsity: many prunings of one model, each measured."""
