@@ -14,7 +14,6 @@ from copies import Copies, add_flags
 import olica_stopping
 from olica.command_line import run_command
 from olica.errors import UsageError
-from olica.methods.damage import DamageSurvey
 from olica.methods.feed_forward import ThinnedMLP, released_importance
 from olica.methods.moments import full
 from olica.methods.olica import FAST_OND, OlicaParameters, released
@@ -39,21 +38,6 @@ class Step:
     method: Method
 
 
-@dataclass(frozen=True)
-class EachAlone(DamageSurvey):
-    """Damages of every layer by itself, in proportion to its error at all sizes."""
-
-    def complete(self, findings: list[Findings], compared: dict[tuple[int, int], float]) -> list[Findings]:
-        """As if all layers together did what they do one by one, and nothing were known of the smaller size."""
-        trials = self.trials(len(findings))
-        alone = dict.fromkeys(range(2 * len(self.parts)), 0.0)
-        for (_, number), damage in compared.items():
-            if number < len(self.parts):
-                alone[trials[number].variant] += max(damage, 0.0)
-        of_all = {(0, len(self.parts) + variant): damage for variant, damage in alone.items()}
-        return super().complete(findings, compared | of_all)
-
-
 def steps(ridge: float, probes: int) -> Iterator[Step]:
     """The steps, each with what the steps before it have."""
     base = released(OlicaParameters(mlp_num=0), rule=grouped_sparsities)
@@ -69,11 +53,9 @@ def steps(ridge: float, probes: int) -> Iterator[Step]:
     unfitted = replace(values, refit=None)
     yield Step("+ value directions by activations", replace(base, passes=((complete, unfitted), (mlp,))))
     yield Step("+ refit of o_proj", replace(base, passes=((complete, values), (mlp,))))
-    apart = replace(whole, survey=EachAlone(whole.survey.parts, probes))
-    alike = replace(apart, allocate=replace(apart.allocate, is_uniform=True))
-    yield Step("+ sizes by damage, equal in all layers", alike)
-    yield Step("+ sizes by damage, for each layer", apart)
-    yield Step("+ damage of all layers together, at two sizes: olica-plus", whole)
+    equal = replace(whole, allocate=replace(whole.allocate, is_uniform=True))
+    yield Step("+ sizes by damage, equal in all layers", equal)
+    yield Step("+ sizes by damage, for each layer: olica-plus", whole)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -403,7 +403,7 @@ def test_the_heads_error_is_that_of_removing_and_refitting():
     order, dense = np.argsort(energy)[::-1], features @ weight.T
     errors = part.errors(layer)
     assert len(errors) == 5 and errors[0] == 1 and errors[4] == 0
-    assert part.candidates(layer.sizes, 32) == [1, 2, 3, 4] and part.tried_sizes(layer.sizes) == [3, 1]
+    assert part.candidates(layer.sizes, 32) == [1, 2, 3, 4] and part.tried_size(layer.sizes) == 3
     for size in (1, 2, 3):
         kept = np.concatenate([features[:, columns[head]] for head in order[:size]], axis=1)
         fitted = kept @ np.linalg.lstsq(kept, dense, rcond=None)[0]

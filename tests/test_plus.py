@@ -139,7 +139,7 @@ def test_errors_grow_with_what_goes_as_those_of_the_cut_do_at_the_default_ridge(
     part = parts_of(PlusParameters().ridge)[2]
     x = activations["intermediate"].flatten(0, 1).double().numpy()
     dense = x @ layer.weights.down_proj.weight.double().numpy().T
-    tried = part.tried_sizes(layer.sizes)[0]
+    tried = part.tried_size(layer.sizes)
 
     def of_cut(size: int) -> float:
         shape = LayerShape(0, 0, WIDTH, size)
@@ -220,51 +220,39 @@ def test_one_sample_of_48_is_a_probe_unless_the_user_says(given, samples, seen):
     assert plus(PlusParameters(probes=given)).survey.samples(samples) == seen
 
 
-def damage_of(part, size: int, layers: set[int]) -> float:
-    """What a part of some layers of the tiny LLaMA does to its output, run with these layers pruned to a size."""
-    method, model = plus(PlusParameters()), make_llama(num_key_value_heads=2)
-    dense = LayerShape(0, 0, WIDTH, F)
-    plan = [part.shape(dense, Sizes.of(model.config), size) if index in layers else dense for index in range(3)]
-    pruned = make_llama(num_key_value_heads=2)
-    only = replace(method, stream="dense", passes=((part.stage,),))
-    prune_layers(Work(DenseModel(pruned), IDS, only, pruning_options()), plan, [{}] * 3, Progress())
-    with torch.no_grad():
-        expected, changed = (m(IDS).logits[:, 3::4].double().log_softmax(-1) for m in (model, pruned))
-    return (expected.exp() * (expected - changed)).sum(-1).mean().item()
-
-
-def test_the_damages_of_the_sizes_that_are_tried_are_what_they_do_to_the_output():
-    """Those of all layers together; at the larger size each layer has its share by what it does alone."""
-    method = plus(PlusParameters(probes=6))
+def test_the_damage_of_the_size_that_is_tried_is_what_it_does_to_the_output():
+    """Against the dense model run with the layer pruned to that size alone, for all tokens that are compared."""
+    method, model = plus(PlusParameters(probes=6)), make_llama(num_key_value_heads=2)
     found = survey(method, num_key_value_heads=2)
-    for part in method.allocate.parts:
-        larger, smaller = part.tried_sizes(Sizes.of(make_llama(num_key_value_heads=2).config))
-        assert 0 < smaller < larger
-        for size in (larger, smaller):
-            together = sum(layer[part.name][size].item() for layer in found)
-            assert together == pytest.approx(damage_of(part, size, {0, 1, 2}), rel=1e-3)
-        alone = np.array([damage_of(part, larger, {index}) for index in range(3)])
-        damage = np.array([layer[part.name][larger].item() for layer in found])
-        np.testing.assert_allclose(damage / damage.sum(), alone / alone.sum(), rtol=1e-3)
+    sizes = Sizes.of(model.config)
+    for index in range(3):
+        for part in method.allocate.parts:
+            size = part.tried_size(sizes)
+            dense = LayerShape(0, 0, WIDTH, F)
+            plan = [part.shape(dense, sizes, size) if index == layer else dense for layer in range(3)]
+            pruned = make_llama(num_key_value_heads=2)
+            only = replace(method, stream="dense", passes=((part.stage,),))
+            prune_layers(Work(DenseModel(pruned), IDS, only, pruning_options()), plan, [{}] * 3, Progress())
+            with torch.no_grad():
+                expected, changed = (m(IDS).logits[:, 3::4].double().log_softmax(-1) for m in (model, pruned))
+            damage = (expected.exp() * (expected - changed)).sum(-1).mean().item()
+            assert found[index][part.name][size].item() == pytest.approx(damage, rel=1e-3)
 
 
-@pytest.mark.parametrize(("together", "power"), [(1, 2), (2, 2), (1, 0.5), (3, 1)])
-def test_neighbours_of_deep_models_are_tried_together(monkeypatch, together, power):
-    """A group does the damage that its layers do together, divided as their errors are; beyond, it is a power of it."""
+def test_neighbours_of_deep_models_are_tried_together(monkeypatch):
+    """A group does the damage that its layers do together, divided as their errors are."""
     monkeypatch.setattr(damage_module, "MOST_GROUPS", 2)
     method = plus(PlusParameters(probes=2))
-    survey = replace(method.survey, parts=method.allocate.parts[2:])
-    assert [trial.layers for trial in survey.trials(3)] == [2, 3, 3]
-    assert [trial.layers for trial in survey.trials(2)] == [1, 2, 2]
-    findings = [{"mlp": torch.tensor([8.0, 4.0, 2.0, 1.0, 0.0]) * scale, "mlp_tried": torch.tensor([2.0, 4.0]) * scale}
+    assert method.survey.group_size(3) == 2 and method.survey.group_size(2) == 1
+    part = method.allocate.parts[2]
+    findings = [{"mlp": torch.tensor([4.0, 2.0, 0.0]) * scale, "mlp_tried": torch.tensor(2.0 * scale)}
                 for scale in (1, 3, 5)]  # fmt: skip
-    compared = {(0, 0): 0.8, (2, 0): 0.5, (0, 1): 1.3 * together, (0, 2): 1.3 * together * 2**power}
-    for found, at_tried in zip(survey.complete(findings, compared), (0.2, 0.6, 0.5), strict=True):
-        expected = together * at_tried * torch.tensor([4**power, 2**power, 1, 0.5, 0])
-        torch.testing.assert_close(found["mlp"], expected)
-    nothing = [{"mlp": torch.zeros(3), "mlp_tried": torch.zeros(2)} for _ in range(3)]
-    unmoved = {(0, 0): 0.0, (2, 0): -1e-9, (0, 1): 0.0, (0, 2): 0.0}
-    assert not any(found["mlp"].any() for found in survey.complete(nothing, unmoved))
+    survey = replace(method.survey, parts=(part,))
+    damage = survey.complete(findings, {(0, 0): 0.8, (2, 0): 0.5})
+    for found, expected in zip(damage, ([0.4, 0.2, 0], [1.2, 0.6, 0], [1.0, 0.5, 0]), strict=True):
+        torch.testing.assert_close(found["mlp"], torch.tensor(expected))
+    nothing = [{"mlp": torch.zeros(3), "mlp_tried": torch.tensor(0.0)} for _ in range(3)]
+    assert not any(found["mlp"].any() for found in survey.complete(nothing, {(0, 0): 0.0, (2, 0): -1e-9}))
 
 
 @pytest.mark.parametrize(("groups", "layer_groups"), [(4, 1), (2, 2)])
@@ -296,8 +284,7 @@ def test_a_size_that_loses_nothing_says_nothing_of_smaller_ones():
     method = plus(PlusParameters())
     errors, part = torch.tensor([0.0, 0.4, 1e-16, 0.0]), method.allocate.parts[0]
     survey = replace(method.survey, parts=(part,))
-    compared = {(0, 0): 1e-9, (0, 1): 1e-9, (0, 2): 0.3}
-    (found,) = survey.complete([{"query_key": errors, "query_key_tried": torch.tensor([1e-16, 0.4])}], compared)
+    (found,) = survey.complete([{"query_key": errors, "query_key_tried": torch.tensor(1e-16)}], {(0, 0): 1e-9})
     torch.testing.assert_close(found["query_key"], errors)
 
 

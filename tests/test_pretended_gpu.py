@@ -213,8 +213,7 @@ def check_pruning(gpu, monkeypatch, recipe: str = "olica") -> None:
         peaks[cache_dev] = device_peak(record)
         assert 0.5 < peaks[cache_dev] / record["expected_peak_memory"]["device_bytes"] < 1.02
         assert gpu.allocated == 0
-    # States of some samples travel of every part of every layer, and of both sizes of every part of all layers.
-    variants = 3 * LAYERS + 6 if recipe == "olica-plus" else 0
+    variants = 3 * LAYERS if recipe == "olica-plus" else 0  # whose states travel, of some samples each
     states = (SAMPLES + plus(PlusParameters()).survey.samples(SAMPLES) * variants) * TOKENS * 48 * 4
     if recipe == "magnitude":  # no text goes through the layers
         assert peaks["cuda"] == peaks["cpu"]

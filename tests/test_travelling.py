@@ -14,7 +14,7 @@ from olica.machine import BatchSize
 from olica.methods.feed_forward import ThinnedMLP
 from olica.methods.heads import RemovedGroups
 from olica.methods.moments import diagonal, needs
-from olica.methods.recipe import TravellingSurvey, Trial
+from olica.methods.recipe import TravellingSurvey
 from olica.model.configuration_olica import LayerShape
 from olica.outputs import run_progress
 from olica.outputs.survey_store import StoredSurvey
@@ -36,14 +36,13 @@ class Killed(BaseException):
 
 
 class Trying(TravellingSurvey):
-    """Tries every layer, or all of a group, with its last channels only, and with its last heads only; and all layers
-    with their last heads only; keeps the logits.
+    """Tries every layer with its last channels only, and with its last group of heads only; keeps the logits.
 
     Attributes:
         compared: (logits of the dense model, those of a changed one) in the order in which they came.
     """
 
-    stride = STRIDE
+    stride, most_variants = STRIDE, 2
 
     def __init__(self, group: int = 1):
         self.group, self.compared = group, []
@@ -51,8 +50,8 @@ class Trying(TravellingSurvey):
     def samples(self, calibration):
         return min(SAMPLES, calibration)
 
-    def trials(self, layers):
-        return [Trial(0, self.group), Trial(1, self.group), Trial(1, layers)]
+    def group_size(self, layers):
+        return self.group
 
     def needs(self, index, layers):
         return frozenset({diagonal("mlp_input")})
@@ -77,7 +76,7 @@ class Trying(TravellingSurvey):
 
     def complete(self, findings, compared):
         """Finds the means of what was compared, under the names of the variants."""
-        names = {0: "thinner", 1: "fewer", 2: "fewer in all"}
+        names = {0: "thinner", 1: "fewer"}
         completed = [dict(found) for found in findings]
         for (first, number), mean in compared.items():
             completed[first][names[number]] = torch.tensor(mean, dtype=torch.float64)
@@ -92,8 +91,8 @@ def work_of(dense: DenseModel, survey: Trying | None = None) -> Work:
 
 @torch.no_grad()
 def expected_of(model, group: int = 1) -> dict[tuple[int, str] | None, torch.Tensor]:
-    """Logits at every STRIDE-th token of the dense model (None), and of those of which one layer, or all of a group, or
-    all, lack channels or heads, by hooks that silence them."""
+    """Logits at every STRIDE-th token of the dense model (None), and of those of which one layer, or all of a group,
+    lacks channels or heads, by hooks that silence them."""
     config, ids = model.config, IDS[ROWS]
     widths = {"o_proj": config.num_attention_heads * config.head_dim, "down_proj": config.intermediate_size}
     zeros = [{name: np.zeros(width) for name, width in widths.items()}] * LAYERS
@@ -103,13 +102,11 @@ def expected_of(model, group: int = 1) -> dict[tuple[int, str] | None, torch.Ten
         "fewer": {"o_proj": features(np.arange(config.num_key_value_heads - GROUPS), config)},
     }
     found = {None: model(ids).logits[:, STRIDE - 1 :: STRIDE]}
-    trials = [(first, variant, group) for first in range(0, LAYERS, group) for variant in lost]
-    # In the order in which states set out.
-    for first, name, size in [*trials[:2], (0, "fewer in all", LAYERS), *trials[2:]]:
-        indices = lost[name.removesuffix(" in all")]
-        gone = [nothing | (indices if first <= index < first + size else {}) for index in range(LAYERS)]
-        with silenced(model, gone, zeros):
-            found[first, name] = model(ids).logits[:, STRIDE - 1 :: STRIDE]
+    for first in range(0, LAYERS, group):
+        for variant, indices in lost.items():
+            gone = [nothing | (indices if first <= index < first + group else {}) for index in range(LAYERS)]
+            with silenced(model, gone, zeros):
+                found[first, variant] = model(ids).logits[:, STRIDE - 1 :: STRIDE]
     return found
 
 

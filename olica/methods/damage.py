@@ -1,9 +1,7 @@
 """Sizes by what they damage: a survey that measures it, and the plan that does least.
 
-How far the model's output moves is measured for each part of a layer alone, at a size that is tried; and for each part
-of all layers at once, at that size and at a smaller one. For other sizes the damage follows the part's own error, which
-is known for every size: in proportion to it up to the size that is tried, and as a power of it beyond, which the two
-sizes of all layers decide.
+What a size damages is measured once for each part of a layer, by how far the model's output moves when the part gets a
+size that is tried; for other sizes it is taken to grow as the part's own error does, which is known for every size.
 """
 
 from dataclasses import dataclass, replace
@@ -19,7 +17,7 @@ from .linalg import ROUNDING
 from .moments import Statistic
 from .multiplier import Choice, least_damage, merged
 from .parts import LEAST, Part
-from .recipe import Allocate, Cut, Findings, Layer, TravellingSurvey, Trial, needs_of, workspace_of
+from .recipe import Allocate, Cut, Findings, Layer, TravellingSurvey, needs_of, workspace_of
 from .sizes import Budget, Sizes
 
 # Groups of layers that the survey tries, at the most: in deeper models neighbouring layers are tried together.
@@ -30,9 +28,6 @@ STRIDE = 4
 # same share of the time whatever the text, and small texts still tell the sizes apart.
 SAMPLES_PER_PROBE = 48
 FEWEST_PROBES = 4
-# Between these lies the power of its error with which the damage of a part may grow.
-POWERS = (0.1, 4.0)
-HALVINGS = 50
 
 
 def divergence(dense: Tensor, changed: Tensor) -> float:
@@ -54,6 +49,11 @@ class DamageSurvey(TravellingSurvey):
 
     stride = STRIDE
 
+    @property
+    def most_variants(self) -> int:  # type: ignore[override]
+        """See `TravellingSurvey`."""
+        return len(self.parts)
+
     def samples(self, calibration: int) -> int:
         """See `TravellingSurvey`."""
         return min(self.probes or max(calibration // SAMPLES_PER_PROBE, FEWEST_PROBES), calibration)
@@ -63,10 +63,9 @@ class DamageSurvey(TravellingSurvey):
         names = [part.name for part in self.parts]
         return {"ridge": parameters.ridge, "probes": parameters.probes, "parts": names}
 
-    def trials(self, layers: int) -> list[Trial]:
-        """See `TravellingSurvey`: of every part the larger size, of layer after layer; then both sizes, of all."""
-        variants, alone = range(2 * len(self.parts)), self._alone(layers)
-        return [Trial(variant, alone) for variant in variants[::2]] + [Trial(variant, layers) for variant in variants]
+    def group_size(self, layers: int) -> int:
+        """See `TravellingSurvey`."""
+        return ceil(layers / MOST_GROUPS)
 
     def needs(self, index: int, layers: int) -> frozenset[Statistic]:
         """See `Survey`; the stages read the same whatever the sizes."""
@@ -74,21 +73,21 @@ class DamageSurvey(TravellingSurvey):
 
     def workspace(self, sizes: Sizes, shape: LayerShape) -> int:
         """See `Survey`."""
-        cutting = max(workspace_of([stage], sizes, tried) for tried, stage in self.variants(sizes))
+        tried = [(part.stage, shape) for part, (shape, _) in zip(self.parts, self._tried(sizes), strict=True)]
+        cutting = max(workspace_of([stage], sizes, shape) for stage, shape in tried)
         return max(cutting, *(part.workspace(sizes) for part in self.parts))
 
     def __call__(self, layer: Layer, shape: LayerShape | None) -> Findings:
-        """See `Survey`: errors by size, and those of the sizes that are tried."""
+        """See `Survey`: errors by size, and the one of the size that is tried."""
         found: Findings = {}
-        for part in self.parts:
+        for part, (_, size) in zip(self.parts, self._tried(layer.sizes), strict=True):
             errors = part.errors(layer).cpu()
-            found |= {part.name: errors, f"{part.name}_tried": errors[part.tried_sizes(layer.sizes)]}
+            found |= {part.name: errors, f"{part.name}_tried": errors[size]}
         return found
 
     def variants(self, sizes: Sizes) -> list[tuple[LayerShape, Cut]]:
-        """See `TravellingSurvey`: two sizes of each part, all else dense."""
-        dense = LayerShape(0, 0, sizes.head_dim, sizes.intermediate_size)
-        return [(part.shape(dense, sizes, size), part.stage) for part in self.parts for size in part.tried_sizes(sizes)]
+        """See `TravellingSurvey`: one for each part."""
+        return [(shape, part.stage) for part, (shape, _) in zip(self.parts, self._tried(sizes), strict=True)]
 
     def read(self, logits: Tensor) -> Tensor:
         """See `TravellingSurvey`: log-probabilities, float64."""
@@ -99,74 +98,25 @@ class DamageSurvey(TravellingSurvey):
         return divergence(dense, changed)
 
     def complete(self, findings: list[Findings], compared: dict[tuple[int, int], float]) -> list[Findings]:
-        """See `TravellingSurvey`.
-
-        With KL_g of a group of layers that was tried by itself and J, J' of all layers, at the larger and at the
-        smaller size, and a layer's errors e, of which e_1 at the larger size, a layer damages
-
-            d(e) = s KL_g / e_g min(e, e_1) max(e / e_1, 1)^p,    s = J / sum KL_g,
-
-        e_g the sum of the group's e_1. The power p is that at which the sum over the layers is J' at the smaller size.
-        """
+        """See `TravellingSurvey`: an error of e does the damage KL e / e', e' the group's at the sizes tried."""
+        layers = len(findings)
+        size = self.group_size(layers)
         completed: list[Findings] = [{} for _ in findings]
         for number, part in enumerate(self.parts):
-            of_all = len(self.parts) + 2 * number
-            alone = {first: max(damage, 0.0) for (first, trial), damage in compared.items() if trial == number}
-            larger, smaller = (max(compared[0, trial], 0.0) for trial in (of_all, of_all + 1))
-            together = larger / sum(alone.values()) if larger and any(alone.values()) else 1.0
-            tried = torch.stack([found[f"{part.name}_tried"] for found in findings])
-            curves = []
-            for group, damage in zip(tried[:, 0].split(self._alone(len(findings))), alone.values(), strict=True):
-                error = group.sum().item()
+            for first in range(0, layers, size):
+                group = range(first, min(first + size, layers))
+                tried = sum(findings[index][f"{part.name}_tried"].item() for index in group)
                 # Where nothing was lost nothing was measured: a part that loses all counts as one nat then.
-                slope = together * damage / error if error > ROUNDING else 1.0
-                curves += [Curve(slope, own) for own in group.tolist()]
-            power = power_of(curves, tried[:, 1], smaller)
-            for kept, found, curve in zip(completed, findings, curves, strict=True):
-                kept[part.name] = curve.damage(found[part.name], power)
+                per_error = max(compared[first, number], 0.0) / tried if tried > ROUNDING else 1.0
+                for index in group:
+                    completed[index][part.name] = per_error * findings[index][part.name]
         return completed
 
-    @staticmethod
-    def _alone(layers: int) -> int:
-        """How many neighbouring layers, of so many in all, are tried by themselves."""
-        return ceil(layers / MOST_GROUPS)
-
-
-@dataclass(frozen=True)
-class Curve:
-    """How the damage of a part grows with its error.
-
-    Attributes:
-        slope: nats for each unit of the error, up to the error that was tried.
-        tried: that error.
-    """
-
-    slope: float
-    tried: float
-
-    def damage(self, errors: Tensor, power: float) -> Tensor:
-        """In nats, of errors of any shape; beyond the one that was tried it grows as a power of the error."""
-        if self.tried <= ROUNDING:
-            return self.slope * errors
-        return self.slope * errors.clamp(max=self.tried) * (errors / self.tried).clamp(min=1) ** power
-
-
-def power_of(curves: list[Curve], errors: Tensor, damage: float) -> float:
-    """The power, within POWERS, at which layers with such curves and `errors` (L,) do so much damage together.
-
-    It is 1 where the errors are none that a curve has beyond what was tried, or nothing was measured.
-    """
-
-    def together(power: float) -> float:
-        return sum(curve.damage(error, power).item() for curve, error in zip(curves, errors, strict=True))
-
-    low, high = POWERS
-    if not damage or together(low) == together(high):
-        return 1.0
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        low, high = (low, middle) if together(middle) >= damage else (middle, high)
-    return high
+    def _tried(self, layer: Sizes) -> list[tuple[LayerShape, int]]:
+        """For each part the shape of the layer in which it alone is pruned, and its size."""
+        dense = LayerShape(0, 0, layer.head_dim, layer.intermediate_size)
+        sizes = [part.tried_size(layer) for part in self.parts]
+        return [(part.shape(dense, layer, size), size) for part, size in zip(self.parts, sizes, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -37,12 +37,12 @@ class Part(ABC):
 
     Attributes:
         name: in findings.
-        tried: shares of its parameters that it keeps when it is tried, the larger first.
+        tried: share of its parameters that it keeps when it is tried.
         stage: cuts it.
     """
 
     name: str
-    tried: tuple[float, float]
+    tried: float
     stage: Stage
 
     @abstractmethod
@@ -65,16 +65,11 @@ class Part(ABC):
     def workspace(self, sizes: Sizes) -> int:
         """Bytes that `errors` takes."""
 
-    def tried_sizes(self, layer: Sizes) -> list[int]:
-        """The sizes that are tried: of those with no more than the share of the parameters the largest."""
+    def tried_size(self, layer: Sizes) -> int:
+        """The size that is tried: of those with no more than the share `tried` of the parameters the largest."""
         *smaller, dense = self.candidates(layer, 1)
-
-        def largest(share: float) -> int:
-            most = share * self.parameters(layer, dense)
-            fits = (size for size in smaller if self.parameters(layer, size) <= most)
-            return max(fits, default=(smaller or [dense])[0])
-
-        return [largest(share) for share in self.tried]
+        most = self.tried * self.parameters(layer, dense)
+        return max((size for size in smaller if self.parameters(layer, size) <= most), default=(smaller or [dense])[0])
 
 
 def multiples(dense: int, below: int, round_to: int) -> list[int]:
@@ -97,7 +92,7 @@ class QueryKey(Part):
     stage: LowRankQueryKey
 
     name = "query_key"
-    tried = (0.6, 0.3)
+    tried = 0.6
 
     def candidates(self, layer: Sizes, round_to: int) -> list[int]:
         """See `Part`."""
@@ -143,7 +138,7 @@ class ValueOutput(Part):
     stage: NarrowedHeads
 
     name = "value_output"
-    tried = (0.75, 0.4)
+    tried = 0.75
 
     def candidates(self, layer: Sizes, round_to: int) -> list[int]:
         """See `Part`."""
@@ -176,7 +171,7 @@ class FeedForward(Part):
     stage: ThinnedMLP
 
     name = "mlp"
-    tried = (0.7, 0.35)
+    tried = 0.7
 
     def candidates(self, layer: Sizes, round_to: int) -> list[int]:
         """See `Part`."""
@@ -232,7 +227,7 @@ class Heads(Part):
     counts: tuple[int, ...]
 
     name = "heads"
-    tried = (0.75, 0.4)
+    tried = 0.75
 
     def candidates(self, layer: Sizes, round_to: int) -> list[int]:
         """See `Part`."""

@@ -80,43 +80,28 @@ class Survey(ABC):
         """Findings of a layer; `shape` are its sizes planned so far, None where the findings decide them."""
 
 
-@dataclass(frozen=True)
-class Trial:
-    """A variant that takes the place of neighbouring layers.
-
-    Attributes:
-        variant: its number.
-        layers: how many of them it replaces at once.
-    """
-
-    variant: int
-    layers: int
-
-    def first(self, index: int) -> int:
-        """The first of the layers that are replaced together with layer `index`."""
-        return index - index % self.layers
-
-
 class TravellingSurvey(Survey):
     """A survey that measures what a change of a layer does to the model's output.
 
     Variants of every layer are run on a few samples of the calibration set; their outputs travel through the dense
-    layers that follow, and the findings are completed when all have reached the end. A trial replaces some neighbouring
-    layers at once by one of their variants, first those at the beginning of the model, then those that follow.
+    layers that follow, and the findings are completed when all have reached the end. Layers may form groups, of which
+    all are replaced at once, so that deep models have no more variants than others.
 
     Attributes:
         stride: the logits of every so many tokens of a sample are compared.
+        most_variants: how many variants a layer has at the most, from which memory is foreseen.
     """
 
     stride: int
+    most_variants: int
 
     @abstractmethod
     def samples(self, calibration: int) -> int:
         """n, how many of so many samples of the calibration set the variants see."""
 
-    @abstractmethod
-    def trials(self, layers: int) -> list[Trial]:
-        """What is tried of so many layers."""
+    def group_size(self, layers: int) -> int:
+        """How many neighbouring layers, of so many in all, form a group."""
+        return 1
 
     @abstractmethod
     def variants(self, sizes: Sizes) -> list[tuple[LayerShape, Cut]]:
@@ -134,8 +119,8 @@ class TravellingSurvey(Survey):
     def complete(self, findings: list[Findings], compared: dict[tuple[int, int], float]) -> list[Findings]:
         """The findings of all layers.
 
-        `compared` are the means over the samples of `compare`, by the index of the first layer that was replaced and
-        the number of the trial.
+        `compared` are the means over the samples of `compare`, by the index of the first layer of a group and the
+        number of the variant that all of its layers had.
         """
 
 
@@ -192,7 +177,10 @@ class Allocate(ABC):
         return {}
 
     def damage(self, sizes: list[Sizes], plan: list[LayerShape], findings: list[Findings]) -> list[float] | None:
-        """What its sizes damage in each layer, in nats of KL(dense || pruned); None where the survey does not say."""
+        """What its sizes damage in each layer, in nats of KL(dense || pruned); None where the survey does not say.
+
+        Each layer's is as if it alone were pruned.
+        """
         return None
 
     def notes(self, sizes: list[Sizes], budget: Budget) -> list[str]:

@@ -124,9 +124,9 @@ def _travelling(task: Task) -> int:
     survey, layers = task.method.survey, task.config.num_hidden_layers
     if not isinstance(survey, TravellingSurvey):
         return 0
-    travelling = sum(ceil(layers / trial.layers) for trial in survey.trials(layers))
+    variants = survey.most_variants * ceil(layers / survey.group_size(layers))
     samples, tokens = task.processes.most_of(survey.samples(task.ids_shape[0])), task.ids_shape[1]
-    return travelling * samples * tokens * task.config.hidden_size * task.itemsize
+    return variants * samples * tokens * task.config.hidden_size * task.itemsize
 
 
 def _trials(task: Task) -> int:

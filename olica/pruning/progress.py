@@ -17,7 +17,8 @@ class Surveyed:
     Attributes:
         findings: of the layers that are surveyed.
         hidden: states (N, T, D) that enter the next layer; None where nothing travels, or all are surveyed.
-        travelling: states (n, T, D) of the trials, by the index of the first layer that each replaces and its number.
+        travelling: states (n, T, D) of the variants that were tried, by the index of the first layer of their group and
+            their number.
     """
 
     findings: list[Findings] = field(default_factory=list)

@@ -83,18 +83,18 @@ def survey_layers(work: Work, plan: list[LayerShape] | None, progress: SurveyPro
 
 
 class Probes:
-    """Trials of variants of the layers, whose outputs travel through the dense layers that follow.
+    """Variants of the layers, whose outputs travel through the dense layers that follow.
 
     Attributes:
         shares: for every process the samples that its variants see.
         own_rows: (n,) of these the process's own, among its samples.
-        states: (n, T, D) of every trial, by the index of the first layer that it replaces and its number.
+        states: (n, T, D) of every variant, by the index of the first layer of its group and its number.
     """
 
     def __init__(self, survey: TravellingSurvey, work: Work):
         self.states: dict[tuple[int, int], Tensor] = {}
         self._survey, self._dense, self._options = survey, work.dense, work.options
-        self._trials = survey.trials(work.dense.config.num_hidden_layers)
+        self._group = survey.group_size(work.dense.config.num_hidden_layers)
         samples, processes = len(work.calibration_ids), work.options.processes
         self.shares = probe_rows(work, survey.samples(samples))
         first = processes.rows_of(processes.index, samples).start
@@ -107,8 +107,8 @@ class Probes:
         self.states = {key: state.to(self._options.cache_device) for key, state in states.items()}
 
     def begins(self, index: int) -> bool:
-        """Whether the layer is the first that a trial replaces."""
-        return any(trial.first(index) == index for trial in self._trials)
+        """Whether the layer is the first of a group."""
+        return index % self._group == 0
 
     def tasks(self, index: int, layer: nn.Module, seen: Layer) -> list[Callable[[], Weights]]:
         """What computes the weights of the variants of a layer."""
@@ -121,31 +121,27 @@ class Probes:
     def advance(
         self, index: int, layer: nn.Module, call: dict, variants: list[Weights], entering: Tensor | None
     ) -> None:
-        """Send the states of trials that replace this layer through its variants, all others through the dense layer.
+        """Send the variants of other groups through the dense layer `index`, and those of its own through its variants.
 
-        `entering` (n, T, D) are the states that enter the first layer that a trial replaces.
+        `entering` (n, T, D) are the states that enter the first layer of a group.
         """
-        config, batch_size = self._dense.config, self._options.batch_size
-        for (first, number), state in self.states.items():
-            if first != self._trials[number].first(index):
+        config, batch_size, first = self._dense.config, self._options.batch_size, index - index % self._group
+        for (other, _), state in self.states.items():
+            if other != first:
                 propagate(layer, state, call, batch_size)
         shared = {id(tensor): tensor for tensor in (*layer.parameters(), *layer.buffers())}
-        for variant, (shape, weights) in enumerate(zip(self._shapes, variants, strict=True)):
-            replacing = copy.deepcopy(layer, dict(shared))  # modules of its own, but for what is replaced no weight
-            put(replacing, config, shape, weights)
-            for number, trial in enumerate(self._trials):
-                if trial.variant != variant:
-                    continue
-                first = trial.first(index)
-                if index == first:
-                    self.states[first, number] = entering.clone()
-                propagate(replacing, self.states[first, number], call, batch_size)
+        for number, (shape, weights) in enumerate(zip(self._shapes, variants, strict=True)):
+            variant = copy.deepcopy(layer, dict(shared))  # its modules are its own, but for what is replaced no weight
+            put(variant, config, shape, weights)
+            if index == first:
+                self.states[first, number] = entering.clone()
+            propagate(variant, self.states[first, number], call, batch_size)
 
     def complete(self, found: list[Findings], hidden: Tensor) -> list[Findings]:
-        """The findings, completed by how far the logits of all trials are from those of the dense model."""
+        """The findings, completed by how far the logits of all variants are from those of the dense model."""
         survey, tokens, processes = self._survey, self._tokens, self._options.processes
-        for (first, number), state in self.states.items():
-            check_trial(state, range(len(found))[first : first + self._trials[number].layers])
+        for (first, _), state in self.states.items():
+            check_trial(state, range(len(found))[first : first + self._group])
         positions = torch.arange(min(survey.stride, tokens) - 1, tokens, survey.stride)
         compared: list[dict[tuple[int, int], float]] = []  # of every sample
         with reading_logits(self._dense, positions, self._options.device) as logits:
