@@ -211,28 +211,38 @@ def _prune_and_save(job: Job, folder: RunFolder | None) -> dict:
 
     def save() -> dict:
         with stages.stage("write"):
-            after = checkpoint.complete(
-                folder, progress, dense, _skeleton(job, dense, plan), tokenizer, settings.shard_bytes
-            )
+            skeleton = _skeleton(job, dense, plan)
+            after = checkpoint.complete(folder, progress, dense, skeleton, tokenizer, settings.shard_bytes)
         record = _make_record(job, calibration, plan, {"before": before, "after": after}) | {
             "model": describe_source(job.location, job.config) | {"licence": licence},
             "identity": identity.digest_of(what),
-            "damage": job.method.allocate.damage(job.sizes, plan, findings),
-            "multiple_correlation": [
-                found["correlation"].item() if "correlation" in found else None for found in findings
-            ],
+            **_found(job, plan, findings),
             "survey": survey.described(),
-            "went_on_after": folder.interruptions,
             "stages": stages.rows,
-            "weight_bytes_on_disk": folder_weight_bytes(folder.checkpoint),
         }
-        with folder.in_words():
-            records.write_record(folder.checkpoint / records.PRUNING_RECORD, record)
-            write_card(folder.checkpoint, record)
-        folder.publish()
-        return record
+        return _publish(folder, record)
 
     return on_main(save)
+
+
+def _found(job: Job, plan: list[LayerShape], findings: list[Findings]) -> dict:
+    """What a record says of the findings."""
+    correlations = [found["correlation"].item() if "correlation" in found else None for found in findings]
+    damage = job.method.allocate.damage(job.sizes, plan, findings)
+    return {"damage": damage, "multiple_correlation": correlations}
+
+
+def _publish(folder: RunFolder, record: dict) -> dict:
+    """Put a complete checkpoint in its place, with its record, which is returned, and its card."""
+    record |= {
+        "went_on_after": folder.interruptions,
+        "weight_bytes_on_disk": folder_weight_bytes(folder.checkpoint),
+    }
+    with folder.in_words():
+        records.write_record(folder.checkpoint / records.PRUNING_RECORD, record)
+        write_card(folder.checkpoint, record)
+    folder.publish()
+    return record
 
 
 def _begin(job: Job, folder: RunFolder, what: dict, layers_prefix: str) -> RunProgress:

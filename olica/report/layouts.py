@@ -11,7 +11,7 @@ from ..evaluation.paired import compare
 from ..model.layouts import OWN_LAYOUT
 from .methods import ratio_in_words
 from .runs import Results, Run, protocol
-from .tables import markdown, perplexity
+from .tables import markdown, percent, perplexity
 
 FOLDER = "layouts"
 # Records of speed, by what ran the models.
@@ -35,7 +35,7 @@ def table(results: Results) -> str | None:
     for run in sorted(runs, key=lambda run: (run.sparsity, order.index(_layout(run)))):
         compared = compare(run.result, dense.result)["perplexity"]
         widths = [shape["intermediate_size"] for shape in run.pruning["plan"]]
-        cells = [f"{100 * run.sparsity:.4g}%", _layout(run), f"{run.result['parameters']['total']:,}"]
+        cells = [percent(run.sparsity), _layout(run), f"{run.result['parameters']['total']:,}"]
         cells += [f"{min(widths)} to {max(widths)}" if len(set(widths)) > 1 else f"{widths[0]}"]
         rows.append(cells + [ratio_in_words([compared[text]]) for text in texts] + _speeds(read, run))
     notes = [

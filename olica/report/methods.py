@@ -12,7 +12,7 @@ from pathlib import Path
 from ..evaluation.paired import compare
 from ..outputs.names import RECIPES_OWN, recipe_in_words
 from .runs import Results, Run, protocol
-from .tables import Measured, markdown, mean_accuracy, perplexity
+from .tables import Measured, markdown, mean_accuracy, percent, perplexity
 
 FOLDER = "methods"
 # What others are measured by: the better of these, at the same size and with the same text.
@@ -203,7 +203,7 @@ def _repairs(mix: Mix) -> str | None:
 def _asked(size: tuple[float, str]) -> str:
     """The sparsity that was asked for, in words."""
     sparsity, of = size
-    share = f"{100 * sparsity:.4g}%"
+    share = percent(sparsity)
     return share if of == "model" else f"{share} of the layers"
 
 

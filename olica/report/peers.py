@@ -13,7 +13,7 @@ from pathlib import Path
 from ..evaluation.paired import PAPER_METRIC, compare
 from .methods import ratio_in_words
 from .runs import Results, Run, limited, origin
-from .tables import TASKS, Measured, markdown, perplexity
+from .tables import TASKS, Measured, markdown, percent, perplexity
 
 FOLDER = "peers_as_shipped"
 LONG = "long"
@@ -89,14 +89,10 @@ def table(results: Results) -> str | None:
         rows += [_peer_row(recorded, run) for run in recorded.peers if run.sparsity == sparsity]
         for failed in recorded.failures:
             if failed["sparsity"] == sparsity:
-                names = [_share(sparsity), failed["peer"], ", ".join(failed["packages"]), "", "not run"]
+                names = [percent(sparsity), failed["peer"], ", ".join(failed["packages"]), "", "not run"]
                 rows.append(names + [""] * (len(header) - len(names)))
         rows += [_our_row(recorded, runs) for runs in recorded.ours if runs[0].sparsity == sparsity]
     return markdown("Pruners of other people, as they ship", header, rows, _notes(recorded))
-
-
-def _share(sparsity: float) -> str:
-    return f"{100 * sparsity:.4g}%"
 
 
 def _dense_row(recorded: Recorded) -> list[str]:
@@ -124,7 +120,7 @@ def _row(recorded: Recorded, runs: list[Run], version: str) -> list[str]:
     first = runs[0]
     compared = [compare(run.result, recorded.dense.result) for run in runs]
     tokens = first.pruning["calibration"]
-    cells = [_share(first.sparsity), first.recipe, version]
+    cells = [percent(first.sparsity), first.recipe, version]
     cells += [f"{tokens['ids'][0] * tokens['ids'][1]:,}" if tokens else "none"]
     cells += [f"{first.result['parameters']['total']:,}"]
     cells += [_ratio([row["perplexity"].get(text) for row in compared]) for text in recorded.texts]
@@ -171,7 +167,7 @@ def _notes(recorded: Recorded) -> list[str]:
         lines.append(f"Tasks: {scored['harness']}, {limited(scored['limit'])}, no examples.")
     lines += dict.fromkeys(f"{run.pruning['package']} ran with {_packages(run)}." for run in recorded.peers)
     lines += [
-        f"Not run: {failed['peer']}, {_share(failed['sparsity'])}; step {failed['step']}: `{failed['error']}`"
+        f"Not run: {failed['peer']}, {percent(failed['sparsity'])}; step {failed['step']}: `{failed['error']}`"
         for failed in recorded.failures
     ]
     ours = [run for runs in recorded.ours for run in runs]

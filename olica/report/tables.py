@@ -79,6 +79,11 @@ def markdown(title: str, header: list[str], rows: list[list[str]], notes: list[s
     return "\n".join([f"### {title}", "", *lines, "", *notes])
 
 
+def percent(share: float) -> str:
+    """A sparsity as tables have it, with no more digits than were asked for."""
+    return f"{100 * share:.4g}%"
+
+
 def quality(results: Results, table: int) -> str | None:
     """Tables 2, 3 and 7: perplexity and accuracies, dense and at the table's sparsities."""
     dense = results.run("tables/dense")
