@@ -265,7 +265,8 @@ def _prepare(settings: Settings, processes: Processes) -> Job:
     shapes = plan or [dense_shape(sizes[0])] * len(sizes)
     itemsize = bytes_per_weight(location, config, settings.dtype)
     streamed = is_streamed(location)
-    task = Task(config, dense["total"], frozenset(shapes), ids_shape, itemsize, method, streamed, processes)
+    is_mapped = not location.gguf_file
+    task = Task(config, dense["total"], frozenset(shapes), ids_shape, itemsize, method, streamed, is_mapped, processes)
     if settings.batch_size == "auto":
         fit_batch_size(task, options)
         options.batch_size.size = min(processes.all_of(options.batch_size.size))

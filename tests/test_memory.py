@@ -25,7 +25,7 @@ def task() -> Task:
     config = make_llama(hidden_size=1024, intermediate_size=2048, num_attention_heads=16, num_hidden_layers=2).config
     plan, _ = allocate("olica", config, 26 * 10**6, 0.2, 3.0)
     shapes = frozenset({replace(plan[0], correction_rank=30)})
-    return Task(config, 10**9, shapes, (256, 128), 4, as_method("olica"), is_streamed=True)
+    return Task(config, 10**9, shapes, (256, 128), 4, as_method("olica"), is_streamed=True, is_mapped=True)
 
 
 def test_expected_peaks_grow_with_what_they_should(task):
@@ -39,6 +39,14 @@ def test_expected_peaks_grow_with_what_they_should(task):
     assert expected_peaks(replace(task, itemsize=2), options)["host_bytes"] < base["host_bytes"]
     larger = expected_peaks(task, pruning_options(batch_size=BatchSize(64)))
     assert larger["host_bytes"] > base["host_bytes"]
+
+
+def test_what_is_read_of_a_mapped_file_counts_twice(task):
+    """Where the embedding is what takes most; a GGUF file is read piece by piece."""
+    large = LlamaConfig(**(task.config.to_dict() | {"vocab_size": 10**6}))
+    tasks = [replace(task, config=large, is_mapped=is_mapped) for is_mapped in (True, False)]
+    mapped, read = (expected_peaks(task, pruning_options())["host_bytes"] for task in tasks)
+    assert mapped - read == pytest.approx(10**6 * 1024 * 4, rel=0.01)
 
 
 def test_of_several_processes_each_has_a_share_of_the_states_and_the_first_holds_all_once(task):
@@ -103,7 +111,7 @@ def test_thirty_billion_parameters_fit_a_small_gpu(monkeypatch):
         shapes = frozenset({plan[0], replace(plan[0], correction_rank=int(0.03 * hidden))})
         options = pruning_options(batch_size=BatchSize(16), device=gpu, cache_device=cpu)
         for method in (as_method("olica", mlp_num=6), as_method("flap"), as_method("magnitude")):
-            task = Task(config, int(parameters), shapes, (256, 128), 2, method, is_streamed=True)
+            task = Task(config, int(parameters), shapes, (256, 128), 2, method, is_streamed=True, is_mapped=True)
             assert expected_peaks(task, options)["device_bytes"] < most
 
 

@@ -57,6 +57,7 @@ class Task:
         itemsize: bytes of a weight.
         method: what is computed.
         is_streamed: whether the weights are read layer by layer, not as a whole.
+        is_mapped: whether a weight that is read is in memory twice, as a part of a mapped file and as a copy.
         processes: how many share the samples; all that is said is of the one with most of them.
     """
 
@@ -67,6 +68,7 @@ class Task:
     itemsize: int
     method: Method
     is_streamed: bool
+    is_mapped: bool
     processes: Processes = ALONE
 
     @property
@@ -185,7 +187,8 @@ def peaks_beside(resident: int, task: Task, options: PruningOptions) -> dict[str
     passes = layers + whole + demand.states + (0 if on_gpu else working)  # states of a GPU come by to be written
     if task.processes.count > 1:  # the first gathers those of all, to write them
         passes += task.processes.count * demand.states
-    edges = whole + 2 * demand.embedding + (demand.states if on_host else 0)
+    embedding = (2 if task.is_mapped else 1) * demand.embedding
+    edges = whole + embedding + (demand.states if on_host else 0)
     return {
         "host_bytes": resident + RUNTIME_BYTES + max(passes, edges),
         "device_bytes": 2 * demand.layer + working + (0 if on_host else demand.states) if on_gpu else None,
