@@ -79,10 +79,15 @@ dense() {
 # folder_of FLAGS...: the folder below which `pruned` has the checkpoint.
 folder_of() { echo "$SAVE_DIR/${RECORDS##*/}$(printf '%s' "$*" | tr -cs 'A-Za-z0-9._+' '-')"; }
 
+# pruning_of FLAGS...: all flags of a pruning that decide what comes of it.
+pruning_of() {
+    echo "--base_model $MODEL --datasets $DATASETS --num_samples $NUM_SAMPLES --sparsity_of $SPARSITY_OF $*"
+}
+
 # pruned NAME MEASURES FLAGS...: prune with these flags, unless that is done for another table, and measure the result.
 pruned() {
     local out=$RECORDS/$1 measures=$2; shift 2
-    local pruning="--base_model $MODEL --datasets $DATASETS --num_samples $NUM_SAMPLES --sparsity_of $SPARSITY_OF $*"
+    local pruning; pruning=$(pruning_of "$@")
     local flags="$pruning --dtype $DTYPE $measures" keep=${KEEP:-yes}
     recorded "$flags" "$out/flags" "$out/evaluation.json" "$out/pruning.json" && return
     recorded_before "$flags" "$out" && return

@@ -6,18 +6,20 @@
 #   RECIPE          which (olica-plus)
 #   PPL             corpora (wikitext2,c4)
 #   OLICA_LLAMA_CPP what scripts/llama_cpp.sh made (without it llama.cpp is left out)
-# Sizes are no multiples of anything, so that all are equal: speed is that of such sizes.
-# Memory and time: SmolLM2 on 2 cores: 1.6 GB and 40 minutes with WINDOWS=512; speed wants the machine for itself.
+# Sizes are no multiples of anything, so that all are equal: speed is that of such sizes, in llama.cpp in float16. In Q8_0
+# it is that of the layouts' own sizes, multiples of 32, at the first sparsity.
+# Memory and time: SmolLM2 on 2 cores: 1.6 GB and an hour with WINDOWS=256; speed wants the machine for itself.
 KEEP=yes  # what is timed
 source "$(dirname "$0")/common.sh"
 use "${MODEL:-7b}"
 measures="--ppl ${PPL:-wikitext2,c4} ${WINDOWS:+--ppl_windows $WINDOWS}"
 recipe=${RECIPE:-olica-plus}
+SPARSITIES=${SPARSITIES:-0.2 0.33}
 out=$RECORDS/layouts
 
 dense layouts/dense "$measures"
 checkpoints=()
-for sparsity in ${SPARSITIES:-0.2 0.33}; do
+for sparsity in $SPARSITIES; do
     for layout in olica stock deci; do
         flags=(--recipe "$recipe" --sparsity "$sparsity" --seed 0 --round_to 1 --layout "$layout")
         # Where a record is there without its checkpoint, both are made again.
@@ -28,13 +30,27 @@ for sparsity in ${SPARSITIES:-0.2 0.33}; do
 done
 $PYTHON benchmarks/generation_speed.py --dense "$MODEL" --checkpoints "${checkpoints[@]}" --dtype "$DTYPE" \
     --device "$DEVICE" --output_path "$out/generation_speed.json"
-if [ -n "${OLICA_LLAMA_CPP:-}" ]; then
-    files=()
-    for checkpoint in "$MODEL" "${checkpoints[@]}"; do
+
+# timed TYPE CHECKPOINT...: the speed of the dense model and of what llama.cpp can read of these, as files of a type.
+timed() {
+    local type=$1 files=() checkpoint; shift
+    for checkpoint in "$MODEL" "$@"; do
         case $checkpoint in *_layout-* | "$MODEL") ;; *) continue ;; esac
-        files+=("$SAVE_DIR/${RECORDS##*/}-gguf/$(basename "$checkpoint").gguf")
-        [ -f "${files[-1]}" ] || $PYTHON model_export.py "$checkpoint" --gguf f16 --output_path "${files[-1]}"
+        files+=("$SAVE_DIR/${RECORDS##*/}-gguf-$type/$(basename "$checkpoint").gguf")
+        [ -f "${files[-1]}" ] || $PYTHON model_export.py "$checkpoint" --gguf "$type" --output_path "${files[-1]}"
     done
-    $PYTHON scripts/llama_cpp_speed.py "${files[@]}" --output_path "$out/llama_cpp_speed.json"
+    $PYTHON scripts/llama_cpp_speed.py "${files[@]}" --output_path "$out/llama_cpp_speed_$type.json"
+}
+
+if [ -n "${OLICA_LLAMA_CPP:-}" ]; then
+    timed f16 "${checkpoints[@]}"
+    rounded=()
+    for layout in stock deci; do
+        flags=(--recipe "$recipe" --sparsity "${SPARSITIES%% *}" --seed 0 --layout "$layout")
+        folder=$(folder_of "${flags[@]}")
+        recorded "$(pruning_of "${flags[@]}")" "$folder/flags" || prune "$folder" "$(pruning_of "${flags[@]}")"
+        rounded+=("$(echo "$folder"/*/)")
+    done
+    timed q8_0 "${rounded[@]}"
 fi
 report layouts

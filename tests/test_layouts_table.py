@@ -39,17 +39,19 @@ def test_layouts_stand_in_order_beside_the_dense_model(record):
     write(record, "generation_speed.json", models=models, settings=settings)
     files = [{"file": "smollm2.gguf"} | speed(1), {"file": "smollm2_stock.gguf"} | speed(0.7)]
     versions = {"llama.cpp": "v7"}
-    write(record, "llama_cpp_speed.json", files=files, settings=settings | {"threads": 1}, read_by=versions)
+    write(record, "llama_cpp_speed_f16.json", files=files, settings=settings | {"threads": 1}, read_by=versions)
     text = layouts.table(record.results)
     header, *rows = cells(text)
-    assert header[-4:] == [f"{stage}, {engine}" for engine in ("transformers", "llama.cpp") for stage in layouts.STAGES]
+    assert header[-4:] == [
+        f"{stage}, {engine}" for engine in ("transformers", "llama.cpp, float16") for stage in layouts.STAGES
+    ]
     assert [row[1] for row in rows] == ["dense", "olica", "stock", "deci"]
     assert [row[3] for row in rows] == ["", "7 to 9", "8", "6 to 10"]
     assert [row[4][:4] for row in rows] == ["20.0", "1.50", "2.50", "2.00"]
     assert [row[5] for row in rows] == ["1,500 tokens/s", "0.90", "0.80", ""]
     assert [row[-1] for row in rows] == ["1,500 tokens/s", "", "0.70", ""]
     assert "transformers: 128 tokens, continued by 32, medians of 9 rounds, threads: 8." in text
-    assert "llama.cpp v7: 128 tokens, continued by 32, medians of 9 rounds, threads: 1." in text
+    assert "llama.cpp, float16 (v7): 128 tokens, continued by 32, medians of 9 rounds, threads: 1." in text
 
 
 def test_without_speeds_or_runs_there_is_less(record, tmp_path):

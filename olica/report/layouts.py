@@ -15,7 +15,11 @@ from .tables import markdown, percent, perplexity
 
 FOLDER = "layouts"
 # Records of speed, by what ran the models.
-SPEEDS = {"transformers": "generation_speed.json", "llama.cpp": "llama_cpp_speed.json"}
+SPEEDS = {
+    "transformers": "generation_speed.json",
+    "llama.cpp, float16": "llama_cpp_speed_f16.json",
+    "llama.cpp, Q8_0": "llama_cpp_speed_q8_0.json",
+}
 STAGES = ("prefill", "decode")
 
 
@@ -41,12 +45,12 @@ def table(results: Results) -> str | None:
     notes = [
         "Perplexity of the dense model, of the others the ratio to it with its paired error; channels of an MLP, over "
         "the layers. Speed: the time as a share of the dense model's, which took what its row says, one sequence at a "
-        "time; in each engine all models had their turn in every round of one process. llama.cpp ran float16 files of "
-        "what it can read."
+        "time; in each engine all models had their turn in every round of one process. llama.cpp ran files of what it "
+        "can read; those in Q8_0 have other sizes than their row says: those of the layouts' default, multiples of 32."
     ]
     for engine, record in read.items():
         settings, machine = record["settings"], record["environment"]
-        version = f" {record['read_by']['llama.cpp']}" if "read_by" in record else ""
+        version = f" ({record['read_by']['llama.cpp']})" if "read_by" in record else ""
         notes.append(
             f"{engine}{version}: {settings['prompt_tokens']} tokens, continued by {settings['new_tokens']}, medians of "
             f"{settings['repeats']} rounds, threads: {settings.get('threads', machine['cpu_threads'])}."
