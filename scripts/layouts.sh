@@ -47,8 +47,8 @@ if [ -n "${OLICA_LLAMA_CPP:-}" ]; then
     rounded=()
     for layout in stock deci; do
         flags=(--recipe "$recipe" --sparsity "${SPARSITIES%% *}" --seed 0 --layout "$layout")
-        folder=$(folder_of "${flags[@]}")
-        recorded "$(pruning_of "${flags[@]}")" "$folder/flags" || prune "$folder" "$(pruning_of "${flags[@]}")"
+        folder=$(folder_of "${flags[@]}") pruning=$(pruning_of "${flags[@]}")
+        recorded "$pruning" "$folder/flags" || prune "$folder" "$pruning"
         rounded+=("$(echo "$folder"/*/)")
     done
     timed q8_0 "${rounded[@]}"

@@ -7,9 +7,11 @@ import pytest
 import torch
 from conftest import allocate, as_method, make_llama, pruning_options
 from safetensors.torch import save_file
+from tiny_families import make_family
+from tiny_gguf import GGUF_SIZES, write_gguf
 from transformers import LlamaConfig
 
-from olica.jobs import dense_shape
+from olica.jobs import dense_shape, prepare, settings_of
 from olica.machine import BatchSize
 from olica.methods.moments import total
 from olica.methods.sizes import Sizes
@@ -47,6 +49,16 @@ def test_what_is_read_of_a_mapped_file_counts_twice(task):
     tasks = [replace(task, config=large, is_mapped=is_mapped) for is_mapped in (True, False)]
     mapped, read = (expected_peaks(task, pruning_options())["host_bytes"] for task in tasks)
     assert mapped - read == pytest.approx(10**6 * 1024 * 4, rel=0.01)
+
+
+def test_a_gguf_file_is_not_mapped(tmp_path):
+    model = make_family("llama", peculiar=False, **GGUF_SIZES)
+    model.save_pretrained(tmp_path / "tiny")
+    write_gguf(model, "llama", tmp_path / "tiny.gguf")
+    asked = {"datasets": "c4", "device": "cpu", "recipe": "magnitude"}
+    for name, is_mapped in (("tiny", True), ("tiny.gguf", False)):
+        (job,) = prepare(settings_of(asked | {"base_model": str(tmp_path / name)}), [0.2])
+        assert job.task.is_streamed and job.task.is_mapped == is_mapped
 
 
 def test_of_several_processes_each_has_a_share_of_the_states_and_the_first_holds_all_once(task):
