@@ -4,6 +4,7 @@
 # Command: OLICA_PEERS=peer_environments MODEL=smollm2 DATASETS=data/ids.safetensors bash benchmarks/peers.sh; variables in
 #   scripts/common.sh, DATASETS being one token file (docs/models-and-texts.md), and
 #   OLICA_PEERS  folder of the environments and logs (no default)
+#   TORCH        version of torch in them (2.13.0)
 #   PEERS        which (those of benchmarks/peers/prune.py)
 #   OURS         recipes of ours to measure too (olica olica-grouped olica-plus; or none)
 #   TEXTS        what two more calibration sets of ours are drawn from, by the seeds 1 and 2 (none: there are no more)
@@ -35,14 +36,15 @@ long_batch=1  # window at a time, whose logits take 0.4 GB
 # packages PEER: what pip installs for it; behind a + what it installs without what that asks for. torch is pinned
 # everywhere, since an open range takes a build with CUDA.
 packages() {
-    local tested="torch==2.13.0 transformers==5.23.0 numpy==2.4.6 safetensors==0.8.0"
+    local torch=torch==${TORCH:-2.13.0}
+    local tested="$torch transformers==5.23.0 numpy==2.4.6 safetensors==0.8.0"
     case $1 in
         optipfair-*) echo "$tested optipfair==0.4.2" ;;
         torch-pruning-*) echo "$tested torch-pruning==1.6.1" ;;
         modelopt-*) echo "$tested nvidia-modelopt==0.47.0 requests==2.34.2" ;;  # it imports requests, and does not say so
         fmchisel-*)
             # Asks for torch before 2.8, of which there is no CPU build at the registry; it runs with a later one.
-            echo "torch==2.13.0 transformers==4.52.4 numpy==1.26.4 safetensors==0.8.0 datasets==4.0.0 pyarrow==20.0.0" \
+            echo "$torch transformers==4.52.4 numpy==1.26.4 safetensors==0.8.0 datasets==4.0.0 pyarrow==20.0.0" \
                 "accelerate==1.7.0 dataclasses_json==0.6.7 loguru==0.7.3 pynvml==13.0.1 pillow==13.0.0 pydantic==2.14.4" \
                 "requests==2.34.2 + fmchisel==0.1.2 llmcompressor==0.5.1 compressed-tensors==0.9.4"
             ;;

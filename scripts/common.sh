@@ -8,6 +8,7 @@
 #   DATA_DIR    folder that is searched first for texts and for rows of the tasks (./data)
 #   DEVICE      auto, cpu or cuda
 #   DTYPE       to evaluate in (auto: as stored); models are pruned and saved as they are stored
+#   START_TOKEN yes or no: whether samples and windows begin with the start token, which Gemma wants (no)
 #   SPARSITY_OF what sparsities are a share of: model or layers (model)
 #   TASKS       zero-shot tasks, joined by commas (the paper's seven); LIMIT rows of every task (default: all)
 #   WINDOWS     of every text (default: all)
@@ -26,6 +27,7 @@ DATA_DIR=${DATA_DIR:-./data}
 DEVICE=${DEVICE:-auto}
 DTYPE=${DTYPE:-auto}
 SPARSITY_OF=${SPARSITY_OF:-model}
+START=$([ "${START_TOKEN:-no}" = no ] || echo " --add_bos_token")
 LIMIT=${LIMIT:-}
 WINDOWS=${WINDOWS:-}
 BATCH_SIZE=${BATCH_SIZE:-16}
@@ -69,7 +71,7 @@ recorded_before() {
 
 # dense NAME MEASURES: measure the dense model.
 dense() {
-    local out=$RECORDS/$1 flags="--base_model $MODEL --dtype $DTYPE $2"
+    local out=$RECORDS/$1 flags="--base_model $MODEL --dtype $DTYPE $2$START"
     recorded "$flags" "$out/flags" "$out/evaluation.json" && return
     rm -f "$out/flags"
     evaluate "$MODEL" "$out" "$2"
@@ -81,7 +83,7 @@ folder_of() { echo "$SAVE_DIR/${RECORDS##*/}$(printf '%s' "$*" | tr -cs 'A-Za-z0
 
 # pruning_of FLAGS...: all flags of a pruning that decide what comes of it.
 pruning_of() {
-    echo "--base_model $MODEL --datasets $DATASETS --num_samples $NUM_SAMPLES --sparsity_of $SPARSITY_OF $*"
+    echo "--base_model $MODEL --datasets $DATASETS --num_samples $NUM_SAMPLES --sparsity_of $SPARSITY_OF $*$START"
 }
 
 # pruned NAME MEASURES FLAGS...: prune with these flags, unless that is done for another table, and measure the result.
@@ -125,7 +127,7 @@ prune() {
 evaluate() {
     mkdir -p "$2"
     # shellcheck disable=SC2086
-    $PYTHON model_evaluate.py --checkpoint "$1" $3 --data_dir "$DATA_DIR" --device "$DEVICE" --dtype "$DTYPE" \
+    $PYTHON model_evaluate.py --checkpoint "$1" $3$START --data_dir "$DATA_DIR" --device "$DEVICE" --dtype "$DTYPE" \
         --batch_size "${EVALUATION_BATCH_SIZE:-$BATCH_SIZE}" --output_path "$2/evaluation.json"
 }
 

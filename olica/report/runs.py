@@ -27,6 +27,7 @@ PAPER_MODELS = {
 # What is said of other models; the paper has none of them.
 OTHER_MODELS = {
     "smollm2": "SmolLM2-135M-Instruct, dequantised from Q4_1",
+    "gemma-3-270m": "Gemma 3 270M, dequantised from Q4_K_M",
     "qwen2.5-coder-0.5b": "Qwen2.5-Coder-0.5B-Instruct, dequantised from Q4_K_M",
 }
 
