@@ -118,12 +118,12 @@ def test_older_records_have_one_share_for_both():
 
 
 @pytest.mark.parametrize(
-    ("driver", "allowed", "expected"),
-    [(None, False, False), (None, True, True), ("1", False, True), ("0", True, False)],
+    ("driver", "precision", "expected"),
+    [(None, "highest", False), (None, "high", True), ("1", "highest", True), ("0", "high", False)],
 )
-def test_a_record_of_a_gpu_says_whether_products_are_in_tf32(monkeypatch, driver, allowed, expected):
+def test_a_record_of_a_gpu_says_whether_products_are_in_tf32(monkeypatch, driver, precision, expected):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
     monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
     if driver is not None:
         monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", driver)

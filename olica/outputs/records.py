@@ -79,7 +79,7 @@ def environment(device: torch.device) -> dict:
 def _has_tf32_products() -> bool:
     """Whether float32 matrices are multiplied in TF32, by PyTorch's setting or by the driver's variable."""
     driver = os.environ.get(DRIVERS_TF32)
-    return driver == "1" or (driver is None and torch.backends.cuda.matmul.allow_tf32)
+    return driver == "1" or (driver is None and torch.get_float32_matmul_precision() != "highest")
 
 
 class Stages:
