@@ -3,9 +3,10 @@
     python benchmarks/pruning_speed.py --base_model pruned_models/plain --datasets ids.safetensors
     python benchmarks/pruning_speed.py --shape 7b --dtype bfloat16 --cache_dev cpu      on a GPU
     python benchmarks/pruning_speed.py --shape 7b --scale 8 --layers 8                  its stand-in on a CPU
+    python benchmarks/pruning_speed.py --shape qwen3-8b --layers 2 --num_samples 32     two layers of its own width
     python benchmarks/pruning_speed.py --shape 30b --dtype bfloat16 --dry_run           sizes and expected memory alone
 
-With --shape a LLaMA of that shape with random weights is written first, shard by shard, into --work_dir; nothing is
+With --shape a model of that shape with random weights is written first, shard by shard, into --work_dir; nothing is
 downloaded. The dense pass is measured before and after pruning, in the same process.
 """
 
@@ -16,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import wraps
 from math import prod
 from pathlib import Path
@@ -23,7 +25,8 @@ from pkgutil import resolve_name
 from unittest.mock import patch
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import olica_stopping
 from olica.checks import check_record_path
@@ -42,14 +45,46 @@ from olica.sources.opening import open_dense_model
 from olica.sources.weights import DTYPES
 from olica.tensor_files import save_tensors
 
-# Hidden size, channels, heads, layers.
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a public model, as its config.json has them.
+
+    Attributes:
+        hidden: D.
+        channels: F.
+        heads: of queries.
+        kv_heads: of keys and values.
+        layers: number of decoder layers.
+        vocabulary: rows of the embedding.
+        head_dim: width of a head.
+        is_tied: whether the head is the embedding.
+        model_type: family.
+    """
+
+    hidden: int
+    channels: int
+    heads: int
+    kv_heads: int
+    layers: int
+    vocabulary: int = 32000
+    head_dim: int = 128
+    is_tied: bool = False
+    model_type: str = "llama"
+
+
 SHAPES = {
-    "7b": (4096, 11008, 32, 32),
-    "13b": (5120, 13824, 40, 40),
-    "30b": (6656, 17920, 52, 60),
-    "65b": (8192, 22016, 64, 80),
+    "7b": Shape(4096, 11008, 32, 32, 32),
+    "13b": Shape(5120, 13824, 40, 40, 40),
+    "30b": Shape(6656, 17920, 52, 52, 60),
+    "65b": Shape(8192, 22016, 64, 64, 80),
+    "llama2-70b": Shape(8192, 28672, 64, 8, 80),
+    "llama3.2-1b": Shape(2048, 8192, 32, 8, 16, vocabulary=128256, head_dim=64, is_tied=True),
+    "llama3.2-3b": Shape(3072, 8192, 24, 8, 28, vocabulary=128256, is_tied=True),
+    "llama3-8b": Shape(4096, 14336, 32, 8, 32, vocabulary=128256),
+    "llama3-70b": Shape(8192, 28672, 64, 8, 80, vocabulary=128256),
+    "qwen3-8b": Shape(4096, 12288, 32, 8, 36, vocabulary=151936, model_type="qwen3"),
 }
-VOCABULARY, HEAD_DIM = 32000, 128
 SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 # Flags that go to model_pruning.py as they are, and the batches of the dense pass, whatever those of pruning are.
 PRUNING_FLAGS = ("dtype", "device", "cache_dev", "recipe")
@@ -75,8 +110,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--base_model", help="dense model: name, hub id, folder or .gguf file")
-    model.add_argument("--shape", choices=[*SHAPES], help="a LLaMA of this shape with random weights")
-    parser.add_argument("--scale", type=int, default=1, help="divides the widths of --shape")
+    model.add_argument("--shape", choices=[*SHAPES], help="a model of this shape with random weights")
+    parser.add_argument("--scale", type=int, default=1, help="divides widths, heads and vocabulary of --shape")
     parser.add_argument("--layers", type=int, help="layers of --shape (default: its own)")
     parser.add_argument("--datasets", help="token file (default: random tokens)")
     parser.add_argument("--num_samples", type=int, default=256, help="random samples (default: 256)")
@@ -94,8 +129,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def start_model(folder: Path, config: LlamaConfig, dtype: torch.dtype) -> dict[str, dict[str, torch.Size]]:
-    """Write all of a LLaMA but its weights into an empty folder; returns their sizes, by name, for each file of theirs.
+def start_model(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, dict[str, torch.Size]]:
+    """Write all of a model but its weights into an empty folder; returns their sizes, by name, for each file of theirs.
 
     Every decoder layer has a file of its own.
     """
@@ -114,8 +149,8 @@ def start_model(folder: Path, config: LlamaConfig, dtype: torch.dtype) -> dict[s
     return {file: {name: shapes[name] for name in names} for file, names in files.items()}
 
 
-def write_hollow_model(folder: Path, config: LlamaConfig, dtype: torch.dtype) -> None:
-    """Write a LLaMA whose weights are holes in files: it can be planned with and takes no room on the disk."""
+def write_hollow_model(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> None:
+    """Write a model whose weights are holes in files: it can be planned with and takes no room on the disk."""
     for file, shapes in start_model(folder, config, dtype).items():
         header, end = {}, 0
         for name, shape in shapes.items():
@@ -127,8 +162,8 @@ def write_hollow_model(folder: Path, config: LlamaConfig, dtype: torch.dtype) ->
             opened.truncate(opened.tell() + end)
 
 
-def write_random_model(folder: Path, config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> None:
-    """Write a LLaMA with random weights, drawn on `device`, one decoder layer in memory at a time."""
+def write_random_model(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """Write a model with random weights, drawn on `device`, one decoder layer in memory at a time."""
     torch.manual_seed(0)
     for file, shapes in start_model(folder, config, dtype).items():
         weights = {name: _random_weight(shape, device).to(dtype).cpu() for name, shape in shapes.items()}
@@ -140,22 +175,29 @@ def _random_weight(shape: torch.Size, device: torch.device) -> torch.Tensor:
     return weight if len(shape) == 1 else weight.normal_(0, 0.02)
 
 
-def shape_config(args: argparse.Namespace) -> LlamaConfig:
-    """Configuration of the model that --shape, --scale and --layers describe."""
-    hidden, channels, heads, layers = SHAPES[args.shape]
-    if args.scale < 1 or heads % args.scale:
-        raise UsageError(f"--scale {args.scale} does not divide the {heads} heads of {args.shape}")
-    return LlamaConfig(
-        vocab_size=VOCABULARY // args.scale,
-        hidden_size=hidden // args.scale,
-        intermediate_size=channels // args.scale,
-        num_attention_heads=heads // args.scale,
-        num_key_value_heads=heads // args.scale,
-        head_dim=HEAD_DIM,
-        num_hidden_layers=args.layers or layers,
+def shape_config(shape: Shape, scale: int = 1, layers: int | None = None) -> PreTrainedConfig:
+    """Configuration of a model of the shape: widths, heads and vocabulary divided by `scale`, `layers` or its own."""
+    return AutoConfig.for_model(
+        shape.model_type,
+        vocab_size=shape.vocabulary // scale,
+        hidden_size=shape.hidden // scale,
+        intermediate_size=shape.channels // scale,
+        num_attention_heads=shape.heads // scale,
+        num_key_value_heads=shape.kv_heads // scale,
+        head_dim=shape.head_dim,
+        num_hidden_layers=layers or shape.layers,
+        tie_word_embeddings=shape.is_tied,
         max_position_embeddings=2048,
-        architectures=["LlamaForCausalLM"],
+        architectures=[MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[shape.model_type]],
     )
+
+
+def asked_config(args: argparse.Namespace) -> PreTrainedConfig:
+    """Configuration of the model that --shape, --scale and --layers describe."""
+    shape = SHAPES[args.shape]
+    if args.scale < 1 or shape.kv_heads % args.scale:
+        raise UsageError(f"--scale {args.scale} does not divide the {shape.kv_heads} key/value heads of {args.shape}")
+    return shape_config(shape, args.scale, args.layers)
 
 
 @torch.no_grad()
@@ -209,9 +251,9 @@ def run(args: argparse.Namespace) -> None:
     cache_device = device if args.cache_dev == "auto" else pick_device(args.cache_dev, "--cache_dev")
     name = args.base_model or str(args.work_dir / f"{args.shape}-{args.scale}-{args.layers or 'all'}")
     if args.dry_run:
-        write_hollow_model(Path(name), shape_config(args), DTYPES[args.dtype])
+        write_hollow_model(Path(name), asked_config(args), DTYPES[args.dtype])
     elif args.shape:
-        write_random_model(Path(name), shape_config(args), DTYPES[args.dtype], device)
+        write_random_model(Path(name), asked_config(args), DTYPES[args.dtype], device)
     location = locate(name)
     tokens = Path(args.datasets or args.work_dir / "ids.safetensors")
     if not args.datasets:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tiny_families import make_family
 from tiny_gguf import GGUF_SIZES, write_gguf
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import model_pruning
 from olica.command_line import run_command
@@ -209,10 +209,49 @@ def test_pruning_speed_times_every_stage(tmp_path, capsys):
     assert (model.config.hidden_size, model.config.num_hidden_layers, model.config.head_dim) == (256, 2, 128)
     assert model.num_parameters() == record["parameters"]["before"]
     assert "dense passes" in capsys.readouterr().out
-    for wrong, words in (["--shape=7b", "--scale=5"], "--scale 5"), (["--base_model=x", "--datasets=c4"], "token file"):
+    for wrong, words in (
+        (["--shape=7b", "--scale=5"], "--scale 5 does not divide the 32 key/value heads of 7b"),
+        (["--shape=llama3-8b", "--scale=16"], "--scale 16 does not divide the 8 key/value heads of llama3-8b"),
+        (["--base_model=x", "--datasets=c4"], "token file"),
+    ):
         with pytest.raises(SystemExit) as ended:
             run_command(script.build_parser(), script.run, [*wrong, f"--work_dir={tmp_path}"])
         assert ended.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_pruning_speed_takes_a_family_with_grouped_heads(tmp_path):
+    script = load("benchmarks/pruning_speed.py")
+    flags = ["--shape=qwen3-8b", "--scale=8", "--layers=2", "--mlp_num=1", "--sparsity=0.05", f"--work_dir={tmp_path}"]
+    flags += ["--num_samples=4", "--seqlen=16", f"--output_path={tmp_path / 'speed.json'}"]
+    assert run_command(script.build_parser(), script.run, flags) == 0
+    record = json.loads((tmp_path / "speed.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "qwen3-8b-8-2")
+    config = model.config
+    assert (config.model_type, config.num_attention_heads, config.num_key_value_heads) == ("qwen3", 4, 1)
+    assert model.model.layers[0].self_attn.q_norm.weight.shape == (128,)
+    assert model.num_parameters() == record["parameters"]["before"] > record["parameters"]["after"]
+
+
+def test_shapes_are_those_of_public_models():
+    """Parameters as the models' authors, and the hub's pages, give them."""
+    script = load("benchmarks/pruning_speed.py")
+    with torch.device("meta"):
+        counted = {
+            name: AutoModelForCausalLM.from_config(script.shape_config(shape)).num_parameters()
+            for name, shape in script.SHAPES.items()
+        }
+    assert counted == {
+        "7b": 6_738_415_616,
+        "13b": 13_015_864_320,
+        "30b": 32_528_943_616,
+        "65b": 65_285_660_672,
+        "llama2-70b": 68_976_648_192,
+        "llama3.2-1b": 1_235_814_400,
+        "llama3.2-3b": 3_212_749_824,
+        "llama3-8b": 8_030_261_248,
+        "llama3-70b": 70_553_706_496,
+        "qwen3-8b": 8_190_735_360,
+    }
 
 
 def test_reading_memory_deepens_a_file_and_measures(tmp_path, capsys):
