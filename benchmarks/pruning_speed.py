@@ -315,6 +315,8 @@ def report(args: argparse.Namespace, passes: list[float], seconds: dict[str, flo
             {
                 "kind": "pruning speed",
                 "settings": {name: str(value) for name, value in vars(args).items()},
+                "layers": len(record["plan"]),
+                "calibration": record["calibration"]["ids"],
                 "dense_pass_seconds": passes,
                 "stages": {name: {"seconds": v, "dense_passes": v / dense} for name, v in rows.items()},
                 "peak_memory": measured,

@@ -203,7 +203,7 @@ def test_pruning_speed_times_every_stage(tmp_path, capsys):
     assert timed >= script.STAGES.keys()
     passes = record["dense_pass_seconds"]
     assert len(passes) == 2 and record["stages"]["pruning"]["dense_passes"] == pytest.approx(2 * whole / sum(passes))
-    assert record["corrected_layers"] == [0]
+    assert (record["corrected_layers"], record["layers"], record["calibration"]) == ([0], 2, [4, 16])
     assert record["peak_memory"]["host_bytes"] > 1e8
     model = LlamaForCausalLM.from_pretrained(tmp_path / "7b-16-2")
     assert (model.config.hidden_size, model.config.num_hidden_layers, model.config.head_dim) == (256, 2, 128)
