@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CODE = [path for pattern in ("*.py", "olica/**/*.py", "scripts/*.py", "benchmarks/*.py") for path in ROOT.glob(pattern)]
-TESTS = list(ROOT.glob("tests/*.py"))
+CODE = [path for pattern in ("*.py", "olica/**/*.py", "scripts/*.py") for path in ROOT.glob(pattern)]
+BENCHMARKS, TESTS = list(ROOT.glob("benchmarks/*.py")), list(ROOT.glob("tests/*.py"))
 # Modules within the package have names of packages, but are never imported by them alone.
-OURS = {path.stem for path in [*CODE, *TESTS] if "olica" not in path.relative_to(ROOT).parts} | {"olica", "benchmarks"}
+MODULES = [path for path in [*CODE, *BENCHMARKS, *TESTS] if "olica" not in path.relative_to(ROOT).parts]
+OURS = {path.stem for path in MODULES} | {"olica", "benchmarks"}
 
 
 def normal(name: str) -> str:
@@ -42,7 +43,8 @@ def imported(files: Iterable[Path]) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("files", "lists"), [(CODE, ["requirements.txt"]), (TESTS, ["requirements.txt", "requirements-dev.txt"])]
+    ("files", "lists"),
+    [(CODE, ["requirements.txt"]), ([*BENCHMARKS, *TESTS], ["requirements.txt", "requirements-dev.txt"])],
 )
 def test_every_imported_package_is_listed(files, lists):
     found = imported(files)
