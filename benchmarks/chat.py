@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from quantised import bitsandbytes, in_four_bits
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -110,6 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--new_tokens", type=int, default=160, help="that an answer has at most, stop token included")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="to run in; auto: as stored")
     parser.add_argument("--device", default="auto", choices=DEVICES, help="where to run")
+    parser.add_argument("--four_bits", action="store_true", help="with weights as benchmarks/quantised.py rounds them")
     parser.add_argument("--output_path", type=Path, help="file of the record")
     return parser
 
@@ -182,6 +184,7 @@ def run(args: argparse.Namespace) -> None:
         check_record_path(args.output_path, "--output_path")
     if args.new_tokens < 1:
         raise UsageError(f"--new_tokens {args.new_tokens} must be at least 1")
+    library = bitsandbytes() if args.four_bits else None
     location, device = locate(args.checkpoint, "--checkpoint"), pick_device(args.device)
     config, tokenizer = read_config(location), read_tokenizer(location)
     if tokenizer is None or chat_template(tokenizer) is None:
@@ -192,6 +195,7 @@ def run(args: argparse.Namespace) -> None:
     model = read_model(location, args.dtype).to(device)
     if not (stops := stop_tokens(tokenizer, model)):
         raise location.error("neither its tokenizer nor its generation settings name an end token; name an eos_token")
+    quantised = in_four_bits(model, library) if library else None
     answers = [
         judged(prompt, answer(model, ids, stops, args.new_tokens), stops, tokenizer)
         for prompt, ids in zip(PROMPTS, tqdm(prompts, desc="chat", unit="prompt"), strict=True)
@@ -202,6 +206,7 @@ def run(args: argparse.Namespace) -> None:
         "model": describe_source(location, config),
         "parameters": count_parameters(model),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "quantised": quantised,
         "template_sha256": hashlib.sha256(dated_template(tokenizer).encode()).hexdigest(),
         "stop_tokens": stops,
         "new_tokens": args.new_tokens,

@@ -1,8 +1,10 @@
-"""What people compare a pruned model with: a short LoRA of it, and whether it still chats."""
+"""What people compare a pruned model with: a short LoRA of it, 4 bits, and whether it still chats."""
 
 import json
 import math
 import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -207,3 +209,85 @@ def test_totals(chat):
 
     rows = [row(True, True, False), row(True, True, True), row(True, False, False), row(False, True, False)]
     assert chat.totals(rows) == {"prompts": 4, "right": 3, "stopped": 3, "go_round": 1, "faultless": 1}
+
+
+class Quarters:
+    """In place of bitsandbytes: weights are rounded to quarters, and packed into as many bytes as it packs them."""
+
+    __version__ = "0"
+
+    def __init__(self):
+        self.functional = self
+
+    def quantize_4bit(self, weight, blocksize, quant_type, compress_statistics):
+        assert (blocksize, quant_type, compress_statistics) == (64, "nf4", False)
+        scales = torch.zeros(math.ceil(weight.numel() / blocksize))
+        state = SimpleNamespace(absmax=scales, rounded=(4 * weight).round() / 4)
+        return torch.zeros(math.ceil(weight.numel() / 2), dtype=torch.uint8), state
+
+    def dequantize_4bit(self, packed, state):
+        return state.rounded
+
+
+def test_a_model_in_four_bits_is_evaluated_as_any_other(tiny, monkeypatch):
+    script = load("benchmarks/quantised.py")
+    monkeypatch.setattr(script, "bitsandbytes", Quarters)
+    flags = [
+        f"--ppl={tiny / 'text.txt'}",
+        "--ppl_seqlen=48",
+        "--ppl_windows=5",
+        f"--output_path={tiny / 'record.json'}",
+    ]
+    assert command(script, f"--checkpoint={tiny / 'tiny'}", *flags) == 0
+    record = json.loads((tiny / "record.json").read_text())
+    result, settings = record["results"]["model"], record["settings"]
+    assert settings["ppl_seqlen"] == 48 and settings["limit"] is None and record["dtype"] == "float32"
+    dense = read_model(locate(str(tiny / "tiny")))
+    layers = {name: module for name, module in dense.named_modules() if isinstance(module, nn.Linear)}
+    del layers["lm_head"]
+    weights = [module.weight.numel() for module in layers.values()]
+    packed = sum(math.ceil(number / 2) + 4 * math.ceil(number / 64) for number in weights)
+    assert len(weights) == 21 and result["quantised"]["bytes"] == packed
+    assert result["weight_bytes"] == 4 * (dense.num_parameters() - sum(weights)) + packed
+    assert result["parameters"]["total"] == dense.num_parameters()
+    for module in layers.values():
+        module.weight.data = (4 * module.weight.data).round() / 4
+    dense.save_pretrained(tiny / "rounded")
+    make_tokenizer().save_pretrained(tiny / "rounded")
+    command(model_evaluate, f"--checkpoint={tiny / 'rounded'}", *flags)
+    expected = json.loads((tiny / "record.json").read_text())["results"]["model"]
+    assert result["perplexity"] == expected["perplexity"]
+
+
+def test_bitsandbytes_itself_rounds_to_sixteen_steps():
+    library = pytest.importorskip("bitsandbytes")
+    script, model = load("benchmarks/quantised.py"), make_llama()
+    before = model.model.layers[0].mlp.up_proj.weight.clone()
+    said = script.in_four_bits(model, library)
+    after = model.model.layers[0].mlp.up_proj.weight
+    steps = [len(block.unique()) for block in after.flatten().split(64)]
+    assert max(steps) <= 16 and said["bytes"] * 8 == pytest.approx(4.5 * said["unpacked_bytes"] / 4)
+    assert 0 < ((after - before).norm() / before.norm()) < 0.15
+
+
+def test_without_bitsandbytes_one_sentence_says_so(tiny, chat, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    script = load("benchmarks/quantised.py")
+    flags = [f"--checkpoint={tiny / 'tiny'}", f"--output_path={tiny / 'record.json'}"]
+    assert "pip install bitsandbytes==0.50.2" in refused(capsys, script, *flags, f"--ppl={tiny / 'text.txt'}")
+    assert "pip install bitsandbytes==0.50.2" in refused(capsys, chat, *flags, "--four_bits")
+
+
+def test_a_chat_of_a_model_in_four_bits(chat, tiny, monkeypatch):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(tiny / "tiny")
+    monkeypatch.setattr(chat, "bitsandbytes", Quarters)
+    flags = [f"--checkpoint={tiny / 'tiny'}", f"--output_path={tiny / 'chat.json'}", "--new_tokens=5"]
+    answers = []
+    for further in ([], ["--four_bits"]):
+        command(chat, *flags, *further)
+        record = json.loads((tiny / "chat.json").read_text())
+        answers.append([row["answer"] for row in record["answers"]])
+        assert bool(record["quantised"]) == bool(further)
+    assert answers[0] != answers[1]

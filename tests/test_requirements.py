@@ -17,6 +17,9 @@ BENCHMARKS, TESTS = list(ROOT.glob("benchmarks/*.py")), list(ROOT.glob("tests/*.
 MODULES = [path for path in [*CODE, *BENCHMARKS, *TESTS] if "olica" not in path.relative_to(ROOT).parts]
 OURS = {path.stem for path in MODULES} | {"olica", "benchmarks"}
 
+# What a benchmark asks for in a sentence where it is not installed; docs/after-pruning.md names the version.
+UNLISTED = {"bitsandbytes"}
+
 
 def normal(name: str) -> str:
     return name.lower().replace("_", "-")
@@ -49,7 +52,7 @@ def imported(files: Iterable[Path]) -> set[str]:
 def test_every_imported_package_is_listed(files, lists):
     found = imported(files)
     assert {"torch", "transformers", "safetensors"} <= found
-    assert found <= {name for file in lists for name in versions(file, ">=")}
+    assert found - UNLISTED <= {name for file in lists for name in versions(file, ">=")}
 
 
 @pytest.mark.parametrize("file", ["requirements.txt", "requirements-dev.txt"])
