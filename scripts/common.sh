@@ -107,6 +107,15 @@ pruned() {
     [ "$keep" = yes ] || rm -r "$folder"
 }
 
+# made FLAGS...: prune with these flags, unless that is done, and keep it; sets `checkpoint` to its folder.
+made() {
+    local folder pruning
+    folder=$(folder_of "$@") pruning=$(pruning_of "$@")
+    recorded "$pruning" "$folder/flags" || prune "$folder" "$pruning"
+    rm -f "$folder/temporary"
+    checkpoint=$(echo "$folder"/*/)
+}
+
 # grid NAME FLAGS...: a run of a figure, of which the perplexity is measured and, unless KEEP says so, nothing is kept.
 grid() {
     local name=$1; shift

@@ -47,9 +47,8 @@ if [ -n "${OLICA_LLAMA_CPP:-}" ]; then
     rounded=()
     for layout in stock deci; do
         flags=(--recipe "$recipe" --sparsity "${SPARSITIES%% *}" --seed 0 --layout "$layout")
-        folder=$(folder_of "${flags[@]}") pruning=$(pruning_of "${flags[@]}")
-        recorded "$pruning" "$folder/flags" || prune "$folder" "$pruning"
-        rounded+=("$(echo "$folder"/*/)")
+        made "${flags[@]}"
+        rounded+=("$checkpoint")
     done
     timed q8_0 "${rounded[@]}"
 fi
