@@ -210,6 +210,7 @@ def run(args: argparse.Namespace) -> None:
         "template_sha256": hashlib.sha256(dated_template(tokenizer).encode()).hexdigest(),
         "stop_tokens": stops,
         "new_tokens": args.new_tokens,
+        "loop": {"tokens": LOOP_TOKENS, "times": LOOP_TIMES},
         "rules": {prompt.text: prompt.rules for prompt in PROMPTS},
         "answers": answers,
         "totals": totals(answers),

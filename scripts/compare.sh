@@ -103,3 +103,4 @@ for sparsity in ${SPARSITIES:-0.2 0.33}; do
     flags=(--recipe "${RECIPE:-olica-plus}" --sparsity "$sparsity" --seed 0)
     rows "sparsity-$sparsity"
 done
+report compare

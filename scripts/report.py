@@ -11,12 +11,18 @@ from pathlib import Path
 import olica_stopping
 from olica.command_line import run_command
 from olica.errors import UsageError
-from olica.report import choices, layouts, methods, peers, releases, texts
+from olica.report import choices, compared, layouts, methods, peers, releases, texts
 from olica.report.plots import FIGURES, draw, quality_over_size
 from olica.report.runs import Results
 from olica.report.tables import TABLES
 
-BESIDE_THE_PAPER = {"methods": methods.tables, "layouts": layouts.table, "peers": peers.table, "texts": texts.table}
+BESIDE_THE_PAPER = {
+    "methods": methods.tables,
+    "layouts": layouts.table,
+    "compare": compared.table,
+    "peers": peers.table,
+    "texts": texts.table,
+}
 ALL_TABLES = TABLES | BESIDE_THE_PAPER
 TITLES = {
     "figure2": "Figure 2: singular values of the attention projections",

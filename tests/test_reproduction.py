@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_llama, make_tokenizer
+from conftest import edit_config, make_llama, make_tokenizer
 from test_zero_shot import ROWS, write_rows
 
 from olica.report.plots import FIGURES
@@ -81,7 +81,15 @@ script=$1 seed=$RANDOM; shift
 while [ $# -gt 0 ]; do
     case $1 in
         --save_dir) mkdir -p "$2/x"; echo $seed > "$2/x/olica_run.json" ;;
-        --output_path) mkdir -p "$(dirname "$2")"; echo "$seed" > "$2" ;;
+        --output_path)
+            mkdir -p "$(dirname "$2")"
+            if [ "$script" = benchmarks/lora.py ]; then
+                mkdir "$2"; echo $seed > "$2/lora_run.json"
+                [ ! -f "$checkpoint/olica_run.json" ] || cp "$checkpoint/olica_run.json" "$2"
+            else
+                echo "$seed" > "$2"
+            fi ;;
+        --checkpoint) checkpoint=$2 ;;
     esac
     shift
 done
@@ -192,6 +200,61 @@ def test_both_methods_of_table_6_have_as_many_calibrated_mlps(stubbed):
 def test_one_label_is_one_model(stubbed):
     stubbed("table3.sh", MODEL="a b", LABEL="x", FAIL="nothing")
     assert "LABEL=x cannot be the folder of two models" in stubbed.done.stderr and stubbed.done.returncode == 2
+
+
+def test_a_comparison_makes_what_it_measures_once(stubbed):
+    def calls(**variables: str) -> list[str]:
+        stubbed("compare.sh", SPARSITIES="0.2", **variables)
+        lines = (stubbed.folder / "calls").read_text().splitlines()
+        return [Path(line.split()[0]).stem for line in lines if "report.py" not in line]
+
+    asked = ["model_evaluate", "model_evaluate", "chat"]
+    retrained, rounded = ["lora", *asked], ["quantised", "quantised", "chat"]
+    assert calls() == [*asked, *retrained, *rounded, "model_pruning", *asked, *retrained, *rounded]
+    assert calls() == []
+    folder = stubbed.folder / "results/m/compare"
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*.json")}
+    kinds = [f"{kind}{name}" for kind in ("", "lora/", "four-bits/") for name in ("dense", "sparsity-0.2")]
+    of_runs = {(name, "evaluation") for name in kinds} | {(name, "pruning") for name in kinds if "dense" not in name}
+    of_runs |= {(name, "lora") for name in kinds if "lora" in name}
+    expected = {f"{length}/{name}/{record}.json" for length in (128, 2048) for name, record in of_runs}
+    assert found == expected | {f"chat/{name}/chat.json" for name in kinds}
+    shutil.rmtree(stubbed.folder / "checkpoints")
+    assert calls() == [], "checkpoints are made where they are measured"
+    (folder / "chat/lora/sparsity-0.2/chat.json").unlink()
+    assert calls() == ["model_pruning", "lora", "chat"]
+    assert calls(LORA_SAMPLES="9") == [*retrained, *retrained]
+    assert calls(LORA_SAMPLES="9", DATASETS="c4", FOUR_BITS="no", CHAT="no") == [
+        *retrained[:3], "model_pruning", *asked[:2], *retrained[:3]
+    ]  # fmt: skip
+    assert calls(LORA_SAMPLES="9", DATASETS="c4", FOUR_BITS="no", CHAT="no", SMALLER="s") == asked[:2]
+
+
+def test_what_a_comparison_asks_for(stubbed):
+    stubbed("compare.sh", SPARSITIES="0.33", WINDOWS="250", EVALUATION_BATCH_SIZE="7", FOUR_BITS="no")
+    lines = (stubbed.folder / "calls").read_text().splitlines()
+    (pruning,) = (line for line in lines if line.startswith("model_pruning"))
+    assert "--recipe olica-plus --sparsity 0.33" in pruning and "--sparsity_of layers" in pruning
+    short, long = (line for line in lines if line.startswith("model_evaluate.py --checkpoint m "))
+    assert "--ppl_seqlen 128 --ppl_windows 250" in short and "--batch_size 7" in short
+    assert "--ppl_seqlen 2048 --ppl_windows 16" in long and "--batch_size 1 " in long
+    _, training = (line for line in lines if line.startswith("benchmarks/lora.py"))
+    assert f"--checkpoint {stubbed.folder}/checkpoints/m-recipe-olica-plus-sparsity-0.33-seed-0/x/" in training
+
+
+@pytest.mark.slow
+def test_a_comparison_of_a_model_that_chats(here, fast_python):
+    edit_config(here / "tiny", max_position_embeddings=2048)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    tokenizer.save_pretrained(here / "tiny")
+    printed = run(here, fast_python, "compare.sh", SPARSITIES="0.2", FOUR_BITS="no", PPL="wikitext2")
+    _, _, *rows = (line.split("|") for line in printed.splitlines() if line.startswith("|"))
+    names = [row[2].strip() for row in rows]
+    assert names == ["dense", "dense, after LoRA", "olica-plus", "olica-plus, after LoRA"]
+    assert all(cell.strip() for row in rows[2:] for cell in row[1:-1]), "nothing is left out"
+    sizes = [int(row[3].replace(",", "")) for row in rows]
+    assert sizes[0] == sizes[1] > sizes[2] == sizes[3]
 
 
 @pytest.mark.slow

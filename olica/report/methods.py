@@ -161,7 +161,7 @@ def _table(mix: Mix) -> str:
         cells = [_cell(mix, point, text) for text in mix.texts]
         took = [f"{first.seconds / 60:.1f}", f"{first.peak_bytes / 1e9:.2f}"]
         scores = _scores(mix, point) if has_scores else []
-        rows.append([_asked(point.size), point.recipe, *sizes, *cells, *took, *scores])
+        rows.append([asked(point.size), point.recipe, *sizes, *cells, *took, *scores])
     runs = {
         f"{point.recipe} {point.size[0]:.4g}, seed {run.pruning['settings']['seed']}": run
         for point in mix.points
@@ -189,7 +189,7 @@ def _repairs(mix: Mix) -> str | None:
         return None
     header = ["gone", "choice", *(f"{Path(text).stem}, {name}" for text in mix.texts for name in REPAIRS.values())]
     rows = [
-        [_asked(size), recipe]
+        [asked(size), recipe]
         + [_cell(mix, points[repair], text) if repair in points else "" for text in mix.texts for repair in REPAIRS]
         for (size, recipe), points in turned.items()
     ]
@@ -200,7 +200,7 @@ def _repairs(mix: Mix) -> str | None:
     return markdown(f"Choice and repair, calibrated on {mix.name}", header, rows, notes)
 
 
-def _asked(size: tuple[float, str]) -> str:
+def asked(size: tuple[float, str]) -> str:
     """The sparsity that was asked for, in words."""
     sparsity, of = size
     share = percent(sparsity)

@@ -233,7 +233,8 @@ def _reservations(runs: Iterable[Run]) -> list[str]:
     return [] if all(run.is_whole for run in runs) else ["The paper measured all windows and all rows."]
 
 
-def _measuring(run: Run) -> str:
+def measuring(run: Run) -> str:
+    """How the perplexity was measured."""
     measured, device = run.perplexity, run.evaluation["environment"]["device"]
     windows = f"{measured['windows']} windows of {measured['seqlen']} tokens, start token: {measured['bos']}"
     return f"Perplexity: {windows}; run in {run.result['dtype']} on {device}."
@@ -286,4 +287,4 @@ def _shares(run: Run) -> str | None:
 
 
 # What is to be said of every run.
-MADE = (_measuring, _scoring, _calibration_set, _texts, correction, _shares)
+MADE = (measuring, _scoring, _calibration_set, _texts, correction, _shares)
