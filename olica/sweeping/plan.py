@@ -128,7 +128,7 @@ class SweepPlan:
         # The logits in the model's dtype; of one window in float32, with their log-probabilities.
         logits = tokens * vocabulary * (batch * job.bytes_per_weight + 2 * 4)
         is_host = job.options.device.type == "cpu"
-        own = psutil.Process().memory_info().rss + RUNTIME_BYTES if is_host else 0
+        own = psutil.Process().memory_info().rss + RUNTIME_BYTES["cpu"] if is_host else 0
         return own + job.parameters.before["total"] * job.bytes_per_weight + logits
 
 
