@@ -79,7 +79,9 @@ def parser_of_pruning(description: str, **sparsity) -> argparse.ArgumentParser:
         default=argparse.SUPPRESS,  # it is no setting
         help="print what each recipe does, then stop",
     )
-    group.add_argument("--dry_run", action="store_true", help="print sizes, parameters, expected memory, then stop")
+    group.add_argument(
+        "--dry_run", action="store_true", help="print sizes and what the run is expected to take, then stop"
+    )
     group.add_argument("--verbose", action="store_true", help="print what the log holds, too")
     return parser
 

@@ -25,7 +25,8 @@ from .model.skeleton import count_parameters, pruned_skeleton, try_out
 from .outputs.names import NAMED, RECIPES_OWN, SPARSITY_OF, checkpoint_folder
 from .outputs.weight_shards import LARGEST_FILE
 from .processes import ALONE, Processes
-from .pruning.memory import Task, expected_peaks, fit_batch_size
+from .pruning.duration import Pruning, in_words, nearest, read_timed
+from .pruning.memory import Task, expected_peaks, fit_batch_size, survey_disk_bytes
 from .pruning.options import PruningOptions
 from .sources.calibration_set import calibration_shape, is_token_file
 from .sources.configuration import count_dense_parameters, read_config, refuse_unprunable
@@ -35,6 +36,8 @@ from .sources.weights import DTYPES, bytes_per_weight
 
 # What `--refit` puts in place of all that a recipe does with what stays.
 REFITS: dict[str, Refit | None] = {RECIPES_OWN: None, "none": None, "least-squares": LeastSquares(PlusParameters.ridge)}
+# Where a checkout has its records; an installed package has none.
+RECORDS = Path(__file__).parents[1] / "results"
 # Settings that are a number or "auto".
 NUMBERS_OR_AUTO = ("batch_size", "round_to")
 # Settings that may begin with ~.
@@ -380,7 +383,7 @@ WARNED_RATIO = 1.5
 
 
 def describe(job: Job) -> str:
-    """Lines that say what a job is going to do: sizes, parameters, what to know of them, expected peak memory."""
+    """Lines that say what a job is going to do: sizes, parameters, what to know of them, what it is to take."""
     before, size = job.parameters.before["total"], job.bytes_per_weight / 1e9
     after = before - round(job.budget.to_remove)
     if job.plan is None:
@@ -396,13 +399,44 @@ def describe(job: Job) -> str:
     processes = job.options.processes.count
     if processes > 1:
         device += f", in each of {processes} processes"
+    survey = survey_disk_bytes(job.task)
+    under_data = f", {survey / 1e9:.2f} GB under --data_dir" if survey else ""
     return "\n".join([
         *lines,
         *(f"note         {note}" for note in job.notes),
         f"weights      {before * size:.3f} GB -> {after * size:.3f} GB",
         f"peak memory  host {job.memory['host_bytes'] / 1e9:.2f} GB{device} (expected)",
+        f"disk         {job.disk_bytes / 1e9:.2f} GB under --save_dir{under_data} (at most, beside the dense model)",
+        *_time_of(job),
         f"batch size   {job.options.batch_size.size}",
     ])  # fmt: skip
+
+
+def _time_of(job: Job) -> list[str]:
+    """How long one process on a GPU is expected to take, where a run on a GPU of the same name is recorded."""
+    options = job.options
+    if options.device.type != "cuda" or options.processes.count > 1:
+        return []
+    device = torch.cuda.get_device_name(options.device)
+    asked = as_timed(job, device)
+    timed = nearest(asked, read_timed(RECORDS))
+    if timed is None:
+        return []
+    return [f"time         about {in_words(timed.scaled(asked))}, by what {timed.source} took on {device}"]
+
+
+def as_timed(job: Job, device: str) -> Pruning:
+    """What decides how long a job takes on a device of that name."""
+    before = job.parameters.before
+    return Pruning(
+        device=device,
+        recipe=job.recipe.name,
+        itemsize=job.bytes_per_weight,
+        layers=len(job.sizes),
+        of_layers=before["decoder_layers"],
+        total=before["total"],
+        ids_shape=job.task.ids_shape,
+    )
 
 
 def _sizes_of(job: Job) -> list[str]:

@@ -4,7 +4,7 @@ n tokens of a batch, D hidden size, F intermediate channels
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, prod
 
 import psutil
@@ -108,9 +108,19 @@ def estimate(task: Task, options: PruningOptions) -> Demand:
 
 def streams(task: Task) -> bool:
     """Whether any text goes through the layers."""
+    return _survey_streams(task) or any(needs for shape in task.shapes for needs in task.method.needs(shape))
+
+
+def _survey_streams(task: Task) -> bool:
     survey, layers = task.method.survey, task.config.num_hidden_layers
-    surveyed = survey and (isinstance(survey, TravellingSurvey) or any(survey.needs(i, layers) for i in range(layers)))
-    return bool(surveyed) or any(needs for shape in task.shapes for needs in task.method.needs(shape))
+    return survey is not None and (
+        isinstance(survey, TravellingSurvey) or any(survey.needs(index, layers) for index in range(layers))
+    )
+
+
+def survey_disk_bytes(task: Task) -> int:
+    """Bytes of disk that an unfinished survey takes at most: hidden states, twice while one takes the other's place."""
+    return 2 * (task.states + _travelling(replace(task, processes=ALONE))) if _survey_streams(task) else 0
 
 
 def _survey(task: Task, shape: LayerShape, tokens: int) -> int:

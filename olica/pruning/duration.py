@@ -1,0 +1,187 @@
+"""How long a pruning takes, from what the stages of another one took on the same kind of device.
+
+What a stage takes grows with one of five amounts, so that its seconds are multiplied by the ratio of the two prunings'
+amounts:
+
+    tokens      tokens x parameters of the layers: sending the text through, and the sums of what the layers see
+    solves      layers x (parameters of a layer)^1.5, the cube of its width: decompositions and regressions
+    variants    the same as tokens, of what the variants of a survey go through
+    logits      variants x the tokens at which they are compared x parameters beside the layers
+    files       parameters of the model: reading and writing
+
+The records are those of benchmarks/pruning_speed.py, which names the stages.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import ceil, log
+from pathlib import Path
+from statistics import fmean
+
+from ..methods.recipe import TravellingSurvey
+from ..methods.recipes import RECIPES
+from ..sources.weights import DTYPES
+
+KIND = "pruning speed"
+# What the time of a stage grows with.
+STAGES = {
+    "embed": "tokens",
+    "survey: dense layers, sums": "tokens",
+    "survey: regressions": "solves",
+    "survey: errors by size": "solves",
+    "survey: variants on their way": "variants",
+    "survey: variants compared": "logits",
+    "prune: dense layers, sums": "tokens",
+    "prune: query, key": "solves",
+    "prune: value, output": "solves",
+    "prune: MLP, correction": "solves",
+    "prune: pruned layers": "tokens",
+    "all else: reading, writing, waiting": "files",
+}
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What decides how long a pruning takes.
+
+    Attributes:
+        device: its name; that of a CPU does not say which one it is.
+        recipe: the method, with its own parameters.
+        itemsize: bytes of a weight.
+        layers: decoder layers.
+        of_layers: their parameters.
+        total: all parameters of the model.
+        ids_shape: (N, T) of the calibration set.
+    """
+
+    device: str
+    recipe: str
+    itemsize: int
+    layers: int
+    of_layers: int
+    total: int
+    ids_shape: tuple[int, int]
+
+    @property
+    def layer(self) -> float:
+        """Parameters of a layer."""
+        return self.of_layers / self.layers
+
+    @property
+    def amounts(self) -> dict[str, float]:
+        """What the stages' times grow with, by name; those that the recipe has."""
+        recipe, (samples, tokens) = RECIPES[self.recipe], self.ids_shape
+        found = {
+            "tokens": self.of_layers * samples * tokens,
+            "solves": self.layers * self.layer**1.5,
+            "files": self.total,
+        }
+        survey = recipe.method(recipe.parameters()).survey
+        if isinstance(survey, TravellingSurvey):
+            group = survey.group_size(self.layers)
+            seen = survey.most_variants * survey.samples(samples) * tokens
+            begun = sum(index // group + 1 for index in range(self.layers))  # groups whose variants enter each layer
+            found["variants"] = begun * self.layer * seen
+            found["logits"] = ceil(self.layers / group) * seen / survey.stride * (self.total - self.of_layers)
+        return found
+
+    def is_alike(self, other: "Pruning") -> bool:
+        """Whether one's time says something of the other's."""
+        return (self.device, self.recipe, self.itemsize) == (other.device, other.recipe, other.itemsize)
+
+    def unlike(self, other: "Pruning") -> tuple[float, float]:
+        """How far the sizes are from each other: of a layer, and then of the model."""
+        return abs(log(self.layer / other.layer)), abs(log(self.of_layers / other.of_layers))
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A pruning that was timed.
+
+    Attributes:
+        pruning: what it was.
+        seconds: of the stages, by their names.
+        dense_pass: seconds of one forward of the calibration set through the dense layers.
+        source: the record's file, in the folder of the records.
+    """
+
+    pruning: Pruning
+    seconds: dict[str, float]
+    dense_pass: float
+    source: str
+
+    @property
+    def total(self) -> float:
+        """Seconds of survey, cut and writing."""
+        return sum(self.seconds.values())
+
+    def scaled(self, asked: Pruning) -> float:
+        """Seconds that another pruning, alike but for its sizes, is expected to take."""
+        here, there = self.pruning.amounts, asked.amounts
+        return sum(
+            seconds * there[STAGES[name]] / here[STAGES[name]] for name, seconds in self.seconds.items() if seconds
+        )
+
+
+def read_timed(folder: Path, layers: Mapping[str, int] | None = None) -> list[Timed]:
+    """The prunings whose times are recorded anywhere in a folder; none where there is no such folder.
+
+    Args:
+        folder: of the records.
+        layers: how many decoder layers the models of old records have, which do not say so, by their files. Those of
+            which it is not known either are left out.
+    """
+    found = []
+    for path in sorted(folder.rglob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(record, dict) and record.get("kind") == KIND:
+            source = path.relative_to(folder).as_posix()
+            if pruning := _pruning_of(record, (layers or {}).get(source)):
+                seconds = {name: stage["seconds"] for name, stage in record["stages"].items() if name in STAGES}
+                found.append(Timed(pruning, seconds, fmean(record["dense_pass_seconds"]), source))
+    return found
+
+
+def _pruning_of(record: dict, layers: int | None) -> Pruning | None:
+    """What a record is of, a model of `layers` where it does not say so; None where that is not known."""
+    settings, parameters, machine = record["settings"], record["parameters"], record["environment"]
+    # Old records have the flags alone.
+    flag = None if settings["layers"] == "None" else int(settings["layers"])
+    layers = record.get("layers", flag or layers)
+    drawn = [int(settings["num_samples"]), int(settings["seqlen"])]
+    if layers is None:
+        return None
+    return Pruning(
+        device=named_device(machine["device"], machine["cpu_threads"]),
+        recipe=settings["recipe"],
+        itemsize=DTYPES[settings["dtype"]].itemsize,
+        layers=layers,
+        of_layers=parameters["decoder_layers_before"],
+        total=parameters["before"],
+        ids_shape=tuple(record.get("calibration", drawn)),
+    )
+
+
+def in_words(seconds: float) -> str:
+    """A time to two digits."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{two_digits(seconds / size)} {unit}"
+    return f"{two_digits(seconds)} s"
+
+
+def two_digits(number: float) -> str:
+    """A number below a million, rounded to two digits."""
+    return f"{float(f'{number:.2g}'):g}"
+
+
+def named_device(device: str, threads: int) -> str:
+    """The name of a device, as records have it; a CPU's with its threads."""
+    return f"{threads} thread{'s' * (threads > 1)} of a CPU" if device == "cpu" else device
+
+
+def nearest(asked: Pruning, timed: Iterable[Timed]) -> Timed | None:
+    """The one of timed prunings, alike but for its sizes, whose sizes are nearest; None where there is none."""
+    alike = [other for other in timed if asked.is_alike(other.pruning)]
+    return min(alike, key=lambda other: asked.unlike(other.pruning), default=None)
