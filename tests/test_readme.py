@@ -171,6 +171,16 @@ def test_the_page_of_flags_is_what_the_script_writes():
     assert (DOCS / "flags.md").read_text() == load("scripts/write_flags.py").flags_page()
 
 
+def test_the_page_of_sizes_is_what_the_script_writes():
+    assert (DOCS / "sizing.md").read_text() == load("scripts/write_sizing.py").sizing_page()
+
+
+def test_what_is_far_from_what_was_measured_is_marked():
+    beside = load("scripts/write_sizing.py").beside
+    assert beside(1.25, 1.0, str) == ["1.25", "1.0", "+25 %"] and beside(0.75, 1.0, str)[-1] == "-25 %"
+    assert beside(1.26, 1.0, str)[-1] == "**+26 %, too far**" and beside(0.74, 1.0, str)[-1] == "**-26 %, too far**"
+
+
 def test_a_row_of_flags_has_default_choices_and_explanation():
     parser = argparse.ArgumentParser(description="About it.")
     parser.add_argument("--hidden", help=argparse.SUPPRESS)
