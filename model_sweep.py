@@ -10,7 +10,9 @@ import argparse
 from model_evaluate import row_limit
 from model_pruning import parser_of_pruning
 from olica.command_line import run_command
+from olica.machine import pick_device
 from olica.output import with_error
+from olica.processes import working_together
 from olica.report.sweep_page import in_words
 from olica.sweeping.plan import RECORD, SweepSettings, describe_sweep, plan_sweep
 from olica.sweeping.work import run_sweep
@@ -52,10 +54,14 @@ def print_point(point: dict) -> None:
 def run(args: argparse.Namespace) -> None:
     """Plan; unless that was all, do the sweep, and say where its page is and what it found."""
     plan = plan_sweep({name: value for name, value in vars(args).items() if name not in ("dry_run", "verbose")})
-    print(describe_sweep(plan))
-    if args.dry_run:
+    with working_together(pick_device(plan.settings.device)) as processes:
+        if processes.is_main:
+            print(describe_sweep(plan, processes.count))
+        if args.dry_run:
+            return
+        done = run_sweep(plan, print_point if processes.is_main else lambda _: None, processes)
+    if not processes.is_main:
         return
-    done = run_sweep(plan, print_point)
     if answer := done.record["answer"]:
         print(f"found        {in_words(answer)}; the command:\n{answer['command']}")
     print(f"record       {done.page.with_name(RECORD)}\npage         {done.page}")

@@ -50,12 +50,28 @@ class Bar:
 
 
 _shown: ContextVar[Bar | None] = ContextVar("shown", default=None)
+_is_quiet: ContextVar[bool] = ContextVar("is_quiet", default=False)
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Show nothing of what is done inside: another process shows how far all are."""
+    token = _is_quiet.set(True)
+    try:
+        yield
+    finally:
+        _is_quiet.reset(token)
+
+
+def is_quiet() -> bool:
+    """Whether bars are to be left out."""
+    return _is_quiet.get()
 
 
 @contextmanager
 def one_bar(total: int, is_shown: bool = True) -> Iterator[Bar]:
     """Show all stages inside as one bar of `total` layers; with `is_shown` False count them only."""
-    bar = Bar(total, is_shown)
+    bar = Bar(total, is_shown and not is_quiet())
     token = _shown.set(bar)
     try:
         yield bar

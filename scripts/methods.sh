@@ -8,6 +8,8 @@
 #   MIX         a name for DATASETS, under which the runs are recorded (paper)
 #   PPL         corpora (wikitext2,c4,ptb)
 #   SCORED      yes or no: whether the tasks are scored too (no)
+#   TIMED       yes or no: whether decoding is timed too, all recipes of a sparsity in turns; it wants the machine for
+#               itself (no)
 # Memory and time: SmolLM2 on 2 cores: 1.4 GB and 4 minutes each pruning, which share a survey; 4 minutes each evaluation
 #   with WINDOWS=256 and four corpora; 8 minutes each scoring with LIMIT=200.
 source "$(dirname "$0")/common.sh"
@@ -18,6 +20,7 @@ scores="--ppl none --tasks $TASKS ${LIMIT:+--limit $LIMIT}"
 
 dense methods/dense "$measures"
 [ "${SCORED:-no}" = no ] || dense methods/tasks/dense "$scores"
+declare -A checkpoints
 for seed in ${SEEDS:-0}; do
     for recipe in ${RECIPES:-olica olica-grouped olica-plus}; do
         for sparsity in ${SPARSITIES:-0.2 0.33 0.5}; do
@@ -34,8 +37,17 @@ for seed in ${SEEDS:-0}; do
                 fi
                 pruned "$runs/$name" "$measures" "${flags[@]}"
                 [ "${SCORED:-no}" = no ] || pruned "$runs/tasks/$name" "$scores" "${flags[@]}"
+                [ "${TIMED:-no}" = no ] || { made "${flags[@]}"; checkpoints[$sparsity]+=" $checkpoint"; }
             done
         done
     done
+done
+for sparsity in "${!checkpoints[@]}"; do
+    record=$RECORDS/$runs/generation_speed_$sparsity
+    speed="--dense $MODEL --checkpoints${checkpoints[$sparsity]} --dtype $DTYPE --device $DEVICE"
+    recorded "$speed" "$record.flags" "$record.json" && continue
+    # shellcheck disable=SC2086  # several words
+    $PYTHON benchmarks/generation_speed.py $speed --output_path "$record.json"
+    echo "$speed" > "$record.flags"
 done
 report methods

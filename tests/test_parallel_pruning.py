@@ -4,16 +4,14 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 from conftest import fill_with_run, load_weights
-from forked import Fork
+from launched import Ended, end_of, started
 from safetensors.torch import save_file
 from tiny_run import LAYERS, PLAIN_FLAGS, contents
 
@@ -33,41 +31,6 @@ FLAGS = [*PLAIN_FLAGS, f"--batch_size={BATCH}"]
 # olica-plus, whose basis is one of eigenvectors, by 1.6e-5, and all else by less.
 ROUNDING = 4e-5
 SECONDS_TO_END = 20
-
-
-class Ended(NamedTuple):
-    """How a process ended."""
-
-    status: int
-    out: str
-    errors: str
-    at: float
-
-
-def started(server: str, arguments: list[str], count: int = 2) -> list[Fork]:
-    """Processes as a launcher starts them, forks of the `server`, which Python calls with the arguments."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    shared |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    forks = []
-    for rank in map(str, range(count)):
-        environment = os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank}
-        with open(f"out.{rank}", "w") as out, open(f"errors.{rank}", "w") as errors, open(os.devnull) as null:
-            forks.append(Fork(server, arguments, environment, (null.fileno(), out.fileno(), errors.fileno())))
-    return forks
-
-
-def end_of(forks: list[Fork]) -> list[Ended]:
-    """How they ended."""
-    ended: dict[int, float] = {}
-    while len(ended) < len(forks):
-        for rank, fork in enumerate(forks):
-            if rank not in ended and fork.poll() is not None:
-                ended[rank] = time.monotonic()
-        time.sleep(0.01)
-    said = [(Path(f"out.{rank}").read_text(), Path(f"errors.{rank}").read_text()) for rank in range(len(forks))]
-    return [Ended(fork.returncode, *said[rank], ended[rank]) for rank, fork in enumerate(forks)]
 
 
 def flags_of(recipe: str) -> list[str]:

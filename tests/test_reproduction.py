@@ -202,6 +202,41 @@ def test_one_label_is_one_model(stubbed):
     assert "LABEL=x cannot be the folder of two models" in stubbed.done.stderr and stubbed.done.returncode == 2
 
 
+def test_decoding_is_timed_once_for_all_methods_of_a_size(stubbed):
+    def timed(recipes: str) -> list[str]:
+        stubbed("methods.sh", RECIPES=recipes, SPARSITIES="0.2 0.33", TIMED="yes")
+        calls = [line.split() for line in (stubbed.folder / "calls").read_text().splitlines()]
+        return [" ".join(call[1:]) for call in calls if call[0] == "benchmarks/generation_speed.py"]
+
+    calls = timed("olica flap")
+    assert len(calls) == 2
+    for sparsity in ("0.2", "0.33"):
+        (call,) = (call for call in calls if call.endswith(f"generation_speed_{sparsity}.json"))
+        assert call.count("/x/ ") == 2 and f"flap-sparsity-{sparsity}-seed-0/x/" in call
+        assert f"olica-sparsity-{sparsity}-seed-0-mlp_num" in call and call.startswith("--dense m --checkpoints ")
+    assert timed("olica flap") == []
+    assert len(timed("olica")) == 2, "of other models"
+
+
+def test_recipes_are_calibrated_on_each_text_alone_and_on_all(stubbed):
+    stubbed("texts.sh", RECIPES="olica-plus", NUM_SAMPLES="12", DATA_DIR="d", SPARSITY="0.1")
+    calls = [line for line in (stubbed.folder / "calls").read_text().splitlines() if line.startswith("model_pruning")]
+    texts = {call.split("--datasets ")[1].split()[0]: call.split("--num_samples ")[1].split()[0] for call in calls}
+    assert list(texts.values()) == ["12"] * 5 + ["2"] and stubbed.checkpoints == 0
+    *single, mixed = texts
+    assert mixed.split("+") == single and "pysource" in single
+    names = {path.parent.name for path in (stubbed.folder / "results/m/texts").glob("*/pruning.json")}
+    assert {"code_olica-plus", "all_olica-plus"} < names and len(names) == 6
+    assert stubbed("texts.sh", RECIPES="olica-plus", NUM_SAMPLES="12", DATA_DIR="d", SPARSITY="0.1") == []
+
+
+def test_the_start_token_is_in_prunings_and_evaluations(stubbed):
+    stubbed("methods.sh", RECIPES="olica", SPARSITIES="0.2", START_TOKEN="yes")
+    calls = (stubbed.folder / "calls").read_text().splitlines()
+    assert len(calls) == 4 and sum(" --add_bos_token " in f"{call} " for call in calls) == 3  # all but the report
+    assert stubbed("methods.sh", RECIPES="olica", SPARSITIES="0.2") == ["evaluate", "prune 0.2", "evaluate"]
+
+
 def test_a_comparison_makes_what_it_measures_once(stubbed):
     def calls(**variables: str) -> list[str]:
         stubbed("compare.sh", SPARSITIES="0.2", **variables)

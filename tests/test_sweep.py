@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import load_weights, make_llama, make_tokenizer
+from launched import Ended, end_of, started
 from safetensors.torch import load_file
 from test_kills import start
 from test_zero_shot import ROWS, write_rows
@@ -200,11 +201,6 @@ def test_a_points_command_asks_for_the_same_pruning(asked):
     assert settings_of(given) == settings
 
 
-def test_several_processes_are_refused(here, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "a sweep is the work of one process" in refused(capsys, SPARSITIES)
-
-
 def test_from_python(here):
     settings = dict(datasets="text.jsonl", num_samples=SAMPLES, seqlen=TOKENS, held_back=HELD, mlp_num=1, ratio=0.1)
     done = olica.sweep("tiny", sparsity=[0.2, 0.1], save_dir="out", **settings)
@@ -351,6 +347,82 @@ def test_a_killed_sweep_goes_on_to_the_same_record(here, fork_server):
     assert until(math.inf) == 0, Path("errors").read_text()
     assert without_times(json.loads(path.read_text())) == undisturbed
     assert {one.name for one in FOLDER.iterdir()} == {"sweep.json", "sweep.html"}
+
+
+# Points that processes share.
+
+
+# Says which points a process makes; another one is killed when it has pruned to the sparsity 0.2.
+SHARED = """
+import os, signal
+from olica.sweeping import work
+real = work.run
+def run(job):
+    done = real(job)
+    print("made", job.settings.sparsity, flush=True)
+    if job.settings.sparsity == 0.2 and os.environ.get("KILLED") == os.environ["RANK"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return done
+work.run = run
+import runpy, sys
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+SHARED_COMMAND = ["-c", SHARED, str(ROOT / "model_sweep.py"), *FLAGS, SPARSITIES]
+
+
+def made_by(ended: Ended) -> list[float]:
+    return [float(line.split()[1]) for line in ended.out.splitlines() if line.startswith("made")]
+
+
+def test_two_processes_share_the_points(here, undisturbed, fork_server):
+    """To the same record, and of what one says the other repeats nothing."""
+    main, other = end_of(started(fork_server, SHARED_COMMAND))
+    assert (main.status, other.status) == (0, 0), main.errors + other.errors
+    # The dense model is the first of four tasks.
+    assert (made_by(main), made_by(other)) == ([0.2], [0.1, 0.3])
+    assert without_times(json.loads((FOLDER / "sweep.json").read_text())) == undisturbed
+    assert {path.name for path in FOLDER.iterdir()} == {"sweep.json", "sweep.html"}
+    assert len(re.findall("(?m)^sparsity ", main.out)) == 3 and "in each of 2 processes" in main.out
+    assert all(line.startswith("made") for line in other.out.splitlines())
+
+
+def test_two_processes_search_for_a_target(here, fork_server):
+    alone = sweep(SPARSITIES, "--max_params=135000")
+    shutil.rmtree("out")
+    ended = end_of(started(fork_server, [*SHARED_COMMAND, "--max_params=135000"]))
+    assert [one.status for one in ended] == [0, 0], ended[0].errors
+    assert without_times(json.loads((FOLDER / "sweep.json").read_text())) == without_times(alone)
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("later", [1, 2])
+def test_a_kill_of_either_process_ends_both_and_any_number_goes_on(
+    here, undisturbed, fork_server, monkeypatch, killed, later
+):
+    """The point 0.2 is the third task, the main process's, or the second where two of four are done."""
+    if killed:
+        assert bare(*FLAGS, "--sparsity=0.1") == 0
+    monkeypatch.setenv("KILLED", str(killed))
+    ended = end_of(started(fork_server, SHARED_COMMAND))
+    assert ended[killed].status == -signal.SIGKILL and ended[1 - killed].status == 2
+    said = [line for line in ended[1 - killed].errors.splitlines() if "error: " in line]
+    assert len(said) == 1 and "another of the 2 processes has ended" in said[0]
+    monkeypatch.delenv("KILLED")
+    assert all(one.status == 0 for one in end_of(started(fork_server, SHARED_COMMAND, later)))
+    assert without_times(json.loads((FOLDER / "sweep.json").read_text()))["points"] == undisturbed["points"]
+    assert {path.name for path in FOLDER.iterdir()} == {"sweep.json", "sweep.html"}
+
+
+def test_two_processes_end_in_one_sentence(here, fork_server):
+    ended = end_of(started(fork_server, [*SHARED_COMMAND, "--max_params=135000", "--target_ppl_ratio=2"]))
+    assert [one.status for one in ended] == [2, 2]
+    FOLDER.mkdir(parents=True)
+    (FOLDER / "sweep.json").write_text("{}")
+    ended = end_of(started(fork_server, SHARED_COMMAND))
+    assert [one.status for one in ended] == [2, 2]
+    said = [line for one in ended for line in one.errors.splitlines() if "error: " in line]
+    assert len(said) == 1 and "is no record of a sweep; give --overwrite" in said[0]
 
 
 def test_a_longer_sweep_takes_up_the_points_of_a_shorter(here, monkeypatch):

@@ -479,6 +479,28 @@ def test_recipes_stand_beside_each_other_with_their_share_of_the_founding_gap(re
     assert by_recipe["olica"][-2:] == ["", ""]
 
 
+def test_how_long_decoding_takes_stands_where_it_was_timed(record):
+    recipe_runs(record)
+    folder = record.folder / record.label / "methods/paper"
+    for name, recipe in (("a", "olica"), ("b", "olica-grouped")):
+        path = folder / name / "evaluation.json"
+        made = json.loads(path.read_text())
+        made["settings"]["checkpoint"] = f"./there/{recipe}-0.2/{recipe}/"
+        path.write_text(json.dumps(made))
+    timed = {"smollm2": {"decode": {"ratio": 1}}, "there/olica-0.2/olica": {"decode": {"ratio": 0.876}}}
+    (folder / "generation_speed_0.2.json").write_text(json.dumps({"models": timed}))
+    text = methods.tables(record.results)
+    header, *rows = cells(text)
+    place = header.index("decoding")
+    assert {row[1]: row[place] for row in rows} == {
+        "dense": "1",
+        "olica": "0.88",
+        "olica-grouped": "",
+        "olica-plus": "",
+    }
+    assert "Decoding: the time of a token as a share of the dense model's" in text
+
+
 def test_a_share_is_of_the_nearest_founding_size_and_of_none_that_is_another(record):
     recipe_runs(record)
     for name, value, parameters in (("e", 30.0, 0.996), ("f", 25.0, 0.99)):

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UsageError
 from ..processes import Processes
+from ..progress_bar import is_quiet
 from ..sources.chats import dated_template
 
 # lm-eval's default is the model's dtype: in bfloat16 a log-likelihood near -40 comes in steps of 0.25, and answers tie.
@@ -103,7 +104,7 @@ def log_likelihoods(
         asked.setdefault(tuple((context + answer)[-(self.max_length + 1) : -1]), []).append(number)
     prompts = sorted(asked, key=lambda tokens: (-len(tokens), tokens))
     results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-    with tqdm(total=len(requests), desc="log-likelihoods", disable=disable_tqdm or self.rank != 0) as bar:
+    with tqdm(total=len(requests), desc="log-likelihoods", disable=disable_tqdm or is_quiet() or self.rank != 0) as bar:
         for first in range(0, len(prompts), self.batch_size):
             batch = prompts[first : first + self.batch_size]
             longest = [max(len(requests[number][2]) for number in asked[tokens]) for tokens in batch]

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import UsageError
 from ..machine import BatchSize
 from ..processes import ALONE, Processes
+from ..progress_bar import is_quiet
 from ..sources.tokenizers import start_token
 from .paired import pack_floats, standard_error
 
@@ -85,7 +86,7 @@ def perplexity(
             nll[index] = cross_entropy(row[:-1].float(), targets[1:])
 
     fitting = BatchSize(batch_size)
-    for number, batch in tqdm(mine, desc="perplexity", unit="batch", disable=not processes.is_main):
+    for number, batch in tqdm(mine, desc="perplexity", unit="batch", disable=is_quiet() or not processes.is_main):
         fitting.run(partial(fill, number * batch_size, batch), len(batch))
     nll = processes.sum(nll).cpu()
     value = nll.mean().exp().item()

@@ -1,9 +1,10 @@
 """Methods beside each other: tables for each mix of calibration texts.
 
 The runs are those of scripts/methods.sh: `methods/dense`, `methods/MIX/...` and, where tasks were scored, the same
-below `tasks`.
+below `tasks`; where decoding was timed, its records lie beside the runs.
 """
 
+import json
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,10 @@ FOLDER = "methods"
 FOUNDING = ("olica", "olica-grouped")
 # Two models are of one size when their parameters differ by less than this share.
 ALIKE = 0.005
+DECODING = (
+    "Decoding: the time of a token as a share of the dense model's, one sequence at a time; all models of a size had "
+    "their turn in every round of one process."
+)
 # What is done with what stays, in words.
 REPAIRS = {RECIPES_OWN: "own repair", "none": "none", "least-squares": "least squares"}
 
@@ -76,12 +81,15 @@ class Mix:
     Attributes:
         name: of the mix.
         dense: the dense model, and with scores of the tasks where there are some.
+        decoding: by the name of a checkpoint's folder and of that above it, how long a token takes, as a share of what
+            it takes the dense model in the same process.
     """
 
     name: str
     points: list[Point]
     dense: Run
     dense_scored: Run | None
+    decoding: dict[tuple[str, ...], float]
 
     @cached_property
     def texts(self) -> list[str]:
@@ -123,7 +131,16 @@ def mixes(results: Results) -> list[Mix]:
             for alike in grouped.values()
         ]
         points.sort(key=_place)
-        found.append(Mix(folder.name, points, dense, results.run(f"{FOLDER}/tasks/dense")))
+        found.append(Mix(folder.name, points, dense, results.run(f"{FOLDER}/tasks/dense"), _decoding(folder)))
+    return found
+
+
+def _decoding(folder: Path) -> dict[tuple[str, ...], float]:
+    """See `Mix`; of the records in a folder of runs."""
+    found = {}
+    for path in folder.glob("generation_speed_*.json"):
+        timed = json.loads(path.read_text(encoding="utf-8"))["models"]
+        found |= {Path(name).parts[-2:]: row["decode"]["ratio"] for name, row in timed.items()}
     return found
 
 
@@ -150,16 +167,21 @@ def tables(results: Results) -> str | None:
 def _table(mix: Mix) -> str:
     has_scores = any(point.scored for point in mix.points)
     header = ["gone", "recipe", "parameters", "left of the layers", *(Path(text).stem for text in mix.texts)]
-    header += ["minutes", "peak memory, GB", *(["mean accuracy, %", "to dense"] if has_scores else [])]
+    header += ["minutes", "peak memory, GB", *(["decoding"] if mix.decoding else [])]
+    header += ["mean accuracy, %", "to dense"] if has_scores else []
     whole = mix.dense.result["parameters"]["total"]
     measured = [str(perplexity(mix.dense, text)) for text in mix.texts]
     scores = [str(mean_accuracy(mix.dense_scored)) if mix.dense_scored else "", ""]
-    rows = [["0%", "dense", f"{whole:,}", "100.0%", *measured, "", "", *scores[: 2 * has_scores]]]
+    decoding = ["1"] if mix.decoding else []
+    rows = [["0%", "dense", f"{whole:,}", "100.0%", *measured, "", "", *decoding, *scores[: 2 * has_scores]]]
     for point in mix.points:
         first = point.runs[0]
         sizes = [f"{point.parameters:,}", f"{point.layers_left:.1%}"]
         cells = [_cell(mix, point, text) for text in mix.texts]
         took = [f"{first.seconds / 60:.1f}", f"{first.peak_bytes / 1e9:.2f}"]
+        if mix.decoding:
+            ratio = mix.decoding.get(Path(first.evaluation["settings"].get("checkpoint") or "").parts[-2:])
+            took.append("" if ratio is None else f"{ratio:.2f}")
         scores = _scores(mix, point) if has_scores else []
         rows.append([asked(point.size), point.recipe, *sizes, *cells, *took, *scores])
     runs = {
@@ -172,6 +194,7 @@ def _table(mix: Mix) -> str:
         "logarithm of this ratio as a share of that of the better of `olica` and `olica-grouped`, which have the same "
         f"text and, within {ALIKE:.1%}, the same size: their corrections come on top of the size that was asked for. "
         "Of several seeds it is the geometric mean, followed by the least and the greatest.",
+        *([DECODING] if mix.decoding else []),
         *protocol({"dense": mix.dense} | runs),
     ]
     return markdown(f"Methods beside each other, calibrated on {mix.name}", header, rows, notes)

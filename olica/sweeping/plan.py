@@ -112,10 +112,9 @@ class SweepPlan:
         missing = [job for job in self.jobs if self.wanted.keep and not job.folder.is_dir()]
         return sum(expected_parameters(job) * job.bytes_per_weight for job in missing)
 
-    @property
-    def disk_bytes(self) -> int:
-        """What the sweep takes at the most while it is at work, trials not counted."""
-        return self.kept_bytes + max(job.disk_bytes for job in self.jobs)
+    def disk_bytes(self, processes: int = 1) -> int:
+        """What the sweep takes at the most while so many processes are at work, trials not counted."""
+        return self.kept_bytes + sum(sorted(job.disk_bytes for job in self.jobs)[-processes:])
 
     @property
     def measuring_bytes(self) -> int:
@@ -212,8 +211,8 @@ def evaluation_settings(plan: SweepPlan) -> EvaluationSettings:
     )
 
 
-def describe_sweep(plan: SweepPlan) -> str:
-    """Lines that say what a sweep is going to do: its points, and the memory and the disk that it takes."""
+def describe_sweep(plan: SweepPlan, processes: int = 1) -> str:
+    """Lines that say what a sweep of so many processes is going to do: its points, the memory and the disk it takes."""
     jobs, wanted = plan.jobs, plan.wanted
     before = jobs[0].parameters.before["total"]
     lines = [f"{'sparsity':>10}  {'parameters':>15}  {'weights':>10}"]
@@ -232,12 +231,13 @@ def describe_sweep(plan: SweepPlan) -> str:
     host = max(job.memory["host_bytes"] for job in jobs)
     devices = [job.memory["device_bytes"] for job in jobs if job.memory["device_bytes"]]
     device = f", device {max(devices) / 1e9:.2f} GB" if devices else ""
+    each = f", in each of {processes} processes" if processes > 1 else ""
     stays = f"{plan.kept_bytes / 1e9:.3f} GB of checkpoints stay" if wanted.keep else "no checkpoint stays"
     return "\n".join([
         *lines,
         f"measured on  {samples} samples of {tokens} tokens from {source}" + (f"; {wanted.tasks}" * bool(wanted.tasks)),
         f"peak memory  host {host / 1e9:.2f} GB{device} (expected) while pruning, about "
-        f"{plan.measuring_bytes / 1e9:.2f} GB while measuring",
-        f"disk         {plan.disk_bytes / 1e9:.3f} GB at the most; {stays}",
+        f"{plan.measuring_bytes / 1e9:.2f} GB while measuring{each}",
+        f"disk         {plan.disk_bytes(processes) / 1e9:.3f} GB at the most; {stays}",
         f"page         {plan.folder / PAGE}",
     ])  # fmt: skip

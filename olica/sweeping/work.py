@@ -4,15 +4,18 @@ A folder LABEL_sweep under --save_dir has
 
     sweep.json     the record: all points so far, from which the same command goes on
     sweep.html     the page, written anew after every point
-    checkpoints/   that of the point at work, unless checkpoints are kept
+    checkpoints/   those of the points at work, unless checkpoints are kept
+
+Of several processes each prunes and measures a point by itself, and the first one writes: so a point has the same bits
+whatever their number, and another number of them may go on.
 
 Dimensions: M windows of held-back text, T tokens in each.
 """
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,10 +34,11 @@ from ..evaluation.settings import EvaluationSettings
 from ..evaluation.subject import TestWindows
 from ..evaluation.subject import prepare as prepare_subject
 from ..jobs import Job, dense_shape, prepare
-from ..machine import full_precision
+from ..machine import full_precision, pick_device
 from ..model.skeleton import count_by_part
 from ..outputs import checkpoint, identity, records
-from ..processes import ALONE, are_several
+from ..processes import ALONE, Processes, working_together
+from ..progress_bar import no_bars
 from ..report.sweep_page import page
 from ..run import draw_calibration_set, finished, run
 from ..sources.calibration_set import CalibrationSet, hash_tokens, held_back, without
@@ -66,6 +70,8 @@ class Swept:
 def sweep(model: str | Path, **settings: Any) -> Swept:
     """Prune a model to several sparsities and measure each, as `model_sweep.py` does.
 
+    The processes of an initialised process group (torch.distributed) all call it, and share the points.
+
     Args:
         model: name (7b, llama2-7b, smollm2, ...), hub id, folder or .gguf file.
         **settings: fields of `SweepSettings` and of `Settings`, or parameters of the recipe, by the names of their
@@ -78,28 +84,36 @@ def sweep(model: str | Path, **settings: Any) -> Swept:
         UsageError: wrong input, too little memory or disk, or no sparsity meets the target; the message says what to
             do.
     """
-    return run_sweep(plan_sweep({"base_model": as_kind("base_model", model, str)} | settings))
+    plan = plan_sweep({"base_model": as_kind("base_model", model, str)} | settings)
+    with working_together(pick_device(plan.settings.device)) as processes:
+        return run_sweep(plan, processes=processes)
 
 
-def run_sweep(plan: SweepPlan, tell: Callable[[dict], None] = lambda _: None) -> Swept:
-    """Do a sweep, or what is left of it: measure the dense model, then every point, then find the target.
+def run_sweep(plan: SweepPlan, tell: Callable[[dict], None] = lambda _: None, processes: Processes = ALONE) -> Swept:
+    """Do a sweep, or what is left of it: measure the dense model and every point, then find the target.
 
     Args:
         plan: of the sweep.
         tell: is given every point of the record, those that were there already first.
+        processes: that share the points.
 
     Raises:
         UsageError: memory or disk does not suffice, another sweep is there or at work, or no sparsity meets the target.
     """
-    if are_several():
-        raise UsageError("a sweep is the work of one process: start it without a launcher")
-    checkpoint.check_folder(plan.folder)
-    check_room(plan.folder, plan.disk_bytes, "--save_dir", "the sweep")
-    with full_precision(), _locked(plan.folder), memory_in_words(memory_advice):
-        for job in plan.jobs if plan.wanted.keep else ():  # before anything is measured
-            if not finished(job):
-                checkpoint.check_place(job.folder, 0, plan.settings.overwrite)
-        return _Sweep(plan).run(tell)
+    with ExitStack() as stack:
+
+        def begin() -> None:
+            checkpoint.check_folder(plan.folder)
+            check_room(plan.folder, plan.disk_bytes(processes.count), "--save_dir", "the sweep")
+            stack.enter_context(_locked(plan.folder))
+            for job in plan.jobs if plan.wanted.keep else ():  # before anything is measured
+                if not finished(job):
+                    checkpoint.check_place(job.folder, 0, plan.settings.overwrite)
+
+        processes.on_main(begin)
+        stack.enter_context(full_precision())
+        stack.enter_context(memory_in_words(memory_advice))
+        return _Sweep(plan, processes).run(tell)
 
 
 @contextmanager
@@ -125,24 +139,24 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 class _Sweep:
-    """A sweep at work."""
+    """A sweep at work, in one of its processes; all of them have the same record, and the main one writes it."""
 
-    def __init__(self, plan: SweepPlan):
-        """Draw the texts, and take up the record that lies in the folder; `plan`'s folder is this process's alone."""
+    def __init__(self, plan: SweepPlan, processes: Processes):
+        """Draw the texts, and take up the record that lies in the folder, which is these processes' alone."""
         self._plan, self._settings, self._wanted = plan, plan.settings, plan.wanted
-        self._job = plan.jobs[0]
+        self._processes, self._job = processes, plan.jobs[0]
         tokenizer = read_tokenizer(self._job.location)
-        calibration = draw_calibration_set(self._settings, tokenizer, self._job.config)
-        ids, sources = draw_held_back(plan, tokenizer, calibration)
+
+        def draw() -> tuple[CalibrationSet, Tensor, list[dict]]:
+            calibration = draw_calibration_set(self._settings, tokenizer, self._job.config)
+            return calibration, *draw_held_back(plan, tokenizer, calibration)
+
+        calibration, ids, sources = processes.on_main(draw)
         windows = TestWindows(HELD_BACK, ids, " + ".join(source["origin"] for source in sources))
         asked = evaluation_settings(plan)
         self._protocol = make_protocol(asked, asked.dtype, [windows])
-        self._identity = self._identify(asked, calibration)
-        record = _record_at(plan.folder, self._identity, self._settings.overwrite)
-        if record is None:
-            for left in (plan.folder / CHECKPOINTS, *plan.folder.glob(".*.measures")):
-                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
-            record = {"dense": None, "points": []}
+        self._identity = processes.on_main(lambda: self._identify(asked, calibration))
+        record = processes.on_main(self._taken_up)
         self.record = {
             "kind": "sweep",
             "date": None,
@@ -174,16 +188,23 @@ class _Sweep:
         decides |= {f"digest of {name}": value for name, value in measured["data"].items()}
         return json.loads(json.dumps(decides | {"version of the code that measures": measured["code"]}))
 
+    def _taken_up(self) -> dict:
+        """What the record in the folder says of the models; without one, what a sweep left there goes."""
+        record = _record_at(self._plan.folder, self._identity, self._settings.overwrite)
+        if record is None:
+            for left in (self._plan.folder / CHECKPOINTS, *self._plan.folder.glob(".*.measures")):
+                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+        return record or {"dense": None, "points": []}
+
     def run(self, tell: Callable[[dict], None]) -> Swept:
         """See `run_sweep`."""
         try:
-            if self.record["dense"] is None:
-                plan = [dense_shape(layer) for layer in self._job.sizes]
-                layers = {"layers": count_by_part(self._job.config, plan)}
-                self.record["dense"] = self._measure("dense", self._job.location) | layers
-                self._write()
-            for job in self._plan.jobs:
-                self._point(job, tell)
+            there = [job for job in self._plan.jobs if self._recorded(job)]
+            dense = [] if self.record["dense"] else [None]
+            missing = [job for job in self._plan.jobs if not self._recorded(job)]
+            wanted, count = [*there, *dense, *missing], self._processes.count
+            for first in range(0, len(wanted), count):
+                self._points(wanted[first : first + count], tell)
             self.record["answer"] = self._found(tell)
         except KeyboardInterrupt as stopped:
             if self.record["dense"]:
@@ -193,7 +214,8 @@ class _Sweep:
         finally:
             if self.record["dense"]:
                 self._write()
-        self._tidy()
+        if self._processes.is_main:
+            self._tidy()
         return Swept(self.record, self._plan.folder / PAGE)
 
     def _found(self, tell: Callable[[dict], None]) -> dict | None:
@@ -208,7 +230,7 @@ class _Sweep:
         guess = self._interpolated(target.value) if target.flag == "max_params" else None
         while (trial := next_trial(self._sides(target), tolerance, guess)) is not None:
             settings = settings_of_points(self._settings, self._wanted, self._plan.folder)
-            self._point(prepare(settings, [trial])[0], tell)
+            self._points(prepare(settings, [trial]), tell)
         near, far = bracket(self._sides(target))
         sparsity = far if target.flag == "max_params" else near
         ends = {point["sparsity"]: point for point in self.record["points"]}
@@ -248,37 +270,60 @@ class _Sweep:
         points = self.record["points"]
         return {p["sparsity"]: target.is_beyond(p["ratio"], p["parameters"]["total"]) for p in points}
 
-    def _point(self, job: Job, tell: Callable[[dict], None]) -> None:
-        """Prune to a sparsity and measure what comes of it, unless the record has it."""
+    def _recorded(self, job: Job) -> dict | None:
         sparsity = job.settings.sparsity
-        point = next((point for point in self.record["points"] if point["sparsity"] == sparsity), None)
-        if point is None:
-            done = finished(job) or run(job)
-            measured = self._measure(f"{sparsity:g}", locate(str(done.folder), "--save_dir"))
-            compared = compare(measured, self.record["dense"])
-            row = compared["perplexity"][HELD_BACK]
-            error = row["standard_error"]
-            point = {
-                "sparsity": sparsity,
-                "command": command_of("model_pruning.py", self._settings, sparsity=f"{sparsity:g}"),
-                "measured_sparsity": done.record["measured_sparsity"],
-                "measured_sparsity_of_layers": done.record["measured_sparsity_of_layers"],
-                "ratio": row["ratio"],
-                "ratio_error": None if error is None else row["ratio"] * error,
-                **measured,
-                "to_dense": compared,
-                "plan": [shape.to_dict() for shape in done.plan],
-                "layers": count_by_part(job.config, done.plan),
-                "damage": done.record["damage"],
-                "pruning_seconds": sum(records.seconds_of_stages(done.record).values()),
-            }
-            self.record["points"] = sorted([*self.record["points"], point], key=lambda point: point["sparsity"])
-            self._write()
-            if not self._wanted.keep:
-                shutil.rmtree(done.folder)
-        elif self._wanted.keep and not finished(job):  # measured when checkpoints were not kept
-            run(job)
-        tell(point)
+        return next((point for point in self.record["points"] if point["sparsity"] == sparsity), None)
+
+    def _points(self, jobs: Sequence[Job | None], tell: Callable[[dict], None]) -> None:
+        """Have the points of some jobs in the record, no more than there are processes; None: the dense model."""
+        index = self._processes.index
+        with nullcontext() if self._processes.is_main else no_bars():
+            made = self._made(jobs[index]) if index < len(jobs) else None
+        for job, found in zip(jobs, self._processes.all_of(made), strict=False):
+            if job is None:
+                self.record["dense"] = found
+                self._write()
+                continue
+            if found:
+                found |= self._beside_dense(found)
+                self.record["points"] = sorted([*self.record["points"], found], key=lambda point: point["sparsity"])
+                self._write()
+                if self._processes.is_main and not self._wanted.keep:
+                    shutil.rmtree(job.folder)
+            tell(self._recorded(job))
+
+    def _made(self, job: Job | None) -> dict | None:
+        """Prune to a sparsity, and measure what comes of it, or the dense model; None where the record has it."""
+        if job is None:
+            plan = [dense_shape(layer) for layer in self._job.sizes]
+            return self._measure("dense", self._job.location) | {"layers": count_by_part(self._job.config, plan)}
+        if self._recorded(job):
+            if self._wanted.keep and not finished(job):  # measured when checkpoints were not kept
+                run(job)
+            return None
+        sparsity, done = job.settings.sparsity, finished(job) or run(job)
+        return {
+            "sparsity": sparsity,
+            "command": command_of("model_pruning.py", self._settings, sparsity=f"{sparsity:g}"),
+            "measured_sparsity": done.record["measured_sparsity"],
+            "measured_sparsity_of_layers": done.record["measured_sparsity_of_layers"],
+            **self._measure(f"{sparsity:g}", locate(str(done.folder), "--save_dir")),
+            "plan": [shape.to_dict() for shape in done.plan],
+            "layers": count_by_part(job.config, done.plan),
+            "damage": done.record["damage"],
+            "pruning_seconds": sum(records.seconds_of_stages(done.record).values()),
+        }
+
+    def _beside_dense(self, point: dict) -> dict:
+        """How a point compares with the dense model."""
+        compared = compare(point, self.record["dense"])
+        row = compared["perplexity"][HELD_BACK]
+        error = row["standard_error"]
+        return {
+            "ratio": row["ratio"],
+            "ratio_error": None if error is None else row["ratio"] * error,
+            "to_dense": compared,
+        }
 
     def _measure(self, name: str, location: Location) -> dict:
         """Sizes, perplexity and scores of a model; what a stopped sweep had measured of it is taken up."""
@@ -290,6 +335,8 @@ class _Sweep:
         return result | {"measuring_seconds": 60 * sum(stage["minutes"] for stage in stages.rows.values())}
 
     def _write(self) -> None:
+        if not self._processes.is_main:
+            return
         self.record["date"] = datetime.now(UTC).isoformat(timespec="seconds")
         records.write_record(self._plan.folder / RECORD, self.record)
         records.write_text(self._plan.folder / PAGE, page(self.record))
