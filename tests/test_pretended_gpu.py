@@ -569,7 +569,7 @@ def test_the_check_of_a_gpu_runs_with_tiny_sizes(gpu_guard, tmp_path):
     assert len(speed["models"]) == 2 and on_host["settings"]["dtype"] == "bfloat16"
     assert ", device " in (tmp_path / "results/dry_run.txt").read_text()
     steps = [line.split()[0] for line in (tmp_path / "results/seconds.txt").read_text().splitlines()]
-    assert steps == ["dry_run", "tests", "cache_on_device", "cache_on_host", "generation_speed"]
+    assert steps == ["dry_run", "cache_on_device", "cache_on_host", "generation_speed", "tests"]
 
 
 # ---------------------------------------------------------------------------------------------- planted mistakes
