@@ -53,8 +53,9 @@ def print_point(point: dict) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Plan; unless that was all, do the sweep, and say where its page is and what it found."""
-    plan = plan_sweep({name: value for name, value in vars(args).items() if name not in ("dry_run", "verbose")})
-    with working_together(pick_device(plan.settings.device)) as processes:
+    given = {name: value for name, value in vars(args).items() if name not in ("dry_run", "verbose")}
+    with working_together(pick_device(args.device)) as processes:
+        plan = plan_sweep(given, processes)
         if processes.is_main:
             print(describe_sweep(plan, processes.count))
         if args.dry_run:

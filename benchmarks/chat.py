@@ -217,7 +217,11 @@ def run(args: argparse.Namespace) -> None:
         "environment": environment(device),
     }
     for row in answers:
-        marks = ("right" if row["right"] else "WRONG", "" if row["stopped"] else "no stop")
+        marks = (
+            "right" if row["right"] else "WRONG",
+            "" if row["stopped"] else "no stop",
+            "loop" if row["loop"] else "",
+        )
         print(f"{row['prompt']}\n    {row['answer']!r}\n    {', '.join(filter(None, marks))}")
     print(", ".join(f"{name.replace('_', ' ')}: {number}" for name, number in record["totals"].items()))
     if args.output_path:

@@ -52,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--datasets", required=True, help="texts joined by +, or one token file")
     parser.add_argument("--data_dir", type=Path, default=Path("data"), help="folder searched first for texts")
     parser.add_argument("--num_samples", type=int, default=128, help="samples of 128 tokens drawn from each text")
+    parser.add_argument("--add_bos_token", action="store_true", help="begin every sample with the start token (Gemma)")
     parser.add_argument("--epochs", type=int, default=2, help="times that every sample is trained on")
     parser.add_argument("--seed", type=int, default=0, help="of the draw, the adapters and the order of samples")
     parser.add_argument("--device", default="auto", choices=DEVICES, help="where to run")
@@ -129,7 +130,7 @@ def run(args: argparse.Namespace) -> None:
     calibration = build_calibration_set(
         args.datasets,
         tokenizer,
-        Draw(args.num_samples, seed=args.seed),
+        Draw(args.num_samples, seed=args.seed, add_bos_token=args.add_bos_token),
         data_dir=args.data_dir,
         cache_dir=args.data_dir / "calibration",
         vocab_size=config.vocab_size,

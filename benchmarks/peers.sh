@@ -122,8 +122,8 @@ for sparsity in ${SPARSITIES:-0.2 0.33}; do
     for recipe in $OURS; do
         for seed in 0 ${TEXTS:+1 2}; do
             name=${recipe}_sparsity-${sparsity}_seed-$seed
-            flags=(--recipe "$recipe" --sparsity "$sparsity" --seed "$seed")
-            [ "$recipe" = olica-plus ] || flags+=(--mlp_num "$(mlp_num "$sparsity")")
+            # shellcheck disable=SC2207  # two words, or none
+            flags=(--recipe "$recipe" --sparsity "$sparsity" --seed "$seed" $(corrections "$recipe" "$sparsity"))
             if [ "$seed" = 0 ]; then
                 pruned "peers_as_shipped/$name" "$measures" "${flags[@]}"
                 EVALUATION_BATCH_SIZE=$long_batch pruned "peers_as_shipped/long/$name" "$long" "${flags[@]}"

@@ -4,9 +4,9 @@
 
 Every linear layer but the head becomes packed 4-bit weights with a float32 scale for each 64 of them, so that a weight
 takes 4.5 bits. The library packs and unpacks them, on the CPU too; they are unpacked once and multiplied in float32:
-what is measured is what the weights lost, not the arithmetic of a processor. Embeddings, head and norms stay in
-float32, as they do in transformers. The record is that of an evaluation. bitsandbytes is needed, which no list of
-ours names: `pip install bitsandbytes==0.50.2`.
+what is measured is what the weights lost, not the arithmetic of a processor. Embeddings, head and norms stay as they
+are, and are counted in the dtype in which they are stored. The record is that of an evaluation. bitsandbytes is needed,
+which no list of ours names: `pip install bitsandbytes==0.50.2`.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -97,6 +98,7 @@ def run(args: argparse.Namespace) -> None:
     library, device, stages = bitsandbytes(), pick_device(asked.device), Stages(pick_device(asked.device))
     location, protocol = locate(asked.checkpoint, "--checkpoint"), make_protocol(asked, "float32")
     subject = prepare("model", location, protocol)
+    stored = torch.float32 if location.gguf_file else subject.config.dtype or torch.float32
     model = read_model(location, protocol.dtype).to(device)
     result = {
         "model": describe_source(location, subject.config),
@@ -104,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
         "parameters": count_parameters(model),
         "dtype": protocol.dtype,
         "quantised": (quantised := in_four_bits(model, library)),
-        "weight_bytes": weight_bytes(model) + quantised["bytes"] - quantised["unpacked_bytes"],
+        "weight_bytes": (weight_bytes(model) - quantised["unpacked_bytes"]) * stored.itemsize // 4 + quantised["bytes"],
         "perplexity": {},
     }
     for text in protocol.texts:

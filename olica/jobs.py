@@ -413,16 +413,21 @@ def describe(job: Job) -> str:
 
 
 def _time_of(job: Job) -> list[str]:
-    """How long one process on a GPU is expected to take, where a run on a GPU of the same name is recorded."""
-    options = job.options
-    if options.device.type != "cuda" or options.processes.count > 1:
+    """How long one process on a GPU takes for a job by itself, where a run on a GPU of the same name is recorded.
+
+    Records are of recipes as they are: nothing is known of other parameters or repairs.
+    """
+    options, settings = job.options, job.settings
+    own = job.recipe.with_parameters(settings.parameters) == job.recipe.parameters()
+    is_plain = own and settings.refit == Settings.refit
+    if options.device.type != "cuda" or options.processes.count > 1 or not is_plain:
         return []
     device = torch.cuda.get_device_name(options.device)
     asked = as_timed(job, device)
     timed = nearest(asked, read_timed(RECORDS))
     if timed is None:
         return []
-    return [f"time         about {in_words(timed.scaled(asked))}, by what {timed.source} took on {device}"]
+    return [f"time         about {in_words(timed.scaled(asked))} by itself, by what {timed.source} took on {device}"]
 
 
 def as_timed(job: Job, device: str) -> Pruning:

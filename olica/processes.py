@@ -23,9 +23,9 @@ from torch import Tensor, distributed
 
 from .errors import UsageError
 
-# How long a process waits for another one that is there: as long as a solve, a slow disk or a survey that another run
-# is making may take. One that is gone is noticed at once.
-PATIENCE = timedelta(hours=12)
+# How long a process waits for another one that is there: as long as a survey that another run is making, or a whole
+# point of a sweep, may take. One that is gone is noticed at once.
+PATIENCE = timedelta(days=7)
 # Numbers that every process sends at a time when tensors are summed.
 PIECE = 1 << 22
 # How long the first process, with which what they have in common may go, waits for the others to learn that it fails:
@@ -80,6 +80,11 @@ class Processes:
     def is_main(self) -> bool:
         """Whether this is the one that prints and writes."""
         return self.index == 0
+
+    @property
+    def by_itself(self) -> "Processes":
+        """This process for work that it does without the others, which take of the machine's memory all the same."""
+        return replace(ALONE, here=self.here, device=self.device)
 
     def rows_of(self, index: int, samples: int) -> range:
         """Which of so many samples a process has: neighbours, and as many as any other or one less."""

@@ -150,6 +150,14 @@ mlp_num() {
     esac
 }
 
+# corrections RECIPE SPARSITY: the flag that says how many MLPs are corrected, for the recipes that correct some.
+corrections() {
+    case $1 in
+        olica-plus) ;;
+        olica*) echo "--mlp_num $(mlp_num "$2")" ;;
+    esac
+}
+
 # at_sparsities SPARSITY...: dense model and olica at these sparsities, as tables 1, 2, 3 and 7 show them.
 at_sparsities() {
     dense tables/dense "$TABLE_MEASURES"

@@ -15,7 +15,7 @@
 SPARSITY_OF=${SPARSITY_OF:-layers}
 source "$(dirname "$0")/common.sh"
 use "${MODEL:-7b}"
-training="--datasets $DATASETS --num_samples ${LORA_SAMPLES:-$NUM_SAMPLES}"
+training="--datasets $DATASETS --num_samples ${LORA_SAMPLES:-$NUM_SAMPLES}$START"
 
 # measures LENGTH: the perplexity by windows of so many tokens.
 measures() {
@@ -46,7 +46,7 @@ measured() {
     at_hand "$1"
     if [ "$1" = four-bits ]; then
         # shellcheck disable=SC2046
-        $PYTHON benchmarks/quantised.py --checkpoint "$checkpoint" $(measures "$2") --data_dir "$DATA_DIR" \
+        $PYTHON benchmarks/quantised.py --checkpoint "$checkpoint" $(measures "$2")$START --data_dir "$DATA_DIR" \
             --device "$DEVICE" --batch_size "$batch" --output_path "$3/evaluation.json"
     else
         EVALUATION_BATCH_SIZE=$batch evaluate "$checkpoint" "$3" "$(measures "$2")"
@@ -76,7 +76,7 @@ once() {
 
 # row KIND NAME: all measures of what MODEL and `flags` say, as it is (plain), retrained (lora) or in four-bits.
 row() {
-    local is="--base_model $MODEL" length
+    local is="--base_model $MODEL$START" length
     [ ${#flags[@]} = 0 ] || is=$(pruning_of "${flags[@]}")
     case $1 in
         lora) is+=" LoRA $training" ;;

@@ -9,7 +9,7 @@
 #   PPL         corpora (wikitext2,c4,ptb)
 #   SCORED      yes or no: whether the tasks are scored too (no)
 #   TIMED       yes or no: whether decoding is timed too, all recipes of a sparsity in turns; it wants the machine for
-#               itself (no)
+#               itself, and that KEEP is yes (no)
 # Memory and time: SmolLM2 on 2 cores: 1.4 GB and 4 minutes each pruning, which share a survey; 4 minutes each evaluation
 #   with WINDOWS=256 and four corpora; 8 minutes each scoring with LIMIT=200.
 source "$(dirname "$0")/common.sh"
@@ -20,34 +20,36 @@ scores="--ppl none --tasks $TASKS ${LIMIT:+--limit $LIMIT}"
 
 dense methods/dense "$measures"
 [ "${SCORED:-no}" = no ] || dense methods/tasks/dense "$scores"
-declare -A checkpoints
+declare -A timed  # by sparsity, a line of flags for every pruning
 for seed in ${SEEDS:-0}; do
     for recipe in ${RECIPES:-olica olica-grouped olica-plus}; do
         for sparsity in ${SPARSITIES:-0.2 0.33 0.5}; do
             for refit in ${REFITS:-recipe}; do
                 name=${recipe}_sparsity-${sparsity}_seed-$seed
-                flags=(--recipe "$recipe" --sparsity "$sparsity" --seed "$seed")
-                case $recipe in
-                    olica-plus) ;;
-                    olica*) flags+=(--mlp_num "$(mlp_num "$sparsity")") ;;
-                esac
+                # shellcheck disable=SC2207  # two words, or none
+                flags=(--recipe "$recipe" --sparsity "$sparsity" --seed "$seed" $(corrections "$recipe" "$sparsity"))
                 if [ "$refit" != recipe ]; then
                     name+=_refit-$refit
                     flags+=(--refit "$refit")
                 fi
                 pruned "$runs/$name" "$measures" "${flags[@]}"
                 [ "${SCORED:-no}" = no ] || pruned "$runs/tasks/$name" "$scores" "${flags[@]}"
-                [ "${TIMED:-no}" = no ] || { made "${flags[@]}"; checkpoints[$sparsity]+=" $checkpoint"; }
+                timed[$sparsity]+=${flags[*]}$'\n'
             done
         done
     done
 done
-for sparsity in "${!checkpoints[@]}"; do
-    record=$RECORDS/$runs/generation_speed_$sparsity
-    speed="--dense $MODEL --checkpoints${checkpoints[$sparsity]} --dtype $DTYPE --device $DEVICE"
-    recorded "$speed" "$record.flags" "$record.json" && continue
-    # shellcheck disable=SC2086  # several words
-    $PYTHON benchmarks/generation_speed.py $speed --output_path "$record.json"
-    echo "$speed" > "$record.flags"
+[ "${TIMED:-no}" = yes ] || timed=()
+for sparsity in "${!timed[@]}"; do
+    record=$RECORDS/$runs/generation_speed_$sparsity checkpoints=()
+    is="$(pruning_of), in $DTYPE, of"$'\n'${timed[$sparsity]%$'\n'}
+    recorded "$is" "$record.flags" "$record.json" && continue
+    while read -ra flags; do
+        made "${flags[@]}"
+        checkpoints+=("$checkpoint")
+    done <<< "${timed[$sparsity]%$'\n'}"
+    $PYTHON benchmarks/generation_speed.py --dense "$MODEL" --checkpoints "${checkpoints[@]}" --dtype "$DTYPE" \
+        --device "$DEVICE" --output_path "$record.json"
+    echo "$is" > "$record.flags"
 done
 report methods

@@ -5,7 +5,8 @@
 #   RECIPES     which (olica olica-plus)
 #   SPARSITY    share of what SPARSITY_OF says (0.2)
 #   PPL         corpora to measure on (wikitext2, C4, PTB, held-back novels, held-back instructions, held-back modules)
-# The files are those of scripts/split_texts.py and of a data folder; the modules are those of the Python that runs.
+# The files are those that scripts/split_texts.py writes, into DATA_DIR, and of a data folder; the modules are those of
+# the Python that runs.
 # NUM_SAMPLES are taken of all texts together, so that a mix is no larger than a single text.
 # Memory and time: SmolLM2 on 2 cores: 1.4 GB; 5 minutes each survey, 3 each pruning and 6 each evaluation with WINDOWS=256.
 NUM_SAMPLES=${NUM_SAMPLES:-240}
@@ -18,7 +19,7 @@ TEXTS=${TEXTS:-prose=$prose instructions=$instructions web=$web code=pysource en
     all=$prose+$instructions+$web+pysource+$encyclopaedia}
 held_back=$DATA_DIR/novels_report.jsonl,$DATA_DIR/instructions_report.jsonl,pysource
 measures="--ppl ${PPL:-wikitext2,$DATA_DIR/c4_report.jsonl,ptb,$held_back} ${WINDOWS:+--ppl_windows $WINDOWS}"
-samples=$NUM_SAMPLES
+samples=$NUM_SAMPLES sparsity=${SPARSITY:-0.2}
 
 dense texts/dense "$measures"
 for text in $TEXTS; do
@@ -26,8 +27,8 @@ for text in $TEXTS; do
     parts=${DATASETS//[!+]/}
     NUM_SAMPLES=$((samples / (${#parts} + 1)))
     for recipe in ${RECIPES:-olica olica-plus}; do
-        flags=(--recipe "$recipe" --sparsity "${SPARSITY:-0.2}")
-        [ "$recipe" = olica-plus ] || flags+=(--mlp_num "$(mlp_num "${SPARSITY:-0.2}")")
+        # shellcheck disable=SC2207  # two words, or none
+        flags=(--recipe "$recipe" --sparsity "$sparsity" $(corrections "$recipe" "$sparsity"))
         KEEP=${KEEP:-no} pruned "texts/${text%%=*}_$recipe" "$measures" "${flags[@]}"
     done
 done

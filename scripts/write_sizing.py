@@ -41,7 +41,7 @@ DTYPE, SPARSITY = torch.bfloat16, 0.2
 # the expected peaks in results/gpu/smollm2/ leave when the weights are taken off.
 RESIDENT = {"cpu": 480_000_000, "cuda": 1_480_000_000}
 # Of records that do not say how many decoder layers their model has.
-LAYERS = {f"smollm2/pruning_speed{suffix}.json": 30 for suffix in ("", "_olica-plus")}
+LAYERS = {"smollm2/pruning_speed.json": 30}
 # Expected and measured may differ by so much of what was measured before a row is marked.
 TOLERANCE = 0.25
 NOT_RUN = "not run"
@@ -96,7 +96,7 @@ BESIDE_TEXT = """## Expected beside measured
 Peak memory, as each record has it. More than {tolerance} of what was measured is marked. The runs of SmolLM2 on the
 H200 are of a version that expected the libraries to take 0.06 GB of the host beside a GPU; now it expects 0.75.
 """
-TIMES_BESIDE_TEXT = "Times, each foreseen from another record of the same recipe on the same machine:"
+TIMES_BESIDE_TEXT = "Times, each predicted from another record of the same recipe on a device of the same name:"
 MORE_TEXT = """## Measuring your own machine
 
 ```sh
@@ -108,8 +108,8 @@ python benchmarks/pruning_speed.py --shape llama3-8b --layers 2 --mlp_num 1 --sp
 python scripts/write_sizing.py
 ```
 
-The first two are for a GPU, the third for a CPU. Two layers of a model with a large vocabulary lose as much as those of
-the whole model at about a third of its sparsity, since the embedding is most of them.
+The first two are for a GPU, the third for a CPU. The embedding is most of a model that has but two layers, so that
+`--sparsity 0.067` takes as much of these as 0.2 takes of each layer of the whole model.
 """
 
 
@@ -193,7 +193,7 @@ def cards_table(by_recipe: dict[str, list[Case]]) -> str:
 
 def memory_table(those: list[Case]) -> str:
     """Expected memory and disk of every model."""
-    header = ["model", "parameters", "device: states there", "device: states on the host", "host beside a GPU"]
+    header = ["model", "parameters", "device, states on it", "device, states on the host", "host beside a GPU"]
     header += ["host without a GPU", "dense model", "run, at most", "pruned model"]
     rows = []
     for case in those:
@@ -266,7 +266,7 @@ def model_of(settings: dict) -> str:
         return NAMES.get(name, name)
     parts = [MODELS.get(shape, shape)]
     if settings["scale"] != "1":
-        parts.append(f"widths by {settings['scale']}")
+        parts.append(f"widths divided by {settings['scale']}")
     if settings["layers"] != "None":
         parts.append(f"{settings['layers']} layers")
     return ", ".join(parts)
@@ -364,7 +364,7 @@ def sizing_page() -> str:
     drawn = [f"{those[0].task.ids_shape[0]} samples for `{recipe}`" for recipe, those in by_recipe.items()]
     small = CARDS[0]
     compared = ["record", "model", "recipe", "memory", "expected, GB", "measured, GB", "off"]
-    foreseen = ["record", "recipe", "foreseen from", "foreseen", "measured", "off"]
+    predicted = ["record", "recipe", "predicted from", "predicted", "measured", "off"]
     parts = [
         HEAD.format(sparsity=f"{100 * SPARSITY:g} %", drawn=" and ".join(drawn), tolerance=f"{100 * TOLERANCE:g} %"),
         CARD_TEXT.format(share=f"{100 * USABLE:g} %"),
@@ -380,7 +380,7 @@ def sizing_page() -> str:
         BESIDE_TEXT.format(tolerance=f"{100 * TOLERANCE:g} %"),
         table(compared, [*recorded_peaks()]),
         TIMES_BESIDE_TEXT,
-        table(foreseen, [*recorded_times(timed)]),
+        table(predicted, [*recorded_times(timed)]),
         MORE_TEXT,
     ]
     return filled("\n\n".join(part.strip("\n") for part in parts)) + "\n"

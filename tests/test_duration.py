@@ -109,19 +109,24 @@ def test_a_dry_run_gives_a_time_where_the_same_kind_of_device_was_timed(job, tmp
     monkeypatch.setattr(jobs, "RECORDS", tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "card")
 
-    def time_on(device: str) -> list[str]:
-        there = replace(job, options=replace(job.options, device=torch.device(device)))
-        return [line for line in describe(there).splitlines() if line.startswith("time")]
+    def time_on(device: str, **other: str) -> list[str]:
+        options, settings = replace(job.options, device=torch.device(device)), replace(job.settings, **other)
+        described = describe(replace(job, options=options, settings=settings))
+        return [line for line in described.splitlines() if line.startswith("time")]
 
     assert time_on("cuda") == []
     for name, expected in (
         ("cpu", []),
         ("another card", []),
-        ("card", ["time         about 5 min, by what deep/speed.json took on card"]),
+        ("card", ["time         about 5 min by itself, by what deep/speed.json took on card"]),
     ):
         write_speed(tmp_path, as_timed(job, name), {"embed": 300.0})
         assert time_on("cuda") == expected
         assert time_on("cpu") == []
+    (tmp_path / "cut.json").write_text('{"kind": "pruning sp')
+    (tmp_path / "list.json").write_text("[]")
+    assert len(time_on("cuda")) == 1, "what cannot be read is left out"
+    assert time_on("cuda", refit="none") == [], "of another repair nothing is known"
 
 
 def test_a_dry_run_gives_the_disk_that_is_wanted(job):

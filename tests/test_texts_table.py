@@ -24,5 +24,16 @@ def test_each_recipe_has_its_best_text_in_bold(tmp_path):
     assert [row[2].startswith("**") for row in rows] == [False, False, False, True, False, False, True]
 
 
+def test_a_run_by_other_windows_is_left_out(tmp_path):
+    record = Recorder(tmp_path, "smollm2")
+    record("texts/dense", evaluation(20.0, 50.0))
+    record("texts/web_olica", evaluation(30.0, 50.0), pruning(recipe="olica"))
+    other = evaluation(21.0, 50.0)
+    other["results"]["model"]["perplexity"]["wikitext2"] |= {"windows": 29, "fingerprint": "g"}
+    record("texts/code_olica", other, pruning(recipe="olica"))
+    _, _, row = cells(texts.table(record.results))
+    assert row[:2] == ["olica", "web"] and row[2].startswith("**1.50")
+
+
 def test_without_runs_there_is_no_table(tmp_path):
     assert texts.table(Results(tmp_path, "smollm2")) is None

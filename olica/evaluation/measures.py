@@ -44,7 +44,7 @@ class Measures:
         The file has the name of the record, if that is fixed, else one that no other evaluation has.
         """
         name = name or f"olica_eval-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]}"
-        self._path, self._identity = folder / f".{name}.measures", identity
+        self._path, self._identity = self._place(folder, name), identity
         self._stages, self._processes = stages, processes
         self._rows: dict[str, dict] = processes.from_main(self._read() if processes.is_main else {})
         self.found = len(self._rows)
@@ -92,6 +92,15 @@ class Measures:
     def forget(self) -> None:
         """Remove the file, now that the record holds all."""
         self._path.unlink(missing_ok=True)
+
+    @classmethod
+    def remove(cls, folder: Path, name: str) -> None:
+        """Remove the file of this name from `folder`, if it is there."""
+        cls._place(folder, name).unlink(missing_ok=True)
+
+    @staticmethod
+    def _place(folder: Path, name: str) -> Path:
+        return folder / f".{name}.measures"
 
 
 def measure(subject: Subject, protocol: Protocol, measures: Measures, stages: Stages, processes: Processes) -> dict:

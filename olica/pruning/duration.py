@@ -14,6 +14,7 @@ The records are those of benchmarks/pruning_speed.py, which names the stages.
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from math import ceil, log
 from pathlib import Path
@@ -134,10 +135,11 @@ def read_timed(folder: Path, layers: Mapping[str, int] | None = None) -> list[Ti
     """
     found = []
     for path in sorted(folder.rglob("*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(record, dict) and record.get("kind") == KIND:
+        # A folder of records is the user's own too: what cannot be read there says nothing.
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            record = json.loads(path.read_text(encoding="utf-8"))
             source = path.relative_to(folder).as_posix()
-            if pruning := _pruning_of(record, (layers or {}).get(source)):
+            if record["kind"] == KIND and (pruning := _pruning_of(record, (layers or {}).get(source))):
                 seconds = {name: stage["seconds"] for name, stage in record["stages"].items() if name in STAGES}
                 found.append(Timed(pruning, seconds, fmean(record["dense_pass_seconds"]), source))
     return found

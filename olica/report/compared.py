@@ -81,7 +81,7 @@ def table(results: Results) -> str | None:
         sizes = [f"{result['parameters']['total']:,}", f"{result['weight_bytes'] / 1e6:,.1f}", row.minutes]
         figures = [_perplexity(row, dense, length, text) for length, text in measured]
         cells.append([asked(row.size), row.name, *sizes, *figures, *(_chat(row.chat) if has_chat else [])])
-    return markdown("What people compare with", header, cells, _notes(rows, dense))
+    return markdown("Retrained, in 4 bits, and as a chat", header, cells, _notes(rows, dense))
 
 
 def _rows(results: Results) -> list[Row]:

@@ -20,10 +20,6 @@ FOLDER = "methods"
 FOUNDING = ("olica", "olica-grouped")
 # Two models are of one size when their parameters differ by less than this share.
 ALIKE = 0.005
-DECODING = (
-    "Decoding: the time of a token as a share of the dense model's, one sequence at a time; all models of a size had "
-    "their turn in every round of one process."
-)
 # What is done with what stays, in words.
 REPAIRS = {RECIPES_OWN: "own repair", "none": "none", "least-squares": "least squares"}
 
@@ -81,15 +77,20 @@ class Mix:
     Attributes:
         name: of the mix.
         dense: the dense model, and with scores of the tasks where there are some.
-        decoding: by the name of a checkpoint's folder and of that above it, how long a token takes, as a share of what
-            it takes the dense model in the same process.
+        timed: records of decoding, the dense model and pruned ones in one process each.
     """
 
     name: str
     points: list[Point]
     dense: Run
     dense_scored: Run | None
-    decoding: dict[tuple[str, ...], float]
+    timed: list[dict]
+
+    @cached_property
+    def decoding(self) -> dict[tuple[str, ...], float]:
+        """The time of a token as a share of the dense model's, by the last two parts of a checkpoint's path."""
+        models = (row for record in self.timed for row in record["models"].items())
+        return {Path(name).parts[-2:]: row["decode"]["ratio"] for name, row in models}
 
     @cached_property
     def texts(self) -> list[str]:
@@ -131,16 +132,10 @@ def mixes(results: Results) -> list[Mix]:
             for alike in grouped.values()
         ]
         points.sort(key=_place)
-        found.append(Mix(folder.name, points, dense, results.run(f"{FOLDER}/tasks/dense"), _decoding(folder)))
-    return found
-
-
-def _decoding(folder: Path) -> dict[tuple[str, ...], float]:
-    """See `Mix`; of the records in a folder of runs."""
-    found = {}
-    for path in folder.glob("generation_speed_*.json"):
-        timed = json.loads(path.read_text(encoding="utf-8"))["models"]
-        found |= {Path(name).parts[-2:]: row["decode"]["ratio"] for name, row in timed.items()}
+        timed = [
+            json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("generation_speed_*.json"))
+        ]
+        found.append(Mix(folder.name, points, dense, results.run(f"{FOLDER}/tasks/dense"), timed))
     return found
 
 
@@ -194,10 +189,21 @@ def _table(mix: Mix) -> str:
         "logarithm of this ratio as a share of that of the better of `olica` and `olica-grouped`, which have the same "
         f"text and, within {ALIKE:.1%}, the same size: their corrections come on top of the size that was asked for. "
         "Of several seeds it is the geometric mean, followed by the least and the greatest.",
-        *([DECODING] if mix.decoding else []),
+        *dict.fromkeys(_timing(record) for record in mix.timed),
         *protocol({"dense": mix.dense} | runs),
     ]
     return markdown(f"Methods beside each other, calibrated on {mix.name}", header, rows, notes)
+
+
+def _timing(record: dict) -> str:
+    """How decoding was timed, by its record."""
+    settings, machine = record["settings"], record["environment"]
+    return (
+        "Decoding: the time of a token as a share of the dense model's, one sequence at a time, all models in turns in "
+        f"one process; {settings['prompt_tokens']} tokens continued by {settings['new_tokens']}, medians of "
+        f"{settings['repeats']} rounds, {settings['dtype']}, {machine['device']}, {machine['cpu_threads']} threads, "
+        f"commit {machine['git_commit']}."
+    )
 
 
 def _repairs(mix: Mix) -> str | None:

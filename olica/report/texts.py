@@ -19,22 +19,23 @@ def table(results: Results) -> str | None:
     if dense is None or not runs:
         return None
     corpora = list(dense.result["perplexity"])
-    rows = [["dense", "", *(str(perplexity(dense, corpus)) for corpus in corpora)]]
+    ratios = {run.folder: compare(run.result, dense.result)["perplexity"] for run in runs}
+    runs = [run for run in runs if ratios[run.folder].keys() >= {*corpora}]  # others were measured by other windows
     runs.sort(key=lambda run: (run.recipe, _parts(run), _name(run)))
+    best = {
+        (recipe, corpus): min(ratios[run.folder][corpus]["ratio"] for run in runs if run.recipe == recipe)
+        for recipe in {run.recipe for run in runs}
+        for corpus in corpora
+    }
+    rows = [["dense", "", *(str(perplexity(dense, corpus)) for corpus in corpora)]]
     for run in runs:
-        ratios = compare(run.result, dense.result)["perplexity"]
-        least = [min(other.result["perplexity"][corpus]["value"] for other in _alike(run, runs)) for corpus in corpora]
-        cells = [
-            f"**{ratio_in_words([ratios[corpus]])}**"
-            if run.result["perplexity"][corpus]["value"] == lowest
-            else ratio_in_words([ratios[corpus]])
-            for corpus, lowest in zip(corpora, least, strict=True)
-        ]
-        rows.append([run.recipe, _name(run), *cells])
+        found = [ratios[run.folder][corpus] for corpus in corpora]
+        is_best = [row["ratio"] == best[run.recipe, corpus] for row, corpus in zip(found, corpora, strict=True)]
+        words = [ratio_in_words([row]) for row in found]
+        rows.append([run.recipe, _name(run), *(f"**{w}**" if b else w for w, b in zip(words, is_best, strict=True))])
     notes = [
         "Perplexity of the dense model; of the others the ratio to it, with the paired error, the best of each recipe "
-        "on a corpus in bold. Texts that calibrate share no row with those that measure; encyclopaedia and wikitext2, "
-        "prose and novels, instructions, and code and pysource are of one kind, web is of other sites than c4.",
+        "on a corpus in bold. scripts/texts.sh says what the names stand for.",
         *protocol({"dense": dense} | {f"{run.recipe}, {_name(run)}": run for run in runs}),
     ]
     header = ["recipe", "calibrated on", *(Path(corpus).stem for corpus in corpora)]
@@ -48,7 +49,3 @@ def _name(run: Run) -> str:
 def _parts(run: Run) -> int:
     """How many texts it was calibrated on."""
     return len(run.pruning["calibration"]["sources"])
-
-
-def _alike(run: Run, runs: list[Run]) -> list[Run]:
-    return [other for other in runs if other.recipe == run.recipe]

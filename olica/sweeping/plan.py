@@ -1,6 +1,7 @@
 """What a sweep is asked for, and what it is going to do, as far as that is decided before a weight is read."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from ..evaluation.settings import EvaluationSettings
 from ..jobs import Job, Settings, check_seqlen, prepare, settings_of
 from ..methods.recipes import recipe_name
 from ..outputs.names import NAMED, sweep_folder
+from ..processes import ALONE, Processes
 from ..pruning.memory import RUNTIME_BYTES
 from ..sources.calibration_set import calibration_shape, is_token_file
 from ..sources.locate import locate
@@ -131,11 +133,12 @@ class SweepPlan:
         return own + job.parameters.before["total"] * job.bytes_per_weight + logits
 
 
-def plan_sweep(given: dict[str, Any]) -> SweepPlan:
+def plan_sweep(given: dict[str, Any], processes: Processes = ALONE) -> SweepPlan:
     """Check all that can be checked without weights, and plan.
 
     Args:
         given: fields of `SweepSettings` and `Settings`, or parameters of the recipe.
+        processes: that are going to share the points.
 
     Raises:
         UsageError: what was asked for is impossible.
@@ -153,7 +156,7 @@ def plan_sweep(given: dict[str, Any]) -> SweepPlan:
         )
     location = locate(settings.base_model)
     folder = sweep_folder(settings.save_dir, location.label, **{name: getattr(settings, name) for name in NAMED})
-    jobs = prepare(settings_of_points(settings, wanted, folder), wanted.sparsity)
+    jobs = jobs_of_points(settings, wanted, folder, wanted.sparsity, processes)
     _, tokens = held_back_shape(settings, wanted)
     check_seqlen(tokens, "--held_back_datasets" if wanted.held_back_datasets else "--seqlen", jobs[0].config)
     plan = SweepPlan(settings, wanted, jobs, folder)
@@ -163,9 +166,19 @@ def plan_sweep(given: dict[str, Any]) -> SweepPlan:
     return plan
 
 
-def settings_of_points(settings: Settings, wanted: SweepSettings, folder: Path) -> Settings:
-    """Where checkpoints are kept they go where a pruning by itself would put them."""
-    return settings if wanted.keep else replace(settings, save_dir=str(folder / CHECKPOINTS))
+def jobs_of_points(
+    settings: Settings, wanted: SweepSettings, folder: Path, sparsities: Sequence[float], processes: Processes
+) -> list[Job]:
+    """The prunings of some points, each of one process, in batches of one size wherever they are made.
+
+    Where checkpoints are kept they go where a pruning by itself would put them.
+    """
+    settings = settings if wanted.keep else replace(settings, save_dir=str(folder / CHECKPOINTS))
+    several = processes if processes.count > 1 else None
+    jobs = prepare(settings, sparsities, several.by_itself if several else None)
+    for job in jobs if several else ():
+        job.options.batch_size.size = min(processes.all_of(job.options.batch_size.size))
+    return jobs
 
 
 def held_back_shape(settings: Settings, wanted: SweepSettings) -> tuple[int, int]:

@@ -6,8 +6,8 @@ A folder LABEL_sweep under --save_dir has
     sweep.html     the page, written anew after every point
     checkpoints/   those of the points at work, unless checkpoints are kept
 
-Of several processes each prunes and measures a point by itself, and the first one writes: so a point has the same bits
-whatever their number, and another number of them may go on.
+Several processes take as many points at a time, each of which one prunes and measures by itself; the first one writes
+record and page. So a point has the same bits whatever their number, and another number of them may go on.
 
 Dimensions: M windows of held-back text, T tokens in each.
 """
@@ -33,7 +33,7 @@ from ..evaluation.paired import compare
 from ..evaluation.settings import EvaluationSettings
 from ..evaluation.subject import TestWindows
 from ..evaluation.subject import prepare as prepare_subject
-from ..jobs import Job, dense_shape, prepare
+from ..jobs import Job, Settings, dense_shape
 from ..machine import full_precision, pick_device
 from ..model.skeleton import count_by_part
 from ..outputs import checkpoint, identity, records
@@ -47,7 +47,7 @@ from ..sources.locate import Location, locate
 from ..sources.tokenizers import read_tokenizer
 from .bisection import Target, bracket, next_trial
 from .commands import command_of, sweep_command
-from .plan import CHECKPOINTS, PAGE, RECORD, SweepPlan, evaluation_settings, plan_sweep, settings_of_points
+from .plan import CHECKPOINTS, PAGE, RECORD, SweepPlan, evaluation_settings, jobs_of_points, plan_sweep
 
 LOCK = ".sweep.lock"
 # What the held-back windows are called beside the texts of other evaluations.
@@ -84,9 +84,9 @@ def sweep(model: str | Path, **settings: Any) -> Swept:
         UsageError: wrong input, too little memory or disk, or no sparsity meets the target; the message says what to
             do.
     """
-    plan = plan_sweep({"base_model": as_kind("base_model", model, str)} | settings)
-    with working_together(pick_device(plan.settings.device)) as processes:
-        return run_sweep(plan, processes=processes)
+    given = {"base_model": as_kind("base_model", model, str)} | settings
+    with working_together(pick_device(given.get("device", Settings.device))) as processes:
+        return run_sweep(plan_sweep(given, processes), processes=processes)
 
 
 def run_sweep(plan: SweepPlan, tell: Callable[[dict], None] = lambda _: None, processes: Processes = ALONE) -> Swept:
@@ -199,12 +199,18 @@ class _Sweep:
     def run(self, tell: Callable[[dict], None]) -> Swept:
         """See `run_sweep`."""
         try:
-            there = [job for job in self._plan.jobs if self._recorded(job)]
+            if self._processes.is_main:  # so that what is stopped before a model is measured is taken up too
+                records.write_record(self._plan.folder / RECORD, self.record)
+            for point in self.record["points"]:
+                tell(point)
+            there = {point["sparsity"] for point in self.record["points"]}
             dense = [] if self.record["dense"] else [None]
-            missing = [job for job in self._plan.jobs if not self._recorded(job)]
-            wanted, count = [*there, *dense, *missing], self._processes.count
-            for first in range(0, len(wanted), count):
-                self._points(wanted[first : first + count], tell)
+            missing, count = [*dense, *filter(self._is_missing, self._plan.jobs)], self._processes.count
+            for first in range(0, len(missing), count):
+                self._round(missing[first : first + count])
+                for job in missing[first : first + count]:
+                    if job and job.settings.sparsity not in there:
+                        tell(self._recorded(job))
             self.record["answer"] = self._found(tell)
         except KeyboardInterrupt as stopped:
             if self.record["dense"]:
@@ -212,10 +218,9 @@ class _Sweep:
                 stopped.add_note(f"the same command goes on: {done}")
             raise
         finally:
-            if self.record["dense"]:
-                self._write()
-        if self._processes.is_main:
-            self._tidy()
+            self._write()
+        self._processes.all_of(None)  # each has removed its own
+        self._tidy()
         return Swept(self.record, self._plan.folder / PAGE)
 
     def _found(self, tell: Callable[[dict], None]) -> dict | None:
@@ -229,8 +234,9 @@ class _Sweep:
             return None
         guess = self._interpolated(target.value) if target.flag == "max_params" else None
         while (trial := next_trial(self._sides(target), tolerance, guess)) is not None:
-            settings = settings_of_points(self._settings, self._wanted, self._plan.folder)
-            self._points(prepare(settings, [trial]), tell)
+            sought = jobs_of_points(self._settings, self._wanted, self._plan.folder, [trial], self._processes)
+            self._round(sought)
+            tell(self._recorded(sought[0]))
         near, far = bracket(self._sides(target))
         sparsity = far if target.flag == "max_params" else near
         ends = {point["sparsity"]: point for point in self.record["points"]}
@@ -274,40 +280,56 @@ class _Sweep:
         sparsity = job.settings.sparsity
         return next((point for point in self.record["points"] if point["sparsity"] == sparsity), None)
 
-    def _points(self, jobs: Sequence[Job | None], tell: Callable[[dict], None]) -> None:
-        """Have the points of some jobs in the record, no more than there are processes; None: the dense model."""
-        index = self._processes.index
-        with nullcontext() if self._processes.is_main else no_bars():
-            made = self._made(jobs[index]) if index < len(jobs) else None
+    def _is_missing(self, job: Job) -> bool:
+        """Whether there is something to do for a point: it may have been measured when checkpoints were not kept."""
+        return not self._recorded(job) or (self._wanted.keep and not finished(job))
+
+    def _round(self, jobs: Sequence[Job | None]) -> None:
+        """Have the points of some jobs in the record, no more than there are processes; None: the dense model.
+
+        What the others have made is recorded before a process that has failed says so.
+        """
+        index, made, failure = self._processes.index, None, None
+        try:
+            with nullcontext() if self._processes.is_main else no_bars():
+                made = self._made(jobs[index]) if index < len(jobs) else None
+        except UsageError as error:
+            failure = error
         for job, found in zip(jobs, self._processes.all_of(made), strict=False):
-            if job is None:
-                self.record["dense"] = found
-                self._write()
-                continue
             if found:
-                found |= self._beside_dense(found)
-                self.record["points"] = sorted([*self.record["points"], found], key=lambda point: point["sparsity"])
-                self._write()
-                if self._processes.is_main and not self._wanted.keep:
-                    shutil.rmtree(job.folder)
-            tell(self._recorded(job))
+                self._record(job, found)
+        if failure:
+            raise failure
+        self._processes.all_of(None)  # all is recorded, and nobody has failed
+        if index < len(jobs):
+            name, job = _name(jobs[index]), jobs[index]
+            Measures.remove(self._plan.folder, name)
+            if job and not self._wanted.keep:
+                shutil.rmtree(job.folder)
+
+    def _record(self, job: Job | None, found: dict) -> None:
+        """Have what was found of a point, or of the dense model, in the record."""
+        if job is None:
+            self.record["dense"] = found
+        elif self.record["dense"]:
+            points = [*self.record["points"], found | self._beside_dense(found)]
+            self.record["points"] = sorted(points, key=lambda point: point["sparsity"])
+        self._write()
 
     def _made(self, job: Job | None) -> dict | None:
         """Prune to a sparsity, and measure what comes of it, or the dense model; None where the record has it."""
         if job is None:
             plan = [dense_shape(layer) for layer in self._job.sizes]
-            return self._measure("dense", self._job.location) | {"layers": count_by_part(self._job.config, plan)}
+            return self._measure(None, self._job.location) | {"layers": count_by_part(self._job.config, plan)}
+        done = finished(job) or run(job)
         if self._recorded(job):
-            if self._wanted.keep and not finished(job):  # measured when checkpoints were not kept
-                run(job)
             return None
-        sparsity, done = job.settings.sparsity, finished(job) or run(job)
         return {
-            "sparsity": sparsity,
-            "command": command_of("model_pruning.py", self._settings, sparsity=f"{sparsity:g}"),
+            "sparsity": job.settings.sparsity,
+            "command": command_of("model_pruning.py", self._settings, sparsity=f"{job.settings.sparsity:g}"),
             "measured_sparsity": done.record["measured_sparsity"],
             "measured_sparsity_of_layers": done.record["measured_sparsity_of_layers"],
-            **self._measure(f"{sparsity:g}", locate(str(done.folder), "--save_dir")),
+            **self._measure(job, locate(str(done.folder), "--save_dir")),
             "plan": [shape.to_dict() for shape in done.plan],
             "layers": count_by_part(job.config, done.plan),
             "damage": done.record["damage"],
@@ -325,28 +347,32 @@ class _Sweep:
             "to_dense": compared,
         }
 
-    def _measure(self, name: str, location: Location) -> dict:
+    def _measure(self, job: Job | None, location: Location) -> dict:
         """Sizes, perplexity and scores of a model; what a stopped sweep had measured of it is taken up."""
-        stages = records.Stages(self._job.options.device)
+        stages, name = records.Stages(self._job.options.device), _name(job)
         measures = Measures(self._plan.folder, name, self._identity, stages, ALONE)
         result = measure(prepare_subject(name, location, self._protocol), self._protocol, measures, stages, ALONE)
-        measures.forget()
         del result["model"]  # a place that is left soon
         return result | {"measuring_seconds": 60 * sum(stage["minutes"] for stage in stages.rows.values())}
 
     def _write(self) -> None:
-        if not self._processes.is_main:
+        if not (self._processes.is_main and self.record["dense"]):
             return
         self.record["date"] = datetime.now(UTC).isoformat(timespec="seconds")
         records.write_record(self._plan.folder / RECORD, self.record)
         records.write_text(self._plan.folder / PAGE, page(self.record))
 
     def _tidy(self) -> None:
-        """Remove checkpoints that a stopped sweep had measured and not removed yet, and what one was killed writing."""
+        """Remove what a stopped sweep had recorded and not removed yet, and what it was killed writing."""
         shutil.rmtree(self._plan.folder / CHECKPOINTS, ignore_errors=True)
-        for name in (RECORD, PAGE):
-            for left in self._plan.folder.glob(f".{name}.*.partial"):
-                left.unlink()
+        for pattern in (".*.measures", f".{RECORD}.*.partial", f".{PAGE}.*.partial"):
+            for left in self._plan.folder.glob(pattern):
+                left.unlink(missing_ok=True)  # another process may have
+
+
+def _name(job: Job | None) -> str:
+    """What measures of a point, or of the dense model, are called on disk."""
+    return f"{job.settings.sparsity:g}" if job else "dense"
 
 
 def draw_held_back(plan: SweepPlan, tokenizer, calibration: CalibrationSet) -> tuple[Tensor, list[dict]]:
