@@ -220,7 +220,7 @@ def run(args: argparse.Namespace) -> None:
         marks = (
             "right" if row["right"] else "WRONG",
             "" if row["stopped"] else "no stop",
-            "loop" if row["loop"] else "",
+            "goes round" if row["goes_round"] else "",
         )
         print(f"{row['prompt']}\n    {row['answer']!r}\n    {', '.join(filter(None, marks))}")
     print(", ".join(f"{name.replace('_', ' ')}: {number}" for name, number in record["totals"].items()))
