@@ -427,3 +427,30 @@ def test_python_blocks_run(marker, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     code = "\n".join(block.text for page in PAGES for block in blocks(page) if block.marker == marker)
     getattr(Runnable(), marker)(code, capsys)
+
+
+def rows_of(page: str, heading: str) -> dict[str, list[str]]:
+    """The cells of the table below a heading, by the first one, or by that and the recipe in the second."""
+    lines = page.split(f"{heading}\n", 1)[1].split("\n#", 1)[0].splitlines()
+    _, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|"))
+    return {" ".join(row[:2]) if row[1].startswith("`") else row[0]: row for row in rows}
+
+
+def test_sizes_of_runs_are_those_that_can_be_worked_out():
+    """LLaMA-7B has 6,738,415,616 parameters, all but 2 x 32,000 x 4,096 + 4,096 of them in its layers."""
+    page = (ROOT / "docs/sizing.md").read_text()
+    whole, layers = 6_738_415_616, 6_738_415_616 - 2 * 32_000 * 4_096 - 4_096
+    for recipe, samples in (("olica", 256), ("olica-plus", 768)):
+        memory = rows_of(page, f"### Memory and disk of {recipe}")
+        _, _, there, on_host, *_, dense, _, pruned = memory["LLaMA-7B"]
+        assert dense == f"{2 * whole / 1e9:.1f}" and float(pruned) == pytest.approx(0.8 * 2 * whole / 1e9, abs=0.06)
+        states = 2 * samples * 128 * 4_096 / 1e9  # bfloat16
+        # By olica-plus the states of the variants travel too: three for each of 32 layers, on one sample of 48.
+        states *= 1 if recipe == "olica" else 1 + 3 * 32 / 48
+        assert float(there) - float(on_host) == pytest.approx(states, abs=0.11)
+        passes = rows_of(page, "## Time")[f"LLaMA-7B `{recipe}`"][2]
+        assert float(passes.replace(",", "")) == pytest.approx(2 * layers * samples * 128 / 1e12, abs=0.5)
+        cards = rows_of(page, "## What a card can do")
+        for model, row in memory.items():
+            for card, cell in zip((16, 24, 80), cards[f"{model} `{recipe}`"][2:], strict=True):
+                assert cell.startswith("no") == (float(row[3]) > 0.8 * card), (model, card)
