@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -204,8 +205,11 @@ class _Sweep:
             for point in self.record["points"]:
                 tell(point)
             there = {point["sparsity"] for point in self.record["points"]}
+            jobs, count = self._plan.jobs, self._processes.count
+            # One looks for all: another would see what is made meanwhile.
+            is_missing = self._processes.on_main(lambda: [self._is_missing(job) for job in jobs])
             dense = [] if self.record["dense"] else [None]
-            missing, count = [*dense, *filter(self._is_missing, self._plan.jobs)], self._processes.count
+            missing = [*dense, *compress(jobs, is_missing)]
             for first in range(0, len(missing), count):
                 self._round(missing[first : first + count])
                 for job in missing[first : first + count]:
