@@ -14,7 +14,7 @@ from copies import Copies, add_flags
 import olica_stopping
 from olica.command_line import run_command
 from olica.errors import UsageError
-from olica.methods.feed_forward import ThinnedMLP, released_importance
+from olica.methods.feed_forward import ThinnedMLP, balanced_importance
 from olica.methods.moments import full
 from olica.methods.olica import FAST_OND, OlicaParameters, released
 from olica.methods.plus import PlusParameters, plus
@@ -42,10 +42,10 @@ def steps(ridge: float, probes: int) -> Iterator[Step]:
     """The steps, each with what the steps before it have."""
     base = released(OlicaParameters(mlp_num=0), rule=grouped_sparsities)
     whole = plus(PlusParameters(ridge=ridge, probes=probes))
-    values, mlp = whole.passes[0][1], ThinnedMLP(released_importance)
+    values, mlp = whole.passes[0][1], ThinnedMLP(balanced_importance)
     diagonal, complete = LowRankQueryKey(), LowRankQueryKey(full)
     yield Step("olica-grouped, no corrections", base)
-    yield Step("+ no channel protected", replace(base, passes=((mlp, diagonal, FAST_OND),)))
+    yield Step("+ channels by balanced norms", replace(base, passes=((mlp, diagonal, FAST_OND),)))
     yield Step("+ MLP behind the pruned attention", replace(base, passes=((diagonal, FAST_OND), (mlp,))))
     mlp = replace(mlp, refit=LeastSquares(ridge))
     yield Step("+ refit of down_proj", replace(base, passes=((diagonal, FAST_OND), (mlp,))))

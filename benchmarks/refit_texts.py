@@ -22,7 +22,7 @@ from olica.checks import check_record_path
 from olica.command_line import run_command
 from olica.errors import UsageError
 from olica.machine import DEVICES, BatchSize, pick_device
-from olica.methods.feed_forward import released_importance
+from olica.methods.feed_forward import balanced_importance
 from olica.methods.moments import Moments, diagonal, full
 from olica.methods.refit import LeastSquares
 from olica.methods.thinning import highest
@@ -86,9 +86,9 @@ def scores(projections, fitted: list[Moments]) -> Tensor:
     """Importance (F,) of the channels by a mix, as olica-plus ranks them."""
     mixed = {
         statistic: sum(moments[statistic] / moments.count for moments in fitted)
-        for statistic in released_importance.needs
+        for statistic in balanced_importance.needs
     }
-    return released_importance(SimpleNamespace(weights=projections, moments=mixed))
+    return balanced_importance(SimpleNamespace(weights=projections, moments=mixed))
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from conftest import seen
 from olica.methods.feed_forward import (
     RELEASED_PROTECTED_FRACTION,
     ThinnedMLP,
+    balanced_importance,
     paper_importance,
     released_importance,
 )
@@ -45,6 +46,20 @@ def wanda(mlp, inputs) -> dict[str, np.ndarray]:
 def test_released_importance_adds_l2_norms_of_all_three(mlp, layer, inputs, moments):
     expected = sum(np.linalg.norm(scores, axis=1) for scores in wanda(mlp, inputs).values())
     np.testing.assert_allclose(released_importance(seen(layer, moments)).detach().numpy(), expected, rtol=1e-5)
+
+
+def test_balanced_importance_gives_all_three_the_same_weight(mlp, layer, inputs, moments):
+    norms = [np.linalg.norm(scores, axis=1) for scores in wanda(mlp, inputs).values()]
+    expected = sum(norm / norm.mean() for norm in norms)
+    np.testing.assert_allclose(balanced_importance(seen(layer, moments)).detach().numpy(), expected, rtol=1e-5)
+    with torch.no_grad():
+        mlp.gate_proj.weight *= 8  # the activations that the moments are of stay as they were
+    loud = balanced_importance(seen(layer, moments)).detach().numpy()
+    np.testing.assert_allclose(loud, expected, rtol=1e-5, err_msg="a projection's own scale decides nothing")
+    with torch.no_grad():
+        mlp.gate_proj.weight *= 0
+    silent = balanced_importance(seen(layer, moments)).detach().numpy()
+    np.testing.assert_allclose(silent, expected - norms[0] / norms[0].mean(), rtol=1e-5)
 
 
 def test_paper_importance_sums_up_and_down(mlp, layer, inputs, moments):

@@ -5,6 +5,7 @@ D hidden size, F intermediate channels
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from ..model.configuration_olica import LayerShape
@@ -19,8 +20,8 @@ from .thinning import Choice, Repair, chosen, thin
 RELEASED_PROTECTED_FRACTION = 0.01
 
 
-def channel_norms(layer: Layer, squared_columns: Tensor) -> Tensor:
-    """L2 norms (F,) of the Wanda-scaled gate row, up row and down column of every channel, added.
+def channel_norms(layer: Layer, squared_columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """L2 norms, each (F,), of the Wanda-scaled gate row, up row and down column of every channel.
 
     Args:
         layer: whose moments have the diagonals of `mlp_input` and `intermediate`.
@@ -32,13 +33,28 @@ def channel_norms(layer: Layer, squared_columns: Tensor) -> Tensor:
         by_rows(lambda rows: rows.square() @ squared_input, projection.weight).sqrt()
         for projection in (weights.gate_proj, weights.up_proj)
     )
-    return from_gate + from_up + (squared_columns * moments[diagonal("intermediate")].double()).sqrt()
+    return from_gate, from_up, (squared_columns * moments[diagonal("intermediate")].double()).sqrt()
+
+
+def _norms(layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
+    return channel_norms(layer, by_rows(lambda columns: columns.square().sum(1), layer.weights.down_proj.weight.T))
 
 
 @needs(diagonal("mlp_input"), diagonal("intermediate"))
 def released_importance(layer: Layer) -> Tensor:
     """Importance (F,) of the released code (D1): L2 norms of the Wanda-scaled gate row, up row and down column."""
-    return channel_norms(layer, by_rows(lambda columns: columns.square().sum(1), layer.weights.down_proj.weight.T))
+    gate, up, down = _norms(layer)
+    return gate + up + down
+
+
+@needs(diagonal("mlp_input"), diagonal("intermediate"))
+def balanced_importance(layer: Layer) -> Tensor:
+    """Importance (F,) of ours: the same three norms, each as a multiple of its mean over the channels of the layer.
+
+    Added as they are, the norms of gate and up, which say how strongly a channel is driven, can drown that of down,
+    which says what it adds to the output: channels that matter most may then have the lowest scores.
+    """
+    return torch.stack([norms / norms.mean() if norms.any() else norms for norms in _norms(layer)]).sum(0)
 
 
 @needs(diagonal("mlp_input"), diagonal("intermediate"))

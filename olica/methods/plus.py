@@ -8,7 +8,7 @@ from math import inf
 
 from ..errors import UsageError
 from .damage import DamageSurvey, LeastDamage
-from .feed_forward import ThinnedMLP, released_importance
+from .feed_forward import ThinnedMLP, balanced_importance
 from .heads import RemovedGroups, output_energy
 from .moments import full
 from .parts import DEFINITE, FeedForward, Heads, Part, QueryKey, ValueOutput
@@ -47,7 +47,7 @@ def plus(parameters: PlusParameters) -> Method:
     parts = (
         QueryKey(LowRankQueryKey(full)),
         ValueOutput(NarrowedHeads(activation_directions(DEFINITE), in_order, refit, rotates_whole=False)),
-        FeedForward(ThinnedMLP(released_importance, refit=refit)),
+        FeedForward(ThinnedMLP(balanced_importance, refit=refit)),
     )
     query_key, value_output, mlp = (part.stage for part in parts)
     return _by_damage(parameters, parts, ((query_key, value_output), (mlp,)))
@@ -56,7 +56,7 @@ def plus(parameters: PlusParameters) -> Method:
 def plus_of_units(parameters: PlusParameters, kv_heads: tuple[int, ...]) -> Method:
     """The method where whole channels and key/value heads go, of which a layer may keep so many."""
     refit = LeastSquares(parameters.ridge)
-    mlp = FeedForward(ThinnedMLP(released_importance, refit=refit))
+    mlp = FeedForward(ThinnedMLP(balanced_importance, refit=refit))
     heads = Heads(RemovedGroups(output_energy, refit=refit), kv_heads)
     parts = (heads, mlp) if len(kv_heads) > 1 else (mlp,)
     return _by_damage(parameters, parts, tuple((part.stage,) for part in parts))

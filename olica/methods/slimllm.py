@@ -86,7 +86,10 @@ def principal_importance(layer: Layer) -> Tensor:
     mean = values.mean()
     weighted = vectors * torch.where(mean > 0, values / mean, 0.0).sigmoid()  # (D, D), a direction per column
     down = layer.weights.down_proj.weight
-    return channel_norms(layer, by_rows(lambda columns: (columns @ weighted).square().sum(1), down.T))
+    from_gate, from_up, from_down = channel_norms(
+        layer, by_rows(lambda columns: (columns @ weighted).square().sum(1), down.T)
+    )
+    return from_gate + from_up + from_down
 
 
 def slimllm(parameters: SlimParameters) -> Method:
