@@ -20,20 +20,6 @@ FULL_LAYER = 64 * 64 * 4 + 3 * 64 * 176 + 2 * 64
 FULL_TOTAL = 3 * FULL_LAYER + 2 * 320 * 64 + 64
 
 
-class TimedModel(torch.nn.Module):
-    """A model whose forward passes move a clock on by the seconds it was given."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, name, seconds, clock):
-        super().__init__()
-        self.name, self.seconds, self.clock = name, iter(seconds), clock
-
-    def forward(self, ids, use_cache):
-        self.clock.now += next(self.seconds)
-        self.clock.calls.append(self.name)
-
-
 def test_tied_parameters_count_once(grouped_llama):
     counts = count_parameters(grouped_llama)
     assert counts == {"total": GROUPED_TOTAL, "decoder_layers": 3 * GROUPED_LAYER}
@@ -90,27 +76,6 @@ def test_folder_bytes_are_weights_and_headers_of_every_shard(grouped_llama, tmp_
 def test_folder_without_weights(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     assert folder_weight_bytes(tmp_path) == 0
-
-
-def test_latency_takes_turns_and_leaves_the_warm_up_out(monkeypatch):
-    clock = SimpleNamespace(now=0.0, calls=[])
-    monkeypatch.setattr(cost.time, "perf_counter", lambda: clock.now)
-    models = {
-        "dense": TimedModel("dense", [100.0, 2.0, 4.0, 9.0], clock),
-        "pruned": TimedModel("pruned", [500.0, 3.0, 1.0, 2.0], clock),
-    }
-    result = cost.forward_latency(models, torch.zeros(1, 4, dtype=torch.long), repeats=3)
-    assert clock.calls == ["dense", "pruned"] * 4
-    assert result["dense"] == pytest.approx({"median_s": 4.0, "min_s": 2.0, "max_s": 9.0, "ratio": 1.0})
-    assert result["pruned"] == pytest.approx({"median_s": 2.0, "min_s": 1.0, "max_s": 3.0, "ratio": 0.5})
-
-
-def test_latency_of_real_models(grouped_llama):
-    deeper = make_llama(num_hidden_layers=24)
-    ids = torch.zeros(1, 64, dtype=torch.long)
-    result = cost.forward_latency({"shallow": grouped_llama, "deep": deeper}, ids, repeats=5)
-    assert result["deep"]["ratio"] > 2  # eight times the layers
-    assert result["shallow"]["min_s"] > 0
 
 
 def test_generation_takes_turns_and_is_the_librarys(monkeypatch, grouped_llama):

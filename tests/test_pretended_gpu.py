@@ -25,7 +25,7 @@ from test_zero_shot import ROWS, write_rows
 import model_evaluate
 import model_pruning
 from olica.command_line import run_command
-from olica.evaluation.cost import forward_latency
+from olica.evaluation.cost import generation_latency
 from olica.evaluation.perplexity import perplexity
 from olica.evaluation.subject import LATENCY
 from olica.machine import BatchSize
@@ -399,7 +399,7 @@ def test_perplexity_of_a_model_on_the_device(here, gpu, monkeypatch):
 def check_latencies(gpu, monkeypatch) -> None:
     """Times, and a continuation, of a model on the device."""
     model = read_model(locate("./tiny")).to(CUDA)
-    assert forward_latency({"model": model}, torch.arange(3, 19)[None], 1)["model"]["median_s"] > 0
+    assert generation_latency({"model": model}, torch.arange(3, 19)[None], 2, 1)["model"]["decode"]["median_s"] > 0
     check_evaluation("--tasks=")
 
 

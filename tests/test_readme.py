@@ -323,34 +323,6 @@ def test_the_figures_of_the_papers_table_are_those_of_the_records():
         assert rows["difference to dense"][column] == with_error(tasks["difference"], tasks["standard_error"], 2)
 
 
-def test_the_figures_of_the_peers_are_those_of_the_records():
-    rows = table((DOCS / "measurements.md").read_text(), "peers at 20 %")
-    names = [f"peers/sparsity-0.2_{recipe}" for recipe in ("magnitude", "flap")]
-    assert rows["WikiText-2 test, 96 windows"] == [perplexity(name, "wikitext2") for name in names]
-    assert rows["C4, documents 500 to 999, 96 windows"] == [perplexity(name, "data/c4_report.jsonl") for name in names]
-    pruned = [record(f"{name}_pruning") for name in names]
-    assert rows["measured sparsity"] == [f"{run['measured_sparsity']:.4f}" for run in pruned]
-    stages = [sum(run["stages"][stage]["minutes"] for stage in ("survey", "prune", "write")) for run in pruned]
-    assert rows["seconds of survey, prune and write"] == [f"{60 * minutes:.1f}" for minutes in stages]
-
-
-def test_the_figures_of_two_texts_are_those_of_the_records():
-    section = (DOCS / "measurements.md").read_text().split("## SmolLM2 as it is")[1].split("\n## ")[0]
-    rows = table(section, "")
-    names = ["dense", "sparsity-0.2_olica", "sparsity-0.2_olica-grouped"]
-    assert rows["WikiText-2 test"] == [perplexity(f"two_texts/{name}", "wikitext2") for name in names]
-    for label, part in (("parameters", "total"), ("of the decoder layers", "decoder_layers")):
-        assert rows[label] == [f"{measured(f'two_texts/{name}')['parameters'][part]:,}" for name in names]
-    c4 = "data/c4_report.jsonl"
-    assert rows["C4, documents 500 to 999"] == [perplexity(f"two_texts/{name}", c4) for name in names]
-    dense = measured("two_texts/dense")
-    for column, name in enumerate(names[1:], 1):
-        compared = compare(measured(f"two_texts/{name}"), dense)["perplexity"]
-        for label, text in (("WikiText-2", "wikitext2"), ("C4", c4)):
-            ratio, error = compared[text]["ratio"], compared[text]["standard_error"]
-            assert rows[f"{label}, ratio to dense, paired"][column] == with_error(ratio, ratio * error, 3)
-
-
 class Runnable:
     """How the marked blocks are run in an empty folder: what is there before, and what holds afterwards."""
 

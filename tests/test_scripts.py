@@ -101,23 +101,6 @@ def test_summary_prints_what_the_records_say(tmp_path, capsys):
     assert "what making it took is in the time" in note
 
 
-def test_forward_speed_records_every_model(tmp_path, capsys):
-    for name, layers in (("big", 3), ("small", 1)):
-        make_llama(num_hidden_layers=layers).save_pretrained(tmp_path / name)
-    script = load("benchmarks/forward_speed.py")
-    flags = ["--dense", f"{tmp_path / 'big'}", "--checkpoints", f"{tmp_path / 'small'}", "--repeats=1"]
-    run_command(script.build_parser(), script.run, [*flags, f"--output_path={tmp_path / 'speed.json'}"])
-    models = json.loads((tmp_path / "speed.json").read_text())["models"]
-    small = models[str(tmp_path / "small")]
-    assert len(models) == 2 and models[str(tmp_path / "big")]["ratio"] == 1
-    assert small["parameters"]["total"] < models[str(tmp_path / "big")]["parameters"]["total"]
-    assert small["file_bytes"] == (tmp_path / "small/model.safetensors").stat().st_size
-    assert "small" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as ended:
-        run_command(script.build_parser(), script.run, ["--dense", "a", "--checkpoints", "b", "b"])
-    assert ended.value.code == 2 and "named twice" in capsys.readouterr().err
-
-
 def test_generation_speed_records_every_model(tmp_path, capsys):
     for name, layers in (("big", 3), ("small", 1)):
         make_llama(num_hidden_layers=layers).save_pretrained(tmp_path / name)

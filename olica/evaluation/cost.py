@@ -51,25 +51,12 @@ def _attended_groups(config) -> list[int]:
 
 
 @torch.no_grad()
-def forward_latency(models: dict[str, nn.Module], ids: torch.Tensor, repeats: int) -> dict[str, dict[str, float]]:
-    """Time a forward pass over `ids` (B, T), `repeats` times for each of `models`, in seconds.
-
-    Returns `median_s`, `min_s`, `max_s` and `ratio`, the median over that of the first model, by the names
-    of `models`. The models take turns within one process, so that a clock or a neighbour that changes speed
-    meets all of them alike. One pass of each is left out of the count: the first allocates and picks kernels.
-    """
-    seconds = {name: [] for name in models}
-    for _ in range(1 + repeats):
-        for name, model in models.items():
-            seconds[name].append(_timed(model.device, model, ids.to(model.device), use_cache=False)[0])
-    return _compared(seconds, uncounted=1)
-
-
-@torch.no_grad()
 def generation_latency(
     models: dict[str, PreTrainedModel], prompts: torch.Tensor, new_tokens: int, repeats: int
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Time greedy generation through the cache; the models take turns at every step.
+    """Time greedy generation through the cache.
+
+    The models take turns at every step, so that a clock or a neighbour that changes speed meets all of them alike.
 
     Args:
         models: causal language models by name, the one to compare with first.
@@ -78,8 +65,9 @@ def generation_latency(
         repeats: rounds of one prefill and `new_tokens` steps, beside a first one that is not counted.
 
     Returns:
-        By the names of `models` two rows as `forward_latency` gives them: `prefill`, the forward pass of the
-        prompts that fills the cache, with the logits of the last position only, and `decode`, one step.
+        By the names of `models` two rows: `prefill`, the forward pass of the prompts that fills the cache, with the
+        logits of the last position only, and `decode`, one step. Each has, in seconds, `median_s`, `min_s` and `max_s`,
+        and `ratio`, the median over that of the first model.
     """
     prefill, decode = ({name: [] for name in models} for _ in range(2))
     for _ in range(1 + repeats):
