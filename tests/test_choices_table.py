@@ -32,17 +32,22 @@ def folder(tmp_path):
     record = {
         "settings": {"share": "0.7", "num_samples": "128"},
         "model": {"description": "Tiny"},
-        "texts": {"data/novels.jsonl": {}, "pysource": {}},
+        "texts": {"data/novels.jsonl": {}, "pysource": {}, "alpaca": {}},
         "error_left": [
             {
                 "fitted_to": ["data/novels.jsonl"],
                 "ridge": 0.3,
-                "measured_on": {"data/novels.jsonl": 0.5, "pysource": 1.25},
+                "measured_on": {"data/novels.jsonl": 0.5, "pysource": 1.25, "alpaca": 1.0},
             },
             {
                 "fitted_to": ["data/novels.jsonl", "pysource"],
                 "ridge": 1.0,
-                "measured_on": {"data/novels.jsonl": 0.6, "pysource": 0.75},
+                "measured_on": {"data/novels.jsonl": 0.4, "pysource": 0.4, "alpaca": 0.4},
+            },
+            {
+                "fitted_to": ["data/novels.jsonl", "pysource", "alpaca"],
+                "ridge": 1.0,
+                "measured_on": {"data/novels.jsonl": 0.6, "pysource": 0.75, "alpaca": 0.8},
             },
         ],
         "environment": MACHINE,
@@ -62,12 +67,12 @@ def test_parts_stand_beside_the_dense_model_and_the_step_before(folder):
     assert "`benchmarks/ablation.py` at commit cafe on a GPU, 8 threads." in ablation
 
 
-def test_refits_stand_by_text_and_ridge(folder):
+def test_refits_to_one_text_and_to_all_stand_by_ridge(folder):
     _, refits = choices.tables(folder)
     assert cells(refits) == [
-        ["fitted to", "ridge", "novels", "pysource"],
-        ["novels", "0.3", "0.500", "1.250"],
-        ["novels + pysource", "1", "0.600", "0.750"],
+        ["fitted to", "ridge", "novels", "pysource", "alpaca"],
+        ["novels", "0.3", "0.500", "1.250", "1.000"],
+        ["novels + pysource + alpaca", "1", "0.600", "0.750", "0.800"],
     ]
     assert "70 % of the channels stay" in refits and "128 samples of each text" in refits
 

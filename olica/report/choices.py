@@ -58,9 +58,11 @@ def refit_texts(path: Path) -> str:
     rows = [
         [_named(row["fitted_to"]), f"{row['ridge']:g}", *(f"{row['measured_on'][text]:.3f}" for text in texts)]
         for row in record["error_left"]
+        if len(row["fitted_to"]) in (1, len(texts))  # the record has all mixes
     ]
     settings = record["settings"]
     notes = [
+        "By single texts and by all of them together; the record has the other mixes too. "
         "Error of a refitted MLP over that of the same channels as they were, the geometric mean over the layers; "
         f"{100 * float(settings['share']):g} % of the channels stay, those that the text of the fit chooses. Below 1 "
         f"the refit helps. {settings['num_samples']} samples of each text, half of them to fit to and half to measure "
