@@ -1,4 +1,4 @@
-"""What both command lines share: how they begin and how they end."""
+"""What all command lines share: how they begin and how they end."""
 
 import argparse
 import errno

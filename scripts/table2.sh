@@ -4,8 +4,7 @@
 # Expected (paper): 7B 12.63 / 66.09 % dense; 15.35 / 64.54, 16.69 / 63.54, 19.83 / 61.21; 13B 13.68 / 67.67 at 20 %.
 # Memory and time: each pruning of 7B 3 GB of GPU memory and 7 minutes on an A100 by the paper; to evaluate, its weights
 #   (13.5 GB dense) and the log-probabilities of a batch of prompts; neither run by us. SmolLM2 with LIMIT=200
-#   DTYPE=bfloat16 on 2 cores: each pruning 1.4 GB and 2.5 minutes, each evaluation 9 GB (2.5 GB with BATCH_SIZE=4) and
-#   5 minutes, 28 minutes in all.
+#   DTYPE=bfloat16 on 2 cores: each pruning 1.4 GB and 2.5 minutes, each evaluation 5 minutes, 28 minutes in all.
 source "$(dirname "$0")/common.sh"
 for model in ${MODEL:-7b 13b}; do
     use "$model"
