@@ -117,7 +117,7 @@ def add_pruning(parser: argparse.ArgumentParser, sparsity: dict) -> None:
         choices=SPARSITY_OF,
         help="what --sparsity is a share of: the whole model, or its decoder layers",
     )
-    multiples = ", ".join(f"for --layout {one.name} {one.round_to}" for one in LAYOUTS.values())
+    multiples = ", ".join(f"{one.round_to} with --layout {one.name}" for one in LAYOUTS.values())
     add(
         group,
         "round_to",

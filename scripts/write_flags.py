@@ -20,10 +20,17 @@ memory and stopped runs in [robustness](robustness.md), the methods in [recipes]
 """
 
 
+def default_of(action: argparse.Action) -> str:
+    """What a flag is without being given, as a table shows it."""
+    if action.required:
+        return "required"
+    if action.default == argparse.SUPPRESS:
+        return "off" if action.nargs == 0 else "the recipe's"  # what only acts, or what goes by --recipe
+    return shown(action.default)
+
+
 def shown(value: object) -> str:
-    """A default or a choice as a table shows it: switches are off, what is not given is none, or the recipe's."""
-    if value == argparse.SUPPRESS:
-        return "the recipe's"
+    """A default or a choice as a table shows it: switches are off, what is not given is none."""
     if value is None or value == "":
         return "none"
     return "off" if value is False else f"`{value}`"
@@ -34,7 +41,7 @@ def row(action: argparse.Action) -> str:
     meaning = (action.help or "") % vars(action)
     if action.choices:
         meaning += f"; one of {', '.join(map(shown, action.choices))}"
-    cells = f"`{(action.option_strings or [action.metavar])[-1]}`", shown(action.default), meaning.removeprefix("; ")
+    cells = f"`{(action.option_strings or [action.metavar])[-1]}`", default_of(action), meaning.removeprefix("; ")
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
