@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import allocate, load_weights, make_llama, make_tokenizer, prune, write_pruned
+from conftest import allocate, make_llama, make_tokenizer, prune, write_pruned
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -108,14 +108,6 @@ def test_weights_are_gathered_into_files_of_a_size(tmp_path, largest):
         assert said["metadata"] == {"total_parameters": count, "total_size": 4 * count}
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
-
-
-def test_tied_weights_are_saved_once(pruned_folder):
-    saved = load_weights(pruned_folder)
-    assert "lm_head.weight" not in saved
-    model = AutoModelForCausalLM.from_pretrained(pruned_folder)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert sum(tensor.numel() for tensor in saved.values()) == model.num_parameters()
 
 
 @pytest.mark.parametrize(

@@ -48,13 +48,17 @@ def pruned_folder(tmp_path_factory):
     def folder_of(family: str, grouped: bool, tied: bool) -> Path:
         model = make_family(family, grouped, tied)
         prune_to(model, IDS, ODD)
-        folder = root / f"{family}_{grouped}_{tied}"
-        write_pruned(model, ODD, None, folder)
-        with torch.no_grad():
-            save_file({"ids": IDS, "logits": model(IDS).logits}, folder.with_suffix(".safetensors"))
-        return folder
+        return save(model, ODD, root / f"{family}_{grouped}_{tied}")
 
     return folder_of
+
+
+def save(model, plan: list[LayerShape], folder: Path) -> Path:
+    """Write the checkpoint of a model that was pruned to a plan, and its logits on IDS beside the folder."""
+    write_pruned(model, plan, None, folder)
+    with torch.no_grad():
+        save_file({"ids": IDS, "logits": model(IDS).logits}, folder.with_suffix(".safetensors"))
+    return folder
 
 
 def load(folder: Path, **arguments):
@@ -148,11 +152,15 @@ print("equal logits", len(sys.argv) - 1)
 @pytest.mark.parametrize("installed", [True, False])
 def test_all_load_in_a_fresh_process_with_and_without_olica(pruned_folder, installed, tmp_path, fast_python):
     folders = [pruned_folder(*case) for case in CASES]
+    for recipe in RECIPES:
+        model = make_family("llama")
+        _, plan = prune(model, IDS, recipe, 0.2)
+        folders.append(save(model, plan, tmp_path / recipe))
     environment = os.environ | {"HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT) if installed else ""}
     command = [fast_python, "-c", FRESH_PROCESS.format(installed=installed), *map(str, folders)]
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == ["equal", "logits", str(len(CASES))]
+    assert run.stdout.split() == ["equal", "logits", str(len(CASES) + len(RECIPES))]
 
 
 @every_case
@@ -224,9 +232,12 @@ def test_every_recipe_prunes(family):
     for recipe in RECIPES:
         model = make_family(family)
         before = model(IDS).logits
+        count = model.num_parameters()
         prune(model, IDS, recipe, 0.2)
         after = model(IDS).logits
         assert torch.isfinite(after).all() and relative_error(after, before) > 0.01
+        if "mlp_num" not in RECIPES[recipe].parameter_names:  # whose sizes are the released code's, pinned elsewhere
+            assert 1 - model.num_parameters() / count == pytest.approx(0.2, abs=0.01)
 
 
 @every_family

@@ -1,8 +1,6 @@
 """FLAP by brute force: what fluctuates least goes, and biases take up its mean."""
 
 import copy
-import shutil
-from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +19,6 @@ from by_threshold import (
 )
 from conftest import make_llama, prune, prune_to, uncorrected, work_on, write_pruned
 from tiny_families import make_family
-from tiny_run import contents
 from transformers import AutoModelForCausalLM
 
 import olica
@@ -30,9 +27,6 @@ from olica.machine import BatchSize
 from olica.methods.sizes import Budget
 from olica.model.families import FAMILIES
 from olica.model.skeleton import count_parameters
-from olica.outputs import run_progress
-from olica.outputs.run_progress import RunProgress
-from olica.outputs.survey_store import StoredSurvey
 from olica.pruning.layers import prune_layers
 from olica.pruning.progress import Progress, SurveyProgress
 from olica.run import measure_and_decide
@@ -161,51 +155,3 @@ def test_a_budget_that_cannot_be_met_is_refused_before_anything_is_read(here, re
     with pytest.raises(UsageError, match=f"--sparsity 0.95 is impossible .*--recipe {recipe}: .*largest possible is 0"):
         olica.prune("tiny", **asked)
     assert not Path("out").exists() and not Path("data").exists()
-
-
-def run_of(recipe: str) -> dict:
-    """The record of a run of `here`."""
-    return olica.prune("tiny", datasets="ids.safetensors", recipe=recipe, save_dir="out").record
-
-
-@cache
-def undisturbed(recipe: str) -> dict[str, bytes]:
-    """What the checkpoint of a run of `here` that nobody disturbs holds: the same in every test."""
-    assert run_of(recipe)["survey"]["layers_taken_up"] == 0
-    expected = contents(Path(f"out/tiny_sparsity-0.2_{recipe}"))
-    for path in ("out", "data"):
-        shutil.rmtree(path)
-    return expected
-
-
-@pytest.mark.parametrize("seconds", [run_progress.SAVED_EVERY, -1.0])
-@pytest.mark.parametrize("recipe", ["flap", "magnitude"])
-def test_a_run_goes_on_with_equal_bits(here, monkeypatch, recipe, seconds):
-    """Interrupted in the survey (states kept), then in the cut."""
-    folder, run, expected = Path(f"out/tiny_sparsity-0.2_{recipe}"), partial(run_of, recipe), undisturbed(recipe)
-    save_survey, save_layer = StoredSurvey.save, RunProgress._save_layer
-
-    def dying_survey(self, surveyed):
-        save_survey(self, surveyed)
-        if len(surveyed.findings) == 3:
-            raise Killed
-
-    def dying_cut(self, index, *arguments):
-        if index == 4:
-            raise Killed
-        save_layer(self, index, *arguments)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(run_progress, "SAVED_EVERY", -1.0)
-        patched.setattr(StoredSurvey, "save", dying_survey)
-        with pytest.raises(Killed):
-            run()
-    with monkeypatch.context() as patched:
-        patched.setattr(run_progress, "SAVED_EVERY", seconds)
-        patched.setattr(RunProgress, "_save_layer", dying_cut)
-        with pytest.raises(Killed):
-            run()
-    record = run()
-    assert record["went_on_after"] == [4] and record["survey"]["layers_taken_up"] == 6
-    assert contents(folder) == expected
-    assert record["parameters"]["after"] < record["parameters"]["before"]

@@ -68,19 +68,6 @@ def test_only_what_shrinks_is_replaced():
     assert torch.isfinite(model(torch.arange(10)[None]).logits).all()
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_cached_generation_equals_uncached(attention):
-    torch.manual_seed(0)
-    shapes = [LayerShape(20, 9, 11, 100, 6), LayerShape(20, 9, 11, 100), LayerShape(20, 9, 11, 100)]
-    model = OlicaLlamaForCausalLM(config_of(shapes, num_key_value_heads=2)).eval()
-    model.set_attn_implementation(attention)
-    prompt = torch.tensor([[5, 77, 3], [9, 8, 7]])
-    settings = dict(max_new_tokens=12, do_sample=False, eos_token_id=None)
-    cached = model.generate(prompt, use_cache=True, **settings)
-    assert cached.shape == (2, 15)
-    assert torch.equal(cached, model.generate(prompt, use_cache=False, **settings))
-
-
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
