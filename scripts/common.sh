@@ -143,11 +143,7 @@ evaluate() {
 # mlp_num SPARSITY: how many MLPs are corrected; the paper takes 6, 12 or 16 and does not say which where.
 mlp_num() {
     [ -z "${MLP_NUM:-}" ] || { echo "$MLP_NUM"; return; }
-    case $1 in
-        0.1 | 0.2 | 0.25) echo 6 ;;
-        0.3 | 0.33 | 0.4) echo 12 ;;
-        *) echo 16 ;;
-    esac
+    awk -v sparsity="$1" 'BEGIN { print sparsity <= 0.25 ? 6 : sparsity <= 0.4 ? 12 : 16 }'
 }
 
 # corrections RECIPE SPARSITY: the flag that says how many MLPs are corrected, for the recipes that correct some.

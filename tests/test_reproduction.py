@@ -132,6 +132,13 @@ def stubbed(tmp_path, fast_python):
     return Stubbed(tmp_path, fast_python)
 
 
+def test_how_many_mlps_are_corrected_goes_by_the_sparsity_however_it_is_written():
+    sparsities = ["0.05", "0.2", ".20", "0.25", "0.26", "0.4", "0.41", "0.6"]
+    program = f"source scripts/common.sh; for sparsity in {' '.join(sparsities)}; do mlp_num $sparsity; done"
+    done = subprocess.run(["bash", "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["6", "6", "6", "6", "12", "12", "16", "16"]
+
+
 def test_what_is_recorded_by_the_same_flags_is_not_run_again(stubbed):
     assert stubbed("table1.sh") == ["evaluate", "prune 0.25", "evaluate", "prune 0.33", "evaluate"]
     assert stubbed("table1.sh") == [] and stubbed.done.stdout.count("is recorded") == 3
