@@ -14,7 +14,7 @@ from olica.jobs import REFITS, Job, Settings, describe, prepare, settings_of
 from olica.machine import DEVICES, pick_device
 from olica.methods.allocation import describe_plan
 from olica.methods.recipe import PAPERS_TEXT
-from olica.methods.recipes import RECIPES, recipe_name
+from olica.methods.recipes import RECIPES
 from olica.model.configuration_olica import LayerShape
 from olica.model.layouts import LAYOUTS
 from olica.outputs.names import SPARSITY_OF
@@ -106,7 +106,6 @@ def add_pruning(parser: argparse.ArgumentParser, sparsity: dict) -> None:
     add(
         group,
         "recipe",
-        type=recipe_name,
         choices=[*RECIPES],
         help="what is measured, decided and computed: " + "; ".join(f"{r.name}: {r.about}" for r in RECIPES.values()),
     )

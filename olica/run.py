@@ -20,7 +20,6 @@ from .jobs import Job, Settings, prepare, settings_of
 from .machine import BatchSize, full_precision, pick_device
 from .methods.allocation import describe_plan
 from .methods.recipe import Findings
-from .methods.recipes import recipe_name
 from .methods.sizes import Budget, Sizes
 from .model.configuration_olica import LayerShape
 from .model.skeleton import count_parameters, pruned_skeleton
@@ -91,7 +90,6 @@ def prune(
     """
     texts = {"base_model": model, "save_dir": save_dir, "recipe": recipe}
     wanted = {name: as_kind(name, value, str) for name, value in texts.items()} | {"datasets": datasets}
-    wanted["recipe"] = recipe_name(wanted["recipe"])
     several = isinstance(sparsity, Sequence) and not isinstance(sparsity, str)
     asked = settings_of(wanted | settings)
     with working_together(pick_device(asked.device)) as processes:

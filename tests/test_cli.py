@@ -168,15 +168,6 @@ def test_layers_that_lose_far_more_than_was_asked_are_warned_of(here, capsys):
     assert "note" not in capsys.readouterr().out
 
 
-def test_another_name_of_a_recipe_is_that_recipe(here):
-    for folder, name in (("out", "olica"), ("again", "olica-released")):
-        assert prune(f"--recipe={name}", f"--save_dir={folder}") == 0
-    same, again = (load_weights(here / folder / "tiny_sparsity-0.2") for folder in ("out", "again"))
-    assert all(torch.equal(weight, again[name]) for name, weight in same.items()) and same.keys() == again.keys()
-    record = json.loads((here / "again/tiny_sparsity-0.2/olica_run.json").read_text())
-    assert record["settings"]["recipe"] == "olica"
-
-
 @dataclass(frozen=True)
 class Double:
     share: float = field(default=2.0, metadata={"help": "of query/key, as the first has it"})
@@ -557,10 +548,6 @@ def test_a_number_of_mlps_that_has_no_effect_is_named(here, capsys):
     assert "`--mlp_num 1` had no effect" in Path("out/tiny_sparsity-0.0001/README.md").read_text()
     assert prune("--dry_run") == 0 and prune("--dry_run", "--sparsity=0", "--mlp_num=0") == 0
     assert said not in capsys.readouterr().out
-
-
-def test_a_ratio_is_of_no_concern_without_calibration(here):
-    assert prune("--mlp_num=0", "--ratio=0.001", "--save_dir=out") == 0
 
 
 def test_a_checkpoint_of_another_model_is_not_taken_for_this_one(here, capsys):

@@ -126,11 +126,3 @@ RECIPES = {
         ),
     )
 }
-
-# Other names of recipes. While `olica` had shares of its own for grouped heads, this was the row of the released ones.
-ALIASES = {"olica-released": "olica"}
-
-
-def recipe_name(text: str) -> str:
-    """The name in `RECIPES` of the recipe that a user calls `text`."""
-    return ALIASES.get(text, text)

@@ -12,7 +12,6 @@ from ..checks import as_kind
 from ..errors import UsageError
 from ..evaluation.settings import EvaluationSettings
 from ..jobs import Job, Settings, check_seqlen, prepare, settings_of
-from ..methods.recipes import recipe_name
 from ..outputs.names import NAMED, sweep_folder
 from ..processes import ALONE, Processes
 from ..pruning.memory import RUNTIME_BYTES
@@ -146,8 +145,6 @@ def plan_sweep(given: dict[str, Any], processes: Processes = ALONE) -> SweepPlan
     own = {f.name for f in fields(SweepSettings)}
     wanted = SweepSettings(**{name: value for name, value in given.items() if name in own})
     others = {name: value for name, value in given.items() if name not in own}
-    if "recipe" in others:
-        others["recipe"] = recipe_name(as_kind("recipe", others["recipe"], str))
     settings = settings_of(others)
     if wanted.held_back_datasets is None and is_token_file(settings.datasets):
         raise UsageError(
