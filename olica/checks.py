@@ -43,6 +43,13 @@ def as_kind(flag: str, value: Any, kind: type) -> Any:
         raise UsageError(f"--{flag} {value}: give {words}") from error
 
 
+def check_choice(flag: str, value: Any, choices: Iterable[Any]) -> None:
+    """Raise UsageError, naming the flag, unless a value is one of a few; 1 is not True."""
+    choices = list(choices)
+    if not any(isinstance(value, type(choice)) and value == choice for choice in choices):
+        raise UsageError(f"--{flag} {value} is none of {', '.join(map(str, choices))}")
+
+
 def as_bytes(flag: str, value: str) -> int:
     """Bytes of a size that is written as a number and a unit of UNITS.
 

@@ -1,6 +1,6 @@
 """What a pruning is asked for, and all that is decided of it before a weight is read."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from os.path import expanduser
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from .checks import as_bytes, as_kind
+from .checks import as_bytes, as_kind, check_choice
 from .errors import UsageError
 from .machine import BatchSize, pick_device
 from .methods.allocation import describe_plan, largest_possible
@@ -39,6 +39,16 @@ REFITS: dict[str, Refit | None] = {RECIPES_OWN: None, "none": None, "least-squar
 # Where a checkout has its records; an installed package has none.
 RECORDS = Path(__file__).parents[1] / "results"
 # Settings that are a number or "auto".
+# The values of the settings that are one of a few. Recipes are looked up when they are asked for: others may come in.
+CHOICES: dict[str, Iterable[Any]] = {
+    "add_bos_token": (False, True),
+    "overwrite": (False, True),
+    "recipe": RECIPES,
+    "sparsity_of": SPARSITY_OF,
+    "layout": LAYOUTS,
+    "refit": REFITS,
+    "dtype": ("auto", *DTYPES),
+}
 NUMBERS_OR_AUTO = ("batch_size", "round_to")
 # Settings that may begin with ~.
 PATHS = ("base_model", "data_dir", "save_dir")
@@ -100,21 +110,10 @@ class Settings:
             if kind in (int, float, str) and not (f.name in NUMBERS_OR_AUTO and getattr(self, f.name) == "auto"):
                 value = as_kind(f.name, getattr(self, f.name), kind)
                 object.__setattr__(self, f.name, expanduser(value) if f.name in PATHS else value)
-        for name in ("add_bos_token", "overwrite"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise UsageError(f"--{name} {value}: give True or False")
-        if self.recipe not in RECIPES:
-            raise UsageError(f"--recipe {self.recipe} is none of {', '.join(RECIPES)}")
+        for name, choices in CHOICES.items():
+            check_choice(name, getattr(self, name), choices)
         if not 0 <= self.sparsity < 1:
             raise UsageError(f"--sparsity {self.sparsity:g} is outside [0, 1): it is the share of parameters to remove")
-        if self.sparsity_of not in SPARSITY_OF:
-            raise UsageError(f"--sparsity_of {self.sparsity_of} is neither {' nor '.join(SPARSITY_OF)}")
-        if self.layout not in LAYOUTS:
-            raise UsageError(f"--layout {self.layout} is none of {', '.join(LAYOUTS)}")
-        if self.refit not in REFITS:
-            raise UsageError(f"--refit {self.refit} is none of {', '.join(REFITS)}")
-        if self.dtype != "auto" and self.dtype not in DTYPES:
-            raise UsageError(f"--dtype {self.dtype} is none of auto, {', '.join(DTYPES)}")
         as_bytes("max_shard_size", self.max_shard_size)
         if self.batch_size != "auto" and self.batch_size < 1:
             raise UsageError(f"--batch_size {self.batch_size} must be at least 1")

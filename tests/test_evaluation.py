@@ -124,21 +124,26 @@ def test_python_finds_a_checkpoint_as_the_command_line_does(here):
         (dict(batch=3), "batch is no setting of an evaluation; there are batch_size"),
         (dict(checkpoint="tiny"), "checkpoint is the first argument"),
         (dict(batch_size=0), "--batch_size 0 must be at least 1"),
-        (dict(batch_size=2.0), "--batch_size 2.0 must be a whole number"),
-        (dict(ppl_windows=True), "--ppl_windows True must be a whole number"),
-        (dict(seed=None), "--seed None must be a whole number"),
+        (dict(batch_size=2.5), "--batch_size 2.5: give a whole number"),
+        (dict(ppl_windows=True), "--ppl_windows True: give a whole number"),
+        (dict(seed=None), "--seed None: give a whole number"),
         (dict(limit="5"), "--limit 5 must be a number of rows"),
-        (dict(sparsity="0.2"), "--sparsity 0.2 is no number"),
+        (dict(sparsity="some"), "--sparsity some: give a number"),
+        (dict(sparsity=float("nan")), "--sparsity nan is no number"),
         (dict(dtype="int8"), "--dtype int8 is none of auto, float32"),
         (dict(device="gpu"), "--device gpu is none of auto, cpu, cuda"),
         (dict(device_map="balanced"), "--device_map balanced is none of None, auto"),
         (dict(sparsity_of="heads"), "--sparsity_of heads is none of"),
         (dict(cost="no"), "--cost no is none of False, True"),
-        (dict(prompt=3), "--prompt 3 must be a text"),
-        (dict(ppl=3), "--ppl 3 must be a text"),
-        (dict(ppl=["one.txt", 3]), "--ppl 3 must be a name or a path"),
+        (dict(cost=1), "--cost 1 is none of False, True"),
+        (dict(prompt=3), "--prompt 3: give a text"),
+        (dict(ppl=3), "--ppl 3: give a text"),
+        (dict(ppl=None), "--ppl None: give a text"),
+        (dict(ppl=["one.txt", 3]), "--ppl 3: give a text"),
         (dict(ppl=[]), "--ppl none leaves nothing to measure"),
-        (dict(data_dir=3), "--data_dir 3 must be a name or a path"),
+        (dict(data_dir=3), "--data_dir 3: give a text"),
+        (dict(data_dir=None), "--data_dir None: give a text"),
+        (dict(save_dir=None), "--save_dir None: give a text"),
         (dict(ppl=["one.txt"], output_path="tiny"), "--output_path tiny"),
     ],
 )
@@ -146,6 +151,11 @@ def test_python_gets_wrong_settings_named(here, settings, words):
     with pytest.raises(UsageError) as raised:
         olica.evaluate("tiny", **settings)
     assert str(raised.value).startswith(words)
+
+
+def test_python_may_give_numbers_and_paths_as_pruning_takes_them():
+    given = EvaluationSettings(sparsity="0.2", batch_size="4", ppl_windows=2.0, data_dir=Path("rows"))
+    assert given == EvaluationSettings(batch_size=4, ppl_windows=2, data_dir="rows")
 
 
 def test_the_flags_are_the_settings():

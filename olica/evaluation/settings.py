@@ -2,12 +2,12 @@
 
 import difflib
 import math
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from os.path import exists, expanduser
 from typing import Any, Self
 
+from ..checks import as_kind, check_choice
 from ..errors import UsageError
 from ..machine import DEVICES
 from ..outputs.names import SPARSITY_OF
@@ -62,33 +62,24 @@ class EvaluationSettings:
     output_path: str | None = None
 
     def __post_init__(self):
-        for name in PATHS:
-            if (value := getattr(self, name)) is not None:
-                object.__setattr__(self, name, expanduser(_path(name, value)))
+        for field in fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if name in CHOICES:
+                check_choice(name, value, CHOICES[name])
+            elif name != "limit" and not (value is None and field.default is None):
+                value = as_kind(name, value, int if name in LEAST else float if name == "sparsity" else str)
+                object.__setattr__(self, name, expanduser(value) if name in PATHS else value)
         for name, least in LEAST.items():
-            self._check_whole(name, least)
-        for name, choices in CHOICES.items():
-            if (value := getattr(self, name)) not in choices:
-                raise UsageError(f"--{name} {value} is none of {', '.join(map(str, choices))}")
-        for name in ("ppl", "tasks", "prompt"):
-            if not isinstance(value := getattr(self, name), str) and (name, value) != ("prompt", None):
-                raise UsageError(f"--{name} {value} must be a text")
+            if least is not None and (value := getattr(self, name)) is not None and value < least:
+                raise UsageError(f"--{name} {value} must be at least {least}")
         share = isinstance(self.limit, float) and 0 < self.limit < 1
-        if self.limit is not None and not share and not (_is_whole(self.limit) and self.limit >= 1):
+        rows = isinstance(self.limit, int) and not isinstance(self.limit, bool) and self.limit >= 1
+        if self.limit is not None and not share and not rows:
             raise UsageError(
                 f"--limit {self.limit} must be a number of rows without a point, or a share of them below 1"
             )
-        if not isinstance(self.sparsity, int | float) or not math.isfinite(self.sparsity):
+        if not math.isfinite(self.sparsity):
             raise UsageError(f"--sparsity {self.sparsity} is no number that a checkpoint was pruned by")
-
-    def _check_whole(self, name: str, least: int | None) -> None:
-        value = getattr(self, name)
-        if value is None and name == "ppl_windows":
-            return
-        if not _is_whole(value):
-            raise UsageError(f"--{name} {value} must be a whole number")
-        if least is not None and value < least:
-            raise UsageError(f"--{name} {value} must be at least {least}")
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Self:
@@ -103,21 +94,11 @@ class EvaluationSettings:
                 nearest = difflib.get_close_matches(name, known)
                 raise UsageError(f"{name} is no setting of an evaluation; there are {', '.join(nearest or known)}")
         joined = {
-            name: value if isinstance(value, str) else ",".join(_path(name, item) for item in value) or absent
+            name: value if isinstance(value, str) else ",".join(as_kind(name, item, str) for item in value) or absent
             for name, absent in (("ppl", "none"), ("tasks", ""))
             if isinstance(value := values.get(name), Iterable)
         }
         return cls(**values | joined)
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _path(name: str, value: object) -> str:
-    if not isinstance(value, str | os.PathLike):
-        raise UsageError(f"--{name} {value} must be a name or a path")
-    return os.fspath(value)
 
 
 def listed(names: str, flag: str) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 
-from ..checks import as_kind
+from ..checks import as_kind, check_choice
 from ..errors import UsageError
 from ..evaluation.settings import EvaluationSettings
 from ..jobs import Job, Settings, check_seqlen, prepare, settings_of
@@ -61,8 +61,7 @@ class SweepSettings:
             raise UsageError(
                 f"--tolerance {self.tolerance:g} is outside [{FINEST:g}, 1): it is a difference of sparsities"
             )
-        if not isinstance(self.keep, bool):
-            raise UsageError(f"--keep {self.keep}: give True or False")
+        check_choice("keep", self.keep, (False, True))
         if self.target_ppl_ratio is not None and self.max_params is not None:
             raise UsageError("--target_ppl_ratio and --max_params are both given: a sparsity is sought for one of them")
         _ = self.target  # refuses what cannot be read
