@@ -77,5 +77,13 @@ def test_refits_to_one_text_and_to_all_stand_by_ridge(folder):
     assert "70 % of the channels stay" in refits and "128 samples of each text" in refits
 
 
+def test_a_model_that_is_known_has_its_known_name(folder):
+    made = folder / choices.FOLDER
+    (made / "ablation_tiny.json").rename(made / "ablation_smollm2.json")
+    ablation, refits = choices.tables(folder)
+    assert ablation.startswith("### Parts of olica-plus, one by one: SmolLM2-135M-Instruct, dequantised from Q4_1\n")
+    assert refits.startswith("### Fitted to one text, measured on another: Tiny\n")
+
+
 def test_without_records_there_are_no_tables(tmp_path):
     assert choices.tables(tmp_path) == []

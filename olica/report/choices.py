@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..evaluation.paired import compare_perplexity
 from .methods import ratio_in_words
+from .runs import MODELS
 from .tables import Measured, markdown
 
 FOLDER = Path("choices/olica_plus")
@@ -48,7 +49,7 @@ def ablation(path: Path) -> str:
         f"{measured['seqlen']} tokens of texts that no other table reports; run in {settings['dtype']}.",
         _origin(path, "ablation", record),
     ]
-    return markdown(f"Parts of olica-plus, one by one: {record['model']['description']}", header, rows, notes)
+    return markdown(f"Parts of olica-plus, one by one: {_model(path, 'ablation', record)}", header, rows, notes)
 
 
 def refit_texts(path: Path) -> str:
@@ -69,7 +70,7 @@ def refit_texts(path: Path) -> str:
         "on; the ridge is in units of the mean of the diagonal.",
         _origin(path, "refit_texts", record),
     ]
-    title = f"Fitted to one text, measured on another: {record['model']['description']}"
+    title = f"Fitted to one text, measured on another: {_model(path, 'refit_texts', record)}"
     return markdown(title, ["fitted to", "ridge", *(_named([text]) for text in texts)], rows, notes)
 
 
@@ -82,6 +83,11 @@ def _change(point: dict, before: dict, text: str) -> str:
     row = _row(point, before, text)
     error = row["standard_error"]
     return f"{Measured(100 * (row['ratio'] - 1), error and 100 * row['ratio'] * error, digits=1, sign='+')} %"
+
+
+def _model(path: Path, script: str, record: dict) -> str:
+    """The model's name as in the sections of the runs, or else what its files say of it."""
+    return MODELS.get(path.stem.removeprefix(f"{script}_"), record["model"]["description"])
 
 
 def _origin(path: Path, script: str, record: dict) -> str:

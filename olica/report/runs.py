@@ -30,6 +30,8 @@ OTHER_MODELS = {
     "gemma-3-270m": "Gemma 3 270M, dequantised from Q4_K_M",
     "qwen2.5-coder-0.5b": "Qwen2.5-Coder-0.5B-Instruct, dequantised from Q4_K_M",
 }
+# The names for readers of all models that are known, by the folders of their records.
+MODELS = PAPER_MODELS | OTHER_MODELS
 
 
 # What a pruning was asked for, beside its calibration set.
@@ -130,7 +132,7 @@ class Results:
     @property
     def title(self) -> str:
         """The model's name for readers."""
-        return (PAPER_MODELS | OTHER_MODELS).get(self.label, self.label)
+        return MODELS.get(self.label, self.label)
 
     def run(self, name: str) -> Run | None:
         """A run by its name; None where it is not recorded as a whole."""
