@@ -264,7 +264,7 @@ def _prepare(settings: Settings, processes: Processes) -> Job:
         cache_device=_cache_device(settings.cache_dev, device),
         processes=processes,
     )
-    shapes = plan or [dense_shape(sizes[0])] * len(sizes)
+    shapes = plan or [sizes[0].dense_shape] * len(sizes)
     itemsize = bytes_per_weight(location, config, settings.dtype)
     streamed = is_streamed(location)
     is_mapped = not location.gguf_file
@@ -363,11 +363,6 @@ def plan_before_survey(recipe: Recipe, method: Method, sizes: list[Sizes], budge
             f"--sparsity {budget.sparsity:g} is impossible for this model and --recipe {recipe.name}{rounding}: "
             f"{error}; the largest possible is {largest:.3f}"
         ) from error
-
-
-def dense_shape(layer: Sizes) -> LayerShape:
-    """Sizes of a layer that loses nothing."""
-    return LayerShape(0, 0, layer.head_dim, layer.intermediate_size)
 
 
 def check_seqlen(seqlen: int, flag: str, config: PreTrainedConfig) -> None:

@@ -11,7 +11,7 @@ from tiny_families import make_family
 from tiny_gguf import GGUF_SIZES, write_gguf
 from transformers import LlamaConfig
 
-from olica.jobs import dense_shape, prepare, settings_of
+from olica.jobs import prepare, settings_of
 from olica.machine import BatchSize
 from olica.methods.moments import total
 from olica.methods.sizes import Sizes
@@ -193,7 +193,7 @@ def test_the_largest_of_different_layers_decides(task):
 @pytest.mark.parametrize("recipe", ["magnitude", "flap"])
 def test_recipes_whose_sizes_the_survey_decides_are_estimated_too(task, recipe):
     """Nothing of theirs is as large as a matrix of sums; magnitude sends nothing through the layers."""
-    shapes = frozenset({dense_shape(Sizes.of(task.config))})
+    shapes = frozenset({Sizes.of(task.config).dense_shape})
     found = memory.estimate(replace(task, method=as_method(recipe), shapes=shapes), pruning_options())
     released = memory.estimate(task, pruning_options())
     assert found.survey < released.survey and found.prune < released.prune

@@ -37,7 +37,7 @@ def test_ratios_keep_their_proportions_until_a_cap():
 def test_the_budget_is_met_within_a_channel(layer, sparsity, biases):
     sizes = [layer] * 4
     budget = Budget(4 * layer.layer, sparsity)
-    allocate = LayerRatios(relative([[1.0, 1.0], [1.0, 2.0], [3.0, 1.0], [0.5, 0.5]]), False, biases)
+    allocate = LayerRatios(relative([[1.0, 1.0], [1.0, 2.0], [3.0, 1.0], [0.5, 0.5]]), False, biases=biases)
     plan = allocate.before_survey(sizes, budget)
     left = sum(parameters(shape, layer) for shape in plan)
     assert abs(4 * layer.layer - left - budget.to_remove) <= 3 * 64 + 4 * 2 * 64 * biases

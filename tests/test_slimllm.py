@@ -162,7 +162,7 @@ def findings_of(*cosines: float) -> list[dict[str, torch.Tensor]]:
 
 def test_channels_are_lost_in_the_proportion_of_the_softmax():
     cosines = (0.1, 0.8, 0.85, 0.9, 0.6)
-    plan = CosineRatios(3, 8.0)([LAYER] * 5, Budget(5 * LAYER.layer, 0.2), findings_of(*cosines))
+    plan = CosineRatios(3, 8.0, biases=True)([LAYER] * 5, Budget(5 * LAYER.layer, 0.2), findings_of(*cosines))
     lost = np.array([400 - shape.intermediate_size for shape in plan])
     assert [shape.down_bias for shape in plan] == [False, True, True, True, False] and lost[0] == lost[4] == 0
     share = np.exp(8 * np.array(cosines[1:4]))
@@ -179,7 +179,7 @@ def test_the_sparsity_decides_what_is_not_given():
         (0.2, (20, -1.0), (20, 10)),
         (0.5, (-1, 0.0), (30, 0)),
     ):
-        allocate, budget = CosineRatios(*given), Budget(32 * LAYER.layer, sparsity)
+        allocate, budget = CosineRatios(*given, biases=True), Budget(32 * LAYER.layer, sparsity)
         plan = allocate(sizes, budget, findings_of(*np.linspace(0.9, 0.95, 32).tolist()))
         lost = np.array([400 - shape.intermediate_size for shape in plan])
         assert np.flatnonzero(lost).tolist() == list(range(32 - expected[0], 32))
@@ -370,7 +370,7 @@ def test_parameters_that_no_model_can_have(parameters, words):
 
 def test_cosines_that_are_no_numbers_name_the_layer():
     with pytest.raises(UsageError, match="in layer 1 the cosine"):
-        CosineRatios(-1, -1.0)([LAYER] * 2, Budget(2 * LAYER.layer, 0.2), findings_of(0.5, float("nan")))
+        CosineRatios(-1, -1.0, biases=True)([LAYER] * 2, Budget(2 * LAYER.layer, 0.2), findings_of(0.5, float("nan")))
 
 
 def test_a_decomposition_that_fails_names_the_layer(monkeypatch):

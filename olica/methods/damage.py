@@ -114,8 +114,7 @@ class DamageSurvey(TravellingSurvey):
 
     def _tried(self, layer: Sizes) -> list[tuple[LayerShape, int]]:
         """For each part the shape of the layer in which it alone is pruned, and its size."""
-        dense = LayerShape(0, 0, layer.head_dim, layer.intermediate_size)
-        sizes = [part.tried_size(layer) for part in self.parts]
+        dense, sizes = layer.dense_shape, [part.tried_size(layer) for part in self.parts]
         return [(part.shape(dense, layer, size), size) for part, size in zip(self.parts, sizes, strict=True)]
 
 
@@ -152,7 +151,7 @@ class LeastDamage(Allocate):
             chosen = [size for size in least_damage(alike, self._left(sizes, budget)) for _ in range(layers)]
         else:
             chosen = least_damage(choices, self._left(sizes, budget))
-        shapes = [LayerShape(0, 0, layer.head_dim, layer.intermediate_size) for layer in sizes]
+        shapes = [layer.dense_shape for layer in sizes]
         for number, size in enumerate(chosen):
             part, index = self.parts[number // layers], number % layers
             shapes[index] = part.shape(shapes[index], sizes[index], size)

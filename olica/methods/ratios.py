@@ -6,7 +6,8 @@ D hidden size, K key/value heads, F intermediate channels, L layers
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -56,7 +57,26 @@ def scaled(relative: Tensor, costs: Tensor, caps: Tensor, budget: float) -> Tens
 
 
 @dataclass(frozen=True)
-class LayerRatios(Allocate):
+class WholeUnits(Allocate):
+    """An allocation of whole key/value heads and channels, each layer's own.
+
+    Attributes:
+        biases: whether what is thinned gets a bias, which takes D parameters each.
+    """
+
+    biases: bool = field(kw_only=True)
+
+    def without_repairs(self) -> Self:
+        """See `Allocate`."""
+        return replace(self, biases=False)
+
+    def alike(self, kv_heads: tuple[int, ...]) -> Allocate:
+        """See `Allocate`."""
+        return AlikeUnits(kv_heads)
+
+
+@dataclass(frozen=True)
+class LayerRatios(WholeUnits):
     """An allocation by ratios of heads and channels in every layer; each keeps a key/value head and a channel.
 
     Key/value heads go as wholes with their query heads: what rounding them adds to a layer the next ones have less of,
@@ -65,13 +85,11 @@ class LayerRatios(Allocate):
     Attributes:
         ratios: how they are to each other.
         reads_findings: whether `ratios` does.
-        biases: whether what is thinned gets a bias, which takes D parameters each.
         most: the largest ratio of a part.
     """
 
     ratios: Ratios
     reads_findings: bool
-    biases: bool
     most: float = 1.0
 
     def before_survey(self, sizes: list[Sizes], budget: Budget) -> list[LayerShape] | None:
@@ -94,14 +112,6 @@ class LayerRatios(Allocate):
         of_channels = scaled(relative[:, 1], costs[:, 1], caps[:, 1], left)
         kept = [(1 - gone) * layer.intermediate_size for layer, gone in zip(sizes, of_channels.tolist(), strict=True)]
         return thinned_shapes(sizes, groups, kept, budget.round_to, self.biases)
-
-    def without_repairs(self) -> "LayerRatios":
-        """See `Allocate`."""
-        return replace(self, biases=False)
-
-    def alike(self, kv_heads: tuple[int, ...]) -> Allocate:
-        """See `Allocate`."""
-        return AlikeUnits(kv_heads)
 
     @staticmethod
     def _whole(ratios: Tensor, sizes: list[Sizes]) -> list[int]:

@@ -3,7 +3,7 @@
 L layers, N of them that lose anything, c (L,) the cosines of what enters and what leaves a layer
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import floor
 from typing import Any
 
@@ -13,10 +13,10 @@ from torch import Tensor
 from ..errors import UsageError
 from ..model.configuration_olica import LayerShape
 from .moments import Statistic, cosine
-from .ratios import AlikeUnits, LayerRatios
-from .recipe import Allocate, Findings, Layer, Survey
+from .ratios import LayerRatios, WholeUnits
+from .recipe import Findings, Layer, Survey
 from .sizes import Budget, Sizes
-from .units import channel_parameters, group_parameters, to_remove
+from .units import most_removable, to_remove
 
 # Of the paper's LLaMA-7B: sparsity, share of the 32 layers that lose anything, alpha.
 PAPERS = ((0.2, 26 / 32, 10.0), (0.5, 30 / 32, 7.0))
@@ -50,7 +50,7 @@ def softmax_ratios(cosines: Tensor, chosen: int, alpha: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class CosineRatios(Allocate):
+class CosineRatios(WholeUnits):
     """Heads and channels of a layer lose the same ratio, R N softmax(alpha c) in N layers and nothing in the others.
 
     The initial ratio R is the factor for which the whole meets the budget.
@@ -58,12 +58,10 @@ class CosineRatios(Allocate):
     Attributes:
         pruned_layers: N, or BY_SPARSITY.
         alpha: how fast ratios grow with the cosine, or BY_SPARSITY.
-        biases: whether what is thinned gets a bias.
     """
 
     pruned_layers: int
     alpha: float
-    biases: bool = True
 
     def selection(self, layers: int, budget: Budget) -> tuple[int, float]:
         """N and alpha of a model of so many layers."""
@@ -82,29 +80,14 @@ class CosineRatios(Allocate):
         chosen, _ = self.selection(len(sizes), budget)
         if chosen > len(sizes):
             raise UsageError(f"--pruned_layers {chosen}: the model has {len(sizes)} layers")
-        most = sum(
-            sorted(
-                (layer.num_kv_heads - 1) * group_parameters(layer)
-                + (layer.intermediate_size - 1) * channel_parameters(layer)
-                for layer in sizes
-            )[:chosen]
-        )
-        if to_remove(sizes, budget, self.biases) > most:
+        if to_remove(sizes, budget, self.biases) > sum(sorted(map(most_removable, sizes))[:chosen]):
             raise ValueError(f"the {chosen} layers that lose something would keep one head and one channel, or less")
 
     def __call__(self, sizes: list[Sizes], budget: Budget, findings: list[Findings]) -> list[LayerShape]:
         """See `Allocate`."""
         ratios = softmax_ratios(cosines_of(findings), *self.selection(len(sizes), budget))
         both = torch.stack([ratios, ratios], dim=1)
-        return LayerRatios(lambda _findings, _layers: both, True, self.biases)(sizes, budget, findings)
-
-    def without_repairs(self) -> "CosineRatios":
-        """See `Allocate`."""
-        return replace(self, biases=False)
-
-    def alike(self, kv_heads: tuple[int, ...]) -> Allocate:
-        """See `Allocate`."""
-        return AlikeUnits(kv_heads)
+        return LayerRatios(lambda _findings, _layers: both, True, biases=self.biases)(sizes, budget, findings)
 
     def notes(self, sizes: list[Sizes], budget: Budget) -> list[str]:
         """See `Allocate`."""

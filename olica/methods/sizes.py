@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from ..model.configuration_olica import head_dim, norm_spans_heads
+from ..model.configuration_olica import LayerShape, head_dim, norm_spans_heads
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,11 @@ class Sizes:
     def of_all(cls, config: PreTrainedConfig) -> "list[Sizes]":
         """Of each layer of the model of `config`."""
         return [cls.of(config)] * config.num_hidden_layers
+
+    @property
+    def dense_shape(self) -> LayerShape:
+        """Of a layer that loses nothing."""
+        return LayerShape(0, 0, self.head_dim, self.intermediate_size)
 
     @property
     def groups(self) -> int:

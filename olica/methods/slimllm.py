@@ -99,5 +99,8 @@ def slimllm(parameters: SlimParameters) -> Method:
         principal_importance, PROTECTED_FRACTION, ScaledOutputs(), (RemovedMean("down_proj", mean_channels),)
     )
     return Method(
-        "pruned", CosineSurvey(), CosineRatios(parameters.pruned_layers, parameters.alpha), ((heads,), (mlp,))
+        "pruned",
+        CosineSurvey(),
+        CosineRatios(parameters.pruned_layers, parameters.alpha, biases=True),
+        ((heads,), (mlp,)),
     )

@@ -4,43 +4,36 @@ D hidden size, K key/value heads, d head width, F intermediate channels
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..model.configuration_olica import LayerShape
-from .ratios import AlikeUnits
-from .recipe import Allocate, Findings
+from .ratios import WholeUnits
+from .recipe import Findings
 from .sizes import Budget, Sizes
-from .units import channel_parameters, group_parameters, thinned_shapes, to_remove
+from .units import channel_parameters, group_parameters, most_removable, thinned_shapes, to_remove
 
 # Names of the findings that a global threshold cuts: scores of the groups of heads (K,), and of the channels (F,).
 GROUP_SCORES, CHANNEL_SCORES = "group_scores", "channel_scores"
 
 
 @dataclass(frozen=True)
-class GlobalThreshold(Allocate):
+class GlobalThreshold(WholeUnits):
     """An allocation by one threshold for all layers: units go in the order of their scores until the budget is met.
 
     A unit is a key/value head with its query heads, or a channel of an MLP. Of each kind a layer keeps at least one.
 
     Attributes:
         scored: (layer's findings) -> scores of its groups (K,) and of its channels (F,), comparable over all layers.
-        biases: whether what is thinned gets a bias, which takes D parameters each.
     """
 
     scored: Callable[[Findings], tuple[Tensor, Tensor]]
-    biases: bool
 
     def before_survey(self, sizes: list[Sizes], budget: Budget) -> None:
         """See `Allocate`."""
-        most = sum(
-            (layer.num_kv_heads - 1) * group_parameters(layer)
-            + (layer.intermediate_size - 1) * channel_parameters(layer)
-            for layer in sizes
-        )
-        if to_remove(sizes, budget, self.biases) > most:
+        if to_remove(sizes, budget, self.biases) > sum(map(most_removable, sizes)):
             raise ValueError("every layer would be left with one head and one channel, or less")
 
     def __call__(self, sizes: list[Sizes], budget: Budget, findings: list[Findings]) -> list[LayerShape]:
@@ -55,14 +48,6 @@ class GlobalThreshold(Allocate):
         counts = self._taken(order, costs, to_remove(sizes, budget, self.biases))
         kept = [float(layer.intermediate_size - gone) for layer, gone in zip(sizes, counts[1::2], strict=True)]
         return thinned_shapes(sizes, counts[::2], kept, budget.round_to, self.biases)
-
-    def without_repairs(self) -> "GlobalThreshold":
-        """See `Allocate`."""
-        return replace(self, biases=False)
-
-    def alike(self, kv_heads: tuple[int, ...]) -> Allocate:
-        """See `Allocate`: no threshold gives sizes that are alike."""
-        return AlikeUnits(kv_heads)
 
     @staticmethod
     def _taken(order: list[int], costs: list[int], left: float) -> list[int]:

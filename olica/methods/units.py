@@ -19,6 +19,12 @@ def channel_parameters(layer: Sizes) -> int:
     return 3 * layer.hidden_size
 
 
+def most_removable(layer: Sizes) -> int:
+    """Weights that go where a layer keeps one key/value head and one channel."""
+    of_heads = (layer.num_kv_heads - 1) * group_parameters(layer)
+    return of_heads + (layer.intermediate_size - 1) * channel_parameters(layer)
+
+
 def to_remove(sizes: list[Sizes], budget: Budget, biases: bool) -> float:
     """Parameters that units have to make up: those of the budget and, where what is thinned gets one, of biases (D)."""
     added = sum(2 * layer.hidden_size for layer in sizes) if biases else 0

@@ -34,7 +34,7 @@ from ..evaluation.paired import compare
 from ..evaluation.settings import EvaluationSettings
 from ..evaluation.subject import TestWindows
 from ..evaluation.subject import prepare as prepare_subject
-from ..jobs import Job, Settings, dense_shape
+from ..jobs import Job, Settings
 from ..machine import full_precision, pick_device
 from ..model.skeleton import count_by_part
 from ..outputs import checkpoint, identity, records
@@ -323,7 +323,7 @@ class _Sweep:
     def _made(self, job: Job | None) -> dict | None:
         """Prune to a sparsity, and measure what comes of it, or the dense model; None where the record has it."""
         if job is None:
-            plan = [dense_shape(layer) for layer in self._job.sizes]
+            plan = [layer.dense_shape for layer in self._job.sizes]
             return self._measure(None, self._job.location) | {"layers": count_by_part(self._job.config, plan)}
         done = finished(job) or run(job)
         if self._recorded(job):
