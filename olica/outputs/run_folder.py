@@ -13,14 +13,13 @@ and, while a process is at work, the lock `.NAME.lock`.
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from ..errors import UsageError
 from ..machine import BatchSize
 from .journal import Journal, force_to_disk, move_durably, writing_in_words
+from .locks import locked
 from .run_progress import CHECKPOINT, RunProgress, Shards
 
 
@@ -51,36 +50,29 @@ class RunFolder:
         Raises:
             UsageError: another process is at work on it.
         """
-        run = cls(folder)
-        made = [path for path in folder.absolute().parents if not path.exists()]
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-        try:
-            lock.acquire(blocking=False)
-        except Timeout as error:
+
+        def refuse() -> None:
             raise UsageError(
                 f"--save_dir: another run is at work on {folder}; wait for its end, or give another --save_dir"
-            ) from error
-        try:
-            run._recover()
-            run.work.mkdir(exist_ok=True)
+            )
+
+        run = cls(folder)
+        with locked(folder.with_name(f".{folder.name}.lock"), refuse):
             try:
-                yield run
+                run._recover()
+                run.work.mkdir(exist_ok=True)
+                try:
+                    yield run
+                finally:
+                    if run._progress:
+                        run._progress.close()
+            except KeyboardInterrupt as stopped:
+                if finished := run._finished():
+                    stopped.add_note(f"the same command goes on after {finished}")
+                raise
             finally:
-                if run._progress:
-                    run._progress.close()
-        except KeyboardInterrupt as stopped:
-            if finished := run._finished():
-                stopped.add_note(f"the same command goes on after {finished}")
-            raise
-        finally:
-            if not run._journal.path.exists():
-                shutil.rmtree(run.work, ignore_errors=True)
-            Path(lock.lock_file).unlink(missing_ok=True)  # who waits for it notices; nothing is touched after this
-            lock.release()
-            with suppress(OSError):  # not empty
-                for path in made:
-                    path.rmdir()
+                if not run._journal.path.exists():
+                    shutil.rmtree(run.work, ignore_errors=True)
 
     def _finished(self) -> str:
         """How far the run is, in words; empty while there is nothing to go on with."""

@@ -26,6 +26,7 @@ from ..pruning.progress import Surveyed, SurveyProgress
 from . import run_progress
 from .identity import CODE, digest_of
 from .journal import Journal
+from .locks import locked
 from .run_progress import read_tensors
 
 logger = logging.getLogger(__name__)
@@ -75,24 +76,19 @@ class StoredSurvey(SurveyProgress):
         """
         folder = data_dir / FOLDER / digest_of(identity)[:24]
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.with_suffix(".lock"))
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            logger.warning("another run is making the same survey: waiting for its end")
-            lock.acquire()
         survey = None
-        try:
-            survey = cls(folder, identity.get(CODE), batch_size)
-            _remove_unfinished(folder, survey.code)
-            yield survey
-        except KeyboardInterrupt as stopped:
-            if survey and (layers := survey._journal.facts.get("layers")) and not survey.is_complete:
-                stopped.add_note(f"the same command goes on after {layers} layers of the survey")
-            raise
-        finally:
-            Path(lock.lock_file).unlink(missing_ok=True)  # who waits for it notices
-            lock.release()
+        with locked(
+            folder.with_suffix(".lock"),
+            lambda: logger.warning("another run is making the same survey: waiting for its end"),
+        ):
+            try:
+                survey = cls(folder, identity.get(CODE), batch_size)
+                _remove_unfinished(folder, survey.code)
+                yield survey
+            except KeyboardInterrupt as stopped:
+                if survey and (layers := survey._journal.facts.get("layers")) and not survey.is_complete:
+                    stopped.add_note(f"the same command goes on after {layers} layers of the survey")
+                raise
 
     def described(self) -> dict:
         """See `SurveyProgress`."""

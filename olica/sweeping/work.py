@@ -14,15 +14,15 @@ Dimensions: M windows of held-back text, T tokens in each.
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from itertools import compress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ..checks import as_kind, check_room
@@ -38,6 +38,7 @@ from ..jobs import Job, Settings
 from ..machine import full_precision, pick_device
 from ..model.skeleton import count_by_part
 from ..outputs import checkpoint, identity, records
+from ..outputs.locks import locked
 from ..processes import ALONE, Processes, working_together
 from ..progress_bar import no_bars
 from ..report.sweep_page import page
@@ -106,7 +107,7 @@ def run_sweep(plan: SweepPlan, tell: Callable[[dict], None] = lambda _: None, pr
         def begin() -> None:
             checkpoint.check_folder(plan.folder)
             check_room(plan.folder, plan.disk_bytes(processes.count), "--save_dir", "the sweep")
-            stack.enter_context(_locked(plan.folder))
+            stack.enter_context(locked(plan.folder / LOCK, partial(_refuse, plan.folder)))
             for job in plan.jobs if plan.wanted.keep else ():  # before anything is measured
                 if not finished(job):
                     checkpoint.check_place(job.folder, 0, plan.settings.overwrite)
@@ -117,26 +118,8 @@ def run_sweep(plan: SweepPlan, tell: Callable[[dict], None] = lambda _: None, pr
         return _Sweep(plan, processes).run(tell)
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder of a sweep, which goes again where nothing came into it."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout as error:
-        raise UsageError(
-            f"--save_dir: another sweep is at work on {folder}; wait for its end, or give another --save_dir"
-        ) from error
-    try:
-        yield
-    finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
-        with suppress(OSError):  # not empty
-            for path in made:
-                path.rmdir()
+def _refuse(folder: Path) -> None:
+    raise UsageError(f"--save_dir: another sweep is at work on {folder}; wait for its end, or give another --save_dir")
 
 
 class _Sweep:
