@@ -22,7 +22,7 @@ from .methods.sizes import Budget, Sizes
 from .model.configuration_olica import LayerShape
 from .model.layouts import LAYOUTS, OWN_LAYOUT, Layout, for_family
 from .model.skeleton import count_parameters, pruned_skeleton, try_out
-from .outputs.names import NAMED, RECIPES_OWN, SPARSITY_OF, checkpoint_folder
+from .outputs.names import DEFAULT_BASE_MODEL, DEFAULT_RECIPE, NAMED, RECIPES_OWN, SPARSITY_OF, checkpoint_folder
 from .outputs.weight_shards import LARGEST_FILE
 from .processes import ALONE, Processes
 from .pruning.duration import Pruning, in_words, nearest, read_timed
@@ -82,7 +82,7 @@ class Settings:
         parameters: those of the recipe that are not left at their defaults, by name.
     """
 
-    base_model: str = "7b"
+    base_model: str = DEFAULT_BASE_MODEL
     dtype: str = "auto"
     datasets: str | None = None
     data_dir: str = "./data"
@@ -90,7 +90,7 @@ class Settings:
     seqlen: int = 128
     seed: int = 0
     add_bos_token: bool = False
-    recipe: str = "olica"
+    recipe: str = DEFAULT_RECIPE
     sparsity: float = 0.2
     sparsity_of: str = SPARSITY_OF[0]
     round_to: int | str = "auto"

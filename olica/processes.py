@@ -94,14 +94,6 @@ class Processes:
         """How many of so many samples the process with most has."""
         return -(-samples // self.count)
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of every process's tensor, in all of them."""
-        if self.host is not None:
-            self._barrier()
-            with self._noticing_losses():
-                distributed.all_reduce(tensor)
-        return tensor
-
     def from_main(self, value: Value) -> Value:
         """What the main process has, in all of them."""
         return self._from(0, value)

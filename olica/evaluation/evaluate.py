@@ -15,7 +15,7 @@ from ..errors import UsageError, memory_in_words
 from ..machine import pick_device
 from ..outputs import identity, records
 from ..outputs.model_card import add_metrics
-from ..outputs.names import checkpoint_folder
+from ..outputs.names import DEFAULT_BASE_MODEL, checkpoint_folder
 from ..processes import Processes, working_together
 from ..sources.configuration import count_dense_parameters, read_config
 from ..sources.locate import Location, locate
@@ -29,7 +29,6 @@ from .zero_shot import TaskProtocol, check_tasks
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_BASE_MODEL = "7b"
 Names = str | Sequence[str | PathLike]
 
 

@@ -30,7 +30,7 @@ class Perplexity:
     windows: int
     seqlen: int  # tokens in each window
     predictions: int  # tokens predicted in all windows together
-    nll_by_window: str  # `rows.pack_floats` of the mean of every window, for paired comparisons
+    nll_by_window: str  # `paired.pack_floats` of the mean of every window, for paired comparisons
 
 
 def token_windows(
@@ -69,7 +69,7 @@ def perplexity(
 
     The paper's protocol: every window is its own sequence, its first token is given and the other T-1 are
     predicted. Log-probabilities are taken in float32 whatever the dtype of the model. The standard error
-    is value * `rows.standard_error` of the windows' means, by the delta method.
+    is value * `paired.standard_error` of the windows' means, by the delta method.
     Of several `processes` each takes every so-many-th batch, the same batches that one alone would take. A batch that
     does not fit into memory is done in halves.
     Raises UsageError if the result is not a finite number.
@@ -88,7 +88,8 @@ def perplexity(
     fitting = BatchSize(batch_size)
     for number, batch in tqdm(mine, desc="perplexity", unit="batch", disable=is_quiet() or not processes.is_main):
         fitting.run(partial(fill, number * batch_size, batch), len(batch))
-    nll = processes.sum(nll).cpu()
+    processes.add_up([nll])
+    nll = nll.cpu()
     value = nll.mean().exp().item()
     if not math.isfinite(value):
         raise UsageError(

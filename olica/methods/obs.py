@@ -25,7 +25,7 @@ from .thinning import Selection
 # Units of one feature that go at once: this share of those that are still to go, or a few.
 GROUP_SHARE, SMALLEST_GROUP = 1 / 16, 8
 # Relative to what an exchange costs, a gain of less may be rounding alone.
-ROUNDING = 1e-9
+LEAST_GAIN = 1e-9
 
 
 class LeastSquaresTable:
@@ -129,7 +129,7 @@ def exchange(table: LeastSquaresTable, rounds: int) -> float:
         gains = table.changes().masked_fill(table.staying, -torch.inf)
         back = gains.argsort(stable=True, descending=True)[:size]
         gain = table.pivot(back)
-        if gain > (1 + ROUNDING) * cost:
+        if gain > (1 + LEAST_GAIN) * cost:
             fell += gain - cost
         else:  # as it was
             table.pivot(back)

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..model.layouts import OWN_LAYOUT
 
-DEFAULT_RECIPE = "olica"
+DEFAULT_BASE_MODEL, DEFAULT_RECIPE = "7b", "olica"
 # What `--sparsity` is a share of: the whole model, as in the paper, or the decoder layers alone.
 SPARSITY_OF = ("model", "layers")
 

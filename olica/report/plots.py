@@ -30,14 +30,14 @@ class Drawing:
     notes: list[str]
 
 
-def _panels(columns: int, rows: int = 1) -> "tuple[Figure, list[Axes]]":
+def _panels(columns: int) -> "tuple[Figure, list[Axes]]":
     """An empty figure of panels side by side, and these."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UsageError('figures need the package matplotlib: pip install "olica[plots]"') from error
-    figure = Figure(figsize=(5.2 * columns, 4 * rows), layout="constrained", dpi=130)
-    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+    figure = Figure(figsize=(5.2 * columns, 4), layout="constrained", dpi=130)
+    return figure, list(figure.subplots(1, columns, squeeze=False).flat)
 
 
 def _logarithmic(axes: "Axes") -> None:
