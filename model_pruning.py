@@ -10,7 +10,8 @@ from dataclasses import fields
 from os.path import expanduser
 
 from olica.command_line import run_command
-from olica.jobs import REFITS, Job, Settings, describe, prepare, settings_of
+from olica.described import describe
+from olica.jobs import REFITS, Job, Settings, prepare, settings_of
 from olica.machine import DEVICES, pick_device
 from olica.methods.allocation import describe_plan
 from olica.methods.recipe import PAPERS_TEXT

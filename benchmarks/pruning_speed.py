@@ -31,9 +31,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import olica_stopping
 from olica.checks import check_record_path
 from olica.command_line import run_command
+from olica.described import describe
 from olica.errors import UsageError
 from olica.evaluation.cost import synchronize
-from olica.jobs import describe, prepare, settings_of
+from olica.jobs import prepare, settings_of
 from olica.machine import DEVICES, BatchSize, pick_device
 from olica.outputs.records import write_record
 from olica.pruning.activations import propagate, record_layer_calls

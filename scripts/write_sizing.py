@@ -13,9 +13,10 @@ from textwrap import fill
 
 import torch
 
-from olica.jobs import Job, as_timed, prepare, settings_of
+from olica.described import as_timed
+from olica.duration import KIND, Pruning, Timed, in_words, nearest, read_timed, two_digits
+from olica.jobs import Job, prepare, settings_of
 from olica.machine import BatchSize
-from olica.pruning.duration import KIND, Pruning, Timed, in_words, nearest, read_timed, two_digits
 from olica.pruning.memory import USABLE, Task, fit_into, peaks_beside, survey_disk_bytes
 from olica.pruning.options import PruningOptions
 from olica.sweeping.plan import expected_parameters
@@ -80,7 +81,7 @@ there; what a survey leaves under `--data_dir` after the run is small.
 TIME_TEXT = """## Time
 
 The stages of a pruning grow with different things, so that a record's seconds are scaled stage by stage
-(`olica/pruning/duration.py`): passes over the text by tokens x parameters of the layers, decompositions by
+(`olica/duration.py`): passes over the text by tokens x parameters of the layers, decompositions by
 layers x (parameters of a layer)^1.5, variants of a survey by their tokens x the layers they go through, comparing them
 by their tokens x the parameters beside the layers, reading and writing by the size of the model. Of several records by
 the same recipe on the same machine the one counts whose layers are nearest in size; "3 x" says that the layers are

@@ -7,9 +7,10 @@ import torch
 from conftest import make_llama
 from test_scripts import load
 
-from olica import jobs
-from olica.jobs import as_timed, describe, prepare, settings_of
-from olica.pruning.duration import STAGES, Pruning, in_words, nearest, read_timed
+from olica import described
+from olica.described import as_timed, describe
+from olica.duration import STAGES, Pruning, in_words, nearest, read_timed
+from olica.jobs import prepare, settings_of
 from olica.pruning.memory import survey_disk_bytes
 
 ROOT = Path(__file__).parents[1]
@@ -106,13 +107,13 @@ def test_times_have_two_digits():
 
 
 def test_a_dry_run_gives_a_time_where_the_same_kind_of_device_was_timed(job, tmp_path, monkeypatch):
-    monkeypatch.setattr(jobs, "RECORDS", tmp_path)
+    monkeypatch.setattr(described, "RECORDS", tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "card")
 
     def time_on(device: str, **other: str) -> list[str]:
         options, settings = replace(job.options, device=torch.device(device)), replace(job.settings, **other)
-        described = describe(replace(job, options=options, settings=settings))
-        return [line for line in described.splitlines() if line.startswith("time")]
+        lines = describe(replace(job, options=options, settings=settings)).splitlines()
+        return [line for line in lines if line.startswith("time")]
 
     assert time_on("cuda") == []
     for name, expected in (

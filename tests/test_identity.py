@@ -27,6 +27,8 @@ NEITHER = (
     "version.py",
     "progress_bar.py",
     "command_line.py",
+    "described.py",
+    "duration.py",
     "errors.py",
     "report/plots.py",
     "report/new.py",

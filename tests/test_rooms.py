@@ -28,6 +28,8 @@ MAY_IMPORT = {
         "model",
     },
     "report": {"outputs.records", "outputs.model_card", "outputs.names", "sources", "model", "evaluation.paired"},
+    "duration": {"methods", "sources"},
+    "described": {"duration", "jobs", "pruning", "methods"},
     "jobs": {"pruning", "outputs", "methods", "sources", "model"},
     "run": {"jobs", "pruning", "outputs", "methods", "sources", "model"},
     "sweeping": {"run", "jobs", "pruning", "evaluation", "report", "outputs", "methods", "sources", "model"},
@@ -118,7 +120,7 @@ def wrongly_reached(room: str, package: Path) -> list[str]:
     return sorted(
         name
         for name in reached
-        if room_of(name) in ("pruning", "methods", "jobs", "run", "sweeping")
+        if room_of(name) in ("pruning", "methods", "duration", "jobs", "described", "run", "sweeping")
         or (room_of(name) == "outputs" and name not in READ_OF_OUTPUTS)
     )
 

@@ -20,9 +20,9 @@ from math import ceil, log
 from pathlib import Path
 from statistics import fmean
 
-from ..methods.recipe import TravellingSurvey
-from ..methods.recipes import RECIPES
-from ..sources.weights import DTYPES
+from .methods.recipe import TravellingSurvey
+from .methods.recipes import RECIPES
+from .sources.weights import DTYPES
 
 KIND = "pruning speed"
 # What the time of a stage grows with.
