@@ -420,6 +420,17 @@ def test_what_is_shown_names_its_records_commits_and_machines(record):
     assert FIGURES["figure2"](record.results).notes == [f"Records: `{folder}/figure2`, {made.replace('beef, ', '')}"]
 
 
+def test_prunings_by_another_commit_than_most_are_named(record):
+    record("tables/dense", evaluation(12.63, 66.09))
+    record("tables/sparsity-0.2", evaluation(15.0, 63.0), pruning())
+    assert "Pruned at" not in TABLES["table2"](record.results)
+    newer = pruning()
+    newer["environment"] = newer["environment"] | {"git_commit": "f00d"}
+    record("tables/sparsity-0.25", evaluation(16.0, 62.0), pruning())
+    record("tables/sparsity-0.33", evaluation(20.0, 60.0), newer)
+    assert "\nPruned at commit f00d 33%; all others at beef." in TABLES["table2"](record.results)
+
+
 def test_a_run_with_the_former_shares_of_grouped_heads_says_so_and_joins_no_other(record):
     former = {"query": 0.5, "key": 0.0, "value_output": 0.05, "feed_forward": 0.1}
     record("tables/dense", evaluation(12.63, 66.09))

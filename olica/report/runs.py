@@ -5,6 +5,7 @@ A run is a folder of records: `pruning.json` (unless it is the dense model's), `
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -189,7 +190,17 @@ def protocol(runs: dict[str, Run]) -> list[str]:
     lines += [f"{note}: {name}." for name, record in made.items() if (note := note_on_survey(record))]
     for describe in MADE:
         lines += statements(describe, runs)
-    return lines + _reservations(runs.values()) + origins(runs.values())
+    return lines + _reservations(runs.values()) + origins(runs.values()) + _rarer_commits(runs)
+
+
+def _rarer_commits(runs: dict[str, Run]) -> list[str]:
+    """A line that says which prunings were made by another commit than most; none where all were made by one."""
+    of = {name: run.pruning["environment"].get("git_commit") or "unknown" for name, run in runs.items() if run.pruning}
+    if len(set(of.values())) < 2:
+        return []
+    (most, _), *rarer = Counter(of.values()).most_common()
+    named = [f"at commit {commit} {', '.join(name for name in of if of[name] == commit)}" for commit, _ in rarer]
+    return [f"Pruned {'; '.join(named)}; all others at {most}."]
 
 
 def origins(runs: Iterable[Run]) -> list[str]:
