@@ -19,6 +19,7 @@ from olica.methods.recipes import RECIPES
 from olica.model.configuration_olica import LayerShape
 from olica.model.layouts import LAYOUTS
 from olica.outputs.names import SPARSITY_OF
+from olica.outputs.records import understood
 from olica.outputs.weight_shards import ABOUT_LARGEST_FILE
 from olica.processes import working_together
 from olica.run import run_all
@@ -212,7 +213,8 @@ def run(args: argparse.Namespace) -> None:
         if not args.dry_run:
             for job, done in zip(planned, run_all(planned), strict=True):
                 if processes.is_main:
-                    print_result(job, done.record)
+                    with understood(done.folder):  # it may be of an earlier run
+                        print_result(job, done.record)
 
 
 if __name__ == "__main__":

@@ -111,11 +111,12 @@ def finished(job: Job) -> Pruned | None:
         return None
     calibration = draw_calibration_set(job.settings, read_tokenizer(job.location), job.config)
     is_same = record["identity"] == identity.digest_of(_identity(job, calibration))
-    is_whole = folder_weight_bytes(job.folder) == record["weight_bytes_on_disk"]
-    is_whole &= (job.folder / CONFIG_NAME).is_file()
-    if not (is_same and is_whole):
-        return None
-    return Pruned(job.folder, [LayerShape(**shape) for shape in record["plan"]], record)
+    is_whole = (job.folder / CONFIG_NAME).is_file()
+    with records.understood(job.folder):
+        is_whole &= folder_weight_bytes(job.folder) == record["weight_bytes_on_disk"]
+        if not (is_same and is_whole):
+            return None
+        return Pruned(job.folder, [LayerShape(**shape) for shape in record["plan"]], record)
 
 
 def _identity(job: Job, calibration: CalibrationSet) -> dict:

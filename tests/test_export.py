@@ -321,6 +321,15 @@ def test_the_record_and_the_card_of_the_pruning_come_along(tmp_path):
     assert "Written in the layout `dense` afterwards" in card and "AutoTokenizer" in card
 
 
+def test_a_damaged_record_is_named(tmp_path):
+    write("llama", [WHOLE] * 3, tmp_path / "pruned")
+    path = tmp_path / "pruned/olica_run.json"
+    path.write_text(json.dumps({name: value for name, value in RECORD.items() if name != "calibration"}))
+    with pytest.raises(UsageError, match=f"^{path} is not the record of a pruning .'calibration'.; remove it"):
+        export(tmp_path / "pruned", tmp_path / "dense", "dense", 10**9)
+    assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
+
+
 def test_the_command_replaces_a_checkpoint_when_asked_to_and_says_its_size(tmp_path, capsys):
     model = write("llama", PLAN, tmp_path / "pruned")
     make_family("qwen2").save_pretrained(tmp_path / "out")

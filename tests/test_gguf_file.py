@@ -352,6 +352,18 @@ def test_a_full_disk_is_foreseen(tmp_path, monkeypatch):
     assert not (tmp_path / "a.gguf").exists()
 
 
+def test_a_disk_that_fills_up_ends_in_a_sentence_and_leaves_nothing(tmp_path, monkeypatch):
+    folder = save(make_llama(), tmp_path / "dense")
+
+    def full(*_):
+        raise OSError("8192 requested and 480 written")  # as numpy says it
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
+    with pytest.raises(UsageError, match="--output_path: .* cannot be written to .8192 requested.*; make room"):
+        write_gguf(folder, tmp_path / "a.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
 def test_llama_cpp_that_is_not_at_hand_is_said(monkeypatch):
     script = load("scripts/llama_cpp.py")
     monkeypatch.delenv(script.VARIABLE, raising=False)

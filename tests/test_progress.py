@@ -288,6 +288,14 @@ def test_another_command_of_two_sparsities_takes_no_finished_checkpoint_for_its_
         assert record["settings"]["percdamp"] == 0.4 and record["went_on_after"] == []
 
 
+@pytest.mark.parametrize("damage", [{"stages": 7}, {"plan": [{}]}, {"measured_sparsity": None}])
+def test_a_damaged_record_of_a_finished_checkpoint_is_named(here, capsys, damage):
+    assert prune() == 0
+    path = FOLDER / "olica_run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | damage))
+    assert f"{path} is not the record of a pruning (" in refused(capsys, BOTH)
+
+
 @pytest.mark.parametrize("change", ["--percdamp=0.4", "--mlp_num=0", "--batch_size=3", "--dtype=bfloat16", "ids"])
 def test_another_survey_is_not_taken_up(here, surveyed, change):
     if change == "ids":

@@ -145,17 +145,18 @@ def find_models(asked: EvaluationSettings) -> dict[str, Location]:
             raise UsageError(f"--save_dir: there is no {folder}; {remedy} with --checkpoint")
         measured = locate(str(folder), "--save_dir")
     record = records.read_pruning_record(measured.path)
-    if base and record and records.has_former_shares(record):
-        raise UsageError(
-            f"--save_dir: {measured.path} was pruned when {record['settings']['recipe']} had other shares for grouped "
-            "heads; prune anew, or name it with --checkpoint"
-        )
-    name = asked.base_model or (record["model"]["name"] if record and asked.with_dense else None)
-    if asked.with_dense and name is None:
-        raise UsageError("--with_dense: the checkpoint has no record of its dense model; name it with --base_model")
-    dense = locate(name or DEFAULT_BASE_MODEL) if base or asked.with_dense else None
-    if dense and record:
-        check_same_model(dense, measured, record)
+    with records.understood(measured.path):
+        if base and record and records.has_former_shares(record):
+            raise UsageError(
+                f"--save_dir: {measured.path} was pruned when {record['settings']['recipe']} had other shares for "
+                "grouped heads; prune anew, or name it with --checkpoint"
+            )
+        name = asked.base_model or (record["model"]["name"] if record and asked.with_dense else None)
+        if asked.with_dense and name is None:
+            raise UsageError("--with_dense: the checkpoint has no record of its dense model; name it with --base_model")
+        dense = locate(name or DEFAULT_BASE_MODEL) if base or asked.with_dense else None
+        if dense and record:
+            check_same_model(dense, measured, record)
     return {"dense": dense, "pruned": measured} if asked.with_dense else {"model": measured}
 
 

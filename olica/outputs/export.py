@@ -1,18 +1,16 @@
 """Write a checkpoint that was pruned in the layout `olica` in another one: layer by layer, and whole or not at all."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from ..checks import check_room, check_writable
-from ..errors import UsageError, in_words
+from ..errors import UsageError
 from ..model.configuration_olica import PrunedConfig
 from ..model.dense_form import filled, own_config, plan_of
 from ..model.layouts import DENSE, EXPORTS, for_family
@@ -27,8 +25,8 @@ from ..sources.weight_files import stored_weights
 from ..tensor_files import bytes_of, entry_of, write_pieces
 from .checkpoint import describe
 from .model_card import write_card
-from .output_path import in_place_of
-from .records import PRUNING_RECORD, read_pruning_record, write_record
+from .output_path import in_place_of, output_in_words
+from .records import PRUNING_RECORD, read_pruning_record, understood, write_record
 from .weight_shards import cut_into_files, write_index
 
 
@@ -71,20 +69,19 @@ def export(checkpoint: str | Path, path: str | Path, layout: str, largest: int, 
     sizes = {name: entry.size for name, entry in entries.items()}
     check_room(path, sum(sizes.values()), "--output_path", "the checkpoint")
     with in_place_of(path) as partial:
-        with _writing(path):
-            partial.mkdir()
+        partial.mkdir()
         with location.in_words("what is made of it would not load"):
-            try_out(describe(partial, source, target, tokenizer, lambda: _writing(path)))
+            try_out(describe(partial, source, target, tokenizer, lambda: output_in_words(path)))
         weights = _weights(source, target, location)
-        with _writing(path):
-            for file, names in cut_into_files(sizes, largest).items():
-                pieces = (bytes_of(weight.to(dtype)) for weight in islice(weights, len(names)))
-                write_pieces(partial / file, {name: entries[name] for name in names}, pieces)
-            write_index(partial, stored_weights(partial.glob("*.safetensors")))
-            record = read_pruning_record(location.path)
-            if record:
-                record |= {"exported": layout, "weight_bytes_on_disk": folder_weight_bytes(partial)}
-                write_record(partial / PRUNING_RECORD, record)
+        for file, names in cut_into_files(sizes, largest).items():
+            pieces = (bytes_of(weight.to(dtype)) for weight in islice(weights, len(names)))
+            write_pieces(partial / file, {name: entries[name] for name in names}, pieces)
+        write_index(partial, stored_weights(partial.glob("*.safetensors")))
+        record = read_pruning_record(location.path)
+        if record:
+            record |= {"exported": layout, "weight_bytes_on_disk": folder_weight_bytes(partial)}
+            write_record(partial / PRUNING_RECORD, record)
+            with understood(location.path):
                 write_card(partial, record)
     return folder_weight_bytes(path)
 
@@ -99,14 +96,6 @@ def _check_path(path: Path, location: Location, overwrite: bool) -> None:
         raise UsageError(f"--output_path {path} exists already; give --overwrite to replace it, or another name")
     if location.is_local and Path(location.path).resolve().is_relative_to(path.resolve()):
         raise UsageError(f"--output_path {path} is or holds CHECKPOINT itself; give another name")
-
-
-def _writing(path: Path) -> AbstractContextManager[None]:
-    """Have a disk that is full or fails end in a UsageError."""
-    return in_words(
-        lambda error: f"--output_path: {path.parent} cannot be written to ({error}); make room or give another folder",
-        kinds=(OSError, SafetensorError),
-    )
 
 
 def _weights(source: DenseModel, target: PreTrainedModel, location: Location) -> Iterator[Tensor]:

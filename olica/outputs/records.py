@@ -6,7 +6,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from importlib import metadata
 from itertools import chain, count
@@ -16,7 +16,7 @@ from uuid import uuid4
 import torch
 from filelock import FileLock
 
-from ..errors import UsageError
+from ..errors import UsageError, in_words, reason
 from ..machine import peak_memory, reset_peak_memory
 from ..version import __version__
 
@@ -103,19 +103,27 @@ def write_record(path: Path, record: dict) -> None:
 
     Raises:
         ValueError: it holds a NaN or an infinity, which JSON has no word for.
+        UsageError: as `write_text`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file, whole or not at all, also where others write the same one."""
+    """Write a file, whole or not at all, also where others write the same one.
+
+    Raises:
+        UsageError: the disk is full or fails.
+    """
     partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with in_words(
+        lambda error: f"{path} cannot be written ({error}); make room and give the same command again", kinds=OSError
+    ):
+        try:
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -147,12 +155,22 @@ def read_pruning_record(folder: str | Path) -> dict | None:
     path = Path(folder) / PRUNING_RECORD
     if not path.is_file():
         return None
-    try:
+    with understood(folder):
         record = json.loads(path.read_text())
         record["model"]["source"], record["model"]["name"], record["parameters"]["before"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} is not the record of a pruning; remove it or prune anew") from error
     return record
+
+
+def understood(folder: str | Path) -> AbstractContextManager[None]:
+    """Have what a command makes of the record of a pruning in `folder` end in a UsageError where it is none.
+
+    Records of every age are read, so that what one has to have is decided by who reads it.
+    """
+    path = Path(folder) / PRUNING_RECORD
+    return in_words(
+        lambda error: f"{path} is not the record of a pruning ({reason(error)}); remove it or prune anew",
+        kinds=(ValueError, LookupError, TypeError, AttributeError),
+    )
 
 
 def seconds_of_stages(record: dict) -> dict[str, float]:
