@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import allocate, make_llama, make_tokenizer, prune, write_pruned
 from safetensors.torch import load_file, save_file
+from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from olica.errors import UsageError
@@ -140,6 +141,13 @@ def test_weights_that_are_not_the_plans_are_refused(tmp_path):
         write_pruned(model, plan, None, tmp_path / "out")
 
 
+def lower_case():
+    """The tokenizer of the tests, but for capitals."""
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    return tokenizer
+
+
 def test_what_would_not_load_is_not_published(tmp_path, tokenizer):
     """A setting that the family does not read, but the cache does; and a tokenizer whose files nobody reads."""
     model = make_llama()
@@ -150,6 +158,10 @@ def test_what_would_not_load_is_not_published(tmp_path, tokenizer):
     del model.config.sliding_window
     tokenizer.save_pretrained = lambda folder: (folder / "tokenizer.json").write_text("{")
     with pytest.raises(UsageError, match="would not load"):
+        write_pruned(model, plan, tokenizer, tmp_path / "out")
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained = lambda folder: lower_case().save_pretrained(folder)
+    with pytest.raises(UsageError, match="would not load .*makes other tokens of a text when it has been saved"):
         write_pruned(model, plan, tokenizer, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == [".out.partial"], "finished layers are kept"
     write_pruned(model, plan, make_tokenizer(), tmp_path / "out")

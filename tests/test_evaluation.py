@@ -1,5 +1,6 @@
 """Evaluations from the command line: several measures, stopped ones, several processes."""
 
+import errno
 import json
 import os
 import re
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_llama, make_tokenizer
+from conftest import edit_config, make_llama, make_tokenizer
 from test_zero_shot import ROWS, write_rows
 from tokenizers import processors
 from transformers import AutoTokenizer, GenerationMixin
@@ -455,6 +456,31 @@ def test_a_tokenizer_beyond_the_models_vocabulary(here, capsys):
     words = f"its tokenizer gives the token {len(make_tokenizer()) - 1}, but the model's vocabulary ends at 99"
     assert words in refused(capsys, "--checkpoint=tiny", "--ppl=none", "--tasks=piqa", "--data_dir=rows")
     assert not list(here.glob(".*"))
+
+
+def test_settings_that_running_alone_meets(here, capsys):
+    factors = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16}
+    rope = factors | {"factor": 16.0, "short_factor": [1.0] * 8, "long_factor": [1.0] * 7}
+    edit_config(here / "tiny", rope_parameters=rope)
+    words = "--checkpoint tiny: its configuration describes no model that can be run ("
+    assert words in refused(capsys, "--checkpoint=tiny", "--ppl=one.txt", "--ppl_seqlen=32")
+
+
+def test_a_full_disk_ends_in_a_sentence(here, capsys, monkeypatch):
+    def full(path, *content, **settings):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    said = refused(capsys, "--checkpoint=tiny", "--ppl=one.txt", "--ppl_seqlen=32")
+    assert "eval.json" in said and "No space left on device" in said and "make room" in said
+    assert not list(here.glob("*eval.json*"))
+
+
+def test_a_damaged_record_of_the_dense_model_is_named(here, capsys):
+    record = {"model": {"name": 7, "source": "tiny"}, "parameters": {"before": 1}}
+    Path("tiny/olica_run.json").write_text(json.dumps(record))
+    said = refused(capsys, "--checkpoint=tiny", "--with_dense", "--ppl=one.txt", "--ppl_seqlen=32")
+    assert said.startswith("tiny/olica_run.json is not the record of a pruning (")
 
 
 def test_models_too_short_for_the_cost(here, capsys):

@@ -266,6 +266,7 @@ def test_both_command_lines(family, tmp_path, monkeypatch, capsys):
 
 REAL_FORMS = {
     "llama-old-scaling": ("llama", dict(rope_scaling={"type": "linear", "factor": 2.0}, rope_theta=500.0)),
+    "llama-dynamic": ("llama", dict(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})),
     "llama-without-head-dim": ("llama", dict(hidden_size=90, head_dim=None)),
     "qwen2-yarn": ("qwen2", dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
                                                   "original_max_position_embeddings": 64})),

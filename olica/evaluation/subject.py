@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..errors import UsageError
+from ..model.skeleton import try_out, without_weights
 from ..sources.calibration_set import hash_tokens
 from ..sources.chats import chat_template
 from ..sources.configuration import read_config
@@ -141,6 +142,8 @@ def prepare(name: str, location: Location, protocol: Protocol) -> Subject:
     if prompt is not None:
         needed["--prompt"] = prompt.shape[1] + CONTINUATION_TOKENS
     check_positions(needed, config, location)
+    with location.in_words("its configuration describes no model that can be run"):
+        try_out(without_weights(lambda: AutoModelForCausalLM.from_config(config)))
     cut = (protocol.seqlen, protocol.windows, protocol.of_tasks.add_bos_token)
     windows = {text.name: text.windows(tokenizer, *cut) for text in protocol.texts}
     for ids in [*windows.values(), *([] if prompt is None else [prompt])]:

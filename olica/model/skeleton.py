@@ -57,12 +57,16 @@ def pruned_skeleton(
 def try_out(model: PreTrainedModel) -> None:
     """Check a model's settings as saving does, and send two tokens through it on the meta device, into its cache.
 
-    No weight is needed.
+    No weight is needed. Rotary embeddings that are scaled as texts grow are no longer so afterwards: they ask for the
+    largest position, of which the meta device knows nothing.
 
     Raises:
         Exception: what the model would later raise, for settings that only saving or a forward pass meets.
     """
     model.config.validate()
+    for module in model.modules():
+        if vars(module).get("rope_type") == "dynamic":
+            vars(module)["rope_type"] = "default"
     model(torch.ones(1, 2, dtype=torch.long, device="meta"), use_cache=True)
 
 

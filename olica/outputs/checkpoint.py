@@ -25,6 +25,7 @@ from ..model.families import SEQUENCE_CLASSIFIERS, TOKEN_CLASSIFIERS
 from ..model.modeling_deci import DeciLMConfig
 from ..model.skeleton import try_out, without_weights
 from ..sources.dense_model import DenseModel
+from ..sources.tokenizers import tokens_of_probes
 from ..sources.weight_files import stored_weights
 from .run_folder import RunFolder
 from .run_progress import RunProgress
@@ -143,8 +144,8 @@ def describe(
             tokenizer.save_pretrained(folder)
             if (folder / TOKENIZER_CONFIG_FILE).is_file():
                 _name_tokenizer_formerly(folder / TOKENIZER_CONFIG_FILE, tokenizer.chat_template)
-    if tokenizer is not None:
-        AutoTokenizer.from_pretrained(folder)
+    if tokenizer is not None and tokens_of_probes(AutoTokenizer.from_pretrained(folder)) != tokens_of_probes(tokenizer):
+        raise ValueError("its tokenizer makes other tokens of a text when it has been saved")
     config = AutoConfig.from_pretrained(folder)
     return without_weights(lambda: AutoModelForCausalLM.from_config(config))
 

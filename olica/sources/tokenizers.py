@@ -31,19 +31,32 @@ def read_tokenizer(location: Location) -> PreTrainedTokenizerBase | None:
     if in_folder and not any((Path(location.path) / name).is_file() for name in TOKENIZER_FILES):
         return None
     with location.in_words("its tokenizer cannot be read"):
-        if location.gguf_file:
-            # As AutoTokenizer, which would read the configuration anew.
-            kind = TOKENIZER_MAPPING.get(type(read_config(location)), TokenizersBackend)
-            return kind.from_pretrained(location.path, **location.arguments)
-        tokens = _in_place_of_empty_tokens(location)
-        if location.find("tokenizer.json") or not location.find("tokenizer.model"):
-            tokenizer = AutoTokenizer.from_pretrained(location.path, **tokens)
-        else:
-            tokenizer = _read_sentencepiece(location, tokens)
-        for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES:
-            if getattr(tokenizer, name) == "":  # the vocabulary has none for it
-                setattr(tokenizer, name, None)
+        tokenizer = _read_of_gguf(location) if location.gguf_file else _read_of_folder(location)
+        tokens_of_probes(tokenizer)  # some are read that then fail at the first text
         return tokenizer
+
+
+def tokens_of_probes(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """What a tokenizer makes of TOKENIZER_PROBES: two that differ here are not the same."""
+    return tokenizer(list(TOKENIZER_PROBES), add_special_tokens=False)["input_ids"]
+
+
+def _read_of_gguf(location: Location) -> PreTrainedTokenizerBase:
+    """As AutoTokenizer, which would read the configuration anew."""
+    kind = TOKENIZER_MAPPING.get(type(read_config(location)), TokenizersBackend)
+    return kind.from_pretrained(location.path, **location.arguments)
+
+
+def _read_of_folder(location: Location) -> PreTrainedTokenizerBase:
+    tokens = _in_place_of_empty_tokens(location)
+    if location.find("tokenizer.json") or not location.find("tokenizer.model"):
+        tokenizer = AutoTokenizer.from_pretrained(location.path, **tokens)
+    else:
+        tokenizer = _read_sentencepiece(location, tokens)
+    for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES:
+        if getattr(tokenizer, name) == "":  # the vocabulary has none for it
+            setattr(tokenizer, name, None)
+    return tokenizer
 
 
 def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -92,7 +105,6 @@ def _read_sentencepiece(location: Location, tokens: dict[str, str]) -> PreTraine
     start = {"add_bos_token": get_tokenizer_config(location.path).get("add_bos_token") is not False}
     for reader in (AutoTokenizer, LlamaTokenizer):
         tokenizer = reader.from_pretrained(location.path, **start, **tokens)
-        found = tokenizer(list(TOKENIZER_PROBES), add_special_tokens=False).input_ids
-        if found == reference.encode(list(TOKENIZER_PROBES)):
+        if tokens_of_probes(tokenizer) == reference.encode(list(TOKENIZER_PROBES)):
             return tokenizer
     raise ValueError("transformers reads its SentencePiece file otherwise than SentencePiece does")
