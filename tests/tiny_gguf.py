@@ -62,9 +62,15 @@ def write_gguf(model: PreTrainedModel, architecture: str, path: Path, parts: int
     if getattr(config, "sliding_window", None):
         writer.add_sliding_window(config.sliding_window)
     vocabulary = make_tokenizer().get_vocab() | {"ab": 259}
-    writer.add_tokenizer_model("gpt2")
+    if architecture.startswith("gemma"):  # whose tokenizers are SentencePiece's: of characters, with scores
+        vocabulary |= {character: 260 + index for index, character in enumerate("▁\n\tﬁ文")}
+        writer.add_tokenizer_model("llama")
+        writer.add_token_scores([-float(index) for index in range(len(vocabulary))])
+        writer.add_unk_token_id(0)
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_merges(["a b"])
     writer.add_token_list(sorted(vocabulary, key=vocabulary.get))
-    writer.add_token_merges(["a b"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)
