@@ -130,3 +130,11 @@ def test_batches_of_any_size_are_summed_alike():
     one, many = make_llama(), make_llama()
     first = pruned_soundly(one, IDS, batch_size=BatchSize(1))
     torch.testing.assert_close(first, pruned_soundly(many, IDS, batch_size=BatchSize(8)), rtol=1e-3, atol=1e-3)
+
+
+def test_logits_that_overflow_decide_no_sizes():
+    model = make_llama()
+    with torch.no_grad():
+        model.lm_head.weight[7] = -1e38
+    with pytest.raises(UsageError, match="the model's logits of the calibration set are NaN or infinite; .*base_model"):
+        prune(model, IDS, "olica-plus", 0.2)

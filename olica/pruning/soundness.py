@@ -35,6 +35,12 @@ def check_trial(states: Tensor, layers: range) -> None:
         raise UsageError(f"with another form of {tried} the model's output is NaN or infinite; {wider}")
 
 
+def check_logits(logits: Tensor) -> None:
+    """Raise UsageError if logits by which sizes are decided are NaN or infinite."""
+    if not all_finite(logits):
+        raise UsageError(f"the model's logits of the calibration set are NaN or infinite; {_wider(logits.dtype)}")
+
+
 @contextmanager
 def solvable(index: int, projections: str) -> Iterator[None]:
     """Say in which layer, and of which projections, a fit is too weakly regularised or a decomposition fails."""

@@ -20,7 +20,7 @@ from .cutting import as_seen, put
 from .options import Work
 from .progress import Surveyed, SurveyProgress
 from .sharing import combine, keep_survey, probe_rows, taken_up_survey
-from .soundness import cast_weights, check_finite, check_trial, solvable
+from .soundness import cast_weights, check_finite, check_logits, check_trial, solvable
 
 
 @torch.no_grad()
@@ -145,11 +145,15 @@ class Probes:
         positions = torch.arange(min(survey.stride, tokens) - 1, tokens, survey.stride)
         compared: list[dict[tuple[int, int], float]] = []  # of every sample
         with reading_logits(self._dense, positions, self._options.device) as logits:
+
+            def read(states: Tensor) -> Tensor:
+                check_logits(found := logits(states))
+                return survey.read(found)
+
             for number, row in enumerate(self.own_rows.tolist()):
-                dense, distances = survey.read(logits(hidden[row : row + 1])), {}
+                dense, distances = read(hidden[row : row + 1]), {}
                 for key, state in self.states.items():
-                    changed = survey.read(logits(state[number : number + 1]))
-                    distances[key] = survey.compare(dense, changed)
+                    distances[key] = survey.compare(dense, read(state[number : number + 1]))
                 compared.append(distances)
         everywhere = [distances for own in processes.all_of(compared) for distances in own]
         means = dict.fromkeys(self.states, 0.0)
