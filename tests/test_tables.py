@@ -428,7 +428,7 @@ def test_prunings_by_another_commit_than_most_are_named(record):
     newer["environment"] = newer["environment"] | {"git_commit": "f00d"}
     record("tables/sparsity-0.25", evaluation(16.0, 62.0), pruning())
     record("tables/sparsity-0.33", evaluation(20.0, 60.0), newer)
-    assert "\nPruned at commit f00d 33%; all others at beef." in TABLES["table2"](record.results)
+    assert "\nPruned at commit f00d: 33%; all others at beef." in TABLES["table2"](record.results)
 
 
 def test_a_run_with_the_former_shares_of_grouped_heads_says_so_and_joins_no_other(record):

@@ -199,7 +199,7 @@ def _rarer_commits(runs: dict[str, Run]) -> list[str]:
     if len(set(of.values())) < 2:
         return []
     (most, _), *rarer = Counter(of.values()).most_common()
-    named = [f"at commit {commit} {', '.join(name for name in of if of[name] == commit)}" for commit, _ in rarer]
+    named = [f"at commit {commit}: {', '.join(name for name in of if of[name] == commit)}" for commit, _ in rarer]
     return [f"Pruned {'; '.join(named)}; all others at {most}."]
 
 
