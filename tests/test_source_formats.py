@@ -21,7 +21,7 @@ from olica.machine import BatchSize
 from olica.model.configuration_olica import LayerShape
 from olica.sources.configuration import count_dense_parameters, describe_source, read_config
 from olica.sources.locate import locate
-from olica.sources.tokenizers import read_tokenizer
+from olica.sources.tokenizers import read_tokenizer, tokens_of_probes
 from olica.sources.weights import read_model
 
 IDS = torch.randint(3, 250, (6, 20), generator=torch.Generator().manual_seed(0))
@@ -144,6 +144,7 @@ def test_gguf_is_dequantised_and_pruned(family, tied, tmp_path, monkeypatch):
     torch.testing.assert_close(pruned(IDS).logits, dense(IDS).logits, rtol=1e-3, atol=1e-3)
     saved = AutoTokenizer.from_pretrained("pruned_models/tiny_sparsity-0.2")
     assert saved("abc").input_ids[-2:] == [259, make_tokenizer().get_vocab()["c"]]
+    assert tokens_of_probes(saved) == tokens_of_probes(read_tokenizer(location))
 
 
 PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}

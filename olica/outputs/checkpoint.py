@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,6 +30,8 @@ from ..sources.weight_files import stored_weights
 from .run_folder import RunFolder
 from .run_progress import RunProgress
 from .weight_shards import write_index
+
+GENERIC_TOKENIZER = "PreTrainedTokenizerFast"  # as every release names the class that follows its file alone
 
 
 def check_folder(folder: Path) -> None:
@@ -144,8 +146,8 @@ def describe(
             tokenizer.save_pretrained(folder)
             if (folder / TOKENIZER_CONFIG_FILE).is_file():
                 _name_tokenizer_formerly(folder / TOKENIZER_CONFIG_FILE, tokenizer.chat_template)
-    if tokenizer is not None and tokens_of_probes(AutoTokenizer.from_pretrained(folder)) != tokens_of_probes(tokenizer):
-        raise ValueError("its tokenizer makes other tokens of a text when it has been saved")
+    if tokenizer is not None:
+        _check_tokenizer(folder, tokenizer, writing)
     config = AutoConfig.from_pretrained(folder)
     return without_weights(lambda: AutoModelForCausalLM.from_config(config))
 
@@ -175,7 +177,7 @@ def _name_tokenizer_formerly(path: Path, chat_template: str | dict[str, str] | N
     """
     settings = json.loads(path.read_text(encoding="utf-8"))
     if settings.get("tokenizer_class") == "TokenizersBackend":
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        settings["tokenizer_class"] = GENERIC_TOKENIZER
     if isinstance(settings.get("extra_special_tokens"), list):  # old releases take this name for a dictionary
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
     if isinstance(chat_template, dict):
@@ -183,6 +185,29 @@ def _name_tokenizer_formerly(path: Path, chat_template: str | dict[str, str] | N
     if chat_template:
         settings["chat_template"] = chat_template
     path.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _check_tokenizer(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, writing: Callable[[], AbstractContextManager]
+) -> None:
+    """Have the tokenizer that was saved in `folder` make the tokens that it made before.
+
+    Some classes put rules of their own in the place of those in the file, such as Gemma's, which a GGUF file may not
+    follow: then the settings name the class that reads the file as it is.
+
+    Raises:
+        Exception: it cannot be read, or makes other tokens all the same.
+    """
+    path, wanted = folder / TOKENIZER_CONFIG_FILE, tokens_of_probes(tokenizer)
+    with suppress(Exception):  # the libraries share none
+        if tokens_of_probes(AutoTokenizer.from_pretrained(folder)) == wanted:
+            return
+    if path.is_file():
+        with writing():
+            settings = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": GENERIC_TOKENIZER}
+            path.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    if tokens_of_probes(AutoTokenizer.from_pretrained(folder)) != wanted:
+        raise ValueError("its tokenizer makes other tokens of a text when it has been saved")
 
 
 def _add_code(pruned: PreTrainedModel, folder: Path) -> None:
