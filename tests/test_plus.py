@@ -315,14 +315,14 @@ def test_a_ridge_that_is_too_small_is_named():
 def test_small_damage_is_seen_in_half_precision(tied):
     """Logits of half precision would round it away."""
     model = make_llama(tie_word_embeddings=tied).to(torch.bfloat16)
-    states = torch.randn(1, 8, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    states = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     with reading_logits(DenseModel(model), torch.arange(8), torch.device("cpu")) as logits:
         found = logits(states)
         with torch.no_grad():
             normed = model.model.norm(states)
             expected = normed.float() @ model.lm_head.weight.float().T
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found, expected[0])
+    torch.testing.assert_close(found, expected)
     assert model(IDS[:1]).logits.dtype == torch.bfloat16, "the head is as it was"
 
 
@@ -374,6 +374,23 @@ def test_divergence_is_that_of_the_distributions():
     dense, changed = torch.randn(2, 5, 11, generator=generator)
     p, q = (torch.softmax(logits.double(), -1).numpy() for logits in (dense, changed))
     survey = plus(PlusParameters()).survey
-    read = [survey.read(logits) for logits in (dense, changed)]
-    assert survey.compare(*read) == pytest.approx((p * np.log(p / q)).sum(-1).mean())
-    assert survey.compare(read[0], read[0]) == 0
+    found = survey.compare(dense, torch.stack([changed, dense]))
+    assert found == [pytest.approx((p * np.log(p / q)).sum(-1).mean()), 0]
+
+
+@pytest.mark.parametrize("change", [1e-3, 1e-2, 1.0])
+def test_small_divergences_do_not_sink_in_rounding(change):
+    """Of logits of the size that models give, moved a little, and all of them by the same, which changes nothing."""
+    generator = torch.Generator().manual_seed(0)
+    dense, noise = 5 * torch.randn(2, 16, 50_000, generator=generator)
+    changed = dense + change * noise + 3.0
+    p, q = (torch.log_softmax(logits.double(), -1).numpy() for logits in (dense, changed))
+    (found,) = plus(PlusParameters()).survey.compare(dense, changed[None])
+    assert found == pytest.approx((np.exp(p) * (p - q)).sum(-1).mean(), rel=1e-2)
+
+
+def test_a_token_that_becomes_certain_is_a_large_damage_and_a_number():
+    dense = torch.zeros(1, 10)
+    changed = torch.nn.functional.one_hot(torch.tensor([3]), 10) * 300.0
+    (found,) = plus(PlusParameters()).survey.compare(dense, changed[None])
+    assert 70 < found < 300

@@ -71,8 +71,8 @@ class Trying(TravellingSurvey):
         return [(thinner, mlp), (fewer, heads)]
 
     def compare(self, dense, changed):
-        self.compared.append((dense, changed))
-        return changed.double().square().mean().item()
+        self.compared += [(dense, logits) for logits in changed]
+        return changed.double().square().mean((1, 2)).tolist()
 
     def complete(self, findings, compared):
         """Finds the means of what was compared, under the names of the variants."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div
+from torch.linalg import vecdot
 
 from ..model.configuration_olica import LayerShape
 from .linalg import ROUNDING
@@ -28,11 +28,8 @@ STRIDE = 4
 # same share of the time whatever the text, and small texts still tell the sizes apart.
 SAMPLES_PER_PROBE = 48
 FEWEST_PROBES = 4
-
-
-def divergence(dense: Tensor, changed: Tensor) -> float:
-    """Mean over the tokens of KL(dense || changed), in nats, of log-probabilities (tokens, V)."""
-    return kl_div(changed, dense, reduction="batchmean", log_target=True).item()
+# Of a token whose logit grows by more, so much counts: the sum of exponentials fits into single precision.
+LARGEST_EXPONENT = 80
 
 
 @dataclass(frozen=True)
@@ -89,13 +86,21 @@ class DamageSurvey(TravellingSurvey):
         """See `TravellingSurvey`: one for each part."""
         return [(shape, part.stage) for part, (shape, _) in zip(self.parts, self._tried(sizes), strict=True)]
 
-    def read(self, logits: Tensor) -> Tensor:
-        """See `TravellingSurvey`: log-probabilities, float64."""
-        return logits.double().log_softmax(-1)
+    def compare(self, dense: Tensor, changed: Tensor) -> list[float]:
+        """See `TravellingSurvey`: means over the tokens of KL(dense || changed), in nats.
 
-    def compare(self, dense: Tensor, changed: Tensor) -> float:
-        """See `TravellingSurvey`."""
-        return divergence(dense, changed)
+        With p = softmax(z) and d = z' - z about its mean under p, KL = log(1 + sum p (exp d - 1)): in single precision
+        small divergences do not sink in the rounding of large logits.
+        """
+        chances = dense.softmax(-1)
+        chances /= chances.sum(-1, keepdim=True)
+        found = []
+        for logits in changed:
+            moved = logits - dense
+            moved -= vecdot(chances, moved)[:, None]
+            moved.clamp_(max=LARGEST_EXPONENT).expm1_()
+            found.append(vecdot(chances, moved).log1p())
+        return torch.stack(found).double().mean(-1).tolist()
 
     def complete(self, findings: list[Findings], compared: dict[tuple[int, int], float]) -> list[Findings]:
         """See `TravellingSurvey`: an error of e does the damage KL e / e', e' the group's at the sizes tried."""

@@ -90,10 +90,12 @@ class TravellingSurvey(Survey):
     Attributes:
         stride: the logits of every so many tokens of a sample are compared.
         most_variants: how many variants a layer has at the most, from which memory is foreseen.
+        compared_together: how many variants' logits are made in one product, for which the head is read once.
     """
 
     stride: int
     most_variants: int
+    compared_together = 4
 
     @abstractmethod
     def samples(self, calibration: int) -> int:
@@ -107,13 +109,9 @@ class TravellingSurvey(Survey):
     def variants(self, sizes: Sizes) -> list[tuple[LayerShape, Cut]]:
         """Forms of a layer to be tried in its place, and what cuts it to each; as many for every layer."""
 
-    def read(self, logits: Tensor) -> Tensor:
-        """What is compared of the logits (tokens, V) of one sample: they themselves, unless a survey says otherwise."""
-        return logits
-
     @abstractmethod
-    def compare(self, dense: Tensor, changed: Tensor) -> float:
-        """How far a changed model is from the dense one, by what `read` gives of both on one sample."""
+    def compare(self, dense: Tensor, changed: Tensor) -> list[float]:
+        """How far changed models are from the dense one, by its logits (tokens, V) and theirs (k, tokens, V)."""
 
     @abstractmethod
     def complete(self, findings: list[Findings], compared: dict[tuple[int, int], float]) -> list[Findings]:

@@ -65,7 +65,7 @@ def _pass_through(layers: nn.ModuleList) -> Iterator[tuple[list[Tensor], list[di
 
 @contextmanager
 def reading_logits(dense: DenseModel, positions: Tensor, device: torch.device) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Yields (states (1, T, D) behind the last decoder layer) -> logits (P, V) at `positions` (P,).
+    """Yields (states (n, T, D) behind the last decoder layer) -> logits (n, P, V) at `positions` (P,).
 
     They are in single precision, of weights as they are, since differences of small changes sink in the rounding of
     half precision; the head works on `device`.
@@ -85,7 +85,7 @@ def reading_logits(dense: DenseModel, positions: Tensor, device: torch.device) -
                 return states if index == 0 else hidden_states  # without the factor that some models put in front
 
             with _in_place_of(dense.decoder.layers, forward):
-                return dense.model(inputs_embeds=states, use_cache=False, logits_to_keep=positions).logits[0]
+                return dense.model(inputs_embeds=states, use_cache=False, logits_to_keep=positions).logits
 
         head.forward = project
         try:

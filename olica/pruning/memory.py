@@ -147,8 +147,9 @@ def _trials(task: Task) -> int:
     survey = task.method.survey
     if not isinstance(survey, TravellingSurvey):
         return 0
-    # Two in single precision, and what is made of them in double precision.
-    logits = task.ids_shape[1] // survey.stride * task.config.vocab_size * (2 * SINGLE + 4 * DOUBLE)
+    # Those of variants, in parts and put together; those of the dense model, and three times as much to compare two.
+    logits = task.ids_shape[1] // survey.stride * task.config.vocab_size * SINGLE
+    logits *= 2 * survey.compared_together + 4
     return max(DOUBLE * task.sizes.layer, logits)
 
 

@@ -146,15 +146,17 @@ class Probes:
         compared: list[dict[tuple[int, int], float]] = []  # of every sample
         with reading_logits(self._dense, positions, self._options.device) as logits:
 
-            def read(states: Tensor) -> Tensor:
+            def sound(states: Tensor) -> Tensor:
                 check_logits(found := logits(states))
-                return survey.read(found)
+                return found
 
+            keys, together = list(self.states), survey.compared_together
             for number, row in enumerate(self.own_rows.tolist()):
-                dense, distances = read(hidden[row : row + 1]), {}
-                for key, state in self.states.items():
-                    distances[key] = survey.compare(dense, read(state[number : number + 1]))
-                compared.append(distances)
+                (dense,), distances = sound(hidden[row : row + 1]), []
+                for start in range(0, len(keys), together):
+                    changed = torch.stack([self.states[key][number] for key in keys[start : start + together]])
+                    distances += survey.compare(dense, sound(changed))
+                compared.append(dict(zip(keys, distances, strict=True)))
         everywhere = [distances for own in processes.all_of(compared) for distances in own]
         means = dict.fromkeys(self.states, 0.0)
         for distances in everywhere:
