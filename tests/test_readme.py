@@ -15,11 +15,12 @@ import torch
 from conftest import make_llama, make_tokenizer, prune, write_pruned
 from safetensors.torch import save_file
 from tiny_families import SIZES
-from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
+from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration, LlamaConfig
 
 import model_pruning
 import model_sweep
 import olica
+from olica.command_line import run_command
 from olica.errors import UsageError
 from olica.evaluation.paired import compare, perplexity_error
 from olica.methods.recipes import RECIPES
@@ -393,6 +394,16 @@ def test_python_blocks_run(marker, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     code = "\n".join(block.text for page in PAGES for block in blocks(page) if block.marker == marker)
     getattr(Runnable(), marker)(code, capsys)
+
+
+def test_the_terminal_says_of_llama_7b_what_the_page_says(tmp_path, capsys):
+    LlamaConfig(architectures=["LlamaForCausalLM"], dtype="float16").save_pretrained(
+        tmp_path
+    )  # the sizes by default are those of 7B
+    flags = ["--base_model", str(tmp_path), "--datasets", "bookcorpus+alpaca", "--mlp_num", "6", "--dry_run"]
+    assert run_command(model_pruning.build_parser(), model_pruning.run, flags) == 0
+    section = (ROOT / "docs/reproduce.md").read_text().split("## LLaMA-7B on a card of 16 GB\n")[1]
+    assert section.split("```\n")[1] in capsys.readouterr().out
 
 
 def rows_of(page: str, heading: str) -> dict[str, list[str]]:

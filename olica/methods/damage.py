@@ -93,7 +93,7 @@ class DamageSurvey(TravellingSurvey):
         small divergences do not sink in the rounding of large logits.
         """
         chances = dense.softmax(-1)
-        chances /= chances.sum(-1, keepdim=True)
+        chances /= chances.sum(-1, keepdim=True)  # what they are off by would count as often as all logits move alike
         found = []
         for logits in changed:
             moved = logits - dense

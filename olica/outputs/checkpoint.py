@@ -167,7 +167,12 @@ def _write_description(pruned: PreTrainedModel, dense: PreTrainedModel, folder: 
 def add_former_names(path: Path) -> None:
     """Have a configuration of no class of ours, or of DeciLM's, say the names of old releases of transformers too."""
     config = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(config | former_names(config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _write_settings(path, config | former_names(config))
+
+
+def _write_settings(path: Path, settings: dict) -> None:
+    """Write settings in the form in which the libraries write them."""
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _name_tokenizer_formerly(path: Path, chat_template: str | dict[str, str] | None) -> None:
@@ -184,7 +189,7 @@ def _name_tokenizer_formerly(path: Path, chat_template: str | dict[str, str] | N
         chat_template = [{"name": name, "template": template} for name, template in chat_template.items()]
     if chat_template:
         settings["chat_template"] = chat_template
-    path.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write_settings(path, settings)
 
 
 def _check_tokenizer(
@@ -204,8 +209,7 @@ def _check_tokenizer(
             return
     if path.is_file():
         with writing():
-            settings = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": GENERIC_TOKENIZER}
-            path.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+            _write_settings(path, json.loads(path.read_text("utf-8")) | {"tokenizer_class": GENERIC_TOKENIZER})
     if tokens_of_probes(AutoTokenizer.from_pretrained(folder)) != wanted:
         raise ValueError("its tokenizer makes other tokens of a text when it has been saved")
 
