@@ -397,9 +397,8 @@ def test_python_blocks_run(marker, tmp_path, monkeypatch, capsys):
 
 
 def test_the_terminal_says_of_llama_7b_what_the_page_says(tmp_path, capsys):
-    LlamaConfig(architectures=["LlamaForCausalLM"], dtype="float16").save_pretrained(
-        tmp_path
-    )  # the sizes by default are those of 7B
+    """The sizes that the library's configuration has by default are those of LLaMA-7B."""
+    LlamaConfig(architectures=["LlamaForCausalLM"], dtype="float16").save_pretrained(tmp_path)
     flags = ["--base_model", str(tmp_path), "--datasets", "bookcorpus+alpaca", "--mlp_num", "6", "--dry_run"]
     assert run_command(model_pruning.build_parser(), model_pruning.run, flags) == 0
     section = (ROOT / "docs/reproduce.md").read_text().split("## LLaMA-7B on a card of 16 GB\n")[1]
