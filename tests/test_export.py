@@ -1,6 +1,7 @@
 """Checkpoints of the layout `olica` made into others: the library's own models, with the logits of the pruned ones."""
 
 import json
+import math
 import subprocess
 import weakref
 from dataclasses import replace
@@ -321,11 +322,12 @@ def test_the_record_and_the_card_of_the_pruning_come_along(tmp_path):
     assert "Written in the layout `dense` afterwards" in card and "AutoTokenizer" in card
 
 
-def test_a_damaged_record_is_named(tmp_path):
+@pytest.mark.parametrize(("damage", "words"), [({"calibration": []}, "unpack|indices"), ({"date": math.nan}, "nan")])
+def test_a_damaged_record_is_named(tmp_path, damage, words):
     write("llama", [WHOLE] * 3, tmp_path / "pruned")
     path = tmp_path / "pruned/olica_run.json"
-    path.write_text(json.dumps({name: value for name, value in RECORD.items() if name != "calibration"}))
-    with pytest.raises(UsageError, match=f"^{path} is not the record of a pruning .'calibration'.; remove it"):
+    path.write_text(json.dumps(RECORD | damage))
+    with pytest.raises(UsageError, match=f"^{path} is not the record of a pruning .*({words}).*; remove it"):
         export(tmp_path / "pruned", tmp_path / "dense", "dense", 10**9)
     assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
 

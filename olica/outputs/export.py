@@ -80,8 +80,8 @@ def export(checkpoint: str | Path, path: str | Path, layout: str, largest: int, 
         record = read_pruning_record(location.path)
         if record:
             record |= {"exported": layout, "weight_bytes_on_disk": folder_weight_bytes(partial)}
-            write_record(partial / PRUNING_RECORD, record)
             with understood(location.path):
+                write_record(partial / PRUNING_RECORD, record)
                 write_card(partial, record)
     return folder_weight_bytes(path)
 
