@@ -132,6 +132,13 @@ def test_batches_of_any_size_are_summed_alike():
     torch.testing.assert_close(first, pruned_soundly(many, IDS, batch_size=BatchSize(8)), rtol=1e-3, atol=1e-3)
 
 
+@ALL_RECIPES
+@pytest.mark.parametrize("groups", [1, 2])
+def test_heads_that_are_wider_than_the_model(recipe, groups):
+    """As those of tiny Gemmas, whose heads have 256 features whatever the hidden size."""
+    pruned_soundly(make_llama(num_key_value_heads=4 // groups, head_dim=160), IDS, recipe)
+
+
 def test_logits_that_overflow_decide_no_sizes():
     model = make_llama()
     with torch.no_grad():

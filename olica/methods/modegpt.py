@@ -11,6 +11,7 @@ from math import inf
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..errors import UsageError
 from ..model.configuration_olica import LayerShape
@@ -101,6 +102,8 @@ def input_directions(layer: Layer) -> Directions:
     """
     value, output = value_heads(layer), output_heads(layer)
     basis, factor = torch.linalg.qr(output.flatten(1, 2))  # (K, G D, d) and (K, d, d)
+    missing = factor.shape[2] - factor.shape[1]  # of heads wider than G D: directions that reach no output
+    basis, factor = pad(basis, (0, missing)), pad(factor, (0, 0, 0, missing))
     moment = value @ layer.moments[full("attention_input")].double() @ value.mT
     left = principal_components(factor @ moment @ factor.mT)
     features = factor.mT @ left
