@@ -11,7 +11,6 @@ from math import inf
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ..errors import UsageError
 from ..model.configuration_olica import LayerShape
@@ -25,7 +24,7 @@ from .refit import factor_of, mean_diagonal, solve_workspace, with_ridge
 from .similarity import CosineSurvey, cosines_of, softmax_ratios
 from .sizes import Budget, Sizes
 from .units import channel_parameters
-from .value_output import Directions, NarrowedHeads, in_order, output_heads, value_heads
+from .value_output import Directions, NarrowedHeads, in_order, output_basis_and_factor, output_heads, value_heads
 
 
 @dataclass(frozen=True)
@@ -101,9 +100,7 @@ def input_directions(layer: Layer) -> Directions:
     R W_v C W_v^T R^T (d, d): neither a root nor an inverse of C is needed. W_o becomes Q U, and W_v becomes U^T R W_v.
     """
     value, output = value_heads(layer), output_heads(layer)
-    basis, factor = torch.linalg.qr(output.flatten(1, 2))  # (K, G D, d) and (K, d, d)
-    missing = factor.shape[2] - factor.shape[1]  # of heads wider than G D: directions that reach no output
-    basis, factor = pad(basis, (0, missing)), pad(factor, (0, 0, 0, missing))
+    basis, factor = output_basis_and_factor(layer)
     moment = value @ layer.moments[full("attention_input")].double() @ value.mT
     left = principal_components(factor @ moment @ factor.mT)
     features = factor.mT @ left

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..model.configuration_olica import LayerShape
 from .linalg import principal_components
@@ -36,6 +37,16 @@ def output_heads(layer: Layer) -> Tensor:
     """W_o by key/value head and query head of its group (K, G, D, d), float64."""
     heads = layer.weights.o_proj.weight.double().unflatten(1, (layer.sizes.num_heads, -1))  # (D, H, d)
     return heads.movedim(0, 1).unflatten(0, (layer.sizes.num_kv_heads, -1))
+
+
+def output_basis_and_factor(layer: Layer) -> tuple[Tensor, Tensor]:
+    """W_o = Q R by QR, a group's output projections one below the other: Q (K, G D, d) and R (K, d, d).
+
+    Where heads are wider than G D, columns of zeros fill Q and rows of zeros R: directions that reach no output.
+    """
+    basis, factor = torch.linalg.qr(output_heads(layer).flatten(1, 2))
+    missing = factor.shape[2] - factor.shape[1]
+    return pad(basis, (0, missing)), pad(factor, (0, 0, 0, missing))
 
 
 class Directions(NamedTuple):
@@ -84,11 +95,11 @@ def product_directions(layer: Layer) -> Directions:
     its singular vectors are those of R S^T (d, d), in the bases Q and P. W_v becomes U^T R W_v, which needs no inverse.
     """
     value, output = value_heads(layer), output_heads(layer)
-    output_basis, output_factor = torch.linalg.qr(output.flatten(1, 2))  # (K, G D, d) and (K, d, d)
+    basis, factor = output_basis_and_factor(layer)
     value_factor = torch.linalg.qr(value.mT, mode="r").R
-    left = torch.linalg.svd(output_factor @ value_factor.mT).U  # (K, d, d)
-    features = output_factor.mT @ left
-    return Directions(features.mT @ value, (output_basis @ left).view_as(output), features)
+    left = torch.linalg.svd(factor @ value_factor.mT).U  # (K, d, d)
+    features = factor.mT @ left
+    return Directions(features.mT @ value, (basis @ left).view_as(output), features)
 
 
 def activation_directions(ridge: float) -> Needing[[Layer], Directions]:
