@@ -28,7 +28,7 @@ from olica.errors import UsageError
 from olica.evaluation.subject import check_positions, check_vocabulary
 from olica.machine import DEVICES, pick_device
 from olica.model.skeleton import count_parameters
-from olica.outputs.records import environment, write_record
+from olica.outputs.records import environment, flags_of, write_record
 from olica.sources.chats import chat_template, dated_template
 from olica.sources.configuration import describe_source, read_config
 from olica.sources.locate import locate
@@ -202,7 +202,7 @@ def run(args: argparse.Namespace) -> None:
     ]
     record = {
         "kind": "chat",
-        "settings": {name: str(value) for name, value in vars(args).items()},
+        "settings": flags_of(args),
         "model": describe_source(location, config),
         "parameters": count_parameters(model),
         "dtype": str(model.dtype).removeprefix("torch."),

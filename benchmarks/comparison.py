@@ -12,7 +12,7 @@ from olica.errors import UsageError
 from olica.evaluation.cost import weight_bytes
 from olica.machine import DEVICES
 from olica.model.skeleton import count_parameters
-from olica.outputs.records import environment, write_record
+from olica.outputs.records import environment, flags_of, write_record
 from olica.sources.locate import locate
 from olica.sources.weights import DTYPES, read_model
 
@@ -66,6 +66,5 @@ def draw_ids(models: dict[str, PreTrainedModel], batch_size: int, tokens: int) -
 def write_comparison(args: argparse.Namespace, kind: str, rows: dict[str, dict], device: torch.device) -> None:
     """Write the record of `rows`, one for each model, where `--output_path` says, if it says so."""
     if args.output_path:
-        settings = {name: str(value) for name, value in vars(args).items()}
-        record = {"kind": kind, "settings": settings, "models": rows, "environment": environment(device)}
+        record = {"kind": kind, "settings": flags_of(args), "models": rows, "environment": environment(device)}
         write_record(args.output_path, record)

@@ -15,7 +15,7 @@ from olica.machine import DEVICES, BatchSize, pick_device
 from olica.methods.recipe import Findings, Method
 from olica.methods.sizes import Budget, Sizes
 from olica.model.skeleton import count_parameters
-from olica.outputs.records import environment, write_record
+from olica.outputs.records import environment, flags_of, write_record
 from olica.pruning.layers import prune_layers
 from olica.pruning.options import PruningOptions, Work
 from olica.pruning.progress import Progress, SurveyProgress
@@ -78,7 +78,7 @@ class Copies:
         self._dense = read_model(location, args.dtype)
         self.record = {
             "kind": kind,
-            "settings": {name: str(value) for name, value in vars(args).items()},
+            "settings": flags_of(args),
             "model": describe_source(location, config),
             "calibration": calibration,
             "dense": {"parameters": count_parameters(self._dense)},

@@ -29,7 +29,7 @@ from olica.evaluation.perplexity import perplexity
 from olica.machine import DEVICES, pick_device
 from olica.model.skeleton import count_parameters
 from olica.outputs.output_path import in_place_of
-from olica.outputs.records import PRUNING_RECORD, environment, read_pruning_record, write_record
+from olica.outputs.records import PRUNING_RECORD, environment, flags_of, read_pruning_record, write_record
 from olica.sources.calibration_set import Draw, build_calibration_set
 from olica.sources.configuration import describe_source, read_config
 from olica.sources.locate import locate
@@ -142,7 +142,7 @@ def run(args: argparse.Namespace) -> None:
     merged, training = trained(model.to(device), calibration.ids, args.epochs, args.seed)
     record = {
         "kind": "lora",
-        "settings": {name: str(value) for name, value in vars(args).items()},
+        "settings": flags_of(args),
         "model": describe_source(location, config),
         "parameters": count_parameters(merged),
         "adapters": {

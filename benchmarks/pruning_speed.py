@@ -36,7 +36,7 @@ from olica.errors import UsageError
 from olica.evaluation.cost import synchronize
 from olica.jobs import prepare, settings_of
 from olica.machine import DEVICES, BatchSize, pick_device
-from olica.outputs.records import write_record
+from olica.outputs.records import flags_of, write_record
 from olica.pruning.activations import propagate, record_layer_calls
 from olica.run import run as prune_job
 from olica.sources.calibration_set import is_token_file, read_token_file
@@ -315,7 +315,7 @@ def report(args: argparse.Namespace, passes: list[float], seconds: dict[str, flo
             args.output_path,
             {
                 "kind": "pruning speed",
-                "settings": {name: str(value) for name, value in vars(args).items()},
+                "settings": flags_of(args),
                 "layers": len(record["plan"]),
                 "calibration": record["calibration"]["ids"],
                 "dense_pass_seconds": passes,

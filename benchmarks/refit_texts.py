@@ -27,7 +27,7 @@ from olica.methods.moments import Moments, diagonal, full
 from olica.methods.refit import LeastSquares
 from olica.methods.thinning import highest
 from olica.model.modeling_olica import projections_of
-from olica.outputs.records import environment, write_record
+from olica.outputs.records import environment, flags_of, write_record
 from olica.pruning.activations import calibrate, enter_layers
 from olica.sources.calibration_set import Draw, build_calibration_set
 from olica.sources.configuration import describe_source, read_config, refuse_unprunable
@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> None:
     left = (logarithms / config.num_hidden_layers).exp()
     record = {
         "kind": "refit texts",
-        "settings": {name: str(value) for name, value in vars(args).items()},
+        "settings": flags_of(args),
         "model": describe_source(location, config),
         "texts": {text: {"sources": c.sources, "token_hash": c.token_hash} for text, c in drawn.items()},
         "error_left": [

@@ -149,9 +149,8 @@ def _pruning_of(record: dict, layers: int | None) -> Pruning | None:
     """What a record is of, a model of `layers` where it does not say so; None where that is not known."""
     settings, parameters, machine = record["settings"], record["parameters"], record["environment"]
     # Old records have the flags alone.
-    flag = None if settings["layers"] == "None" else int(settings["layers"])
-    layers = record.get("layers", flag or layers)
-    drawn = [int(settings["num_samples"]), int(settings["seqlen"])]
+    layers = record.get("layers", settings["layers"] or layers)
+    drawn = [settings["num_samples"], settings["seqlen"]]
     if layers is None:
         return None
     return Pruning(

@@ -261,14 +261,14 @@ def recorded_peaks() -> Iterator[list[str]]:
 
 def model_of(settings: dict) -> str:
     """What a record is of, by its flags."""
-    shape = settings.get("shape", "None")
-    if shape == "None":
+    shape = settings.get("shape")
+    if shape is None:
         name = Path(settings["base_model"]).name
         return NAMES.get(name, name)
     parts = [MODELS.get(shape, shape)]
-    if settings["scale"] != "1":
+    if settings["scale"] != 1:
         parts.append(f"widths divided by {settings['scale']}")
-    if settings["layers"] != "None":
+    if settings["layers"] is not None:
         parts.append(f"{settings['layers']} layers")
     return ", ".join(parts)
 

@@ -18,7 +18,7 @@ def folder(tmp_path):
     made = tmp_path / choices.FOLDER
     made.mkdir(parents=True)
     record = {
-        "settings": {"sparsity": "0.2", "dtype": "float32"},
+        "settings": {"sparsity": 0.2, "dtype": "float32"},
         "model": {"description": "Tiny"},
         "calibration": {"ids": [96, 128], "sources": [{"name": "data/novels.jsonl"}, {"name": "alpaca"}]},
         "dense": {"parameters": {"total": 1000}, "perplexity": measured(20.0)},
@@ -30,7 +30,7 @@ def folder(tmp_path):
     }
     (made / "ablation_tiny.json").write_text(json.dumps(record))
     record = {
-        "settings": {"share": "0.7", "num_samples": "128"},
+        "settings": {"share": 0.7, "num_samples": 128},
         "model": {"description": "Tiny"},
         "texts": {"data/novels.jsonl": {}, "pysource": {}, "alpaca": {}},
         "error_left": [

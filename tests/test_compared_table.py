@@ -58,7 +58,7 @@ def test_pruned_models_stand_beside_the_dense_one(record):
 
 
 def test_every_kind_has_its_row_and_its_note(record):
-    training = {"seconds": 90.0, "adapters": ADAPTERS, "settings": {"epochs": "2", "seed": "0"}}
+    training = {"seconds": 90.0, "adapters": ADAPTERS, "settings": {"epochs": 2, "seed": 0}}
     training |= {"samples": {"trained": [240, 128]}, "texts": {"sources": [{"name": "a/novels"}, {"name": "alpaca"}]}}
     pruned = pruning(recipe="olica-plus", sparsity=0.2, sparsity_of="layers")
     record("compare/128/lora/sparsity-0.2", measured(25.0, 128), pruned)

@@ -27,7 +27,7 @@ def job(tmp_path):
 
 def write_speed(folder: Path, pruning: Pruning, seconds: dict[str, float], **changed) -> None:
     """A record as the benchmark writes it, as far as it is read."""
-    settings = {"recipe": pruning.recipe, "dtype": "float32", "layers": "None", "num_samples": "7", "seqlen": "5"}
+    settings = {"recipe": pruning.recipe, "dtype": "float32", "layers": None, "num_samples": 7, "seqlen": 5}
     record = {
         "kind": "pruning speed",
         "settings": settings,

@@ -1,5 +1,6 @@
 """Run records: one JSON beside every checkpoint and one per evaluation."""
 
+import argparse
 import json
 import os
 import platform
@@ -7,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, is_dataclass
 from functools import cache
 from importlib import metadata
 from itertools import chain, count
@@ -96,6 +98,13 @@ class Stages:
         start = time.perf_counter()
         yield
         self.rows[name] = {"minutes": (time.perf_counter() - start) / 60, **peak_memory(self.device)}
+
+
+def flags_of(args: argparse.Namespace) -> dict:
+    """The flags of a command, as a record has them: dataclasses by their fields, and what else JSON has no word for, as
+    paths, in words."""
+    words = json.dumps(vars(args), default=lambda value: asdict(value) if is_dataclass(value) else str(value))
+    return json.loads(words)
 
 
 def write_record(path: Path, record: dict) -> None:

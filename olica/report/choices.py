@@ -44,7 +44,7 @@ def ablation(path: Path) -> str:
     notes = [
         "Perplexity of the dense model; of the others the ratio to it, and by how much the last part that was added "
         "changes it, both with the paired error.",
-        f"{100 * float(settings['sparsity']):.4g} % of the whole model gone, {samples} samples of {tokens} tokens of "
+        f"{100 * settings['sparsity']:.4g} % of the whole model gone, {samples} samples of {tokens} tokens of "
         f"{_named(source['name'] for source in calibration['sources'])}; {measured['windows']} windows of "
         f"{measured['seqlen']} tokens of texts that no other table reports; run in {settings['dtype']}.",
         _origin(path, "ablation", record),
@@ -65,7 +65,7 @@ def refit_texts(path: Path) -> str:
     notes = [
         "By single texts and by all of them together; the record has the other mixes too. "
         "Error of a refitted MLP over that of the same channels as they were, the geometric mean over the layers; "
-        f"{100 * float(settings['share']):g} % of the channels stay, those that the text of the fit chooses. Below 1 "
+        f"{100 * settings['share']:g} % of the channels stay, those that the text of the fit chooses. Below 1 "
         f"the refit helps. {settings['num_samples']} samples of each text, half of them to fit to and half to measure "
         "on; the ridge is in units of the mean of the diagonal.",
         _origin(path, "refit_texts", record),
