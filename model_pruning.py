@@ -175,7 +175,10 @@ def add_parameters(parser: argparse.ArgumentParser) -> None:
 
 def shares(text: str) -> list[float]:
     """The type of --sparsity: a share, or several joined by commas."""
-    return [float(part) for part in text.split(",")]
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor several joined by commas") from error
 
 
 def number_or_auto(text: str) -> int | str:

@@ -38,7 +38,8 @@ def run_command(
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     if getattr(args, "verbose", False):
         logging.getLogger("olica").setLevel(logging.INFO)
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    for library in ("lm_eval", "huggingface_hub"):  # what they retry, and find missing, is said by us
+        logging.getLogger(library).setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:

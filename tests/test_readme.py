@@ -352,6 +352,7 @@ class Runnable:
             exec(code, {})  # noqa: S102
             arguments = dict(datasets="ids.safetensors", sparsity=0.2, recipe="mlps")
             done = olica.prune("tiny", **arguments, spared=2, save_dir="pruned")
+            unrepaired = olica.prune("tiny", **arguments, spared=2, refit="none", round_to=16, save_dir="unrepaired")
             with pytest.raises(UsageError, match="--mlp_num"):
                 olica.prune("tiny", **arguments, mlp_num=1, save_dir="other")
             with pytest.raises(UsageError, match="--spared 4"):
@@ -360,6 +361,7 @@ class Runnable:
             RECIPES.pop("mlps", None)
         channels = [shape.intermediate_size for shape in done.plan]
         assert channels[:2] == [176, 176] and channels[2] == channels[3] < 176
+        assert all(shape.intermediate_size % 16 == 0 and not shape.down_bias for shape in unrepaired.plan)
         dense, pruned = (AutoModelForCausalLM.from_pretrained(folder) for folder in ("tiny", done.folder))
         for index, (before, after) in enumerate(zip(dense.model.layers, pruned.model.layers, strict=True)):
             assert torch.equal(after.self_attn.o_proj.weight, before.self_attn.o_proj.weight)

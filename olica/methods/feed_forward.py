@@ -21,7 +21,7 @@ RELEASED_PROTECTED_FRACTION = 0.01
 
 
 def channel_norms(layer: Layer, squared_columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """L2 norms, each (F,), of the Wanda-scaled gate row, up row and down column of every channel.
+    """L2 norms, each (F,), of the Wanda-scaled (paper, eq. 4) gate row, up row and down column of every channel.
 
     Args:
         layer: whose moments have the diagonals of `mlp_input` and `intermediate`.

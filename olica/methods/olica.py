@@ -114,7 +114,7 @@ class OlicaSurvey(Survey):
     """What Olica measures of the dense layers: what the value heads' basis needs, and what ranks the MLPs.
 
     Attributes:
-        regression: whose mean multiple correlation (paper, eq. 10) is the finding `correlation`.
+        regression: whose mean multiple correlation (paper, eq. 9 and 10: MC2) is the finding `correlation`.
         ridge: rule of its ridge.
         percdamp: strength of the ridge.
         corrections: which layers may get one.

@@ -168,7 +168,7 @@ class Allocate(ABC):
         Raises:
             ValueError: there is none.
         """
-        raise ValueError("its sizes of each layer are not those of channels alone")
+        raise ValueError("it has no allocation of channels alone, of each layer its own")
 
     def shares(self, sizes: list[Sizes], budget: Budget) -> dict[str, float]:
         """Shares that parts of every layer are to lose, by name, for records; none where there is no such rule."""
