@@ -1,7 +1,10 @@
 import json
 import os
 import time
+from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from olica.outputs.records import (
     Stages,
     add_record,
     environment,
+    flags_of,
     has_former_shares,
     latest_comparison,
     read_pruning_record,
@@ -21,6 +25,24 @@ from olica.outputs.records import (
 )
 
 CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Point:
+    share: float
+    size: int | None = None
+
+
+def test_flags_are_recorded_as_values():
+    args = Namespace(layers=None, scale=2, ridges=[0.1, 1.0], is_dry=False, folder=Path("a/b"), points=[Point(0.5)])
+    assert flags_of(args) == {
+        "layers": None,
+        "scale": 2,
+        "ridges": [0.1, 1.0],
+        "is_dry": False,
+        "folder": "a/b",
+        "points": [{"share": 0.5, "size": None}],
+    }
 
 
 def test_a_record_is_whole_or_absent(tmp_path):

@@ -110,7 +110,7 @@ def test_generation_speed_records_every_model(tmp_path, capsys):
     flags += ["--new_tokens=3", f"--output_path={tmp_path / 'speed.json'}"]
     assert run_command(script.build_parser(), script.run, flags) == 0
     record = json.loads((tmp_path / "speed.json").read_text())
-    assert record["kind"] == "generation speed" and record["settings"]["new_tokens"] == "3"
+    assert record["kind"] == "generation speed" and record["settings"]["new_tokens"] == 3
     assert list(record["models"]) == [big, small]
     head, layers = 320 * 64, [record["models"][name]["parameters"]["decoder_layers"] for name in (big, small)]
     for stage, tokens in (("prefill", 10), ("decode", 1)):
