@@ -407,6 +407,17 @@ def test_the_terminal_says_of_llama_7b_what_the_page_says(tmp_path, capsys):
     assert section.split("```\n")[1] in capsys.readouterr().out
 
 
+def test_other_draws_are_those_on_record():
+    records = ROOT / "results/smollm2/methods/paper"
+    said = re.search(
+        r"`olica-plus` (\d+\.\d) and (\d+\.\d) on\s+WikiText-2 at 20 %, `olica` (\d+\.\d) and (\d+\.\d)",
+        README.read_text(),
+    )
+    runs = [f"{recipe}_sparsity-0.2_seed-{seed}" for recipe in ("olica-plus", "olica") for seed in (1, 2)]
+    measured = [json.loads((records / run / "evaluation.json").read_text())["results"]["model"] for run in runs]
+    assert list(said.groups()) == [f"{result['perplexity']['wikitext2']['value']:.1f}" for result in measured]
+
+
 def rows_of(page: str, heading: str) -> dict[str, list[str]]:
     """The cells of the table below a heading, by the first one, or by that and the recipe in the second."""
     lines = page.split(f"{heading}\n", 1)[1].split("\n#", 1)[0].splitlines()

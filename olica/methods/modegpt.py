@@ -24,7 +24,7 @@ from .refit import factor_of, mean_diagonal, solve_workspace, with_ridge
 from .similarity import CosineSurvey, cosines_of, softmax_ratios
 from .sizes import Budget, Sizes
 from .units import channel_parameters
-from .value_output import Directions, NarrowedHeads, in_order, output_basis_and_factor, output_heads, value_heads
+from .value_output import Directions, NarrowedHeads, in_order, singular_directions
 
 
 @dataclass(frozen=True)
@@ -95,16 +95,15 @@ class Nystrom:
 def input_directions(layer: Layer) -> Directions:
     """Singular vectors of C^1/2 W_v W_o (D, G D) in the paper's orientation, C = X^T X of the attention's input.
 
-    The output projections of a group's query heads stand beside each other, so that its value head has one basis. In
-    ours the product is W_o W_v C^1/2, and with W_o = Q R its left singular vectors are Q U, U the eigenvectors of
-    R W_v C W_v^T R^T (d, d): neither a root nor an inverse of C is needed. W_o becomes Q U, and W_v becomes U^T R W_v.
+    In ours the product is W_o W_v C^1/2, and U are the eigenvectors of R W_v C W_v^T R^T (d, d): neither a root nor an
+    inverse of C is needed.
     """
-    value, output = value_heads(layer), output_heads(layer)
-    basis, factor = output_basis_and_factor(layer)
-    moment = value @ layer.moments[full("attention_input")].double() @ value.mT
-    left = principal_components(factor @ moment @ factor.mT)
-    features = factor.mT @ left
-    return Directions(features.mT @ value, (basis @ left).view_as(output), features)
+    moment = layer.moments[full("attention_input")].double()
+
+    def left_vectors(factor: Tensor, value: Tensor) -> Tensor:
+        return principal_components(factor @ (value @ moment @ value.mT) @ factor.mT)
+
+    return singular_directions(layer, left_vectors)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ the others are dropped. With grouped-query attention a key/value head is read by
     D hidden size, H query heads, K key/value heads, G = H/K, d head width, v kept width
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -37,16 +38,6 @@ def output_heads(layer: Layer) -> Tensor:
     """W_o by key/value head and query head of its group (K, G, D, d), float64."""
     heads = layer.weights.o_proj.weight.double().unflatten(1, (layer.sizes.num_heads, -1))  # (D, H, d)
     return heads.movedim(0, 1).unflatten(0, (layer.sizes.num_kv_heads, -1))
-
-
-def output_basis_and_factor(layer: Layer) -> tuple[Tensor, Tensor]:
-    """W_o = Q R by QR, a group's output projections one below the other: Q (K, G D, d) and R (K, d, d).
-
-    Where heads are wider than G D, columns of zeros fill Q and rows of zeros R: directions that reach no output.
-    """
-    basis, factor = torch.linalg.qr(output_heads(layer).flatten(1, 2))
-    missing = factor.shape[2] - factor.shape[1]
-    return pad(basis, (0, missing)), pad(factor, (0, 0, 0, missing))
 
 
 class Directions(NamedTuple):
@@ -87,19 +78,35 @@ def value_directions(layer: Layer) -> Directions:
     return rotate(layer, principal_components(weight @ weight.mT))
 
 
-@needs()
-def product_directions(layer: Layer) -> Directions:
-    """The paper's full OND: singular vectors of W_o W_v (G D, D), a group's output projections one below the other.
+def singular_directions(layer: Layer, left_vectors: Callable[[Tensor, Tensor], Tensor]) -> Directions:
+    """Left singular vectors of W_o W_v M, a group's output projections one below the other, M some metric of the input.
 
-    The singular values go to W_v. The product, whose rank is d, is never formed: with W_o = Q R and W_v^T = P S by QR,
-    its singular vectors are those of R S^T (d, d), in the bases Q and P. W_v becomes U^T R W_v, which needs no inverse.
+    The product is never formed: with W_o = Q R by QR (Q (K, G D, d), R (K, d, d)) they are Q U, U those of R W_v M. W_o
+    becomes Q U and W_v becomes U^T R W_v, which needs no inverse. Where heads are wider than G D, columns of zeros fill
+    Q and rows of zeros R: directions that reach no output.
+
+    Args:
+        layer: whose value heads they are.
+        left_vectors: gives U (K, d, d), of R and W_v (K, d, D).
     """
     value, output = value_heads(layer), output_heads(layer)
-    basis, factor = output_basis_and_factor(layer)
-    value_factor = torch.linalg.qr(value.mT, mode="r").R
-    left = torch.linalg.svd(factor @ value_factor.mT).U  # (K, d, d)
+    basis, factor = torch.linalg.qr(output.flatten(1, 2))
+    missing = factor.shape[2] - factor.shape[1]
+    basis, factor = pad(basis, (0, missing)), pad(factor, (0, 0, 0, missing))
+    left = left_vectors(factor, value)
     features = factor.mT @ left
     return Directions(features.mT @ value, (basis @ left).view_as(output), features)
+
+
+@needs()
+def product_directions(layer: Layer) -> Directions:
+    """The paper's full OND: singular vectors of W_o W_v (G D, D); the singular values go to W_v.
+
+    With W_v^T = P S by QR those of R W_v are those of R S^T (d, d).
+    """
+    return singular_directions(
+        layer, lambda factor, value: torch.linalg.svd(factor @ torch.linalg.qr(value.mT, mode="r").R.mT).U
+    )
 
 
 def activation_directions(ridge: float) -> Needing[[Layer], Directions]:

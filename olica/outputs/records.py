@@ -101,8 +101,7 @@ class Stages:
 
 
 def flags_of(args: argparse.Namespace) -> dict:
-    """The flags of a command, as a record has them: dataclasses by their fields, and what else JSON has no word for, as
-    paths, in words."""
+    """The flags of a command as a record has them: dataclasses by their fields, paths and the like in words."""
     words = json.dumps(vars(args), default=lambda value: asdict(value) if is_dataclass(value) else str(value))
     return json.loads(words)
 
