@@ -16,7 +16,7 @@ import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from math import ceil, log
+from math import log
 from pathlib import Path
 from statistics import fmean
 
@@ -80,11 +80,11 @@ class Pruning:
         }
         survey = recipe.method(recipe.parameters()).survey
         if isinstance(survey, TravellingSurvey):
-            group = survey.group_size(self.layers)
+            groups = survey.groups(self.layers)
             seen = survey.most_variants * survey.samples(samples) * tokens
-            begun = sum(index // group + 1 for index in range(self.layers))  # groups whose variants enter each layer
-            found["variants"] = begun * self.layer * seen
-            found["logits"] = ceil(self.layers / group) * seen / survey.stride * (self.total - self.of_layers)
+            entered = sum(self.layers - group.start for group in groups)  # layers, by the variants of all groups
+            found["variants"] = entered * self.layer * seen
+            found["logits"] = len(groups) * seen / survey.stride * (self.total - self.of_layers)
         return found
 
     def is_alike(self, other: "Pruning") -> bool:

@@ -49,15 +49,17 @@ def test_the_stages_are_those_that_are_timed():
 
 @pytest.mark.parametrize("layers", [4, 32, 70])
 def test_what_variants_go_through_is_counted_layer_by_layer(layers):
-    """Three variants of every group of layers, each on a 48th of 480 samples, from its group to the end."""
-    group = -(-layers // 32)
-    begun, layer_passes = set(), 0
+    """Three variants of every group of layers, each on a 28th of 476 samples, from its group to the end."""
+    between = layers - 4  # in groups of neighbours
+    group = -(-between // 14) or 1
+    entered, groups = 0, set()
     for index in range(layers):
-        begun.add(index // group)
-        layer_passes += 3 * len(begun)
-    amounts = Pruning("card", "olica-plus", 2, layers, 1000 * layers, 1000 * layers + 77, (480, 16)).amounts
-    assert amounts["variants"] == layer_passes * 10 * 16 * 1000
-    assert amounts["logits"] == 3 * len(begun) * 10 * 16 / 4 * 77
+        inside = 2 <= index < layers - 2
+        groups.add((index - 2) // group * group + 2 if inside else index)
+        entered += 3 * len(groups)
+    amounts = Pruning("card", "olica-plus", 2, layers, 1000 * layers, 1000 * layers + 77, (476, 16)).amounts
+    assert amounts["variants"] == entered * 17 * 16 * 1000
+    assert amounts["logits"] == 3 * len(groups) * 17 * 16 / 4 * 77
 
 
 def test_every_stage_grows_with_its_own_amount(tmp_path):
@@ -131,9 +133,9 @@ def test_a_dry_run_gives_a_time_where_the_same_kind_of_device_was_timed(job, tmp
 
 
 def test_a_dry_run_gives_the_disk_that_is_wanted(job):
-    """Hidden states of all samples and those of three variants of both layers on four of them, twice, in float32."""
+    """Hidden states of all samples and those of three variants of both layers on eight of them, twice, in float32."""
     layers, width = job.config.num_hidden_layers, job.config.hidden_size
-    expected = 2 * 4 * width * 16 * (96 + 3 * layers * 4)
+    expected = 2 * 4 * width * 16 * (96 + 3 * layers * 8)
     assert survey_disk_bytes(job.task) == expected
     words = f"disk         {job.disk_bytes / 1e9:.2f} GB under --save_dir, {expected / 1e9:.2f} GB under --data_dir"
     assert any(line.startswith(words) for line in describe(job).splitlines())

@@ -216,8 +216,8 @@ def test_variants_that_travel_together_do_the_damage_of_each_alone():
             assert torch.equal(one[part.name], all_parts[part.name])
 
 
-@pytest.mark.parametrize(("given", "samples", "seen"), [(0, 768, 16), (0, 256, 5), (0, 60, 4), (0, 3, 3), (7, 768, 7)])
-def test_one_sample_of_48_is_a_probe_unless_the_user_says(given, samples, seen):
+@pytest.mark.parametrize(("given", "samples", "seen"), [(0, 768, 27), (0, 256, 9), (0, 60, 8), (0, 3, 3), (7, 768, 7)])
+def test_one_sample_of_28_is_a_probe_unless_the_user_says(given, samples, seen):
     assert plus(PlusParameters(probes=given)).survey.samples(samples) == seen
 
 
@@ -240,20 +240,42 @@ def test_the_damage_of_the_size_that_is_tried_is_what_it_does_to_the_output():
             assert found[index][part.name][size].item() == pytest.approx(damage, rel=1e-3)
 
 
-def test_neighbours_of_deep_models_are_tried_together(monkeypatch):
-    """A group does the damage that its layers do together, divided as their errors are."""
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        (1, [1]),
+        (2, [1, 1]),
+        (3, [1, 1, 1]),
+        (18, [1] * 18),
+        (19, [1, 1, *[2] * 7, 1, 1, 1]),
+        (30, [1, 1, *[2] * 13, 1, 1]),
+        (32, [1, 1, *[2] * 14, 1, 1]),
+        (80, [1, 1, *[6] * 12, 4, 1, 1]),
+    ],
+)
+def test_layers_at_the_ends_are_tried_alone_and_those_between_with_neighbours(layers, expected):
+    groups = plus(PlusParameters()).survey.groups(layers)
+    assert [len(group) for group in groups] == expected
+    assert [index for group in groups for index in group] == [*range(layers)]
+
+
+def test_a_group_shares_its_damage_alike_whatever_the_errors_of_its_layers(monkeypatch):
+    """And of its sizes each layer's own error says what each damages."""
+    monkeypatch.setattr(damage_module, "ALONE", 0)
     monkeypatch.setattr(damage_module, "MOST_GROUPS", 2)
     method = plus(PlusParameters(probes=2))
-    assert method.survey.group_size(3) == 2 and method.survey.group_size(2) == 1
-    part = method.allocate.parts[2]
+    survey = replace(method.survey, parts=method.allocate.parts[2:])
+    scales = (1, 300, 5)
     findings = [{"mlp": torch.tensor([4.0, 2.0, 0.0]) * scale, "mlp_tried": torch.tensor(2.0 * scale)}
-                for scale in (1, 3, 5)]  # fmt: skip
-    survey = replace(method.survey, parts=(part,))
+                for scale in scales]  # fmt: skip
     damage = survey.complete(findings, {(0, 0): 0.8, (2, 0): 0.5})
-    for found, expected in zip(damage, ([0.4, 0.2, 0], [1.2, 0.6, 0], [1.0, 0.5, 0]), strict=True):
+    for found, expected in zip(damage, ([0.8, 0.4, 0], [0.8, 0.4, 0], [1.0, 0.5, 0]), strict=True):
         torch.testing.assert_close(found["mlp"], torch.tensor(expected))
-    nothing = [{"mlp": torch.zeros(3), "mlp_tried": torch.tensor(0.0)} for _ in range(3)]
-    assert not any(found["mlp"].any() for found in survey.complete(nothing, {(0, 0): 0.0, (2, 0): -1e-9}))
+    nothing = {"mlp": torch.tensor([1.0, 0.0, 0.0]), "mlp_tried": torch.tensor(0.0)}
+    damage = survey.complete([findings[0], nothing, findings[2]], {(0, 0): 0.8, (2, 0): -1e-9})
+    expected = ([1.6, 0.8, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0])  # one alone lost something; one got no worse
+    for found, by_size in zip(damage, expected, strict=True):
+        torch.testing.assert_close(found["mlp"], torch.tensor(by_size))
 
 
 @pytest.mark.parametrize(("groups", "layer_groups"), [(4, 1), (2, 2)])

@@ -50,8 +50,8 @@ class Trying(TravellingSurvey):
     def samples(self, calibration):
         return min(SAMPLES, calibration)
 
-    def group_size(self, layers):
-        return self.group
+    def groups(self, layers):
+        return [range(first, min(first + self.group, layers)) for first in range(0, layers, self.group)]
 
     def needs(self, index, layers):
         return frozenset({diagonal("mlp_input")})

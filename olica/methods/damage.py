@@ -5,6 +5,7 @@ size that is tried; for other sizes it is taken to grow as the part's own error 
 """
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import ceil
 from typing import Any
 
@@ -20,14 +21,16 @@ from .parts import LEAST, Part
 from .recipe import Allocate, Cut, Findings, Layer, TravellingSurvey, needs_of, workspace_of
 from .sizes import Budget, Sizes
 
-# Groups of layers that the survey tries, at the most: in deeper models neighbouring layers are tried together.
-MOST_GROUPS = 32
+# So many layers at each end are tried alone: what they damage is least like what their neighbours do.
+ALONE = 2
+# Groups that the layers between them form at the most, of neighbours that are tried together.
+MOST_GROUPS = 14
 # Outputs are compared at every so many tokens.
 STRIDE = 4
 # Unless the user says, one of so many samples sees the variants, and at least so many do: what they take is then the
 # same share of the time whatever the text, and small texts still tell the sizes apart.
-SAMPLES_PER_PROBE = 48
-FEWEST_PROBES = 4
+SAMPLES_PER_PROBE = 28
+FEWEST_PROBES = 8
 # Of a token whose logit grows by more, so much counts: the sum of exponentials fits into single precision.
 LARGEST_EXPONENT = 80
 
@@ -60,9 +63,13 @@ class DamageSurvey(TravellingSurvey):
         names = [part.name for part in self.parts]
         return {"ridge": parameters.ridge, "probes": parameters.probes, "parts": names}
 
-    def group_size(self, layers: int) -> int:
+    def groups(self, layers: int) -> list[range]:
         """See `TravellingSurvey`."""
-        return ceil(layers / MOST_GROUPS)
+        first = min(ALONE, layers)
+        last = max(layers - ALONE, first)
+        size = max(ceil((last - first) / MOST_GROUPS), 1)
+        starts = [*range(first), *range(first, last, size), *range(last, layers)]
+        return [range(*pair) for pair in pairwise([*starts, layers])]
 
     def needs(self, index: int, layers: int) -> frozenset[Statistic]:
         """See `Survey`; the stages read the same whatever the sizes."""
@@ -103,17 +110,20 @@ class DamageSurvey(TravellingSurvey):
         return torch.stack(found).double().mean(-1).tolist()
 
     def complete(self, findings: list[Findings], compared: dict[tuple[int, int], float]) -> list[Findings]:
-        """See `TravellingSurvey`: an error of e does the damage KL e / e', e' the group's at the sizes tried."""
-        layers = len(findings)
-        size = self.group_size(layers)
+        """See `TravellingSurvey`: an error of e does the damage KL e / e', e' that at the size tried.
+
+        The layers of a group share its KL alike, whatever their errors are: where a few huge activations make up most
+        of an output, as in some layers, errors are a hundredth of the neighbours', and the damage is not.
+        """
         completed: list[Findings] = [{} for _ in findings]
         for number, part in enumerate(self.parts):
-            for first in range(0, layers, size):
-                group = range(first, min(first + size, layers))
-                tried = sum(findings[index][f"{part.name}_tried"].item() for index in group)
-                # Where nothing was lost nothing was measured: a part that loses all counts as one nat then.
-                per_error = max(compared[first, number], 0.0) / tried if tried > ROUNDING else 1.0
+            for group in self.groups(len(findings)):
+                tried = {index: findings[index][f"{part.name}_tried"].item() for index in group}
+                lossy = [index for index in group if tried[index] > ROUNDING]
+                shared = max(compared[group.start, number], 0.0) / max(len(lossy), 1)
                 for index in group:
+                    # Where nothing was lost nothing was measured: a part that loses all counts as one nat then.
+                    per_error = shared / tried[index] if index in lossy else 1.0
                     completed[index][part.name] = per_error * findings[index][part.name]
         return completed
 

@@ -101,9 +101,9 @@ class TravellingSurvey(Survey):
     def samples(self, calibration: int) -> int:
         """n, how many of so many samples of the calibration set the variants see."""
 
-    def group_size(self, layers: int) -> int:
-        """How many neighbouring layers, of so many in all, form a group."""
-        return 1
+    def groups(self, layers: int) -> list[range]:
+        """The groups of neighbours that so many layers form, in their order."""
+        return [range(index, index + 1) for index in range(layers)]
 
     @abstractmethod
     def variants(self, sizes: Sizes) -> list[tuple[LayerShape, Cut]]:

@@ -5,7 +5,7 @@ n tokens of a batch, D hidden size, F intermediate channels
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from math import ceil, prod
+from math import prod
 
 import psutil
 from transformers import PreTrainedConfig
@@ -137,7 +137,7 @@ def _travelling(task: Task) -> int:
     survey, layers = task.method.survey, task.config.num_hidden_layers
     if not isinstance(survey, TravellingSurvey):
         return 0
-    variants = survey.most_variants * ceil(layers / survey.group_size(layers))
+    variants = survey.most_variants * len(survey.groups(layers))
     samples, tokens = task.processes.most_of(survey.samples(task.ids_shape[0])), task.ids_shape[1]
     return variants * samples * tokens * task.config.hidden_size * task.itemsize
 
