@@ -49,10 +49,13 @@ use() {
     RECORDS=$RESULTS/${LABEL:-$(basename "$MODEL")}
 }
 
-# recorded FLAGS FILE...: whether the first file says that these flags were run, and the others are there.
+# recorded FLAGS FILE...: whether the first file says that these flags were run, if need be with more texts of --ppl
+# behind the same ones, and the others are there.
 recorded() {
-    local flags=$1 file
-    [ -f "$2" ] && [ "$(<"$2")" = "$flags" ] || return
+    local flags=$1 run texts file
+    [ -f "$2" ] || return
+    run=$(<"$2") texts=$(sed -n 's/.*--ppl \([^ ]*\).*/\1/p' <<< "$flags")
+    [ "$run" = "$flags" ] || [ "$(sed "s|--ppl $texts,[^ ]*|--ppl $texts|" <<< "$run")" = "$flags" ] || return
     for file in "${@:3}"; do [ -e "$file" ] || return; done
     echo "${2%/*} is recorded"
 }

@@ -22,6 +22,7 @@ GEMMA=$MODELS/gemma-3-270m-q4_k_m.gguf
 TWO=data/novels_calibrate.jsonl+data/alpaca_6k.jsonl.gz
 WEB=data/openwebtext_1000.jsonl.gz
 CORPORA=wikitext2,data/c4_report.jsonl,ptb,data/novels_report.jsonl
+TWO_CORPORA=wikitext2,data/c4_report.jsonl  # what hours are short for more than
 CHOSEN_ON=data/wikitext2_raw_validation.jsonl,data/c4_calibrate.jsonl  # texts that no table reports
 ALL="magnitude wanda-sp flap lorap modegpt slimgpt osscar let-llm-tell slimllm"
 OURS="olica olica-grouped olica-plus"
@@ -72,7 +73,7 @@ paper() {
 methods() {
     of_smollm2 RECIPES="$OURS" bash scripts/methods.sh
     of_smollm2 RECIPES="$ALL" SPARSITIES="0.2 0.33" bash scripts/methods.sh
-    of_smollm2 RECIPES="$OURS" SPARSITIES="0.2 0.33" SEEDS="1 2" DATASETS=$TWO bash scripts/methods.sh
+    of_smollm2 RECIPES="$OURS" SPARSITIES="0.2 0.33" SEEDS="1 2" DATASETS=$TWO PPL=$TWO_CORPORA bash scripts/methods.sh
 }
 
 qwen() {
@@ -89,7 +90,9 @@ gemma() {
     of_gemma SCORED=yes LIMIT=200 SPARSITIES="0.2 0.33" bash scripts/methods.sh
 }
 
-web() { of_smollm2 DATASETS=$WEB NUM_SAMPLES=768 MIX=web SPARSITIES="0.2 0.33" bash scripts/methods.sh; }
+web() {
+    of_smollm2 DATASETS=$WEB NUM_SAMPLES=768 MIX=web SPARSITIES="0.2 0.33" PPL=$TWO_CORPORA bash scripts/methods.sh
+}
 
 tasks() {
     of_smollm2 SCORED=yes LIMIT=500 bash scripts/methods.sh
@@ -103,7 +106,7 @@ refits() {
 
 decoding() { of_smollm2 RECIPES="$OURS $ALL" TIMED=yes SPARSITIES=0.2 bash scripts/methods.sh; }
 
-layouts() { of_smollm2 PPL=wikitext2,data/c4_report.jsonl WINDOWS=256 DTYPE=float32 bash scripts/layouts.sh; }
+layouts() { of_smollm2 PPL=$TWO_CORPORA WINDOWS=256 DTYPE=float32 bash scripts/layouts.sh; }
 
 mixes() {
     MODEL=smollm2 WINDOWS=256 bash scripts/texts.sh
@@ -112,14 +115,14 @@ mixes() {
 }
 
 comparison() {
-    of_smollm2 SPARSITY_OF=layers PPL=wikitext2,data/c4_report.jsonl WINDOWS=256 bash scripts/compare.sh
-    of_qwen PPL=wikitext2,data/c4_report.jsonl bash scripts/compare.sh
-    of_gemma PPL=wikitext2,data/c4_report.jsonl CHAT=no bash scripts/compare.sh
+    of_smollm2 SPARSITY_OF=layers PPL=$TWO_CORPORA WINDOWS=256 bash scripts/compare.sh
+    of_qwen PPL=$TWO_CORPORA bash scripts/compare.sh
+    of_gemma PPL=$TWO_CORPORA CHAT=no bash scripts/compare.sh
 }
 
 peers() {
     [ -n "${OLICA_PEERS:-}" ] || { echo "OLICA_PEERS is not set: no packages of other people"; return; }
-    of_smollm2 PPL=wikitext2,data/c4_report.jsonl WINDOWS=256 LIMIT=200 TEXTS=$TWO bash benchmarks/peers.sh
+    of_smollm2 PPL=$TWO_CORPORA WINDOWS=256 LIMIT=200 TEXTS=$TWO bash benchmarks/peers.sh
 }
 
 choices() {

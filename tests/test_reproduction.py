@@ -149,6 +149,16 @@ def test_what_is_recorded_by_the_same_flags_is_not_run_again(stubbed):
     assert stubbed("table1.sh", LIMIT="9", MODEL="other/m").count("evaluate") == 3, "of another model of that name"
 
 
+def test_what_is_recorded_of_more_texts_is_not_run_again_for_fewer(stubbed):
+    few = {"RECIPES": "olica", "SPARSITIES": "0.2"}
+    assert stubbed("methods.sh", PPL="a,b.c,d", **few) == ["evaluate", "prune 0.2", "evaluate"]
+    for texts in ("a,b.c,d", "a,b.c", "a"):
+        assert stubbed("methods.sh", PPL=texts, **few) == []
+    for texts in ("b.c", "a,b", "a,b.c,d,e"):  # first another text, part of a name, one text more
+        assert stubbed("methods.sh", PPL=texts, **few) == ["evaluate"] * 2
+    assert stubbed("methods.sh", PPL="a", WINDOWS="9", **few) == ["evaluate"] * 2
+
+
 @pytest.mark.parametrize("file", ["evaluation.json", "pruning.json"])
 def test_a_lost_record_is_made_again(stubbed, file):
     stubbed("table1.sh")
