@@ -49,7 +49,7 @@ def test_the_stages_are_those_that_are_timed():
 
 @pytest.mark.parametrize("layers", [4, 32, 70])
 def test_what_variants_go_through_is_counted_layer_by_layer(layers):
-    """Three variants of every group of layers, each on a 28th of 476 samples, from its group to the end."""
+    """Three variants of every group of layers, each on a 32nd of 480 samples, from its group to the end."""
     between = layers - 4  # in groups of neighbours
     group = -(-between // 14) or 1
     entered, groups = 0, set()
@@ -57,9 +57,9 @@ def test_what_variants_go_through_is_counted_layer_by_layer(layers):
         inside = 2 <= index < layers - 2
         groups.add((index - 2) // group * group + 2 if inside else index)
         entered += 3 * len(groups)
-    amounts = Pruning("card", "olica-plus", 2, layers, 1000 * layers, 1000 * layers + 77, (476, 16)).amounts
-    assert amounts["variants"] == entered * 17 * 16 * 1000
-    assert amounts["logits"] == 3 * len(groups) * 17 * 16 / 4 * 77
+    amounts = Pruning("card", "olica-plus", 2, layers, 1000 * layers, 1000 * layers + 77, (480, 16)).amounts
+    assert amounts["variants"] == entered * 15 * 16 * 1000
+    assert amounts["logits"] == 3 * len(groups) * 15 * 16 / 4 * 77
 
 
 def test_every_stage_grows_with_its_own_amount(tmp_path):

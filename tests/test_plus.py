@@ -216,8 +216,8 @@ def test_variants_that_travel_together_do_the_damage_of_each_alone():
             assert torch.equal(one[part.name], all_parts[part.name])
 
 
-@pytest.mark.parametrize(("given", "samples", "seen"), [(0, 768, 27), (0, 256, 9), (0, 60, 8), (0, 3, 3), (7, 768, 7)])
-def test_one_sample_of_28_is_a_probe_unless_the_user_says(given, samples, seen):
+@pytest.mark.parametrize(("given", "samples", "seen"), [(0, 768, 24), (0, 256, 8), (0, 60, 8), (0, 3, 3), (7, 768, 7)])
+def test_one_sample_of_32_is_a_probe_unless_the_user_says(given, samples, seen):
     assert plus(PlusParameters(probes=given)).survey.samples(samples) == seen
 
 

@@ -29,7 +29,7 @@ MOST_GROUPS = 14
 STRIDE = 4
 # Unless the user says, one of so many samples sees the variants, and at least so many do: what they take is then the
 # same share of the time whatever the text, and small texts still tell the sizes apart.
-SAMPLES_PER_PROBE = 28
+SAMPLES_PER_PROBE = 32
 FEWEST_PROBES = 8
 # Of a token whose logit grows by more, so much counts: the sum of exponentials fits into single precision.
 LARGEST_EXPONENT = 80

@@ -28,7 +28,7 @@ class PlusParameters:
     ridge: float = field(default=1.0, metadata={"help": "how strongly refits are drawn to the old weights, above 0"})
     probes: int = field(
         default=0,
-        metadata={"help": "samples on which the damage of sizes is measured; 0: one of 28, but at least 8"},
+        metadata={"help": "samples on which the damage of sizes is measured; 0: one of 32, but at least 8"},
     )
     sizes_of: str = field(default="layer", metadata={"help": "layer: each has its own sizes; model: all have the same"})
 
