@@ -1,3 +1,4 @@
+import re
 import sys
 from functools import cache
 from importlib.metadata import version
@@ -56,10 +57,14 @@ def test_a_missing_package_names_the_command(monkeypatch):
         locate("smollm2")
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "nowhere/model.gguf", "~/nowhere", "a/b/c"])
-def test_paths_that_do_not_exist_are_refused(name):
-    with pytest.raises(UsageError, match="--base_model .*there is no such"):
-        locate(name)
+NOWHERE = ["./nowhere", "/no/such/folder", "nowhere/model.gguf", "~/nowhere", "a/b/c", "nowhere/", "a\\b", "C:\\a"]
+
+
+@pytest.mark.parametrize("flag", ["--base_model", "--checkpoint"])
+@pytest.mark.parametrize("name", NOWHERE)
+def test_paths_that_do_not_exist_are_refused(name, flag):
+    with pytest.raises(UsageError, match=f"^{flag} {re.escape(name)}: there is no such"):
+        locate(name, flag)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):

@@ -149,9 +149,14 @@ def locate(name: str, flag: str = "--base_model") -> Location:
             raise location.error("the folder has no config.json, so it is not a model")
         return location
     location = Location(name, name, flag)
-    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if path.exists() or _is_plainly_a_path(name):
         raise location.error("there is no such folder; give a model folder, a .gguf file or a hub id")
     return location
+
+
+def _is_plainly_a_path(name: str) -> bool:
+    """Whether no model of the hub can have that id: asking for it would take a minute where there is no network."""
+    return name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name
 
 
 def _packaged_model() -> Path:
