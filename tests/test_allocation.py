@@ -6,6 +6,7 @@ from transformers import Gemma3TextConfig, LlamaConfig
 from olica.errors import UsageError
 from olica.jobs import plan_before_survey
 from olica.methods.allocation import attention_parameters, describe_plan, factor_rank, round_shape
+from olica.methods.olica import OlicaParameters
 from olica.methods.recipes import RECIPES
 from olica.methods.shares import (
     FEWEST_ALONE,
@@ -318,10 +319,18 @@ def test_a_ratio_that_leaves_no_rank_is_refused():
 def test_the_number_of_corrections_is_checked_against_the_layers(last_is_eligible, most):
     sizes = layers_of(make_llama().config)
     Corrections(most, 0.1, last_is_eligible).check(sizes)
-    for number in (most + 1, -1):
-        with pytest.raises(UsageError, match=f"--mlp_num {number} .*3 layers .*0 to {most}") as caught:
+    for number, nearest in ((most + 1, most), (-1, 0)):
+        words = rf"--mlp_num {number} .*3 layers .*0 to {most}.*; give --mlp_num {nearest}$"
+        with pytest.raises(UsageError, match=words) as caught:
             Corrections(number, 0.1, last_is_eligible).check(sizes)
         assert ("never corrects the last" in str(caught.value)) != last_is_eligible
+        assert "default" not in str(caught.value)
+
+
+def test_a_default_number_of_corrections_that_does_not_fit_is_called_one():
+    assert OlicaParameters().mlp_num == 6, "as in the released code"
+    with pytest.raises(UsageError, match=r"^--mlp_num 6 \(the default\) does not fit: .*; give --mlp_num 2$"):
+        Corrections(OlicaParameters().mlp_num, 0.1, last_is_eligible=False).check(layers_of(make_llama().config))
 
 
 def test_an_mlp_that_keeps_every_channel_gets_no_correction():

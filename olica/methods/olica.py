@@ -33,7 +33,9 @@ class OlicaParameters:
     """What Olica leaves open, with the defaults of the released code."""
 
     k: float = field(default=3.0, metadata={"help": "query and key lose this many times the share of value and output"})
-    mlp_num: int = field(default=6, metadata={"help": "number of MLPs that get a linear correction"})
+    mlp_num: int = field(
+        default=shares.DEFAULT_CORRECTIONS, metadata={"help": "number of MLPs that get a linear correction"}
+    )
     ratio: float = field(default=0.03, metadata={"help": "rank of a correction, a share of the hidden size in (0, 1]"})
     percdamp: float = field(default=0.5, metadata={"help": "ridge penalty in mean diagonals of X^T X, above 0"})
 

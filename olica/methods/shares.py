@@ -16,6 +16,8 @@ from .units import channel_parameters
 
 # The released code splits here without a comment: up to it query/key lose twice the sparsity whatever `k` is.
 RELEASED_SPLIT = 0.4
+# How many MLPs get a correction unless the user says: as in the released code, whatever the number of layers.
+DEFAULT_CORRECTIONS = 6
 # The fields of `Sparsities` in the words of messages.
 PARTS = {"query": "queries", "key": "keys", "value_output": "value and output projections", "feed_forward": "MLPs"}
 # Where heads are grouped, what the query projections lose while the key projections stay dense: no less, no more; and
@@ -146,10 +148,11 @@ class Corrections:
         """Raise UsageError unless so many layers can get a correction of that rank."""
         candidates = self.candidates(len(sizes))
         if not 0 <= self.number <= candidates:
+            default = " (the default)" if self.number == DEFAULT_CORRECTIONS else ""
             reason = "" if self.last_is_eligible else ", since it never corrects the last one"
             raise UsageError(
-                f"--mlp_num {self.number} does not fit: of the model's {len(sizes)} layers this recipe can correct 0 "
-                f"to {candidates}{reason}"
+                f"--mlp_num {self.number}{default} does not fit: of the model's {len(sizes)} layers this recipe can "
+                f"correct 0 to {candidates}{reason}; give --mlp_num {max(0, min(self.number, candidates))}"
             )
         hidden = sizes[0].hidden_size
         if self.number and int(self.ratio * hidden) < 1:
