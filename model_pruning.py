@@ -9,6 +9,7 @@ import argparse
 from dataclasses import fields
 from os.path import expanduser
 
+from olica.checks import COMMANDS_OWN
 from olica.command_line import run_command
 from olica.described import describe
 from olica.jobs import REFITS, Job, Settings, prepare, settings_of
@@ -206,7 +207,7 @@ def print_result(job: Job, record: dict) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Plan; unless that was all, prune, save and print what was done, for every sparsity."""
-    given = {name: value for name, value in vars(args).items() if name not in ("dry_run", "verbose", "sparsity")}
+    given = {name: value for name, value in vars(args).items() if name not in (*COMMANDS_OWN, "sparsity")}
     settings = settings_of(given)
     with working_together(pick_device(settings.device)) as processes:
         planned = prepare(settings, args.sparsity, processes)

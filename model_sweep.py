@@ -9,6 +9,7 @@ import argparse
 
 from model_evaluate import row_limit
 from model_pruning import parser_of_pruning
+from olica.checks import COMMANDS_OWN
 from olica.command_line import run_command
 from olica.machine import pick_device
 from olica.output import with_error
@@ -53,7 +54,7 @@ def print_point(point: dict) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Plan; unless that was all, do the sweep, and say where its page is and what it found."""
-    given = {name: value for name, value in vars(args).items() if name not in ("dry_run", "verbose")}
+    given = {name: value for name, value in vars(args).items() if name not in COMMANDS_OWN}
     with working_together(pick_device(args.device)) as processes:
         plan = plan_sweep(given, processes)
         if processes.is_main:

@@ -3,7 +3,8 @@
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,12 @@ from .errors import UsageError
 
 # Sizes of files as people write them: in powers of a thousand, as disks are sold.
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+# Flags by which a command prints something else, or more, and whose they are: a call from Python has none of them.
+COMMANDS_OWN = {
+    "dry_run": "model_pruning.py and model_sweep.py",
+    "list_recipes": "model_pruning.py and model_sweep.py",
+    "verbose": "the commands",
+}
 # How a file begins that git-lfs has not fetched, and what such a file has at most (the format's own limit).
 POINTER_START, POINTER_BYTES = b"version https://git-lfs", 1024
 
@@ -48,6 +55,18 @@ def check_choice(flag: str, value: Any, choices: Iterable[Any]) -> None:
     choices = list(choices)
     if not any(isinstance(value, type(choice)) and value == choice for choice in choices):
         raise UsageError(f"--{flag} {value} is none of {', '.join(map(str, choices))}")
+
+
+def refuse_unknown(names: Iterable[str], known: Sequence[str]) -> None:
+    """Raise UsageError for an argument that a call from Python has not; names those like it, or else all there are."""
+    for name in names:
+        if name in known:
+            continue
+        if name in COMMANDS_OWN:
+            raise UsageError(f"there is no argument {name}: it is a flag of {COMMANDS_OWN[name]} alone")
+        near = get_close_matches(name, known)
+        others = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
+        raise UsageError(f"there is no argument {name}; {others}")
 
 
 def as_bytes(flag: str, value: str) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from .checks import as_bytes, as_kind, check_choice
+from .checks import as_bytes, as_kind, check_choice, refuse_unknown
 from .errors import UsageError
 from .machine import BatchSize, pick_device
 from .methods.allocation import largest_possible
@@ -200,17 +200,24 @@ class Job:
         return Sizes.of_all(self.config)
 
 
-def settings_of(given: dict[str, Any]) -> Settings:
+def settings_of(given: dict[str, Any], others: Iterable[str] = ()) -> Settings:
     """Settings, some of which are parameters of the recipe.
+
+    Args:
+        given: by their names.
+        others: names of what the caller takes beside them, for messages.
 
     Raises:
         UsageError: a name that is neither, or a value that cannot be.
     """
-    names = {f.name for f in fields(Settings)} - {"parameters"}
+    names = [f.name for f in fields(Settings) if f.name != "parameters"]
     own = {name: value for name, value in given.items() if name in names}
     parameters = {name: value for name, value in given.items() if name not in names}
     settings = Settings(**own, parameters=parameters)
-    RECIPES[settings.recipe].with_parameters(parameters)
+    recipe, of_recipes = RECIPES[settings.recipe], {name for row in RECIPES.values() for name in row.parameter_names}
+    strangers = [name for name in parameters if name not in of_recipes]
+    refuse_unknown(strangers, [*names, *others, *recipe.parameter_names])
+    recipe.with_parameters(parameters)
     return settings
 
 

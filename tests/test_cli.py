@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
 
@@ -23,6 +23,7 @@ import model_evaluate
 import model_pruning
 import olica
 from olica import jobs, run
+from olica.checks import COMMANDS_OWN
 from olica.command_line import run_command
 from olica.errors import UsageError
 from olica.methods.olica import OlicaParameters, released
@@ -458,6 +459,31 @@ def test_values_of_another_type_are_refused_by_their_flag(here, name, value):
     with pytest.raises(UsageError, match=rf"--{name}\b"):
         olica.prune("tiny", **usual | {name: value})
     assert files_in(here) == before, "something was left behind"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"sparsty": 0.2}, "there is no argument sparsty; did you mean sparsity or sparsity_of?"),
+        ({"percdam": 0.2}, "there is no argument percdam; did you mean percdamp?"),
+        ({"percdam": 0.2, "recipe": "flap"}, "there is no argument percdam; there are base_model, dtype, datasets, "),
+        ({"percdamp": 0.2, "recipe": "flap"}, "--percdamp is no parameter of --recipe flap"),
+        ({"parameters": {"k": 3}}, "there is no argument parameters; "),
+        ({"dry_run": True}, "there is no argument dry_run: it is a flag of model_pruning.py and model_sweep.py alone"),
+        ({"list_recipes": True}, "there is no argument list_recipes: it is a flag of model_pruning.py and"),
+        ({"verbose": True}, "there is no argument verbose: it is a flag of the commands alone"),
+    ],
+)
+def test_arguments_that_a_pruning_has_not_are_refused_by_their_names(here, given, words):
+    with pytest.raises(UsageError) as raised:
+        olica.prune("tiny", **given)
+    assert str(raised.value).startswith(words)
+
+
+def test_flags_that_are_no_settings_are_known_as_such():
+    parsed = {action.dest for action in model_pruning.build_parser()._actions} - {"help"}
+    of_recipes = {name for recipe in RECIPES.values() for name in recipe.parameter_names}
+    assert parsed - of_recipes - {field.name for field in fields(jobs.Settings)} == COMMANDS_OWN.keys()
 
 
 def test_numbers_that_are_given_as_text_are_those_numbers(here):

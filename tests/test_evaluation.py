@@ -122,7 +122,10 @@ def test_python_finds_a_checkpoint_as_the_command_line_does(here):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (dict(batch=3), "batch is no setting of an evaluation; there are batch_size"),
+        (dict(batch=3), "there is no argument batch; did you mean batch_size?"),
+        (dict(weight=3), "there is no argument weight; there are base_model, sparsity, sparsity_of, save_dir, "),
+        (dict(verbose=True), "there is no argument verbose: it is a flag of the commands alone"),
+        (dict(dry_run=True), "there is no argument dry_run: it is a flag of model_pruning.py and model_sweep.py alone"),
         (dict(checkpoint="tiny"), "checkpoint is the first argument"),
         (dict(batch_size=0), "--batch_size 0 must be at least 1"),
         (dict(batch_size=2.5), "--batch_size 2.5: give a whole number"),

@@ -207,8 +207,10 @@ def test_from_python(here):
     assert done.page == FOLDER / "sweep.html" and done.page.is_file()
     assert [point["sparsity"] for point in done.record["points"]] == [0.1, 0.2]
     assert without_times(json.loads(json.dumps(done.record))) == without_times(sweep("--sparsity=0.1,0.2"))
-    with pytest.raises(UsageError, match="held_bak"):
+    with pytest.raises(UsageError, match=r"^there is no argument held_bak; did you mean held_back.*\?$"):
         olica.sweep("tiny", held_bak=3)
+    with pytest.raises(UsageError, match="^there is no argument dry_run: it is a flag of .*model_sweep.py alone$"):
+        olica.sweep("tiny", dry_run=True)
 
 
 def test_a_dry_run_writes_nothing(here, capsys):

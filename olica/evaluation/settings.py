@@ -1,13 +1,12 @@
 """What an evaluation is asked for: the flags of model_evaluate.py, their defaults, and what is wrong with a value."""
 
-import difflib
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from os.path import exists, expanduser
 from typing import Any, Self
 
-from ..checks import as_kind, check_choice
+from ..checks import as_kind, check_choice, refuse_unknown
 from ..errors import UsageError
 from ..machine import DEVICES
 from ..outputs.names import SPARSITY_OF
@@ -88,11 +87,7 @@ class EvaluationSettings:
         Raises:
             UsageError: a name is that of no setting, or a value is wrong.
         """
-        known = [field.name for field in fields(cls)]
-        for name in values:
-            if name not in known:
-                nearest = difflib.get_close_matches(name, known)
-                raise UsageError(f"{name} is no setting of an evaluation; there are {', '.join(nearest or known)}")
+        refuse_unknown(values, [field.name for field in fields(cls)])
         joined = {
             name: value if isinstance(value, str) else ",".join(as_kind(name, item, str) for item in value) or absent
             for name, absent in (("ppl", "none"), ("tasks", ""))

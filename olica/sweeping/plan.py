@@ -141,10 +141,10 @@ def plan_sweep(given: dict[str, Any], processes: Processes = ALONE) -> SweepPlan
     Raises:
         UsageError: what was asked for is impossible.
     """
-    own = {f.name for f in fields(SweepSettings)}
+    own = [f.name for f in fields(SweepSettings)]
     wanted = SweepSettings(**{name: value for name, value in given.items() if name in own})
     others = {name: value for name, value in given.items() if name not in own}
-    settings = settings_of(others)
+    settings = settings_of(others, own)
     if wanted.held_back_datasets is None and is_token_file(settings.datasets):
         raise UsageError(
             f"--datasets {settings.datasets} is a token file, which has no further text to hold back: give "
