@@ -1,11 +1,13 @@
 """Checks of tensors, of files and of places to write to, before work is done in vain."""
 
+import errno
 import os
 import re
 import shutil
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -85,9 +87,13 @@ def as_bytes(flag: str, value: str) -> int:
 def check_writable(path: Path, flag: str) -> Path:
     """The nearest folder above `path` that exists; raises UsageError, naming `flag`, unless it can be written to."""
     parent = next(p for p in path.absolute().parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UsageError(f"{flag}: {parent} is not a folder that can be written to")
-    return parent
+    try:
+        with TemporaryDirectory(dir=parent):  # tried out: of /proc, for one, the permissions say nothing
+            return parent
+    except OSError as error:
+        if error.errno == errno.ENOSPC:  # `check_room` says how much is missing
+            return parent
+        raise UsageError(f"{flag}: {parent} is not a folder that can be written to") from error
 
 
 def check_room(path: Path, needed: int, flag: str, what: str) -> None:

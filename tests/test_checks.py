@@ -1,9 +1,13 @@
+import errno
 import math
+import os
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from olica.checks import all_finite, check_record_path, check_writable, refuse_pointers
+from olica.checks import all_finite, check_record_path, check_room, check_writable, refuse_pointers
 from olica.errors import UsageError
 
 
@@ -22,9 +26,28 @@ def test_a_tensor_without_entries_is_sound():
 
 def test_the_nearest_folder_that_is_there_has_to_take_what_is_written(tmp_path):
     assert check_writable(tmp_path / "a" / "b" / "c.json", "--flag") == tmp_path
+    assert not list(tmp_path.iterdir()), "nothing is left of the trial"
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match=f"--flag: {tmp_path / 'file'} is not a folder that can be written to"):
         check_writable(tmp_path / "file" / "c.json", "--flag")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="wants a folder in which none can be made")
+def test_a_folder_that_lets_nobody_write_is_told_by_trying():
+    for place in ("/proc/pruned", "/proc/pruned/model/config.json"):
+        with pytest.raises(UsageError, match="^--flag: /proc is not a folder that can be written to$"):
+            check_writable(Path(place), "--flag")
+
+
+def test_a_full_disk_is_no_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
+    def full(path, *_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "mkdir", full)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**6))
+    assert check_writable(tmp_path / "a", "--flag") == tmp_path
+    with pytest.raises(UsageError, match="--flag: the model takes 2.00 GB more, and .* has 0.00 GB free"):
+        check_room(tmp_path / "a", 2 * 10**9, "--flag", "the model")
 
 
 def test_a_record_may_take_the_place_of_a_file_only(tmp_path):

@@ -443,6 +443,14 @@ def test_wrong_input_to_pruning(here, capsys, flags, words):
     assert files_in(here) == before, "something was left behind"
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="wants a folder in which none can be made")
+def test_a_save_dir_that_cannot_be_made_is_refused_by_its_flag(here, capsys):
+    said = "--save_dir: /proc is not a folder that can be written to"
+    assert said in refused(capsys, prune, "--save_dir=/proc/pruned")
+    with pytest.raises(UsageError, match=said):
+        olica.prune("tiny", datasets="rows.jsonl", num_samples=6, seqlen=32, mlp_num=1, save_dir="/proc/pruned")
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
