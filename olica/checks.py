@@ -84,9 +84,21 @@ def as_bytes(flag: str, value: str) -> int:
     return size
 
 
+def check_no_file(path: Path, flag: str) -> None:
+    """Raise UsageError, naming `flag`, if `path`, which need not exist, is a file or would lie in one."""
+    nearest = _nearest(path.absolute())
+    if not nearest.is_dir():
+        raise UsageError(f"{flag} {path}: {nearest} is a file; give a folder, which need not exist")
+
+
+def _nearest(path: Path) -> Path:
+    """The path, or the first above it that exists."""
+    return next(p for p in (path, *path.parents) if p.exists())
+
+
 def check_writable(path: Path, flag: str) -> Path:
     """The nearest folder above `path` that exists; raises UsageError, naming `flag`, unless it can be written to."""
-    parent = next(p for p in path.absolute().parents if p.exists())
+    parent = _nearest(path.absolute().parent)
     try:
         with TemporaryDirectory(dir=parent):  # tried out: of /proc, for one, the permissions say nothing
             return parent

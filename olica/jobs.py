@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from .checks import as_bytes, as_kind, check_choice, refuse_unknown
+from .checks import as_bytes, as_kind, check_choice, check_no_file, refuse_unknown
 from .errors import UsageError
 from .machine import BatchSize, pick_device
 from .methods.allocation import largest_possible
@@ -244,6 +244,7 @@ def prepare(settings: Settings, sparsities: Sequence[float], processes: Processe
 
 def _prepare(settings: Settings, processes: Processes) -> Job:
     recipe = RECIPES[settings.recipe]
+    check_no_file(Path(settings.data_dir), "--data_dir")
     location = locate(settings.base_model)
     config = read_config(location)
     refuse_unprunable(config, location)

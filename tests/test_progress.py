@@ -334,7 +334,8 @@ def test_corrections_of_another_number_and_rank_share_a_survey(here, surveyed):
 
 
 def test_where_no_survey_can_be_kept_one_is_made_all_the_same(here, undisturbed, caplog, monkeypatch):
-    Path("data").write_text("a file in the way")
+    Path("data").mkdir()
+    Path("data/surveys").write_text("a file in the way")
     assert prune() == 0
     assert "the survey is not kept" in caplog.text
     assert contents(FOLDER) == undisturbed

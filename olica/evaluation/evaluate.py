@@ -10,7 +10,7 @@ from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
-from ..checks import check_record_path
+from ..checks import check_no_file, check_record_path
 from ..errors import UsageError, memory_in_words
 from ..machine import pick_device
 from ..outputs import identity, records
@@ -211,6 +211,7 @@ def make_protocol(asked: EvaluationSettings, dtype: str, windows: Sequence[TestW
     `windows` are measured after the texts that the settings name.
     """
     data_dir = Path(asked.data_dir)
+    check_no_file(data_dir, "--data_dir")
     names = [] if asked.ppl == "none" else listed(asked.ppl, "--ppl")
     texts = [TestText(name, *evaluation_text(expanduser(name), data_dir, flag="--ppl")) for name in names]
     tasks = listed(asked.tasks, "--tasks")
