@@ -111,21 +111,26 @@ def splitting() -> PreTrainedTokenizerFast:
 
 
 OTHERS = {
-    "splits text in another way": lambda: split_by(pre_tokenizers.Split(Regex("x"), "isolated"), BYTES),
-    "splits text in another way, which": lambda: split_by(pre_tokenizers.ByteLevel(add_prefix_space=True)),
-    "is of the kind Unigram": lambda: PreTrainedTokenizerFast(
+    "it splits text in a way that llama.cpp has no name for": lambda: split_by(
+        pre_tokenizers.Split(Regex("x"), "isolated"), BYTES
+    ),
+    "it splits text in a way that llama.cpp has no name for; those": lambda: split_by(
+        pre_tokenizers.ByteLevel(add_prefix_space=True)
+    ),
+    "it is of the kind Unigram, not BPE": lambda: PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.Unigram([("a", 0.0)], unk_id=0)), unk_token="a"
     ),
-    "merges nothing": make_tokenizer,
-    "knows neither bytes nor how to fall back on them": sentencepiece_like,
-    r"changes text by a normaliser \(NFKC\)": normalising,
-    r"splits text by a step \(Whitespace\)": splitting,
+    "its list of merges is empty: it has no rule that joins characters to longer tokens": make_tokenizer,
+    "it can spell no character in bytes, as SentencePiece does where it has no other token": sentencepiece_like,
+    r"it changes text by a normaliser \(NFKC\), besides marking spaces": normalising,
+    r"it splits text by a step \(Whitespace\) that SentencePiece lacks": splitting,
 }
 
 
 @pytest.mark.parametrize("message", OTHERS)
 def test_a_tokenizer_that_llama_cpp_has_no_name_for_is_refused(message):
-    with pytest.raises(UsageError, match=f"--gguf: the tokenizer {message}.*known are byte-level BPE"):
+    said = f"^--gguf: the model's tokenizer cannot be written for llama.cpp, since {message}.* can are byte-level BPE"
+    with pytest.raises(UsageError, match=said):
         vocabulary_of(OTHERS[message](), config_of())
 
 

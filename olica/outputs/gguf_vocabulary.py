@@ -102,11 +102,11 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) 
     else:
         model, split = "gpt2", SPLITS.get(splits)
         if split is None:
-            raise _unknown("splits text in another way")
+            raise _unwritable("it splits text in a way that llama.cpp has no name for")
     tokens, types = _tokens(tokenizer, config.vocab_size, byte_level=splits is not None)
     merges = [pair if isinstance(pair, list) else pair.split(" ") for pair in stored["model"]["merges"]]
     if not merges:
-        raise _unknown("merges nothing")
+        raise _unwritable("its list of merges is empty: it has no rule that joins characters to longer tokens")
     # Who merges what differs: byte-level BPE the pair of lowest rank, SentencePiece that which makes the token of the
     # highest score.
     if splits is not None:
@@ -125,17 +125,19 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) 
     )
 
 
-def _unknown(what: str) -> UsageError:
-    return UsageError(f"--gguf: the tokenizer {what}, which llama.cpp has no name for here; known are {KNOWN}")
+def _unwritable(why: str) -> UsageError:
+    return UsageError(
+        f"--gguf: the model's tokenizer cannot be written for llama.cpp, since {why}; those that can are {KNOWN}"
+    )
 
 
 def _stored(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What tokenizer.json says of the tokenizer."""
     if not tokenizer.is_fast:
-        raise _unknown("is one of no tokenizer.json")
+        raise _unwritable("it has no tokenizer.json")
     stored = json.loads(tokenizer.backend_tokenizer.to_str())
     if stored["model"]["type"] != "BPE":
-        raise _unknown(f"is of the kind {stored['model']['type']}")
+        raise _unwritable(f"it is of the kind {stored['model']['type']}, not BPE")
     return stored
 
 
@@ -170,7 +172,7 @@ def _splits(stored: dict[str, Any]) -> tuple[str, ...] | None:
 def _refuse_normalisation(stored: dict[str, Any]) -> None:
     """Raise UsageError for a tokenizer that is none of SentencePiece, or does more to a text than mark its spaces."""
     if not stored["model"]["byte_fallback"]:
-        raise _unknown("knows neither bytes nor how to fall back on them")
+        raise _unwritable("it can spell no character in bytes, as SentencePiece does where it has no other token")
     for part in _parts(stored["normalizer"], "normalizers"):
         match part:
             case {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}:
@@ -178,7 +180,7 @@ def _refuse_normalisation(stored: dict[str, Any]) -> None:
             case {"type": "Prepend", "prepend": "\u2581"}:
                 pass
             case _:
-                raise _unknown(f"changes text by a normaliser ({part['type']})")
+                raise _unwritable(f"it changes text by a normaliser ({part['type']}), besides marking spaces")
     for part in _parts(stored["pre_tokenizer"], "pretokenizers"):
         match part:
             case {"type": "Metaspace", "replacement": "\u2581"}:
@@ -186,7 +188,7 @@ def _refuse_normalisation(stored: dict[str, Any]) -> None:
             case {"type": "Split", "pattern": {"String": " "}}:
                 pass  # where no space is left: the normaliser has replaced them
             case _:
-                raise _unknown(f"splits text by a step ({part['type']}) that SentencePiece lacks")
+                raise _unwritable(f"it splits text by a step ({part['type']}) that SentencePiece lacks")
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, rows: int, byte_level: bool) -> tuple[list[str], list[TokenType]]:
