@@ -151,6 +151,14 @@ def test_python_blocks_compile(page):
             compile(block.text, page.name, "exec")
 
 
+@every_page
+def test_a_model_is_saved_with_its_tokenizer(page):
+    text = "\n".join(block.text for block in blocks(page) if block.language == "python")
+    folders = re.findall(r'\.save_pretrained\("(.+?)"', text)
+    assert set(folders) == set(re.findall(r'okenizer\b.*\.save_pretrained\("(.+?)"', text))
+    assert all(folders.count(folder) == 2 for folder in folders)
+
+
 def test_the_script_of_after_pruning_runs_all_python_of_its_page():
     page, script = (ROOT / path for path in ("docs/after-pruning.md", "scripts/after_pruning.sh"))
     sections = re.split(r"^## ", page.read_text(), flags=re.MULTILINE)[1:]
