@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from conftest import make_tokenizer, prune, write_pruned
 from tiny_families import LLAMA3_SCALING, make_family
-from transformers import AutoConfig, AutoTokenizer, Gemma3TextConfig, Phi3Config, cache_utils
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, Phi3Config, cache_utils
 
 import olica
 from olica.model import configuration_olica
@@ -53,6 +54,22 @@ def test_every_family_says_theta_and_dtype_by_both_names(family, tmp_path):
         assert not {"rope_theta", "rope_scaling", "torch_dtype"} & vars(pruned).keys(), "said once in memory"
         assert pruned.rope_parameters == rope
     assert (tmp_path / "first/config.json").read_bytes() == (tmp_path / "second/config.json").read_bytes()
+
+
+@pytest.mark.parametrize(("layout", "recipe"), [("olica", "olica"), ("deci", "olica-plus"), ("stock", "magnitude")])
+def test_nobody_is_warned_of_names_that_are_deprecated(layout, recipe, here, monkeypatch):
+    """Neither who prunes from Python, nor who saves the checkpoint again: the release warns once in a process."""
+    said = []
+    monkeypatch.setattr(logging.Logger, "warning_once", lambda _, message, *__: said.append(message))
+    own = {"mlp_num": 1, "ratio": 0.1} if recipe == "olica" else {}
+    usual = dict(datasets="ids.safetensors", save_dir="out", round_to=1)
+    done = olica.prune("tiny", layout=layout, recipe=recipe, **usual, **own)
+    model = AutoModelForCausalLM.from_pretrained(done.folder)
+    model.save_pretrained("again")
+    assert repr(model.config) and not [message for message in said if "deprecated" in message]
+    if layout == "olica":  # the file says both names all the same
+        first, second = (json.loads((Path(folder) / "config.json").read_text()) for folder in (done.folder, "again"))
+        assert first == second and first["dtype"] == first["torch_dtype"] == "float32"
 
 
 def test_former_names_of_the_peculiar():

@@ -171,10 +171,12 @@ class BothNames:
         known = {name: value for name, value in config_dict.items() if name not in others}
         return super().from_dict(known if HAS_ROPE_PARAMETERS else known | former, **kwargs)
 
-    def to_dict(self):
-        """The settings by new and former names."""
-        settings = super().to_dict()
-        return settings | (former_names(settings) if HAS_ROPE_PARAMETERS else {})
+    def to_diff_dict(self):
+        """What the file says: the settings by new and former names.
+
+        Not `to_dict`: the library asks the object for each of its names, and warns of those that are deprecated.
+        """
+        return super().to_diff_dict() | (former_names(self.to_dict()) if HAS_ROPE_PARAMETERS else {})
 
 
 @settings_class

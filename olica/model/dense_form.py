@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from ..checks import all_finite
-from .configuration_olica import PREFIX, LayerShape, PrunedConfig, former_names, head_dim
+from .configuration_olica import PREFIX, LayerShape, PrunedConfig, head_dim
 from .modeling_olica import (
     FUSED,
     CorrectedMLP,
@@ -33,10 +33,8 @@ OPEN = 32.0
 def own_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The configuration of the dense model of which a pruned one of `config` was made."""
     ours = {"model_type", "architectures", "auto_map", "transformers_version", *PrunedConfig.__annotations__}
-    settings = config.to_dict()
-    ours |= former_names(settings).keys()  # of the file, where they are written anew
     return CONFIG_MAPPING[config.model_type.removeprefix(PREFIX)](
-        **{name: value for name, value in settings.items() if name not in ours}
+        **{name: value for name, value in config.to_dict().items() if name not in ours}
     )
 
 
