@@ -57,7 +57,7 @@ def survey_layers(work: Work, plan: list[LayerShape] | None, progress: SurveyPro
         hidden, calls = enter_layers(dense, work.own_ids, hidden, options.cache_device)
     for index, layer in dense.layers(options.device, "survey", first=len(found)):
         last, shape = index + 1 == layers, None if plan is None else plan[index]
-        entering = hidden[probes.own_rows] if probes and probes.first_of(index) == index else None
+        entering = hidden[probes.own_rows] if probes and probes.group_of(index).start == index else None
         moments = Moments(needs[index], dense.config.num_attention_heads)
         if is_streaming:
             # The states behind the last layer are those of the dense model, which variants are compared with.
@@ -106,9 +106,9 @@ class Probes:
         """Go on with the states of an earlier run."""
         self.states = {key: state.to(self._options.cache_device) for key, state in states.items()}
 
-    def first_of(self, index: int) -> int:
-        """The first layer of the group that the layer `index` is in."""
-        return next(group.start for group in self._groups if index in group)
+    def group_of(self, index: int) -> range:
+        """The group that the layer `index` is in."""
+        return next(group for group in self._groups if index in group)
 
     def tasks(self, index: int, layer: nn.Module, seen: Layer) -> list[Callable[[], Weights]]:
         """What computes the weights of the variants of a layer."""
@@ -125,7 +125,7 @@ class Probes:
 
         `entering` (n, T, D) are the states that enter the first layer of a group.
         """
-        config, batch_size, first = self._dense.config, self._options.batch_size, self.first_of(index)
+        config, batch_size, first = self._dense.config, self._options.batch_size, self.group_of(index).start
         for (other, _), state in self.states.items():
             if other != first:
                 propagate(layer, state, call, batch_size)
@@ -141,7 +141,7 @@ class Probes:
         """The findings, completed by how far the logits of all variants are from those of the dense model."""
         survey, tokens, processes = self._survey, self._tokens, self._options.processes
         for (first, _), state in self.states.items():
-            check_trial(state, next(group for group in self._groups if group.start == first))
+            check_trial(state, self.group_of(first))
         positions = torch.arange(min(survey.stride, tokens) - 1, tokens, survey.stride)
         compared: list[dict[tuple[int, int], float]] = []  # of every sample
         with reading_logits(self._dense, positions, self._options.device) as logits:
