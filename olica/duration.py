@@ -1,11 +1,12 @@
 """How long a pruning takes, from what the stages of another one took on the same kind of device.
 
-What a stage takes grows with one of five amounts, so that its seconds are multiplied by the ratio of the two prunings'
+What a stage takes grows with one of six amounts, so that its seconds are multiplied by the ratio of the two prunings'
 amounts:
 
     tokens      tokens x parameters of the layers: sending the text through, and the sums of what the layers see
     solves      layers x (parameters of a layer)^1.5, the cube of its width: decompositions and regressions
-    variants    the same as tokens, of what the variants of a survey go through
+    read        the same, of the text that a survey reads
+    variants    the same, of what the variants of a survey go through
     logits      variants x the tokens at which they are compared x parameters beside the layers
     files       parameters of the model: reading and writing
 
@@ -28,7 +29,7 @@ KIND = "pruning speed"
 # What the time of a stage grows with.
 STAGES = {
     "embed": "tokens",
-    "survey: dense layers, sums": "tokens",
+    "survey: dense layers, sums": "read",
     "survey: regressions": "solves",
     "survey: errors by size": "solves",
     "survey: variants on their way": "variants",
@@ -79,6 +80,7 @@ class Pruning:
             "files": self.total,
         }
         survey = recipe.method(recipe.parameters()).survey
+        found["read"] = self.of_layers * (survey.reads(samples) if survey else 0) * tokens
         if isinstance(survey, TravellingSurvey):
             groups = survey.groups(self.layers)
             seen = survey.most_variants * survey.samples(samples) * tokens

@@ -31,6 +31,8 @@ STRIDE = 4
 # same share of the time whatever the text, and small texts still tell the sizes apart.
 SAMPLES_PER_PROBE = 32
 FEWEST_PROBES = 8
+# Of larger calibration sets half is read: how errors grow as sizes shrink takes less text than what is cut.
+ENOUGH_READ = 128
 # Of a token whose logit grows by more, so much counts: the sum of exponentials fits into single precision.
 LARGEST_EXPONENT = 80
 
@@ -53,6 +55,10 @@ class DamageSurvey(TravellingSurvey):
     def most_variants(self) -> int:  # type: ignore[override]
         """See `TravellingSurvey`."""
         return len(self.parts)
+
+    def reads(self, calibration: int) -> int:
+        """See `Survey`."""
+        return min(max(ceil(calibration / 2), ENOUGH_READ, self.probes), calibration)
 
     def samples(self, calibration: int) -> int:
         """See `TravellingSurvey`."""

@@ -63,6 +63,10 @@ class Survey(ABC):
     reads_plan = False
     serves_stages = False
 
+    def reads(self, calibration: int) -> int:
+        """How many of so many samples of the calibration set it reads, spread evenly: all, if nothing else is said."""
+        return calibration
+
     def decided_by(self, parameters: Any) -> dict[str, Any]:
         """Plain values that decide the findings, by name: all parameters, unless a survey knows better."""
         return asdict(parameters)
@@ -99,7 +103,7 @@ class TravellingSurvey(Survey):
 
     @abstractmethod
     def samples(self, calibration: int) -> int:
-        """n, how many of so many samples of the calibration set the variants see."""
+        """n, how many of the samples that it reads, of so many of the calibration set, the variants see."""
 
     def groups(self, layers: int) -> list[range]:
         """The groups of neighbours that so many layers form, in their order."""

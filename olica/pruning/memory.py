@@ -34,8 +34,8 @@ class Demand:
     Attributes:
         embedding: the largest weight beside the decoder layers.
         layer: a dense decoder layer.
-        states: the hidden states of the calibration set, twice where those that leave a dense layer are kept apart; and
-            those of variants that travel.
+        states: the hidden states of the calibration set, twice where those that leave a dense layer are kept apart; or
+            those of what the survey reads, and of variants that travel.
         survey, prune: sums, activations of a batch and work of the stages of these passes, at their peak.
     """
 
@@ -100,7 +100,7 @@ def estimate(task: Task, options: PruningOptions) -> Demand:
     return Demand(
         embedding=task.config.vocab_size * task.config.hidden_size * task.itemsize,
         layer=task.sizes.layer * task.itemsize,
-        states=task.own_states * (2 if is_kept_twice else 1) + _travelling(task) if streams(task) else 0,
+        states=max(task.own_states * (2 if is_kept_twice else 1), _survey_states(task)) if streams(task) else 0,
         survey=max(_survey(task, shape, tokens) for shape in task.shapes),
         prune=max(_cut(task, shape, tokens) for shape in task.shapes),
     )
@@ -120,7 +120,7 @@ def _survey_streams(task: Task) -> bool:
 
 def survey_disk_bytes(task: Task) -> int:
     """Bytes of disk that an unfinished survey takes at most: hidden states, twice while one takes the other's place."""
-    return 2 * (task.states + _travelling(replace(task, processes=ALONE))) if _survey_streams(task) else 0
+    return 2 * _survey_states(replace(task, processes=ALONE))
 
 
 def _survey(task: Task, shape: LayerShape, tokens: int) -> int:
@@ -130,6 +130,14 @@ def _survey(task: Task, shape: LayerShape, tokens: int) -> int:
     needs = frozenset().union(*(survey.needs(index, layers) for index in range(layers)))
     batch = tokens * _per_token(task, needs) if needs else 0
     return _sums(task, needs) + max(batch, survey.workspace(task.sizes, shape), _trials(task))
+
+
+def _survey_states(task: Task) -> int:
+    """Bytes of the hidden states of the samples that the survey reads, and of variants."""
+    survey, samples = task.method.survey, task.ids_shape[0]
+    if survey is None or not _survey_streams(task):
+        return 0
+    return task.processes.most_of(survey.reads(samples)) * task.states // samples + _travelling(task)
 
 
 def _travelling(task: Task) -> int:

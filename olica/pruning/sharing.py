@@ -21,15 +21,16 @@ def combine(moments: Moments, processes: Processes) -> None:
         moments.count = sum(processes.all_of(moments.count))
 
 
-def probe_rows(work: Work, samples: int) -> list[list[int]]:
-    """Which samples the variants of layers see, `samples` in all, for every process.
+def spread(wanted: int, number: int) -> list[int]:
+    """The indices of so many of a number of samples, from all texts, of which one comes after the other."""
+    return [index * number // wanted for index in range(wanted)]
 
-    They are spread over the calibration set, whose texts come one after the other.
-    """
+
+def probe_rows(work: Work, samples: int) -> list[list[int]]:
+    """Which samples the variants of layers see, `samples` in all, for every process."""
     number, processes = len(work.calibration_ids), work.options.processes
-    spread = [index * number // samples for index in range(samples)]
     shares = [processes.rows_of(index, number) for index in range(processes.count)]
-    return [[row for row in spread if row in share] for share in shares]
+    return [[row for row in spread(samples, number) if row in share] for share in shares]
 
 
 def taken_up_survey(work: Work, progress: SurveyProgress, probes: list[list[int]]) -> Surveyed:

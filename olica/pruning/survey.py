@@ -6,6 +6,7 @@ size, V entries in the vocabulary
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -19,7 +20,7 @@ from .activations import calibrate, enter_layers, propagate, reading_logits
 from .cutting import as_seen, put
 from .options import Work
 from .progress import Surveyed, SurveyProgress
-from .sharing import combine, keep_survey, probe_rows, taken_up_survey
+from .sharing import combine, keep_survey, probe_rows, spread, taken_up_survey
 from .soundness import cast_weights, check_finite, check_logits, check_trial, solvable
 
 
@@ -42,8 +43,9 @@ def survey_layers(work: Work, plan: list[LayerShape] | None, progress: SurveyPro
     layers = dense.config.num_hidden_layers
     if survey is None:
         return [{} for _ in range(layers)]
-    processes = options.processes
-    probes = Probes(survey, work) if isinstance(survey, TravellingSurvey) else None
+    processes, samples = options.processes, len(work.calibration_ids)
+    work = replace(work, calibration_ids=work.calibration_ids[spread(survey.reads(samples), samples)])
+    probes = Probes(survey, work, survey.samples(samples)) if isinstance(survey, TravellingSurvey) else None
     so_far = taken_up_survey(work, progress, probes.shares if probes else [])
     found, hidden = list(so_far.findings), so_far.hidden
     if processes.from_main(progress.is_complete):
@@ -85,19 +87,24 @@ def survey_layers(work: Work, plan: list[LayerShape] | None, progress: SurveyPro
 class Probes:
     """Variants of the layers, whose outputs travel through the dense layers that follow.
 
+    Args:
+        survey: says which.
+        work: with the samples that the survey reads.
+        samples: n, how many of these the variants see.
+
     Attributes:
         shares: for every process the samples that its variants see.
         own_rows: (n,) of these the process's own, among its samples.
         states: (n, T, D) of every variant, by the index of the first layer of its group and its number.
     """
 
-    def __init__(self, survey: TravellingSurvey, work: Work):
+    def __init__(self, survey: TravellingSurvey, work: Work, samples: int):
         self.states: dict[tuple[int, int], Tensor] = {}
         self._survey, self._dense, self._options = survey, work.dense, work.options
         self._groups = survey.groups(work.dense.config.num_hidden_layers)
-        samples, processes = len(work.calibration_ids), work.options.processes
-        self.shares = probe_rows(work, survey.samples(samples))
-        first = processes.rows_of(processes.index, samples).start
+        processes = work.options.processes
+        self.shares = probe_rows(work, samples)
+        first = processes.rows_of(processes.index, len(work.calibration_ids)).start
         self.own_rows = torch.tensor(self.shares[processes.index], dtype=torch.long) - first
         self._tokens = work.calibration_ids.shape[1]
         self._shapes = [shape for shape, _ in survey.variants(Sizes.of(work.dense.config))]
