@@ -221,6 +221,14 @@ def test_one_sample_of_32_is_a_probe_unless_the_user_says(given, samples, seen):
     assert plus(PlusParameters(probes=given)).survey.samples(samples) == seen
 
 
+@pytest.mark.parametrize(
+    ("probes", "samples", "read"),
+    [(0, 96, 96), (0, 128, 128), (0, 200, 128), (0, 256, 128), (0, 768, 384), (0, 769, 385), (200, 256, 200)],
+)
+def test_the_survey_reads_half_of_a_large_text_and_all_of_a_small_one(probes, samples, read):
+    assert plus(PlusParameters(probes=probes)).survey.reads(samples) == read
+
+
 def test_the_damage_of_the_size_that_is_tried_is_what_it_does_to_the_output():
     """Against the dense model run with the layer pruned to that size alone, for all tokens that are compared."""
     method, model = plus(PlusParameters(probes=6)), make_llama(num_key_value_heads=2)

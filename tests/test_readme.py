@@ -442,8 +442,8 @@ def test_sizes_of_runs_are_those_that_can_be_worked_out():
         _, _, there, on_host, *_, dense, _, pruned = memory["LLaMA-7B"]
         assert dense == f"{2 * whole / 1e9:.1f}" and float(pruned) == pytest.approx(0.8 * 2 * whole / 1e9, abs=0.06)
         states = 2 * samples * 128 * 4_096 / 1e9  # bfloat16
-        # By olica-plus the states of the variants travel too: three for each of 18 groups, on one sample of 32.
-        states *= 1 if recipe == "olica" else 1 + 3 * 18 / 32
+        # The survey of olica-plus reads half of the samples; of 3 variants of each of 18 groups one in 32 travels too.
+        states *= 1 if recipe == "olica" else 0.5 + 3 * 18 / 32
         assert float(there) - float(on_host) == pytest.approx(states, abs=0.11)
         passes = rows_of(page, "## Time")[f"LLaMA-7B `{recipe}`"][2]
         assert float(passes.replace(",", "")) == pytest.approx(2 * layers * samples * 128 / 1e12, abs=0.5)

@@ -83,10 +83,17 @@ class Trying(TravellingSurvey):
         return completed
 
 
-def work_of(dense: DenseModel, survey: Trying | None = None) -> Work:
+class ReadingHalf(Trying):
+    """Reads every other sample, the same number of which its variants see."""
+
+    def reads(self, calibration):
+        return (calibration + 1) // 2
+
+
+def work_of(dense: DenseModel, survey: Trying | None = None, ids: torch.Tensor = IDS) -> Work:
     method = uncorrected("magnitude")
     method = type(method)(method.stream, survey or Trying(), method.allocate, method.passes)
-    return Work(dense, IDS, method, pruning_options(batch_size=BatchSize(2)))
+    return Work(dense, ids, method, pruning_options(batch_size=BatchSize(2)))
 
 
 @torch.no_grad()
@@ -140,6 +147,17 @@ def test_the_logits_are_those_of_the_dense_model_with_those_layers_replaced(fami
         assert all(parameter.is_meta for parameter in dense.model.parameters()), "the weights are given back"
     else:
         close(model(IDS[ROWS]).logits[:, STRIDE - 1 :: STRIDE], expected[None])
+
+
+def test_a_survey_that_reads_half_of_the_text_finds_what_one_of_that_half_finds():
+    """Bit for bit; the samples are as far apart as they can be."""
+    model = make_llama()
+    found = survey_layers(work_of(DenseModel(model), ReadingHalf()), None, SurveyProgress())
+    expected = survey_layers(work_of(DenseModel(model), ids=IDS[[0, 1, 3, 5]]), None, SurveyProgress())
+    whole = survey_layers(work_of(DenseModel(model)), None, SurveyProgress())
+    for one, same, other in zip(found, expected, whole, strict=True):
+        assert one.keys() == same.keys() and all(torch.equal(one[name], same[name]) for name in one)
+        assert not any(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
