@@ -18,14 +18,15 @@ from olica.command_line import run_command
 
 ROOT = Path(__file__).parents[1]
 PRUNING, EVALUATION = str(ROOT / "model_pruning.py"), str(ROOT / "model_evaluate.py")
-# A disk that takes its time, every layer being written in the background, as beside a GPU; and pauses between measures.
+# A disk that takes its time, more than a busy machine may keep this process waiting, every layer being written in the
+# background, as beside a GPU; and pauses between measures.
 SLOW_WRITING = """
 import time
 from olica.outputs.journal import Journal
 from olica.outputs.run_folder import RunFolder
 begin, write = RunFolder.begin, Journal.write
 RunFolder.begin = lambda self, *args, **settings: begin(self, *args, **settings | {"in_background": True})
-Journal.write = lambda self, *args: time.sleep(0.2) or write(self, *args)
+Journal.write = lambda self, *args: time.sleep(1) or write(self, *args)
 """
 SLOW_MEASURES = """
 import time
