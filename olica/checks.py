@@ -4,7 +4,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -71,6 +71,12 @@ def refuse_unknown(names: Iterable[str], known: Sequence[str]) -> None:
         raise UsageError(f"there is no argument {name}; {others}")
 
 
+def refuse_twice(name: str, function: str, given: Mapping[str, Any]) -> None:
+    """Raise UsageError if the first argument of a function, which has no name of a flag, was also given by that."""
+    if name in given:
+        raise UsageError(f"{name} is the first argument of {function}, and is given without a name")
+
+
 def as_bytes(flag: str, value: str) -> int:
     """Bytes of a size that is written as a number and a unit of UNITS.
 
@@ -86,19 +92,22 @@ def as_bytes(flag: str, value: str) -> int:
 
 def check_no_file(path: Path, flag: str) -> None:
     """Raise UsageError, naming `flag`, if `path`, which need not exist, is a file or would lie in one."""
-    nearest = _nearest(path.absolute())
+    nearest = _nearest(path.absolute(), flag)
     if not nearest.is_dir():
         raise UsageError(f"{flag} {path}: {nearest} is a file; give a folder, which need not exist")
 
 
-def _nearest(path: Path) -> Path:
-    """The path, or the first above it that exists."""
-    return next(p for p in (path, *path.parents) if p.exists())
+def _nearest(path: Path, flag: str) -> Path:
+    """The path, or the first above it that exists; raises UsageError, naming `flag`, if it can be no path."""
+    try:
+        return next(p for p in (path, *path.parents) if p.exists())
+    except OSError as error:  # a name that is too long
+        raise UsageError(f"{flag} {path}: {error.strerror}; give another folder") from error
 
 
 def check_writable(path: Path, flag: str) -> Path:
     """The nearest folder above `path` that exists; raises UsageError, naming `flag`, unless it can be written to."""
-    parent = _nearest(path.absolute().parent)
+    parent = _nearest(path.absolute().parent, flag)
     try:
         with TemporaryDirectory(dir=parent):  # tried out: of /proc, for one, the permissions say nothing
             return parent

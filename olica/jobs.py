@@ -216,7 +216,8 @@ def settings_of(given: dict[str, Any], others: Iterable[str] = ()) -> Settings:
     settings = Settings(**own, parameters=parameters)
     recipe, of_recipes = RECIPES[settings.recipe], {name for row in RECIPES.values() for name in row.parameter_names}
     strangers = [name for name in parameters if name not in of_recipes]
-    refuse_unknown(strangers, [*names, *others, *recipe.parameter_names])
+    named = [name for name in names if name != "base_model"]  # the first argument has no name
+    refuse_unknown(strangers, [*named, *others, *recipe.parameter_names])
     recipe.with_parameters(parameters)
     return settings
 

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
-from .checks import as_kind
+from .checks import as_kind, refuse_twice
 from .errors import UsageError, memory_in_words
 from .jobs import Job, Settings, prepare, settings_of
 from .machine import BatchSize, full_precision, pick_device
@@ -88,6 +88,7 @@ def prune(
         UsageError: wrong input, or too little memory or disk; the message says what to do. Where it is raised in one of
             several processes, the others raise `ProcessLost`, which is one too.
     """
+    refuse_twice("base_model", "prune", settings)
     texts = {"base_model": model, "save_dir": save_dir, "recipe": recipe}
     wanted = {name: as_kind(name, value, str) for name, value in texts.items()} | {"datasets": datasets}
     several = isinstance(sparsity, Sequence) and not isinstance(sparsity, str)

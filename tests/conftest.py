@@ -11,7 +11,7 @@ import gc
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -330,3 +330,13 @@ def bos_tokenizer():
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
     )
     return tokenizer
+
+
+def refused(capsys, call: Callable, *arguments) -> str:
+    """The message of a command that must end with status 2 and one sentence on standard error."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        call(*arguments)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert ended.value.code == 2 and len(lines) == 1
+    return lines[0].split("error: ", 1)[1]

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import load_weights, make_llama, make_tokenizer
+from conftest import load_weights, make_llama, make_tokenizer, refused
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -66,15 +66,6 @@ def prune(*arguments: str) -> int:
 
 def evaluate(*arguments: str) -> int:
     return run_command(model_evaluate.build_parser(), model_evaluate.run, list(arguments))
-
-
-def refused(capsys, call, *arguments: str) -> str:
-    """The message of a call that must end with status 2 and one sentence on standard error."""
-    with pytest.raises(SystemExit) as ended:
-        call(*arguments)
-    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-    assert ended.value.code == 2 and len(lines) == 1
-    return lines[0].split("error: ", 1)[1]
 
 
 def files_in(folder: Path) -> set[str]:
@@ -453,6 +444,13 @@ def test_a_save_dir_that_cannot_be_made_is_refused_by_its_flag(here, capsys):
         olica.prune("tiny", datasets="rows.jsonl", num_samples=6, seqlen=32, mlp_num=1, save_dir="/proc/pruned")
 
 
+@pytest.mark.parametrize("flag", ["--save_dir", "--data_dir"])
+@pytest.mark.parametrize("dry_run", [[], ["--dry_run"]])
+def test_a_name_that_is_too_long_is_refused_by_its_flag(here, capsys, flag, dry_run):
+    said = refused(capsys, prune, f"{flag}={'a' * 300}", *dry_run)
+    assert said.startswith(flag) and said.endswith("File name too long; give another folder")
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -476,9 +474,10 @@ def test_values_of_another_type_are_refused_by_their_flag(here, name, value):
     [
         ({"sparsty": 0.2}, "there is no argument sparsty; did you mean sparsity or sparsity_of?"),
         ({"percdam": 0.2}, "there is no argument percdam; did you mean percdamp?"),
-        ({"percdam": 0.2, "recipe": "flap"}, "there is no argument percdam; there are base_model, dtype, datasets, "),
+        ({"percdam": 0.2, "recipe": "flap"}, "there is no argument percdam; there are dtype, datasets, "),
         ({"percdamp": 0.2, "recipe": "flap"}, "--percdamp is no parameter of --recipe flap"),
         ({"parameters": {"k": 3}}, "there is no argument parameters; "),
+        ({"base_model": "other"}, "base_model is the first argument of prune, and is given without a name"),
         ({"dry_run": True}, "there is no argument dry_run: it is a flag of model_pruning.py and model_sweep.py alone"),
         ({"list_recipes": True}, "there is no argument list_recipes: it is a flag of model_pruning.py and"),
         ({"verbose": True}, "there is no argument verbose: it is a flag of the commands alone"),

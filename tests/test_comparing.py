@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_llama, make_tokenizer
+from conftest import make_llama, make_tokenizer, refused
 from safetensors.torch import load_file, save_file
 from test_scripts import load
 from torch import nn
@@ -56,13 +56,6 @@ def chat():
 
 def command(script, *flags: str) -> int:
     return run_command(script.build_parser(), script.run, [*flags])
-
-
-def refused(capsys, script, *flags: str) -> str:
-    with pytest.raises(SystemExit) as ended:
-        command(script, *flags)
-    assert ended.value.code == 2
-    return capsys.readouterr().err
 
 
 @pytest.fixture
@@ -122,11 +115,11 @@ def test_a_lora_of_a_dense_model_keeps_its_dtype(tiny):
 def test_wrong_input_to_lora(tiny, capsys):
     script, ids = load("benchmarks/lora.py"), f"--datasets={tiny / 'ids.safetensors'}"
     flags = [f"--checkpoint={tiny / 'tiny'}", f"--data_dir={tiny}", f"--output_path={tiny / 'retrained'}"]
-    assert "--epochs 0 must be at least 1" in refused(capsys, script, *flags, ids, "--epochs=0")
-    assert "exists already" in refused(capsys, script, *flags, ids, f"--output_path={tiny / 'tiny'}")
+    assert "--epochs 0 must be at least 1" in refused(capsys, command, script, *flags, ids, "--epochs=0")
+    assert "exists already" in refused(capsys, command, script, *flags, ids, f"--output_path={tiny / 'tiny'}")
     save_file({"calibration_ids": torch.arange(3, 35).view(1, 32)}, tiny / "one.safetensors")
     one = f"--datasets={tiny / 'one.safetensors'}"
-    assert "--num_samples: give at least 2" in refused(capsys, script, *flags, one)
+    assert "--num_samples: give at least 2" in refused(capsys, command, script, *flags, one)
     assert not (tiny / "retrained").exists()
 
 
@@ -188,12 +181,12 @@ def test_answers_are_greedy_until_a_stop_token(chat):
 
 def test_chat_records_answers_and_totals(chat, tiny, capsys):
     flags = [f"--checkpoint={tiny / 'tiny'}", f"--output_path={tiny / 'chat.json'}", "--new_tokens=9"]
-    assert "its tokenizer has no chat template; give an instruction model" in refused(capsys, chat, *flags)
+    assert "its tokenizer has no chat template; give an instruction model" in refused(capsys, command, chat, *flags)
     tokenizer = make_tokenizer()
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(tiny / "tiny")
-    assert "do not fit in the 256 positions" in refused(capsys, chat, *flags, "--new_tokens=250")
-    assert "--new_tokens 0 must be at least 1" in refused(capsys, chat, *flags, "--new_tokens=0")
+    assert "do not fit in the 256 positions" in refused(capsys, command, chat, *flags, "--new_tokens=250")
+    assert "--new_tokens 0 must be at least 1" in refused(capsys, command, chat, *flags, "--new_tokens=0")
     assert command(chat, *flags) == 0
     record = json.loads((tiny / "chat.json").read_text())
     assert [row["prompt"] for row in record["answers"]] == [prompt.text for prompt in chat.PROMPTS]
@@ -274,8 +267,8 @@ def test_without_bitsandbytes_one_sentence_says_so(tiny, chat, capsys, monkeypat
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     script = load("benchmarks/quantised.py")
     flags = [f"--checkpoint={tiny / 'tiny'}", f"--output_path={tiny / 'record.json'}"]
-    assert "pip install bitsandbytes==0.50.2" in refused(capsys, script, *flags, f"--ppl={tiny / 'text.txt'}")
-    assert "pip install bitsandbytes==0.50.2" in refused(capsys, chat, *flags, "--four_bits")
+    assert "pip install bitsandbytes==0.50.2" in refused(capsys, command, script, *flags, f"--ppl={tiny / 'text.txt'}")
+    assert "pip install bitsandbytes==0.50.2" in refused(capsys, command, chat, *flags, "--four_bits")
 
 
 def test_a_chat_of_a_model_in_four_bits(chat, tiny, monkeypatch):

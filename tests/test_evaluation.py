@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import edit_config, make_llama, make_tokenizer
+from conftest import edit_config, make_llama, make_tokenizer, refused
 from test_zero_shot import ROWS, write_rows
 from tokenizers import processors
 from transformers import AutoTokenizer, GenerationMixin
@@ -56,13 +56,6 @@ def evaluate(*arguments: str) -> dict:
     """The record of a call that has to succeed."""
     assert run_command(model_evaluate.build_parser(), model_evaluate.run, [*arguments, "--output_path=eval.json"]) == 0
     return json.loads(Path("eval.json").read_text())
-
-
-def refused(capsys, *arguments: str) -> str:
-    with pytest.raises(SystemExit) as ended:
-        evaluate(*arguments)
-    assert ended.value.code == 2
-    return capsys.readouterr().err.rsplit("error: ", 1)[1]
 
 
 @pytest.fixture
@@ -261,7 +254,7 @@ def test_start_token_in_windows_and_prompts(here, monkeypatch):
 
 def test_chat_template_in_prompts_of_tasks_alone(here, capsys):
     assert "--apply_chat_template: the tokenizer of tiny has no chat template" in refused(
-        capsys, *FLAGS, "--apply_chat_template"
+        capsys, evaluate, *FLAGS, "--apply_chat_template"
     )
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
@@ -275,7 +268,7 @@ def test_chat_template_in_prompts_of_tasks_alone(here, capsys):
     assert hashes[0] != hashes[1]
     done = olica.evaluate("tiny", ppl="none", tasks="boolq", data_dir="rows", apply_chat_template=True)
     assert done.record["results"]["model"]["zero_shot"]["tasks"]["boolq"]["hash"] == hashes[0]
-    alone = refused(capsys, "--checkpoint=tiny", "--ppl=one.txt", "--apply_chat_template")
+    alone = refused(capsys, evaluate, "--checkpoint=tiny", "--ppl=one.txt", "--apply_chat_template")
     assert "--apply_chat_template is for the prompts of tasks" in alone
 
 
@@ -350,13 +343,13 @@ def test_rows_by_their_share(here, capsys):
 @pytest.mark.parametrize("limit", ["1.5", "1.0", "-0.1", "0", "-3", "nan", "inf"])
 def test_a_limit_is_a_number_of_rows_or_a_share(here, capsys, limit):
     assert "must be a number of rows without a point, or a share of them below 1" in refused(
-        capsys, *FLAGS, f"--limit={limit}"
+        capsys, evaluate, *FLAGS, f"--limit={limit}"
     )
 
 
 def test_a_task_that_generates_more_than_the_model_has_positions(here, capsys, monkeypatch):
     monkeypatch.setattr(evaluate_module, "check_tasks", lambda tasks, protocol: {"piqa": 256})
-    message = refused(capsys, *FLAGS)
+    message = refused(capsys, evaluate, *FLAGS)
     words = "--tasks piqa, which generates 256 tokens from a prompt: 257 tokens do not fit in the 256 positions of tiny"
     assert message.startswith(words)
     monkeypatch.setattr(evaluate_module, "check_tasks", lambda tasks, protocol: {"piqa": 255})
@@ -371,7 +364,7 @@ def test_a_tokenizer_without_the_tokens_that_the_harness_needs(here, capsys, mon
     if not generated:
         tokenizer.bos_token = None
     tokenizer.save_pretrained("tiny")
-    assert "--checkpoint tiny: its tokenizer has no end token" in refused(capsys, *FLAGS)
+    assert "--checkpoint tiny: its tokenizer has no end token" in refused(capsys, evaluate, *FLAGS)
 
 
 def given_to(monkeypatch) -> list[dict]:
@@ -450,14 +443,14 @@ def test_a_device_map_gives_the_same_figures(here):
     ],
 )
 def test_what_cannot_be_measured_is_named(here, capsys, flags, words):
-    assert words in refused(capsys, "--checkpoint=tiny", *flags)
+    assert words in refused(capsys, evaluate, "--checkpoint=tiny", *flags)
     assert not Path("eval.json").exists()
 
 
 def test_a_tokenizer_beyond_the_models_vocabulary(here, capsys):
     make_llama(vocab_size=100).save_pretrained("tiny")
     words = f"its tokenizer gives the token {len(make_tokenizer()) - 1}, but the model's vocabulary ends at 99"
-    assert words in refused(capsys, "--checkpoint=tiny", "--ppl=none", "--tasks=piqa", "--data_dir=rows")
+    assert words in refused(capsys, evaluate, "--checkpoint=tiny", "--ppl=none", "--tasks=piqa", "--data_dir=rows")
     assert not list(here.glob(".*"))
 
 
@@ -466,7 +459,7 @@ def test_settings_that_running_alone_meets(here, capsys):
     rope = factors | {"factor": 16.0, "short_factor": [1.0] * 8, "long_factor": [1.0] * 7}
     edit_config(here / "tiny", rope_parameters=rope)
     words = "--checkpoint tiny: its configuration describes no model that can be run ("
-    assert words in refused(capsys, "--checkpoint=tiny", "--ppl=one.txt", "--ppl_seqlen=32")
+    assert words in refused(capsys, evaluate, "--checkpoint=tiny", "--ppl=one.txt", "--ppl_seqlen=32")
 
 
 def test_a_full_disk_ends_in_a_sentence(here, capsys, monkeypatch):
@@ -474,7 +467,7 @@ def test_a_full_disk_ends_in_a_sentence(here, capsys, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
-    said = refused(capsys, "--checkpoint=tiny", "--ppl=one.txt", "--ppl_seqlen=32")
+    said = refused(capsys, evaluate, "--checkpoint=tiny", "--ppl=one.txt", "--ppl_seqlen=32")
     assert "eval.json" in said and "No space left on device" in said and "make room" in said
     assert not list(here.glob("*eval.json*"))
 
@@ -482,13 +475,13 @@ def test_a_full_disk_ends_in_a_sentence(here, capsys, monkeypatch):
 def test_a_damaged_record_of_the_dense_model_is_named(here, capsys):
     record = {"model": {"name": 7, "source": "tiny"}, "parameters": {"before": 1}}
     Path("tiny/olica_run.json").write_text(json.dumps(record))
-    said = refused(capsys, "--checkpoint=tiny", "--with_dense", "--ppl=one.txt", "--ppl_seqlen=32")
+    said = refused(capsys, evaluate, "--checkpoint=tiny", "--with_dense", "--ppl=one.txt", "--ppl_seqlen=32")
     assert said.startswith("tiny/olica_run.json is not the record of a pruning (")
 
 
 def test_models_too_short_for_the_cost(here, capsys):
     make_llama(max_position_embeddings=100).save_pretrained("tiny")
-    assert "--cost: 160 tokens" in refused(capsys, "--checkpoint=tiny", "--ppl=none", "--cost")
+    assert "--cost: 160 tokens" in refused(capsys, evaluate, "--checkpoint=tiny", "--ppl=none", "--cost")
 
 
 LAUNCHED = [str(ROOT / "model_evaluate.py"), *FLAGS, "--device=cpu", "--output_path=two.json"]

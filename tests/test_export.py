@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import edit_config, make_tokenizer
+from conftest import edit_config, make_tokenizer, refused
 from safetensors.torch import load_file
 from test_model_card import RECORD
 from tiny_families import SIZES, make_family
@@ -220,15 +220,6 @@ def command(*arguments) -> int:
     return run_command(model_export.build_parser(), model_export.run, [str(argument) for argument in arguments])
 
 
-def refused(capsys, *arguments) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        command(*arguments)
-    error = capsys.readouterr().err
-    assert ended.value.code == 2 and error.count("\n") == 1, error
-    return error.split("error: ", 1)[1]
-
-
 def test_what_a_layout_cannot_hold_is_said_in_a_sentence(tmp_path, capsys):
     factors = [replace(WHOLE, q_rank=5, v_head_dim=6)] * 3
     wide = [replace(WHOLE, intermediate_size=173, correction_rank=5)] * 3
@@ -248,10 +239,10 @@ def test_what_a_layout_cannot_hold_is_said_in_a_sentence(tmp_path, capsys):
         if not (tmp_path / name).exists():
             write(family, plan, tmp_path / name)
         new = tmp_path / "new"
-        assert words in refused(capsys, tmp_path / name, f"--layout={layout}", f"--output_path={new}")
+        assert words in refused(capsys, command, tmp_path / name, f"--layout={layout}", f"--output_path={new}")
     write("llama", corrected, tmp_path / "relu", hidden_act="tanh")
     assert "corrections, with this activation" in refused(
-        capsys, tmp_path / "relu", "--layout=dense", f"--output_path={tmp_path / 'new'}"
+        capsys, command, tmp_path / "relu", "--layout=dense", f"--output_path={tmp_path / 'new'}"
     )
     assert not (tmp_path / "new").exists() and not [*tmp_path.glob(".*")]
 
@@ -262,9 +253,11 @@ def test_wrong_input_ends_in_a_sentence_and_changes_nothing(tmp_path, capsys, mo
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts/held.txt").write_text("seven owls")
     flags = ["--layout=dense", f"--output_path={tmp_path / 'new'}"]
-    assert "only checkpoints of the layout olica" in refused(capsys, tmp_path / "dense", *flags)
-    assert "--max_shard_size much: give a size" in refused(capsys, tmp_path / "pruned", *flags, "--max_shard_size=much")
-    assert "there is no such folder" in refused(capsys, tmp_path / "none/of/it", *flags)
+    assert "only checkpoints of the layout olica" in refused(capsys, command, tmp_path / "dense", *flags)
+    assert "--max_shard_size much: give a size" in refused(
+        capsys, command, tmp_path / "pruned", *flags, "--max_shard_size=much"
+    )
+    assert "there is no such folder" in refused(capsys, command, tmp_path / "none/of/it", *flags)
     before = contents(tmp_path)
     for path, words in (
         (tmp_path / "texts", "is there and no folder of a checkpoint"),
@@ -272,17 +265,19 @@ def test_wrong_input_ends_in_a_sentence_and_changes_nothing(tmp_path, capsys, mo
         (tmp_path / "texts/held.txt/new", "is not a folder that can be written to"),
         (tmp_path / "pruned", "is or holds CHECKPOINT itself"),
     ):
-        message = refused(capsys, tmp_path / "pruned", "--layout=dense", f"--output_path={path}", "--overwrite")
+        message = refused(
+            capsys, command, tmp_path / "pruned", "--layout=dense", f"--output_path={path}", "--overwrite"
+        )
         assert words in message
     assert "exists already; give --overwrite" in refused(
-        capsys, tmp_path / "pruned", "--layout=dense", f"--output_path={tmp_path / 'dense'}"
+        capsys, command, tmp_path / "pruned", "--layout=dense", f"--output_path={tmp_path / 'dense'}"
     )
     edit_config(tmp_path / "pruned", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
-    assert "this checkpoint is quantised" in refused(capsys, tmp_path / "pruned", *flags)
+    assert "this checkpoint is quantised" in refused(capsys, command, tmp_path / "pruned", *flags)
     edit_config(tmp_path / "pruned", quantization_config=None)
     usage = type("Usage", (), {"free": 10_000})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    assert "--output_path: the checkpoint takes 0.00 GB" in refused(capsys, tmp_path / "pruned", *flags)
+    assert "--output_path: the checkpoint takes 0.00 GB" in refused(capsys, command, tmp_path / "pruned", *flags)
     del before["pruned/config.json"]
     after = contents(tmp_path)
     del after["pruned/config.json"]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import allocate, as_method, load_weights, make_llama, make_tokenizer, pruning_options
+from conftest import allocate, as_method, load_weights, make_llama, make_tokenizer, pruning_options, refused
 from pretended_gpu import DeviceMismatch, DeviceTensor
 from safetensors.torch import save_file
 from test_evaluation import WORDS
@@ -102,13 +102,6 @@ def evaluate(*flags: str) -> dict:
 
 def perplexity_in(result: dict) -> float:
     return result["perplexity"]["text.txt"]["value"]
-
-
-def refused(capsys, command: Callable, *flags: str) -> str:
-    with pytest.raises(SystemExit) as ended:
-        command(*flags)
-    assert ended.value.code == 2
-    return capsys.readouterr().err.rsplit("error: ", 1)[1]
 
 
 def assert_same_weights(save_dir: str, expected: dict[str, torch.Tensor]) -> None:

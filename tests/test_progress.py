@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import allocate, as_method, make_llama, pruning_options
+from conftest import allocate, as_method, make_llama, pruning_options, refused
 from safetensors.torch import save_file
 from tiny_run import FLAGS, FOLDER, LAYERS, PLAIN_FLAGS, WORK, bare, contents, journal, prune
 
@@ -38,13 +38,6 @@ ROOT = Path(__file__).parents[1]
 
 class Killed(BaseException):
     """Stands for a signal that no code handles."""
-
-
-def refused(capsys, *arguments: str) -> str:
-    with pytest.raises(SystemExit) as ended:
-        prune(*arguments)
-    assert ended.value.code == 2
-    return capsys.readouterr().err.split("error: ", 1)[1]
 
 
 def interrupted_after(layers: int, monkeypatch, *arguments: str, of: str = "", run=prune) -> None:
@@ -280,7 +273,7 @@ def test_a_kill_in_the_first_of_two_sparsities_goes_on_with_both(here, undisturb
 def test_another_command_of_two_sparsities_takes_no_finished_checkpoint_for_its_own(here, capsys, monkeypatch):
     interrupted_after(2, monkeypatch, BOTH, of="0.3")
     finished = state(FOLDER)
-    assert "--overwrite" in refused(capsys, BOTH, "--percdamp=0.4")
+    assert "--overwrite" in refused(capsys, prune, BOTH, "--percdamp=0.4")
     assert state(FOLDER) == finished
     assert prune(BOTH, "--percdamp=0.4", "--overwrite") == 0
     for folder in (FOLDER, SPARSER):
@@ -293,7 +286,7 @@ def test_a_damaged_record_of_a_finished_checkpoint_is_named(here, capsys, damage
     assert prune() == 0
     path = FOLDER / "olica_run.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | damage))
-    assert f"{path} is not the record of a pruning (" in refused(capsys, BOTH)
+    assert f"{path} is not the record of a pruning (" in refused(capsys, prune, BOTH)
 
 
 @pytest.mark.parametrize("change", ["--percdamp=0.4", "--mlp_num=0", "--batch_size=3", "--dtype=bfloat16", "ids"])
@@ -406,7 +399,7 @@ def test_another_run_is_refused_unless_it_is_to_start_afresh(here, capsys, monke
                 monkeypatch.setattr("olica.outputs.records._version", lambda package: "0.1")
             case "threads":
                 torch.set_num_threads(1)
-        message = refused(capsys, *arguments)
+        message = refused(capsys, prune, *arguments)
         assert all(word in message for word in [*words, "--overwrite"]), message
         assert contents(WORK) == before
         assert prune("--overwrite", *arguments) == 0
@@ -450,7 +443,7 @@ def test_an_altered_journal_is_found_by_its_checksum(here, undisturbed, capsys, 
         case "a checksum":
             stored["files"].pop("shard-00003.safetensors")
             path.write_text(json.dumps(stored))
-    message = refused(capsys)
+    message = refused(capsys, prune)
     assert "progress.json is damaged" in message and "--overwrite" in message
     assert prune("--overwrite") == 0
     assert contents(FOLDER) == undisturbed
@@ -465,7 +458,7 @@ def test_altered_files_are_found_by_their_checksums(here, undisturbed, capsys, m
     data = bytearray(path.read_bytes())
     data[-2] ^= 1
     path.unlink() if harm == "missing" else path.write_bytes(data if harm == "altered" else data[:-3])
-    message = refused(capsys)
+    message = refused(capsys, prune)
     assert path.name in message and "--overwrite" in message
     assert prune("--overwrite") == 0
     assert contents(FOLDER) == undisturbed
@@ -599,10 +592,10 @@ def test_gathered_files_are_found_by_their_checksums_and_files_of_another_size_r
         dying_in(patched, "half a file", 2)
         with pytest.raises(Killed):
             prune(SMALL_FILES)
-    assert "another --max_shard_size (200KB, now 5GB)" in refused(capsys)
+    assert "another --max_shard_size (200KB, now 5GB)" in refused(capsys, prune)
     path = next(WORK.glob("checkpoint/model-00002-of-*.safetensors"))
     path.write_bytes(path.read_bytes()[:-1] + b"!")  # no weight here ends so
-    assert f"{path.name} of the unfinished run was altered" in refused(capsys, SMALL_FILES)
+    assert f"{path.name} of the unfinished run was altered" in refused(capsys, prune, SMALL_FILES)
     assert prune(SMALL_FILES, "--overwrite") == 0
     assert contents(FOLDER) == expected
 
@@ -641,7 +634,7 @@ def test_a_kill_while_the_checkpoint_is_put_in_its_place(here, undisturbed, caps
             prune(*flags)
     other = ["--percdamp=0.2", *flags]
     if moves == 2 and not replaced:
-        assert "--overwrite" in refused(capsys, *other)
+        assert "--overwrite" in refused(capsys, prune, *other)
         assert contents(FOLDER) == undisturbed
         return
     assert prune(*flags) == 0
@@ -692,8 +685,8 @@ def test_a_second_run_into_the_same_folder_is_refused(here, capsys, fast_python)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "at work\n"
-        assert "another run is at work" in refused(capsys)
-        assert "another run is at work" in refused(capsys, "--overwrite")
+        assert "another run is at work" in refused(capsys, prune)
+        assert "another run is at work" in refused(capsys, prune, "--overwrite")
     assert other.returncode == 0
     assert prune() == 0
 

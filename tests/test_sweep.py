@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import load_weights, make_llama, make_tokenizer
+from conftest import load_weights, make_llama, make_tokenizer, refused
 from launched import Ended, end_of, started
 from safetensors.torch import load_file
 from test_kills import start
@@ -67,15 +67,6 @@ def sweep(*arguments: str) -> dict:
     """The record of a sweep that has to succeed."""
     assert bare(*FLAGS, *arguments) == 0
     return json.loads((FOLDER / "sweep.json").read_text())
-
-
-def refused(capsys, *arguments: str) -> str:
-    with pytest.raises(SystemExit) as ended:
-        sweep(*arguments)
-    assert ended.value.code == 2
-    message = capsys.readouterr().err.rsplit("error: ", 1)[1]
-    assert message.count("\n") == 1, message
-    return message
 
 
 def without_times(value):
@@ -179,7 +170,7 @@ def test_checkpoints_are_kept_by_a_later_sweep_too(here):
 
 def test_a_checkpoint_in_the_way_is_refused_before_anything_is_measured(here, capsys):
     Path("out/tiny_sparsity-0.2").mkdir(parents=True)
-    assert "out/tiny_sparsity-0.2 exists already" in refused(capsys, "--sparsity=0.1,0.2", "--keep")
+    assert "out/tiny_sparsity-0.2 exists already" in refused(capsys, sweep, "--sparsity=0.1,0.2", "--keep")
     assert not (FOLDER / "sweep.json").exists() and not Path("out/tiny_sparsity-0.1").exists()
 
 
@@ -271,14 +262,14 @@ def test_a_token_file_wants_other_text(here, capsys):
     sweep("--sparsity=0.2")
     (tokens,) = [p for p in Path("data/calibration").iterdir() if len(load_file(p)["calibration_ids"]) == SAMPLES]
     first = json.loads((FOLDER / "sweep.json").read_text())["points"][0]
-    assert "--held_back_datasets" in refused(capsys, f"--datasets={tokens}", "--save_dir=other")
+    assert "--held_back_datasets" in refused(capsys, sweep, f"--datasets={tokens}", "--save_dir=other")
     with_text = ["--held_back_datasets=text.jsonl", "--save_dir=other", "--sparsity=0.2"]
     assert bare(*FLAGS, f"--datasets={tokens}", *with_text) == 0
     record = json.loads(Path("other/tiny_sweep/sweep.json").read_text())
     assert record["points"][0]["plan"] == first["plan"]
     assert record["held_back"]["ids"][0] <= HELD
     same = [f"--datasets={tokens}", f"--held_back_datasets={tokens}", "--save_dir=third"]
-    assert "all of its samples are in the calibration set" in refused(capsys, *same)
+    assert "all of its samples are in the calibration set" in refused(capsys, sweep, *same)
 
 
 # Stopped sweeps.
@@ -453,13 +444,13 @@ def test_a_longer_sweep_takes_up_the_points_of_a_shorter(here, monkeypatch):
 
 def test_another_sweep_is_not_gone_on_with(here, capsys):
     first = sweep("--sparsity=0.2")
-    message = refused(capsys, "--sparsity=0.2", "--percdamp=0.3")
+    message = refused(capsys, sweep, "--sparsity=0.2", "--percdamp=0.3")
     assert "made with another --percdamp (0.5, now 0.3)" in message and "--overwrite" in message
-    assert "held-back text" in refused(capsys, "--sparsity=0.2", "--held_back=9")
+    assert "held-back text" in refused(capsys, sweep, "--sparsity=0.2", "--held_back=9")
     replaced = sweep("--sparsity=0.3", "--percdamp=0.3", "--overwrite")
     assert [point["sparsity"] for point in replaced["points"]] == [0.3] and first["points"][0]["sparsity"] == 0.2
     (FOLDER / "sweep.json").write_text("{}")
-    assert "is no record of a sweep" in refused(capsys, "--sparsity=0.2")
+    assert "is no record of a sweep" in refused(capsys, sweep, "--sparsity=0.2")
 
 
 # Targets.
@@ -531,14 +522,14 @@ def test_a_number_of_parameters_is_met(here):
 
 def test_a_target_that_no_sparsity_meets(here, known_curve, capsys):
     """The points are there all the same."""
-    beyond = refused(capsys, "--sparsity=0.1,0.2", "--target_ppl_ratio=9")
+    beyond = refused(capsys, sweep, "--sparsity=0.1,0.2", "--target_ppl_ratio=9")
     assert "even --sparsity 0.2 leaves" in beyond and "goes further" in beyond
     assert "already --sparsity 0.05 has" in refused(
-        capsys, "--sparsity=0.1,0.2", "--target_ppl_ratio=1.001", "--tolerance=0.05"
+        capsys, sweep, "--sparsity=0.1,0.2", "--target_ppl_ratio=1.001", "--tolerance=0.05"
     )
     assert (FOLDER / "sweep.html").read_text().count("<h3>Sparsity 0.2</h3>") == 2
-    assert "the largest --sparsity, 0.2, leaves" in refused(capsys, "--sparsity=0.1,0.2", "--max_params=1000")
-    assert "the dense model has no more" in refused(capsys, "--sparsity=0.1,0.2", "--max_params=1B")
+    assert "the largest --sparsity, 0.2, leaves" in refused(capsys, sweep, "--sparsity=0.1,0.2", "--max_params=1000")
+    assert "the dense model has no more" in refused(capsys, sweep, "--sparsity=0.1,0.2", "--max_params=1B")
 
 
 @pytest.mark.parametrize(
@@ -602,7 +593,7 @@ def test_which_side_is_beyond():
     ],
 )
 def test_wrong_input_ends_in_a_sentence(here, capsys, flags, words):
-    assert words in refused(capsys, *flags)
+    assert words in refused(capsys, sweep, *flags)
     assert not FOLDER.exists()
 
 

@@ -10,7 +10,7 @@ from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
-from ..checks import check_no_file, check_record_path
+from ..checks import check_no_file, check_record_path, refuse_twice
 from ..errors import UsageError, memory_in_words
 from ..machine import pick_device
 from ..outputs import identity, records
@@ -72,8 +72,7 @@ def evaluate(
     Raises:
         UsageError: a setting, a model, a text or a task is wrong, or memory runs out.
     """
-    if "checkpoint" in settings:
-        raise UsageError("checkpoint is the first argument of evaluate, and has no name")
+    refuse_twice("checkpoint", "evaluate", settings)
     asked = EvaluationSettings.of(
         settings
         | {"checkpoint": model, "base_model": base_model, "ppl": ppl, "tasks": tasks, "output_path": output_path}

@@ -36,9 +36,9 @@ GENERIC_TOKENIZER = "PreTrainedTokenizerFast"  # as every release names the clas
 
 def check_folder(folder: Path) -> None:
     """Raise UsageError unless a checkpoint's folder can be made at `folder`, or is one."""
+    check_writable(folder, "--save_dir")
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise UsageError(f"--save_dir: {folder} is a file or a link; give another --save_dir")
-    check_writable(folder, "--save_dir")
 
 
 def check_place(folder: Path, needed_bytes: int, overwrite: bool) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checks import as_kind, check_room
+from ..checks import as_kind, check_room, refuse_twice
 from ..command_line import memory_advice
 from ..errors import UsageError, memory_in_words
 from ..evaluation.evaluate import make_protocol
@@ -86,6 +86,7 @@ def sweep(model: str | Path, **settings: Any) -> Swept:
         UsageError: wrong input, too little memory or disk, or no sparsity meets the target; the message says what to
             do.
     """
+    refuse_twice("base_model", "sweep", settings)
     given = {"base_model": as_kind("base_model", model, str)} | settings
     with working_together(pick_device(given.get("device", Settings.device))) as processes:
         return run_sweep(plan_sweep(given, processes), processes=processes)
