@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from olica.evaluation import cost
+from olica.evaluation.measures import sizes
 from olica.model.skeleton import count_parameters
 from olica.sources.model_files import folder_weight_bytes
 
@@ -61,8 +62,8 @@ def test_cache_bytes_are_those_of_a_filled_cache(dtype):
 
 
 def test_weight_bytes_follow_the_dtype(grouped_llama):
-    assert cost.weight_bytes(grouped_llama) == 4 * GROUPED_TOTAL
-    assert cost.weight_bytes(grouped_llama.bfloat16()) == 2 * GROUPED_TOTAL
+    assert sizes(grouped_llama)["weight_bytes"] == 4 * GROUPED_TOTAL
+    assert sizes(grouped_llama.bfloat16())["weight_bytes"] == 2 * GROUPED_TOTAL
 
 
 def test_folder_bytes_are_weights_and_headers_of_every_shard(grouped_llama, tmp_path):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from olica.methods.moments import Moments, Statistic, cosine, cross, diagonal, full, needs, per_head, total
+from olica.methods.moments import Moments, cosine, cross, diagonal, full, needs, per_head, total
 
 X, Y = "mlp_input", "intermediate"
 
@@ -127,11 +127,6 @@ def test_not_finite_names_the_tap():
     moments = Moments([total(X), diagonal(Y)], num_heads=1)
     moments.update({X: torch.ones(1, 2, 3), Y: torch.tensor([[[1.0, float("nan")]]])})
     assert moments.not_finite() == [Y]
-
-
-def test_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match="median"):
-        Moments([Statistic("median", X)], num_heads=1)
 
 
 def test_needs_marks_a_function():

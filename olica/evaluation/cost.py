@@ -14,11 +14,6 @@ from transformers import Cache, PreTrainedModel
 from ..model.configuration_olica import attends_with_all_heads, head_dim
 
 
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes of the distinct parameters of `model` in their dtypes, tied ones counted once."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-
-
 def count_macs(model: PreTrainedModel, tokens: int) -> int:
     """Multiply-accumulates of one forward pass of a sequence of T = `tokens` tokens; no weight is read.
 

@@ -161,7 +161,7 @@ def sizes(model: PreTrainedModel) -> dict:
     """What follows from a model's sizes alone."""
     return {
         "parameters": count_parameters(model),
-        "weight_bytes": cost.weight_bytes(model),
+        "weight_bytes": model.get_memory_footprint(return_buffers=False),
         "macs": {"tokens": MACS_TOKENS, "total": cost.count_macs(model, MACS_TOKENS)},
         "cache_bytes_per_token": cost.cache_bytes_per_token(model),
         "dtype": str(model.dtype).removeprefix("torch."),

@@ -30,7 +30,6 @@ TAPS = {
     "mlp_output": ("down_proj", "output"),
     "layer_output": ("layer", "output"),
 }
-KINDS = ("sum", "diagonal", "full", "per_head", "cross", "cosine")
 SINGLE, DOUBLE = 4, 8  # bytes
 # Width of the blocks in which the lower half of a symmetric sum is accumulated: half the products, and faster ones.
 BLOCK = 256
@@ -154,9 +153,6 @@ class Moments:
     def __init__(self, statistics: Iterable[Statistic], num_heads: int):
         """Prepare the sums of `statistics`; `num_heads` is H, which `per_head` cuts its features into."""
         wanted = set(statistics)
-        for statistic in wanted:
-            if statistic.kind not in KINDS:
-                raise ValueError(f"unknown kind of statistic: {statistic.kind}")
         # Products about a centre need the sums about it to be taken about zero.
         wanted |= {total(tap) for s in wanted if s.kind in ("full", "cross") for tap in s.taps}
         # The diagonal of a matrix that is summed anyway is read off it.

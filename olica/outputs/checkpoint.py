@@ -1,8 +1,8 @@
 """Write a pruned model as a checkpoint that the Auto classes load, whole or not at all."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +19,7 @@ from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import CONFIG_NAME
 
 from ..checks import check_room, check_writable
-from ..errors import UsageError
+from ..errors import UsageError, in_words, is_out_of_memory
 from ..model.configuration_olica import PREFIX, PrunedConfig, former_names
 from ..model.families import SEQUENCE_CLASSIFIERS, TOKEN_CLASSIFIERS
 from ..model.modeling_deci import DeciLMConfig
@@ -79,7 +79,7 @@ def complete(
         progress.save_shard(progress.shards.layers + 2, dense.read(others))
     progress.gather(largest)
     stored = stored_weights(sorted(run.checkpoint.glob("*.safetensors")))
-    with _as_loading():
+    with in_words(would_not_load, let_through=is_out_of_memory):
         loaded = describe(run.checkpoint, dense, pruned, tokenizer, run.in_words)
     expected = {name: tuple(weight.shape) for name, weight in loaded.named_parameters()}
     if expected != {name: weight.shape for name, weight in stored.items()}:
@@ -98,23 +98,17 @@ def check_description(
     run: RunFolder, dense: DenseModel, pruned: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> None:
     """Raise UsageError if a checkpoint of the skeleton `pruned` would not load or run: before layers are pruned."""
-    with TemporaryDirectory(dir=run.work) as folder, _as_loading():
+    with TemporaryDirectory(dir=run.work) as folder, in_words(would_not_load, let_through=is_out_of_memory):
         try_out(describe(Path(folder), dense, pruned, tokenizer, run.in_words))
 
 
-@contextmanager
-def _as_loading() -> Iterator[None]:
-    """Turn whatever is raised while a checkpoint is described into a UsageError that says what to correct."""
-    try:
-        yield
-    except (UsageError, MemoryError):
-        raise
-    except Exception as error:  # the libraries share none
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UsageError(
-            "--base_model: a pruned checkpoint with the model's configuration, generation settings and tokenizer would "
-            f"not load ({reason}); correct these files of the model"
-        ) from error
+def would_not_load(error: Exception) -> str:
+    """What to correct where a checkpoint cannot be described."""
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    return (
+        "--base_model: a pruned checkpoint with the model's configuration, generation settings and tokenizer would "
+        f"not load ({reason}); correct these files of the model"
+    )
 
 
 def describe(

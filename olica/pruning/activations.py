@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -92,17 +93,6 @@ def reading_logits(dense: DenseModel, positions: Tensor, device: torch.device) -
             yield logits
         finally:
             del head.forward
-
-
-def _to_device(value, device):
-    """`value` with every tensor in it moved to `device`."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, tuple | list):
-        return type(value)(_to_device(item, device) for item in value)
-    if isinstance(value, dict):
-        return {key: _to_device(item, device) for key, item in value.items()}
-    return value
 
 
 @torch.no_grad()
@@ -192,7 +182,7 @@ def calibrate(
     if not (moments.taps or advance):
         return
     device = next(layer.parameters()).device
-    call = _to_device(call, device)
+    call = send_to_device(call, device)
     with recording(layer, moments.taps, stop=not advance) as seen:
 
         def work(rows: slice) -> None:
@@ -214,7 +204,7 @@ def calibrate(
 def propagate(layer: nn.Module, hidden: Tensor, call: dict, batch_size: BatchSize) -> None:
     """Replace the hidden states (N, T, D) by the outputs of `layer`: hooks off."""
     device = next(layer.parameters()).device
-    call = _to_device(call, device)
+    call = send_to_device(call, device)
 
     def work(rows: slice) -> None:
         hidden[rows] = _forward(layer, hidden[rows].to(device), call)

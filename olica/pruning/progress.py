@@ -60,8 +60,8 @@ class Progress:
     """What is finished of the cut."""
 
     def pruned(self) -> tuple[int, int, Tensor | None]:
-        """How many layers are finished; hidden states (N, T, D) that were kept last, and the index of the layer that
-        they enter, which may be one of those (None and 0: none were kept)."""
+        """How many layers are finished; the index of the layer that the hidden states kept last enter, which may be one
+        of those, and these states (N, T, D); 0 and None: none were kept."""
         return 0, 0, None
 
     def weights(self, index: int) -> dict[str, Tensor]:

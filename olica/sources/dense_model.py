@@ -53,7 +53,7 @@ class DenseModel:
 
     @contextmanager
     def head(self) -> Iterator[None]:
-        """Have the final norm and the head in host memory meanwhile, so the embedding too only if it is the head."""
+        """Have the final norm and the head in host memory meanwhile; the embedding too where it is the head."""
         yield
 
     def layers(self, device: torch.device, title: str, first: int = 0) -> Iterator[tuple[int, nn.Module]]:
@@ -92,7 +92,7 @@ class StreamedModel(DenseModel):
 
     @contextmanager
     def embedding(self) -> Iterator[None]:
-        """Have the weights of the embedding in host memory meanwhile."""
+        """See `DenseModel`."""
         module = self.decoder.embed_tokens
         empty, (name,) = module.weight, self.other_names()[0]
         module.weight = nn.Parameter(self.read([name])[name], requires_grad=False)
@@ -103,7 +103,7 @@ class StreamedModel(DenseModel):
 
     @contextmanager
     def head(self) -> Iterator[None]:
-        """Have the final norm and the head in host memory meanwhile, so the embedding too only if it is the head."""
+        """See `DenseModel`."""
         embedding, names = self.other_names()
         if self.model.get_output_embeddings().weight is self.decoder.embed_tokens.weight:
             names = embedding + names
