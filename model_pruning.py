@@ -14,9 +14,9 @@ from olica.command_line import run_command
 from olica.described import describe
 from olica.jobs import REFITS, Job, Settings, prepare, settings_of
 from olica.machine import DEVICES, pick_device
-from olica.methods.allocation import describe_plan
 from olica.methods.recipe import PAPERS_TEXT
 from olica.methods.recipes import RECIPES
+from olica.methods.sizes import describe_plan
 from olica.model.configuration_olica import LayerShape
 from olica.model.layouts import LAYOUTS
 from olica.outputs.names import SPARSITY_OF

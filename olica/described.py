@@ -6,7 +6,7 @@ import torch
 
 from .duration import Pruning, in_words, nearest, read_timed
 from .jobs import Job, Settings
-from .methods.allocation import describe_plan
+from .methods.sizes import describe_plan
 from .pruning.memory import survey_disk_bytes
 
 # Where a checkout has its records; an installed package has none.

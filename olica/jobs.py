@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
+from math import ceil
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from transformers import PreTrainedConfig
 from .checks import as_bytes, as_kind, check_choice, check_no_file, refuse_unknown
 from .errors import UsageError
 from .machine import BatchSize, pick_device
-from .methods.allocation import largest_possible
 from .methods.plus import PlusParameters
 from .methods.recipe import PAPERS_TEXT, Method, Recipe
 from .methods.recipes import RECIPES
@@ -376,3 +376,14 @@ def check_seqlen(seqlen: int, flag: str, config: PreTrainedConfig) -> None:
     positions = config.max_position_embeddings
     if seqlen > positions:
         raise UsageError(f"{flag}: samples of {seqlen} tokens do not fit the model's {positions} positions")
+
+
+def largest_possible(attempt: Callable[[float], object], below: float) -> float:
+    """The largest sparsity under `below`, in steps of a thousandth, for which `attempt` raises no ValueError."""
+    for thousandths in range(ceil(below * 1000) - 1, 0, -1):
+        try:
+            attempt(thousandths / 1000)
+        except ValueError:
+            continue
+        return thousandths / 1000
+    return 0.0

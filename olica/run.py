@@ -18,9 +18,8 @@ from .checks import as_kind, refuse_twice
 from .errors import UsageError, memory_in_words
 from .jobs import Job, Settings, prepare, settings_of
 from .machine import BatchSize, full_precision, pick_device
-from .methods.allocation import describe_plan
 from .methods.recipe import Findings
-from .methods.sizes import Budget, Sizes
+from .methods.sizes import Budget, Sizes, describe_plan
 from .model.configuration_olica import LayerShape
 from .model.skeleton import count_parameters, pruned_skeleton
 from .outputs import checkpoint, identity, records

@@ -5,9 +5,9 @@ from transformers import Gemma3TextConfig, LlamaConfig
 
 from olica.errors import UsageError
 from olica.jobs import plan_before_survey
-from olica.methods.allocation import attention_parameters, describe_plan, factor_rank, round_shape
 from olica.methods.olica import OlicaParameters
 from olica.methods.recipes import RECIPES
+from olica.methods.rounding import attention_parameters, factor_rank, round_shape
 from olica.methods.shares import (
     FEWEST_ALONE,
     LEAST_ALONE,
@@ -20,7 +20,7 @@ from olica.methods.shares import (
     released_sparsities,
     uniform_shape,
 )
-from olica.methods.sizes import Budget, Sizes
+from olica.methods.sizes import Budget, Sizes, describe_plan
 from olica.methods.threshold import GlobalThreshold
 from olica.model.configuration_olica import LayerShape
 from olica.model.skeleton import pruned_skeleton

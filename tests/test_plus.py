@@ -14,12 +14,12 @@ import olica.methods.plus as plus_module
 import olica.pruning.survey as survey_module
 from olica.errors import UsageError
 from olica.machine import BatchSize
-from olica.methods.allocation import attention_parameters
 from olica.methods.damage import LARGEST_EXPONENT
 from olica.methods.moments import Moments, diagonal, full
 from olica.methods.parts import FeedForward, QueryKey, ValueOutput
 from olica.methods.plus import PlusParameters, plus
 from olica.methods.recipes import RECIPES
+from olica.methods.rounding import attention_parameters
 from olica.methods.sizes import Budget, Sizes
 from olica.methods.value_output import activation_directions, head_blocks
 from olica.model.configuration_olica import LayerShape

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..model.configuration_olica import LayerShape
-from .allocation import rounded
 from .feed_forward import ThinnedMLP
 from .linalg import principal_components
 from .moments import DOUBLE, Needing, full, needs
 from .ratios import scaled
 from .recipe import Allocate, Findings, Layer, Method
 from .refit import factor_of, mean_diagonal, solve_workspace, with_ridge
+from .rounding import rounded
 from .similarity import CosineSurvey, cosines_of, softmax_ratios
 from .sizes import Budget, Sizes
 from .units import channel_parameters

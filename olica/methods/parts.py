@@ -22,7 +22,7 @@ from .recipe import Layer, Stage
 from .refit import refit_errors, with_ridge
 from .sizes import Sizes
 from .thinning import Choice, Selection
-from .units import group_parameters
+from .units import channel_parameters, group_parameters
 from .value_output import NarrowedHeads, head_blocks
 
 # Share of its size that a part keeps at least: where the multiplier would take all, the error curve is least known.
@@ -180,7 +180,7 @@ class FeedForward(Part):
 
     def parameters(self, layer: Sizes, size: int) -> int:
         """See `Part`."""
-        return size * 3 * layer.hidden_size
+        return size * channel_parameters(layer)
 
     def shape(self, shape: LayerShape, layer: Sizes, size: int) -> LayerShape:
         """See `Part`."""

@@ -9,8 +9,8 @@ from math import floor
 
 from ..errors import UsageError
 from ..model.configuration_olica import LayerShape
-from .allocation import factor_rank, round_shape, rounded
 from .recipe import Allocate, Findings
+from .rounding import factor_rank, round_shape, rounded
 from .sizes import Budget, Sizes
 from .units import channel_parameters
 

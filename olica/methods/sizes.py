@@ -1,9 +1,12 @@
-"""Sizes of the dense decoder layers, and the budget that a method has to keep.
+"""Sizes of the dense decoder layers, the budget that a method has to keep, and plans in words.
 
 D hidden size, H query heads, K key/value heads, G = H/K, d head width, F intermediate channels
 """
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -111,3 +114,18 @@ class Budget:
     def to_remove(self) -> float:
         """Parameters that are to go."""
         return self.sparsity * self.whole
+
+
+def describe_plan(plan: list[LayerShape], without: Collection[str] = ()) -> str:
+    """A table of the sizes that any layer has, one line for each run of equal layers; some may be left out."""
+    left_out: dict[str, Any] = dict.fromkeys(without, 0)
+    plan = [replace(shape, **left_out) for shape in plan]
+    names = [name for name in plan[0].to_dict() if any(shape.to_dict()[name] for shape in plan)]
+    lines = [f"{'layers':>9}  " + "  ".join(f"{name:>17}" for name in names)]
+    start = 0
+    for shape, run in groupby(plan):
+        stop = start + len(list(run))
+        label = f"{start}-{stop - 1}" if stop - start > 1 else f"{start}"
+        lines.append(f"{label:>9}  " + "  ".join(f"{shape.to_dict()[name] or '-':>17}" for name in names))
+        start = stop
+    return "\n".join(lines)

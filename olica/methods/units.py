@@ -4,7 +4,7 @@ D hidden size, K key/value heads, F intermediate channels
 """
 
 from ..model.configuration_olica import LayerShape
-from .allocation import rounded
+from .rounding import rounded
 from .sizes import Budget, Sizes
 
 

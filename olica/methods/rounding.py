@@ -1,13 +1,10 @@
-"""Sizes of pruned layers: ranks, multiples, and plans in words.
+"""Sizes in whole numbers: ranks that shares make, multiples, and what attention then holds.
 
 D hidden size, H query heads, K key/value heads, d head width, F intermediate channels
 """
 
-from collections.abc import Callable, Collection
 from dataclasses import replace
-from itertools import groupby
 from math import ceil, floor
-from typing import Any
 
 from ..model.configuration_olica import LayerShape
 from .sizes import Sizes
@@ -78,29 +75,3 @@ def round_shape(shape: LayerShape, layer: Sizes, multiple: int) -> LayerShape:
     if channels < 1:
         raise ValueError("an MLP would keep no channel")
     return replace(whole, intermediate_size=rounded(channels, multiple, layer.intermediate_size))
-
-
-def largest_possible(attempt: Callable[[float], object], below: float) -> float:
-    """The largest sparsity under `below`, in steps of a thousandth, for which `attempt` raises no ValueError."""
-    for thousandths in range(ceil(below * 1000) - 1, 0, -1):
-        try:
-            attempt(thousandths / 1000)
-        except ValueError:
-            continue
-        return thousandths / 1000
-    return 0.0
-
-
-def describe_plan(plan: list[LayerShape], without: Collection[str] = ()) -> str:
-    """A table of the sizes that any layer has, one line for each run of equal layers; some may be left out."""
-    left_out: dict[str, Any] = dict.fromkeys(without, 0)
-    plan = [replace(shape, **left_out) for shape in plan]
-    names = [name for name in plan[0].to_dict() if any(shape.to_dict()[name] for shape in plan)]
-    lines = [f"{'layers':>9}  " + "  ".join(f"{name:>17}" for name in names)]
-    start = 0
-    for shape, run in groupby(plan):
-        stop = start + len(list(run))
-        label = f"{start}-{stop - 1}" if stop - start > 1 else f"{start}"
-        lines.append(f"{label:>9}  " + "  ".join(f"{shape.to_dict()[name] or '-':>17}" for name in names))
-        start = stop
-    return "\n".join(lines)
