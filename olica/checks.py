@@ -1,6 +1,7 @@
 """Checks of tensors, of files and of places to write to, before work is done in vain."""
 
 import errno
+import math
 import os
 import re
 import shutil
@@ -57,6 +58,12 @@ def check_choice(flag: str, value: Any, choices: Iterable[Any]) -> None:
     choices = list(choices)
     if not any(isinstance(value, type(choice)) and value == choice for choice in choices):
         raise UsageError(f"--{flag} {value} is none of {', '.join(map(str, choices))}")
+
+
+def check_above_zero(flag: str, value: float, why: str = "") -> None:
+    """Raise UsageError, naming the flag, unless a value is a number above 0; may say why it must be."""
+    if not 0 < value < math.inf:
+        raise UsageError(f"--{flag} {value:g} must be a number above 0{why and f': {why}'}")
 
 
 def refuse_unknown(names: Iterable[str], known: Sequence[str]) -> None:

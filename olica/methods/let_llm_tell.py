@@ -11,13 +11,12 @@ D hidden size, K key/value heads, F channels, L layers, p features of a window
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import combinations_with_replacement
-from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import UsageError
+from ..checks import check_above_zero
 from ..model.configuration_olica import LayerShape
 from .feed_forward import ThinnedMLP, mean_channels
 from .flap import channel_fluctuation, group_fluctuation
@@ -150,8 +149,7 @@ class TellParameters:
     )
 
     def __post_init__(self) -> None:
-        if not 0 < self.te_temperature < inf:
-            raise UsageError(f"--te_temperature {self.te_temperature:g} must be a number above 0")
+        check_above_zero("te_temperature", self.te_temperature)
 
 
 def let_llm_tell(parameters: TellParameters) -> Method:

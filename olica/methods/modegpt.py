@@ -12,6 +12,7 @@ from math import inf
 import torch
 from torch import Tensor
 
+from ..checks import check_above_zero
 from ..errors import UsageError
 from ..model.configuration_olica import LayerShape
 from .feed_forward import ThinnedMLP
@@ -41,8 +42,7 @@ class ModegptParameters:
 
     def __post_init__(self) -> None:
         for name in ("epsilon", "leverage_ridge"):
-            if not 0 < getattr(self, name) < inf:
-                raise UsageError(f"--{name} {getattr(self, name):g} must be a number above 0")
+            check_above_zero(name, getattr(self, name))
         if not 0 <= self.nystrom_ridge < inf:
             raise UsageError(f"--nystrom_ridge {self.nystrom_ridge:g} must be a number, at least 0")
 

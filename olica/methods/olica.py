@@ -1,9 +1,9 @@
 """Olica (He and Lin, ICML 2025), as the released code and as the paper has it, and what the paper compares it with."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from ..checks import check_above_zero
 from ..errors import UsageError
 from ..model.configuration_olica import LayerShape
 from . import correction, feed_forward, shares, value_output
@@ -40,12 +40,8 @@ class OlicaParameters:
     percdamp: float = field(default=0.5, metadata={"help": "ridge penalty in mean diagonals of X^T X, above 0"})
 
     def __post_init__(self) -> None:
-        if not 0 < self.k < math.inf:
-            raise UsageError(f"--k {self.k:g} must be a number above 0: it is a ratio of shares")
-        if not 0 < self.percdamp < math.inf:
-            raise UsageError(
-                f"--percdamp {self.percdamp:g} must be a number above 0: without it the fit may be singular"
-            )
+        check_above_zero("k", self.k, "it is a ratio of shares")
+        check_above_zero("percdamp", self.percdamp, "without it the fit may be singular")
         if not 0 < self.ratio <= 1:
             raise UsageError(f"--ratio {self.ratio:g} is outside (0, 1]: it is a share of the hidden size")
 

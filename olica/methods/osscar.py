@@ -5,8 +5,8 @@ that stayed while the error falls (obs.py).
 """
 
 from dataclasses import dataclass, field
-from math import inf
 
+from ..checks import check_above_zero
 from ..errors import UsageError
 from .obs import passes
 from .ratios import LayerRatios, uniform
@@ -23,8 +23,7 @@ class OsscarParameters:
     swaps: int = field(default=50, metadata={"help": "most rounds of exchanges in a part of a layer; 0: none"})
 
     def __post_init__(self) -> None:
-        if not 0 < self.damping < inf:
-            raise UsageError(f"--damping {self.damping:g} must be a number above 0")
+        check_above_zero("damping", self.damping)
         if self.swaps < 0:
             raise UsageError(f"--swaps {self.swaps}: give 0 or more")
 

@@ -4,8 +4,8 @@ Attention is cut first, and the MLP behind the pruned attention. All sizes of al
 """
 
 from dataclasses import dataclass, field
-from math import inf
 
+from ..checks import check_above_zero
 from ..errors import UsageError
 from .damage import DamageSurvey, LeastDamage
 from .feed_forward import ThinnedMLP, balanced_importance
@@ -33,8 +33,7 @@ class PlusParameters:
     sizes_of: str = field(default="layer", metadata={"help": "layer: each has its own sizes; model: all have the same"})
 
     def __post_init__(self) -> None:
-        if not 0 < self.ridge < inf:
-            raise UsageError(f"--ridge {self.ridge:g} must be a number above 0")
+        check_above_zero("ridge", self.ridge)
         if self.probes < 0:
             raise UsageError(f"--probes {self.probes}: give at least 1, or 0 for as many as suit the text")
         if self.sizes_of not in SIZES_OF:

@@ -5,11 +5,12 @@ r_0 + (r_{L-1} - r_0) log(i + 1) / log L. The paper removes single query heads; 
 """
 
 from dataclasses import dataclass, field
-from math import inf, log
+from math import log
 
 import torch
 from torch import Tensor
 
+from ..checks import check_above_zero
 from ..errors import UsageError
 from .obs import passes
 from .ratios import LayerRatios
@@ -28,8 +29,7 @@ class SlimGPTParameters:
     )
 
     def __post_init__(self) -> None:
-        if not 0 < self.damping < inf:
-            raise UsageError(f"--damping {self.damping:g} must be a number above 0")
+        check_above_zero("damping", self.damping)
         if not 0 <= self.first_ratio <= 1:
             raise UsageError(f"--first_ratio {self.first_ratio:g} is outside [0, 1]")
 
