@@ -9,24 +9,65 @@ each token, so the same ratio is promised to a machine that is bound by its memo
 """
 
 import argparse
+from pathlib import Path
 
-from comparison import check_flags, draw_ids, parser_of_models, read_models, write_comparison
+import torch
 from transformers import PreTrainedModel
 
 import olica_stopping
+from olica.checks import check_record_path
 from olica.command_line import run_command
 from olica.errors import UsageError
 from olica.evaluation.cost import generation_latency
-from olica.machine import pick_device
+from olica.machine import DEVICES, pick_device
 from olica.model.skeleton import count_parameters
+from olica.outputs.records import environment, flags_of, write_record
+from olica.sources.locate import locate
+from olica.sources.weights import DTYPES, read_model
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of this benchmark."""
-    parser = parser_of_models(__doc__.splitlines()[0], batch_size=1)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--dense", required=True, help="dense model: name, hub id, folder or .gguf file")
+    parser.add_argument("--checkpoints", required=True, nargs="+", help="folders of pruned checkpoints")
+    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="dtype to run in; auto: as stored")
+    parser.add_argument("--device", default="auto", choices=DEVICES, help="where to run")
+    parser.add_argument("--batch_size", type=int, default=1, help="sequences at a time")
+    parser.add_argument("--repeats", type=int, default=9, help="counted rounds, a turn of every model in each")
+    parser.add_argument("--output_path", type=Path, help="file of the record")
     parser.add_argument("--prompt_tokens", type=int, default=128, help="tokens of each prompt")
     parser.add_argument("--new_tokens", type=int, default=32, help="tokens that each sequence is continued by")
     return parser
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raise UsageError for a model named twice, a record that cannot be written, or a number below 1."""
+    for name in ("batch_size", "repeats", "prompt_tokens", "new_tokens"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"--{name} {getattr(args, name)} must be at least 1")
+    if len({args.dense, *args.checkpoints}) <= len(args.checkpoints):
+        raise UsageError("--checkpoints: a model is named twice")
+    if args.output_path:
+        check_record_path(args.output_path, "--output_path")
+
+
+def read_models(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, PreTrainedModel], dict[str, dict]]:
+    """The models that the flags name, the dense one first, and what their records say of their sizes."""
+    locations = {args.dense: locate(args.dense, "--dense")}
+    locations |= {name: locate(name, "--checkpoints") for name in args.checkpoints}
+    models = {name: read_model(location, args.dtype).to(device) for name, location in locations.items()}
+    sizes = {
+        name: {
+            "parameters": count_parameters(model),
+            "weight_bytes": model.get_memory_footprint(return_buffers=False),
+            "file_bytes": locations[name].file_bytes,
+        }
+        for name, model in models.items()
+    }
+    return models, sizes
 
 
 def check_positions(args: argparse.Namespace, models: dict[str, PreTrainedModel]) -> None:
@@ -35,6 +76,12 @@ def check_positions(args: argparse.Namespace, models: dict[str, PreTrainedModel]
     positions = min(model.config.max_position_embeddings for model in models.values())
     if needed > positions:
         raise UsageError(f"--prompt_tokens and --new_tokens: {needed} together do not fit {positions} positions")
+
+
+def draw_ids(models: dict[str, PreTrainedModel], batch_size: int, tokens: int) -> torch.Tensor:
+    """Random token ids (B, T) that all the models know."""
+    vocabulary = min(model.config.vocab_size for model in models.values())
+    return torch.randint(vocabulary, (batch_size, tokens), generator=torch.Generator().manual_seed(0))
 
 
 def multiplications(model: PreTrainedModel, tokens: int) -> int:
@@ -71,7 +118,7 @@ def print_table(args: argparse.Namespace, rows: dict[str, dict]) -> None:
 def run(args: argparse.Namespace) -> None:
     """Read the models, time them, print a table and write the record."""
     device = pick_device(args.device)
-    check_flags(args, "prompt_tokens", "new_tokens")
+    check_flags(args)
     models, sizes = read_models(args, device)
     check_positions(args, models)
     prompts = draw_ids(models, args.batch_size, args.prompt_tokens)
@@ -79,7 +126,9 @@ def run(args: argparse.Namespace) -> None:
     dense = models[args.dense]
     rows = {name: with_rates(args, sizes[name] | timed[name], model, dense) for name, model in models.items()}
     print_table(args, rows)
-    write_comparison(args, "generation speed", rows, device)
+    if args.output_path:
+        described = {"settings": flags_of(args), "models": rows, "environment": environment(device)}
+        write_record(args.output_path, {"kind": "generation speed"} | described)
 
 
 if __name__ == "__main__":
