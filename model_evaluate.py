@@ -12,7 +12,7 @@ from olica.command_line import run_command
 from olica.evaluation.evaluate import evaluate
 from olica.evaluation.settings import CHOICES, EvaluationSettings
 from olica.evaluation.subject import CONTINUATION_TOKENS
-from olica.output import with_error
+from olica.terminal import with_error
 
 
 def build_parser() -> argparse.ArgumentParser:

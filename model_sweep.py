@@ -12,11 +12,11 @@ from model_pruning import parser_of_pruning
 from olica.checks import COMMANDS_OWN
 from olica.command_line import run_command
 from olica.machine import pick_device
-from olica.output import with_error
 from olica.processes import working_together
-from olica.report.sweep_page import in_words
+from olica.report.sweep_page import answer_in_words
 from olica.sweeping.plan import RECORD, SweepSettings, describe_sweep, plan_sweep
 from olica.sweeping.work import run_sweep
+from olica.terminal import with_error
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
     if not processes.is_main:
         return
     if answer := done.record["answer"]:
-        print(f"found        {in_words(answer)}; the command:\n{answer['command']}")
+        print(f"found        {answer_in_words(answer)}; the command:\n{answer['command']}")
     print(f"record       {done.page.with_name(RECORD)}\npage         {done.page}")
 
 

@@ -24,7 +24,6 @@ import olica_stopping
 from olica.checks import check_room
 from olica.command_line import run_command
 from olica.errors import UsageError
-from olica.evaluation.cost import weight_bytes
 from olica.evaluation.perplexity import perplexity
 from olica.machine import DEVICES, pick_device
 from olica.model.skeleton import count_parameters
@@ -138,7 +137,7 @@ def run(args: argparse.Namespace) -> None:
     divided(calibration.ids)  # too few are refused before any weight is read
     model = read_model(location, "float32")  # small steps are lost in half precision
     stored = torch.float32 if location.gguf_file else config.dtype or torch.float32
-    check_room(args.output_path, weight_bytes(model), "--output_path", "the checkpoint")
+    check_room(args.output_path, model.get_memory_footprint(return_buffers=False), "--output_path", "the checkpoint")
     merged, training = trained(model.to(device), calibration.ids, args.epochs, args.seed)
     record = {
         "kind": "lora",

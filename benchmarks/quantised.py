@@ -23,7 +23,6 @@ import olica_stopping
 from olica.checks import check_record_path
 from olica.command_line import run_command
 from olica.errors import UsageError
-from olica.evaluation.cost import weight_bytes
 from olica.evaluation.evaluate import make_protocol
 from olica.evaluation.measures import text_measure
 from olica.evaluation.settings import CHOICES, EvaluationSettings
@@ -100,13 +99,15 @@ def run(args: argparse.Namespace) -> None:
     subject = prepare("model", location, protocol)
     stored = torch.float32 if location.gguf_file else subject.config.dtype or torch.float32
     model = read_model(location, protocol.dtype).to(device)
+    parameters, quantised = count_parameters(model), in_four_bits(model, library)
+    whole = model.get_memory_footprint(return_buffers=False)
     result = {
         "model": describe_source(location, subject.config),
         "file_bytes": location.file_bytes,
-        "parameters": count_parameters(model),
+        "parameters": parameters,
         "dtype": protocol.dtype,
-        "quantised": (quantised := in_four_bits(model, library)),
-        "weight_bytes": (weight_bytes(model) - quantised["unpacked_bytes"]) * stored.itemsize // 4 + quantised["bytes"],
+        "quantised": quantised,
+        "weight_bytes": (whole - quantised["unpacked_bytes"]) * stored.itemsize // 4 + quantised["bytes"],
         "perplexity": {},
     }
     for text in protocol.texts:

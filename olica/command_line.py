@@ -10,7 +10,7 @@ from transformers.utils import logging as transformers_logging
 
 from .errors import UsageError, memory_in_words
 from .machine import full_precision
-from .output import forgiving_output
+from .terminal import forgiving_output
 
 # What a path that a user gave can be at fault for.
 PATH_ERRORS = {

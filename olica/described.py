@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from .duration import Pruning, in_words, nearest, read_timed
+from .duration import Pruning, nearest, read_timed, time_in_words
 from .jobs import Job, Settings
 from .methods.sizes import describe_plan
 from .pruning.memory import survey_disk_bytes
@@ -17,7 +17,7 @@ WARNED_RATIO = 1.5
 
 def describe(job: Job) -> str:
     """Lines that say what a job is going to do: sizes, parameters, what to know of them, what it is to take."""
-    before, size = job.parameters.before["total"], job.bytes_per_weight / 1e9
+    before, size = job.counts.before["total"], job.bytes_per_weight / 1e9
     after = before - round(job.budget.to_remove)
     if job.plan is None:
         of = "model" if job.settings.sparsity_of == "model" else "decoder layers"
@@ -26,7 +26,7 @@ def describe(job: Job) -> str:
             f"budget       {before - after:,} parameters of the {of} go: {before:,} -> about {after:,}",
         ]
     else:
-        after = job.parameters.planned["total"]
+        after = job.counts.planned["total"]
         lines = _sizes_of(job)
     device = f", device {job.memory['device_bytes'] / 1e9:.2f} GB" if job.memory["device_bytes"] else ""
     processes = job.options.processes.count
@@ -60,12 +60,14 @@ def _time_of(job: Job) -> list[str]:
     timed = nearest(asked, read_timed(RECORDS))
     if timed is None:
         return []
-    return [f"time         about {in_words(timed.scaled(asked))} by itself, by what {timed.source} took on {device}"]
+    return [
+        f"time         about {time_in_words(timed.scaled(asked))} by itself, by what {timed.source} took on {device}"
+    ]
 
 
 def as_timed(job: Job, device: str) -> Pruning:
     """What decides how long a job takes on a device of that name."""
-    before = job.parameters.before
+    before = job.counts.before
     return Pruning(
         device=device,
         recipe=job.recipe.name,
@@ -79,9 +81,9 @@ def as_timed(job: Job, device: str) -> Pruning:
 
 def _sizes_of(job: Job) -> list[str]:
     """A plan, and what it leaves of the parameters."""
-    before, after = (counted["total"] for counted in (job.parameters.before, job.parameters.planned))
+    before, after = (counted["total"] for counted in (job.counts.before, job.counts.planned))
     ranks = [shape.correction_rank for shape in job.plan if shape.correction_rank]
-    of_model, of_layers = job.parameters.lost("total"), job.parameters.lost("decoder_layers")
+    of_model, of_layers = job.counts.lost("total"), job.counts.lost("decoder_layers")
     lines = [describe_plan(job.plan, without=("correction_rank",))]
     if ranks:
         lines.append(f"and a correction of rank {ranks[0]} beside {len(ranks)} MLPs, which the survey chooses")
@@ -89,7 +91,7 @@ def _sizes_of(job: Job) -> list[str]:
         f"parameters   {before:,} -> {after:,}, sparsity {of_model:.4f} of the model, {of_layers:.4f} of its layers"
     )
     if of_layers > WARNED_RATIO * job.settings.sparsity:
-        share = job.parameters.before["decoder_layers"] / before
+        share = job.counts.before["decoder_layers"] / before
         lines.append(
             f"note         the decoder layers lose {of_layers:.0%}, since they are but {share:.0%} of the model and "
             "nothing else is pruned; --sparsity_of layers takes --sparsity as their share"

@@ -166,7 +166,7 @@ def _pruning_of(record: dict, layers: int | None) -> Pruning | None:
     )
 
 
-def in_words(seconds: float) -> str:
+def time_in_words(seconds: float) -> str:
     """A time to two digits."""
     for unit, size in (("h", 3600), ("min", 60)):
         if seconds >= 2 * size:

@@ -169,7 +169,7 @@ class Job:
         layout: what the checkpoint can hold.
         plan: sizes of all layers; which get a correction is not known yet. None where the survey decides them.
         notes: what the user should know of the plan.
-        parameters: before, and of the plan.
+        counts: parameters before, and of the plan.
         bytes_per_weight: in the dtype that is saved.
         task: what decides the memory that it takes.
         disk_bytes: that the checkpoint, and what is kept meanwhile, take.
@@ -187,7 +187,7 @@ class Job:
     layout: Layout
     plan: list[LayerShape] | None
     notes: list[str]
-    parameters: Parameters
+    counts: Parameters
     bytes_per_weight: int
     task: Task
     disk_bytes: int
@@ -294,7 +294,7 @@ def _prepare(settings: Settings, processes: Processes) -> Job:
         plan=plan,
         layout=layout,
         notes=([] if settings.layout == OWN_LAYOUT else [layout.about]) + method.allocate.notes(sizes, budget),
-        parameters=Parameters(dense, planned),
+        counts=Parameters(dense, planned),
         bytes_per_weight=itemsize,
         task=task,
         # Two states, while one takes the place of the other; later a file of weights beside what it is made of.

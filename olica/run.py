@@ -172,7 +172,7 @@ def _prune_and_save(job: Job, folder: RunFolder | None) -> dict:
     with stages.stage("open model"):
         dense = open_dense_model(job.location, settings.dtype)
         before = count_parameters(dense.model)
-    if before != job.parameters.before:  # the plan was made before the hub gave the weights
+    if before != job.counts.before:  # the plan was made before the hub gave the weights
         raise UsageError(
             f"{job.location.flag} {job.location.name}: its weights hold another model than its configuration; give the "
             "same command again, which plans by the weights, now that they are here"
@@ -314,7 +314,7 @@ def _make_record(
 ) -> dict:
     """What a run was asked, expected to do and did; `counted` are the parameters of the models before and after."""
     before, after = counted["before"], counted["after"]
-    planned = job.parameters.planned or after
+    planned = job.counts.planned or after
     return {
         "kind": "pruning",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import olica_stopping
 from olica.command_line import run_command
 from olica.errors import UsageError
-from olica.output import with_error
 from olica.outputs.records import latest_comparison, note_on_survey, read_pruning_record, seconds_of_stages
+from olica.terminal import with_error
 
 
 def rows(pruning: dict, evaluation: dict) -> list[tuple[str, str, str]]:

@@ -14,7 +14,7 @@ from textwrap import fill
 import torch
 
 from olica.described import as_timed
-from olica.duration import KIND, Pruning, Timed, in_words, nearest, read_timed, two_digits
+from olica.duration import KIND, Pruning, Timed, nearest, read_timed, time_in_words, two_digits
 from olica.jobs import Job, prepare, settings_of
 from olica.machine import BatchSize
 from olica.pruning.memory import USABLE, Task, fit_into, peaks_beside, survey_disk_bytes
@@ -145,7 +145,7 @@ class Case:
     @property
     def parameters(self) -> int:
         """Of the dense model."""
-        return self.job.parameters.before["total"]
+        return self.job.counts.before["total"]
 
     @property
     def tokens(self) -> int:
@@ -222,7 +222,7 @@ def time_table(by_recipe: dict[str, list[Case]], timed: list[Timed]) -> str:
     rows = []
     for recipe, those in by_recipe.items():
         for case in those:
-            operations = 2 * case.job.parameters.before["decoder_layers"] * case.tokens / 1e12
+            operations = 2 * case.job.counts.before["decoder_layers"] * case.tokens / 1e12
             row = [case.model, f"`{recipe}`", f"{operations:,.0f}", *([NOT_RUN] * len(unseen))]
             for device, itemsize in machines:
                 asked = replace(as_timed(case.job, device), itemsize=itemsize)
@@ -235,9 +235,9 @@ def time_table(by_recipe: dict[str, list[Case]], timed: list[Timed]) -> str:
 def time_cell(asked: Pruning, found: Timed) -> str:
     """A time, and how it is known."""
     if asked == found.pruning:
-        return f"{in_words(found.total)}, measured"
+        return f"{time_in_words(found.total)}, measured"
     times = asked.layer / found.pruning.layer
-    return f"{in_words(found.scaled(asked))}, extrapolated ({two_digits(times)} x)"
+    return f"{time_in_words(found.scaled(asked))}, extrapolated ({two_digits(times)} x)"
 
 
 def recorded_peaks() -> Iterator[list[str]]:
@@ -278,7 +278,7 @@ def recorded_times(timed: list[Timed]) -> Iterator[list[str]]:
     for one in timed:
         other = nearest(one.pruning, [other for other in timed if other is not one])
         if other:
-            took = beside(other.scaled(one.pruning), one.total, in_words)
+            took = beside(other.scaled(one.pruning), one.total, time_in_words)
             times = two_digits(one.pruning.layer / other.pruning.layer)
             yield [f"`{one.source}`", f"`{one.pruning.recipe}`", f"`{other.source}`, {times} x", *took]
 

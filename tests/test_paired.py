@@ -13,7 +13,7 @@ from olica.evaluation.paired import (
     unpack_floats,
     unpack_hits,
 )
-from olica.output import with_error
+from olica.terminal import with_error
 
 
 def test_packed_rows_come_back():

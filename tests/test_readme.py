@@ -25,11 +25,11 @@ from olica.errors import UsageError
 from olica.evaluation.paired import compare, perplexity_error
 from olica.methods.recipes import RECIPES
 from olica.model.families import FAMILIES
-from olica.output import with_error
 from olica.outputs.records import has_former_shares
 from olica.sources.locate import MODEL_NAMES, locate
 from olica.sources.tokenizers import read_tokenizer
 from olica.sources.weights import read_model
+from olica.terminal import with_error
 
 ROOT = Path(__file__).parents[1]
 README, DOCS = ROOT / "README.md", ROOT / "docs"

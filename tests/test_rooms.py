@@ -152,7 +152,7 @@ def test_every_room_has_rules_and_every_rule_a_room():
     modules = imports_of(PACKAGE).keys()
     named = {part for parts in MAY_IMPORT.values() for part in parts if "." in part} | COPIED
     assert named <= modules
-    assert {"errors", "checks", "machine", "output", "processes", "command_line"} <= {
+    assert {"errors", "checks", "machine", "terminal", "processes", "command_line"} <= {
         module for module in modules if room_of(module) == "ground"
     }
 

@@ -10,7 +10,7 @@ from html import escape
 from typing import NamedTuple
 
 from ..evaluation.paired import PAPER_METRIC
-from ..output import with_error
+from ..terminal import with_error
 from .runs import limited
 
 # The parts of `model.skeleton.PARTS` in words; a correction is what may be added, and no share of anything.
@@ -118,7 +118,7 @@ alone are pruned. {escape(record["recipe"]["about"])}.</p>
 """
 
 
-def in_words(answer: dict) -> str:
+def answer_in_words(answer: dict) -> str:
     """The sparsity that was sought, in a sentence without its end."""
     found, limit = f"{answer['sparsity']:g}, within {answer['tolerance']:g}", answer["limit"]
     if answer["flag"] == "max_params":
@@ -133,7 +133,7 @@ def _answer(record: dict) -> str:
     answer = record["answer"]
     if not answer:
         return ""
-    words = f"<strong>Found:</strong> {escape(in_words(answer))}."
+    words = f"<strong>Found:</strong> {escape(answer_in_words(answer))}."
     return f'<div class="answer"><p>{words}</p>{_command(answer["command"])}</div>'
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from ..evaluation.paired import PAPER_METRIC, compare, perplexity_error
-from ..output import with_error
+from ..terminal import with_error
 from .runs import TEXT, Results, Run, newest_alike, protocol
 
 # The paper's order of columns.

@@ -96,7 +96,7 @@ class Target:
     value: float
 
     @property
-    def in_words(self) -> str:
+    def text(self) -> str:
         """The flag and its value."""
         return f"--{self.flag} {self.value:,}" if self.flag == "max_params" else f"--{self.flag} {self.value:g}"
 

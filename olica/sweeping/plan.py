@@ -128,7 +128,7 @@ class SweepPlan:
         logits = tokens * vocabulary * (batch * job.bytes_per_weight + 2 * 4)
         is_host = job.options.device.type == "cpu"
         own = psutil.Process().memory_info().rss + RUNTIME_BYTES["cpu"] if is_host else 0
-        return own + job.parameters.before["total"] * job.bytes_per_weight + logits
+        return own + job.counts.before["total"] * job.bytes_per_weight + logits
 
 
 def plan_sweep(given: dict[str, Any], processes: Processes = ALONE) -> SweepPlan:
@@ -188,9 +188,9 @@ def held_back_shape(settings: Settings, wanted: SweepSettings) -> tuple[int, int
 
 def expected_parameters(job: Job) -> int:
     """Parameters that a job leaves of the model: those of its plan, or else of its budget."""
-    if job.parameters.planned:
-        return job.parameters.planned["total"]
-    return job.parameters.before["total"] - round(job.budget.to_remove)
+    if job.counts.planned:
+        return job.counts.planned["total"]
+    return job.counts.before["total"] - round(job.budget.to_remove)
 
 
 def _check_reachable(plan: SweepPlan) -> None:
@@ -233,7 +233,7 @@ def describe_sweep(plan: SweepPlan, processes: int = 1) -> str:
         lines.append(f"{sparsity or 'dense':>10}  {f'{about}{left:,}':>15}  {weights:>10}")
     lines += [f"note         {note}" for note in dict.fromkeys(note for job in jobs for note in job.notes)]
     if wanted.target:
-        lines.append(f"search       {wanted.target.in_words}, to {wanted.tolerance:g}: "
+        lines.append(f"search       {wanted.target.text}, to {wanted.tolerance:g}: "
                      f"at most {plan.most_trials} points more")  # fmt: skip
     samples, tokens = held_back_shape(plan.settings, wanted)
     source = wanted.held_back_datasets or f"what is left of {plan.settings.datasets}"

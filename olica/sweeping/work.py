@@ -231,13 +231,13 @@ class _Sweep:
         if far is None:
             last = self.record["points"][-1]
             raise UsageError(
-                f"{target.in_words}: even --sparsity {last['sparsity']:g} leaves "
+                f"{target.text}: even --sparsity {last['sparsity']:g} leaves "
                 f"{last['parameters']['total']:,} parameters and {last['ratio']:.4g} times the dense perplexity; give "
                 "--sparsity that goes further"
             )
         if not sparsity:
             raise UsageError(
-                f"{target.in_words}: already --sparsity {far:g} has {ends[far]['ratio']:.4g} times the "
+                f"{target.text}: already --sparsity {far:g} has {ends[far]['ratio']:.4g} times the "
                 "dense perplexity; give a higher ratio, or a finer --tolerance"
             )
         found = ends[sparsity]
