@@ -202,7 +202,7 @@ def fork_server(shared_folder) -> Iterator[str]:
         try:
             writing = os.open(held, os.O_WRONLY | os.O_NONBLOCK)
         except OSError:  # nobody has started it, or it has ended
-            for left in (path, held):
+            for left in (path, f"{path}.new", held):
                 Path(left).unlink(missing_ok=True)
             os.mkfifo(held)
             reading = os.open(held, os.O_RDONLY | os.O_NONBLOCK)

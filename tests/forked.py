@@ -29,8 +29,9 @@ def serve(path: str) -> None:
     import select
 
     listener = socket.socket(socket.AF_UNIX)
-    listener.bind(path)
+    listener.bind(f"{path}.new")
     listener.listen()
+    os.rename(f"{path}.new", path)  # who finds it there may connect
     for name in (*LIBRARIES, *(f"transformers.models.{family}.modeling_{family}" for family in FAMILIES)):
         importlib.import_module(name)
     from lm_eval.tasks import _index

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import re
-import socket
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import edit_config, make_llama, make_tokenizer, refused
+from launched import free_port
 from test_zero_shot import ROWS, write_rows
 from tokenizers import processors
 from transformers import AutoTokenizer, GenerationMixin
@@ -491,8 +491,7 @@ ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 @pytest.mark.parametrize(("flag", "words"), [("--cost", "--cost"), ("--limit=1", "2 processes"), ("--ppl=no", "--ppl")])
 def test_what_several_processes_cannot_do_is_said_once(here, fast_python, flag, words):
     """The two processes as the launcher starts them."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
     started = [
         subprocess.Popen(
             [fast_python, *LAUNCHED, flag],

@@ -161,8 +161,21 @@ def test_a_kill_of_either_ends_both_and_the_same_command_goes_on(
         assert record["survey"]["layers_taken_up"] == (LAYERS if place == "cut" else layer)
 
 
+# Does not keep the second layer of the cut before a signal comes.
+HELD = """
+import time
+from olica.pruning import layers
+keep = layers.keep_layer
+def holding(work, progress, index, *others):
+    if index == 1:
+        time.sleep(60)
+    keep(work, progress, index, *others)
+layers.keep_layer = holding
+"""
+
+
 def test_a_signal_that_stops_both_is_said_once(there, fork_server):
-    forks = started(fork_server, [*COMMAND, *flags_of("olica")])
+    forks = started(fork_server, ["-c", HELD + RUN, *COMMAND, *flags_of("olica")])
     while not list(Path("out").glob(".*.partial/progress.json")) and all(fork.poll() is None for fork in forks):
         time.sleep(0.01)
     for fork in forks:

@@ -1,6 +1,7 @@
 """The real command lines, stopped by Ctrl-C and SIGTERM at every stage."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from olica.command_line import run_command
 ROOT = Path(__file__).parents[1]
 PRUNING, EVALUATION = str(ROOT / "model_pruning.py"), str(ROOT / "model_evaluate.py")
 # A disk that takes its time, more than a busy machine may keep this process waiting, every layer being written in the
-# background, as beside a GPU; and pauses between measures.
+# background, as beside a GPU; and a pause between measures that the signal ends.
 SLOW_WRITING = """
 import time
 from olica.outputs.journal import Journal
@@ -32,7 +33,7 @@ SLOW_MEASURES = """
 import time
 from olica.evaluation.measures import Measures
 take = Measures.take
-Measures.take = lambda self, *args: (take(self, *args), time.sleep(1))[0]
+Measures.take = lambda self, *args: (take(self, *args), time.sleep(60))[0]
 """
 RUN = "import runpy, sys; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
 both_signals = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -55,6 +56,18 @@ def wait_for(process: subprocess.Popen, moment: Callable[[], object]) -> None:
     while not moment():
         assert process.poll() is None, process.communicate()
         time.sleep(0.005)
+
+
+def handles_signals(process: subprocess.Popen) -> bool:
+    """Whether a process handles SIGTERM: plain Python does not, and the commands do before all else.
+
+    Where the system does not tell, it is taken to.
+    """
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    except FileNotFoundError:
+        return True
+    return bool(int(re.search(r"^SigCgt:\s*(\w+)$", status, re.MULTILINE)[1], 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def stop(process: subprocess.Popen, number: int) -> str:
@@ -98,6 +111,7 @@ def test_a_stopped_evaluation_takes_up_what_was_measured(here, fast_python, capl
 @pytest.mark.parametrize("seconds", [0.2, 1.0])
 def test_a_stop_while_libraries_are_imported_says_a_line_too(here, script, seconds):
     process = start(sys.executable, script, *(FLAGS if script == PRUNING else []))
+    wait_for(process, lambda: handles_signals(process))
     time.sleep(seconds)
     assert stop(process, signal.SIGINT) == "give the same command again"
     assert not Path("out").exists()
@@ -105,6 +119,7 @@ def test_a_stop_while_libraries_are_imported_says_a_line_too(here, script, secon
 
 def test_of_several_processes_one_speaks(here):
     process = start(sys.executable, EVALUATION, RANK="1")
+    wait_for(process, lambda: handles_signals(process))
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     assert process.communicate() == ("", "") and process.returncode == -signal.SIGINT
