@@ -67,7 +67,7 @@ def test_counting_reads_no_weights(saved_llama):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"hidden_size": "abc"}, "hidden_size|int"),
+        ({"hidden_size": "abc"}, "hidden_size"),
         ({"hidden_size": 65}, "multiple of the number of attention"),
         ({"hidden_act": "no-such-function"}, "no-such-function"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),

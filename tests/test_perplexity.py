@@ -153,7 +153,8 @@ def test_memory_does_not_grow_with_the_windows():
     model = make_llama(vocab_size=49152, hidden_size=16, num_hidden_layers=1, intermediate_size=16)
     windows = torch.randint(49152, (60, 128), generator=torch.Generator().manual_seed(0))
     perplexity(model, windows[:4], batch_size=4)
-    reset_peak_memory("cpu")
+    if not reset_peak_memory("cpu"):
+        pytest.skip("this system cannot reset the peak of a process")
     before = peak_memory("cpu")["host_bytes"]
     perplexity(model, windows, batch_size=4)
     assert peak_memory("cpu")["host_bytes"] - before < 600e6

@@ -241,10 +241,6 @@ def check_threads(gpu, monkeypatch) -> None:
     assert [entry for entry in seen if entry[0] == "read"] == [("read", index, "read") for index in [*layers, *layers]]
 
 
-def test_reading_ahead_and_writing_in_the_background(here, gpu, monkeypatch):
-    check_threads(gpu, monkeypatch)
-
-
 def check_layers(gpu, monkeypatch) -> None:
     """The device holds one layer at a time, whether the model is streamed or in host memory as a whole."""
     for dense in (open_dense_model(locate("./tiny")), dense_model.DenseModel(read_model(locate("./tiny")))):
@@ -260,10 +256,6 @@ def make_layer() -> torch.nn.Module:
     return read_model(locate("./tiny")).model.layers[0]
 
 
-def test_one_layer_at_a_time_is_on_the_device(here, gpu, monkeypatch):
-    check_layers(gpu, monkeypatch)
-
-
 def check_embedding(gpu, monkeypatch) -> None:
     """A model that is on the device embeds there; hidden states live where they are to."""
     model, ids = read_model(locate("./tiny")), torch.arange(3, 35).view(2, 16)
@@ -275,10 +267,6 @@ def check_embedding(gpu, monkeypatch) -> None:
         torch.testing.assert_close(hidden.cpu(), expected)
     with torch.no_grad():
         propagate(model.model.layers[0], hidden, calls[0], BatchSize(1))
-
-
-def test_a_model_on_the_device_embeds_there(here, gpu, monkeypatch):
-    check_embedding(gpu, monkeypatch)
 
 
 def check_final_logits(gpu, monkeypatch) -> None:
@@ -298,10 +286,6 @@ def check_survey(gpu, monkeypatch) -> None:
     work = Work(dense, torch.arange(3, 67).view(4, 16), as_method("olica"), options)
     kept = [tensor for found in survey_layers(work, plan, SurveyProgress()) for tensor in found.values()]
     assert kept and not any(tensor.is_cuda for tensor in kept)
-
-
-def test_a_survey_is_kept_on_the_host(here, gpu, monkeypatch):
-    check_survey(gpu, monkeypatch)
 
 
 def interrupt(monkeypatch, save_dir: str, *flags: str) -> None:
@@ -341,9 +325,9 @@ def check_resuming(gpu, monkeypatch, recipe: str = "olica", seconds: float = run
     assert all(torch.equal(found[name], weight) for name, weight in wanted.items())
 
 
-@pytest.mark.parametrize(("recipe", "seconds"), [("olica", run_progress.SAVED_EVERY), ("olica-paper", -1.0)])
-def test_a_killed_run_goes_on_there(here, gpu, monkeypatch, recipe, seconds):
-    check_resuming(gpu, monkeypatch, recipe, seconds)
+def test_a_killed_run_goes_on_there(here, gpu, monkeypatch):
+    """That of the recipe olica is one of the CHECKS."""
+    check_resuming(gpu, monkeypatch, "olica-paper", seconds=-1.0)
 
 
 # ---------------------------------------------------------------------------------------------- evaluation
@@ -384,19 +368,11 @@ def check_perplexity(gpu, monkeypatch) -> None:
     assert perplexity(model.to(CUDA), windows, 3, Summed()).value == pytest.approx(expected.value, rel=1e-5)
 
 
-def test_perplexity_of_a_model_on_the_device(here, gpu, monkeypatch):
-    check_perplexity(gpu, monkeypatch)
-
-
 def check_latencies(gpu, monkeypatch) -> None:
     """Times, and a continuation, of a model on the device."""
     model = read_model(locate("./tiny")).to(CUDA)
     assert generation_latency({"model": model}, torch.arange(3, 19)[None], 2, 1)["model"]["decode"]["median_s"] > 0
     check_evaluation("--tasks=")
-
-
-def test_times_of_a_model_on_the_device(here, gpu, monkeypatch):
-    check_latencies(gpu, monkeypatch)
 
 
 def check_that_the_model_is_moved(gpu, monkeypatch) -> None:
@@ -566,7 +542,7 @@ def test_the_check_of_a_gpu_runs_with_tiny_sizes(gpu_guard, tmp_path):
 
 # ---------------------------------------------------------------------------------------------- planted mistakes
 
-# What shows that tensors are where they should be, by the modules that place them.
+# What shows that tensors are where they should be, by the modules that place them: a test of its own each, below.
 CHECKS = {
     "pruning.activations": [check_embedding, check_final_logits, check_pruning, partial(check_resuming, seconds=-1.0)],
     "evaluation.cost": [check_latencies],
@@ -579,6 +555,8 @@ CHECKS = {
 }
 # Modules that do little but place tensors; what others might forget is tried among the slow tests.
 MOSTLY_PLACING = ("pruning.activations", "evaluation.perplexity", "pruning.cutting")
+# The number of no placing.
+NONE = -1
 # The library's generate moves what it is given by itself.
 HARMLESS = {("evaluation.measures", "continuation", 0)}
 
@@ -593,7 +571,7 @@ def is_placing(node: ast.AST) -> bool:
 
 
 class Without(ast.NodeTransformer):
-    """Leaves out the placing of this number."""
+    """Leaves out the placing of this number, or NONE."""
 
     def __init__(self, number: int):
         self.left = number
@@ -645,10 +623,12 @@ def plant(monkeypatch, module, qualified: str, number: int) -> None:
                 monkeypatch.setattr(caller, name, made[function.__name__])
 
 
-@pytest.mark.parametrize("module", CHECKS)
-def test_the_checks_pass_where_nothing_is_forgotten(here, gpu, monkeypatch, module):
-    for check in CHECKS[module]:
-        check(gpu, monkeypatch)
+@pytest.mark.parametrize(("module", "check"), [(module, check) for module in CHECKS for check in CHECKS[module]])
+def test_the_checks_pass_where_nothing_is_forgotten(here, gpu, monkeypatch, module, check):
+    """Though every function is put in its own place, as one that forgets is."""
+    for qualified in {qualified for name, qualified, _ in mistakes() if name == module}:
+        plant(monkeypatch, importlib.import_module(f"olica.{module}"), qualified, NONE)
+    check(gpu, monkeypatch)
 
 
 @pytest.mark.parametrize(

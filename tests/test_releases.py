@@ -67,6 +67,7 @@ def test_nobody_is_warned_of_names_that_are_deprecated(layout, recipe, here, mon
     model = AutoModelForCausalLM.from_pretrained(done.folder)
     model.save_pretrained("again")
     assert repr(model.config) and not [message for message in said if "deprecated" in message]
+    assert model.config.torch_dtype and "`torch_dtype` is deprecated" in said[-1], "what would be said is seen"
     if layout == "olica":  # the file says both names all the same
         first, second = (json.loads((Path(folder) / "config.json").read_text()) for folder in (done.folder, "again"))
         assert first == second and first["dtype"] == first["torch_dtype"] == "float32"

@@ -197,6 +197,7 @@ def test_from_python(here):
     done = olica.sweep("tiny", sparsity=[0.2, 0.1], save_dir="out", **settings)
     assert done.page == FOLDER / "sweep.html" and done.page.is_file()
     assert [point["sparsity"] for point in done.record["points"]] == [0.1, 0.2]
+    shutil.rmtree("out")  # or the record would be taken up
     assert without_times(json.loads(json.dumps(done.record))) == without_times(sweep("--sparsity=0.1,0.2"))
     with pytest.raises(UsageError, match=r"^there is no argument held_bak; did you mean held_back.*\?$"):
         olica.sweep("tiny", held_bak=3)
