@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from tiny_run import LAYERS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from olica.jobs import plan_before_survey
 from olica.machine import BatchSize
@@ -47,6 +47,8 @@ from olica.sources.dense_model import DenseModel
 CPU = torch.device("cpu")
 FORKED = Path(__file__).with_name("forked.py")
 TEST_DATA = Path(__file__).parent / "data"
+# What git-lfs has in the place of a file that was not fetched.
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 12345\n"
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -73,6 +75,52 @@ def make_llama(seed: int = 0, **overrides) -> LlamaForCausalLM:
     )
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(**settings | overrides)).eval()
+
+
+def save_tiny(folder: str | Path, **sizes) -> None:
+    """Save `make_llama` of these sizes with its tokenizer."""
+    make_llama(**sizes).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+
+
+def save_bin(model: PreTrainedModel, folder: Path, shards: int = 1, **more: torch.Tensor) -> None:
+    """Save a model, and weights that it has not, in so many .bin files."""
+    model.config.save_pretrained(folder)
+    state = model.state_dict() | more
+    if shards == 1:
+        torch.save(state, folder / "pytorch_model.bin")
+        return
+    names = {name: f"pytorch_model-{1 + index % shards:05}-of-{shards:05}.bin" for index, name in enumerate(state)}
+    for file in set(names.values()):
+        torch.save({name: state[name] for name in state if names[name] == file}, folder / file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+
+
+def hub_snapshot(cache: Path, name: str = "team/model", revision: str = "0" * 40) -> Path:
+    """The folder of a model's files in a cache of the hub, empty, laid out as a download would."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    snapshot = repository / "snapshots" / revision
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    return snapshot
+
+
+def add_adapter(folder: str | Path) -> None:
+    """Put an adapter that changes every output beside a model, as peft saves it."""
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(target_modules=["q_proj"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    adapted.save_pretrained(folder)
+
+
+def write_json(path: Path, rows: list) -> Path:
+    """Write one row a line; returns the path."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 def pruning_options(**overrides) -> PruningOptions:
@@ -308,8 +356,7 @@ def shared_data() -> Path:
 
 def fill_with_run(folder: Path, samples: int = 8) -> None:
     """Put into a folder a tiny model of several layers and a calibration set."""
-    make_llama(num_key_value_heads=2, num_hidden_layers=LAYERS).save_pretrained(folder / "tiny")
-    make_tokenizer().save_pretrained(folder / "tiny")
+    save_tiny(folder / "tiny", num_key_value_heads=2, num_hidden_layers=LAYERS)
     ids = torch.randint(3, 259, (samples, 32), generator=torch.Generator().manual_seed(0))
     save_file({"calibration_ids": ids}, folder / "ids.safetensors")
 
@@ -332,11 +379,12 @@ def bos_tokenizer():
     return tokenizer
 
 
-def refused(capsys, call: Callable, *arguments) -> str:
-    """The message of a command that must end with status 2 and one sentence on standard error."""
+def refused(capsys, call: Callable, *arguments, alone: bool = False) -> str:
+    """The message of a command that must end with status 2 and one sentence on standard error, `alone` if it is all."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         call(*arguments)
-    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-    assert ended.value.code == 2 and len(lines) == 1
+    said = capsys.readouterr().err.splitlines()
+    lines = [line for line in said if "error: " in line]
+    assert ended.value.code == 2 and len(lines) == 1 and (len(said) == 1 or not alone)
     return lines[0].split("error: ", 1)[1]

@@ -1,4 +1,4 @@
-"""Processes as a launcher starts them, and how they end."""
+"""Processes of the command lines, alone or as a launcher starts them, and how they end."""
 
 import os
 import socket
@@ -9,6 +9,9 @@ from typing import NamedTuple
 from forked import Fork
 
 ROOT = Path(__file__).parents[1]
+COMMAND = [str(ROOT / "model_pruning.py")]
+# Code that runs the script named by the arguments behind it; what is to be changed first goes before it.
+RUN = "import runpy, sys; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
 
 
 class Ended(NamedTuple):
@@ -26,16 +29,26 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
+def environment(**more: str) -> dict[str, str]:
+    """Variables of a process that finds the program and does without a hub."""
+    return os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | more
+
+
+def start(server: str, arguments: list[str], errors: Path) -> Fork:
+    """Start a fork of the `server`, which Python calls with the arguments, and which writes its errors to a file."""
+    with errors.open("w") as said, open(os.devnull, "w") as null:
+        return Fork(server, arguments, environment(), (0, null.fileno(), said.fileno()))
+
+
 def started(server: str, arguments: list[str], count: int = 2) -> list[Fork]:
     """Processes as a launcher starts them, forks of the `server`, which Python calls with the arguments."""
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    shared |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     forks = []
     for rank in map(str, range(count)):
-        environment = os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank}
+        variables = environment(**shared, RANK=rank, LOCAL_RANK=rank)
         with open(f"out.{rank}", "w") as out, open(f"errors.{rank}", "w") as errors, open(os.devnull) as null:
-            forks.append(Fork(server, arguments, environment, (null.fileno(), out.fileno(), errors.fileno())))
+            forks.append(Fork(server, arguments, variables, (null.fileno(), out.fileno(), errors.fileno())))
     return forks
 
 

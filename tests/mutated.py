@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import TEST_DATA, make_llama, make_tokenizer
+from conftest import TEST_DATA, make_tokenizer, save_tiny
 from safetensors.torch import save_file
 from tiny_families import make_family
 from tiny_gguf import GGUF_FAMILIES, GGUF_SIZES, write_gguf
@@ -473,8 +473,7 @@ def prepare(folder: str) -> None:
     Path(ROWS).write_text("".join(json.dumps({"text": f"{number} {WORDS}"}) + "\n" for number in range(12)))
     ids = torch.randint(3, 259, (6, SEQLEN), generator=torch.Generator().manual_seed(0))
     save_file({"calibration_ids": ids}, CALIBRATION)
-    make_llama(num_key_value_heads=2).save_pretrained("tiny")
-    make_tokenizer().save_pretrained("tiny")
+    save_tiny("tiny", num_key_value_heads=2)
     for layout, recipe in (("olica", "olica"), ("deci", "olica-plus"), ("stock", "olica-plus")):
         if call("prune", [*MADE_BY, *by_recipe(recipe), f"--layout={layout}"], Path("errors")):
             raise AssertionError(Path("errors").read_text())

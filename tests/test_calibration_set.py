@@ -11,7 +11,7 @@ from dataclasses import replace
 import datasets
 import pytest
 import torch
-from conftest import make_tokenizer
+from conftest import make_tokenizer, write_json
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
@@ -54,11 +54,6 @@ def build(tmp_path, tokenizer):
         return build_calibration_set(str(source), draw=draw, **settings | overrides)
 
     return build
-
-
-def write_json(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def prose(count=40, seed=0):
@@ -669,7 +664,7 @@ def test_prompts_and_prose_may_share_a_file(tokenizer, tmp_path):
     assert sum(any(text in row.get("text", "") for row in rows) for text in texts) == 4
 
 
-def test_the_shape_is_known_before_any_text_is_read(tokenizer, tmp_path):
+def test_the_shape_is_known_before_any_text_is_read(tmp_path):
     assert calibration_shape("bookcorpus+alpaca", 128, 64) == (256, 64)
     save_file({"calibration_ids": torch.zeros(3, 17, dtype=torch.int64)}, tmp_path / "ids.safetensors")
     assert calibration_shape(str(tmp_path / "ids.safetensors"), 0, 0) == (3, 17)

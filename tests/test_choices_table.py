@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_tables import MACHINE, cells, evaluation
+from made_records import MACHINE, cells, evaluation
 
 from olica.report import choices
 

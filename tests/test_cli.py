@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import load_weights, make_llama, make_tokenizer, refused
-from peft import LoraConfig, get_peft_model
+from called import PAPERS_EVALUATION, PAPERS_PRUNING, call
+from conftest import add_adapter, hub_snapshot, load_weights, make_llama, refused, save_tiny
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -24,7 +24,6 @@ import model_pruning
 import olica
 from olica import jobs, run
 from olica.checks import COMMANDS_OWN
-from olica.command_line import run_command
 from olica.errors import UsageError
 from olica.methods.olica import OlicaParameters, released
 from olica.methods.recipe import Recipe
@@ -32,14 +31,6 @@ from olica.methods.recipes import RECIPES
 from olica.methods.value_output import NarrowedHeads, given_directions, released_importance
 
 ROOT = Path(__file__).parents[1]
-PAPERS_PRUNING = (
-    "--base_model 7b --datasets bookcorpus+alpaca --num_samples 128 --seqlen 128 --percdamp 0.5 --mlp_num 6 "
-    "--sparsity 0.2 --ratio 0.03 --k 3 --save_dir ./pruned_models"
-)
-PAPERS_EVALUATION = (
-    "--base_mode 7b --sparsity 0.2 "
-    "--tasks openbookqa,arc_easy,winogrande,hellaswag,arc_challenge,piqa,boolq --save_dir ./pruned_models"
-)
 WORDS = "the quick brown fox jumps over a lazy dog while seven wise owls read old books by candle light ".split()
 
 
@@ -52,8 +43,7 @@ def prose(seed: int, words: int) -> str:
 def here(tmp_path, monkeypatch):
     """An empty current folder with a tiny model, calibration rows and a text to measure on."""
     monkeypatch.chdir(tmp_path)
-    make_llama(num_key_value_heads=2, tie_word_embeddings=True).save_pretrained("tiny")
-    make_tokenizer().save_pretrained("tiny")
+    save_tiny("tiny", num_key_value_heads=2, tie_word_embeddings=True)
     rows = [{"text": prose(seed, 60)} for seed in range(20)]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path
@@ -61,11 +51,11 @@ def here(tmp_path, monkeypatch):
 
 def prune(*arguments: str) -> int:
     defaults = ["--base_model=tiny", "--datasets=rows.jsonl", "--num_samples=6", "--seqlen=32", "--mlp_num=1"]
-    return run_command(model_pruning.build_parser(), model_pruning.run, [*defaults, "--ratio=0.1", *arguments])
+    return call(model_pruning, *defaults, "--ratio=0.1", *arguments)
 
 
 def evaluate(*arguments: str) -> int:
-    return run_command(model_evaluate.build_parser(), model_evaluate.run, list(arguments))
+    return call(model_evaluate, *arguments)
 
 
 def files_in(folder: Path) -> set[str]:
@@ -191,7 +181,7 @@ def test_recipes_may_have_parameters_of_one_name(here, alike, recipe, flags, sha
     plain = ["--base_model=tiny", "--datasets=rows.jsonl", "--num_samples=6", "--seqlen=32", "--save_dir=out"]
 
     def pruned(*arguments: str) -> dict[str, torch.Tensor]:
-        assert run_command(model_pruning.build_parser(), model_pruning.run, [*plain, *arguments]) == 0
+        assert call(model_pruning, *plain, *arguments) == 0
         (folder,) = Path("out").iterdir()
         return load_weights(folder)
 
@@ -206,7 +196,7 @@ def test_recipes_may_have_parameters_of_one_name(here, alike, recipe, flags, sha
 def test_the_list_of_recipes_says_what_each_does(capsys):
     """It is printed whatever else is asked for, as --help is."""
     with pytest.raises(SystemExit) as ended:
-        run_command(model_pruning.build_parser(), model_pruning.run, ["--list_recipes"])
+        call(model_pruning, "--list_recipes")
     assert ended.value.code == 0
     header, *lines = capsys.readouterr().out.splitlines()
     assert header.split()[:3] == ["recipe", "survey", "sizes"]
@@ -265,7 +255,7 @@ def test_dry_run_prints_the_plan_and_reads_no_weights(here, capsys):
     assert files_in(here) == before
 
 
-def test_a_recipe_has_its_own_text_unless_another_is_given(monkeypatch):
+def test_a_recipe_has_its_own_text_unless_another_is_given():
     for recipe, given, expected in (
         ("olica", {}, ("bookcorpus+alpaca", 128)),
         ("olica-plus", {}, ("c4", 768)),
@@ -330,13 +320,7 @@ def test_dtype_is_that_of_the_checkpoint(here, dtype):
 
 def test_the_papers_commands_run_verbatim(here, fast_python):
     """7b stands for a hub id, so a tiny model is put where the hub's cache has LLaMA-7B."""
-    repository = here / "hub/models--huggyllama--llama-7b"
-    snapshot = repository / "snapshots" / ("0" * 40)
-    model = make_llama(hidden_size=128, num_attention_heads=4, num_key_value_heads=4, num_hidden_layers=8)
-    model.save_pretrained(snapshot)
-    make_tokenizer().save_pretrained(snapshot)
-    (repository / "refs").mkdir()
-    (repository / "refs/main").write_text("0" * 40)
+    save_tiny(hub_snapshot(here / "hub", "huggyllama/llama-7b"), hidden_size=128, num_hidden_layers=8)
     (here / "data/eval").mkdir(parents=True)
     with open("data/bookcorpus.jsonl", "w") as books, open("data/alpaca.jsonl", "w") as alpaca:
         for seed in range(130):
@@ -587,8 +571,7 @@ def test_a_number_of_mlps_that_has_no_effect_is_named(here, capsys):
 
 def test_a_checkpoint_of_another_model_is_not_taken_for_this_one(here, capsys):
     prune("--save_dir=out")
-    make_llama(hidden_size=32, num_attention_heads=2, num_key_value_heads=2).save_pretrained("other/tiny")
-    make_tokenizer().save_pretrained("other/tiny")
+    save_tiny("other/tiny", hidden_size=32, num_attention_heads=2, num_key_value_heads=2)
     flags = ["--save_dir=out", "--ppl=rows.jsonl", "--with_dense"]
     assert "was pruned from tiny" in refused(capsys, evaluate, "--base_model=other/tiny", *flags)
     assert "was pruned from tiny" in refused(capsys, evaluate, "--base_model=other/tiny", *flags[:2])
@@ -728,8 +711,7 @@ def test_wrong_input_to_evaluation(here, capsys, stock_tasks, flags, words):
     Path("cut/piqa_validation.jsonl").write_text('{"goal": "re')
     Path("cut/boolq_validation.jsonl").write_text("")
     Path("cut/winogrande_xl_validation.jsonl").write_text('{"other": "fields"}\n')
-    make_llama(vocab_size=100).save_pretrained("small")
-    make_tokenizer().save_pretrained("small")
+    save_tiny("small", vocab_size=100)
     shutil.copytree("tiny", "bad_record")
     Path("link").symlink_to("rows.jsonl")
     Path("bad_record/olica_run.json").write_text("{")
@@ -765,11 +747,7 @@ def test_signs_of_patterns_in_paths_stand_for_themselves(here):
 
 
 def test_both_commands_leave_out_an_adapter_beside_the_model(here, caplog):
-    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained("tiny"), LoraConfig(target_modules=["q_proj"]))
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter)
-    adapted.save_pretrained("tiny")
+    add_adapter("tiny")
     assert prune("--save_dir=out", "--sparsity=0") == 0
     flags = ["--base_model=tiny", "--save_dir=out", "--sparsity=0", "--with_dense"]
     assert evaluate(*flags, "--ppl=rows.jsonl", "--ppl_seqlen=64", "--output_path=e.json") == 0

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_tables import ERROR, MACHINE, Recorder, cells, evaluation, pruning
+from made_records import ERROR, MACHINE, Recorder, cells, evaluation, pruning
 
 from olica.report import compared
 from olica.report.runs import Results

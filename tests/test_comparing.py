@@ -8,14 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_llama, make_tokenizer, refused
+from called import call, load
+from conftest import make_llama, make_tokenizer, refused, save_tiny
 from safetensors.torch import load_file, save_file
-from test_scripts import load
 from torch import nn
 
 import model_evaluate
 import model_pruning
-from olica.command_line import run_command
 from olica.sources.locate import locate
 from olica.sources.weights import read_model
 
@@ -55,14 +54,13 @@ def chat():
 
 
 def command(script, *flags: str) -> int:
-    return run_command(script.build_parser(), script.run, [*flags])
+    return call(script, *flags)
 
 
 @pytest.fixture
 def tiny(tmp_path):
     """A folder with a tiny model, its tokenizer and a token file of sequences that repeat one another."""
-    make_llama(num_key_value_heads=2).save_pretrained(tmp_path / "tiny")
-    make_tokenizer().save_pretrained(tmp_path / "tiny")
+    save_tiny(tmp_path / "tiny", num_key_value_heads=2)
     save_file({"calibration_ids": torch.arange(3, 35).repeat(40, 1)}, tmp_path / "ids.safetensors")
     (tmp_path / "text.txt").write_text("seven wise owls read old books by candle light\n" * 20)
     return tmp_path

@@ -3,14 +3,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import allocate, edit_config, make_llama, write_pruned
-from peft import LoraConfig, get_peft_model
+from called import call
+from conftest import POINTER, add_adapter, allocate, edit_config, hub_snapshot, make_llama, refused, write_pruned
 from transformers import AutoModelForCausalLM, GPT2Config
 from transformers.utils import is_peft_available
 
 import model_evaluate
 from olica import jobs
-from olica.command_line import run_command
 from olica.errors import UsageError
 from olica.sources.configuration import count_dense_parameters, describe_source, read_config, refuse_unprunable
 from olica.sources.locate import locate
@@ -101,15 +100,6 @@ def test_a_gguf_file_that_is_cut_short(tmp_path):
         read_config(locate(str(tmp_path / "cut.gguf")))
 
 
-def add_adapter(folder: Path) -> None:
-    """Put an adapter that changes every output beside a model, as peft saves it."""
-    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(target_modules=["q_proj"]))
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter)
-    adapted.save_pretrained(folder)
-
-
 def test_an_adapter_beside_a_model_is_left_out_and_said_once(saved_llama, caplog):
     plain = read_model(locate(str(saved_llama)))
     add_adapter(saved_llama)
@@ -136,17 +126,10 @@ def test_an_adapter_without_a_model_says_how_to_merge_it(saved_llama):
 
 def test_an_adapter_of_the_hub_without_a_model_is_not_taken_for_its_base(saved_llama, tmp_path, monkeypatch):
     add_adapter(saved_llama)
-    snapshot = tmp_path / "models--team--adapter" / "snapshots" / ("0" * 40)
-    snapshot.mkdir(parents=True)
-    (tmp_path / "models--team--adapter" / "refs").mkdir()
-    (tmp_path / "models--team--adapter" / "refs" / "main").write_text("0" * 40)
-    (saved_llama / "adapter_config.json").rename(snapshot / "adapter_config.json")
+    (saved_llama / "adapter_config.json").rename(hub_snapshot(tmp_path, "team/adapter") / "adapter_config.json")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UsageError, match="--base_model team/adapter: this is an adapter without its model"):
         read_config(locate("team/adapter"))
-
-
-POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 12345\n"
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer.model",
@@ -198,10 +181,8 @@ def test_settings_that_only_the_pruned_model_would_meet_are_refused_at_once(save
 def test_sizes_of_a_pruned_model_in_a_dense_one_are_refused_by_evaluation_too(saved_llama, capsys):
     edit_config(saved_llama, layer_shapes=[])
     flags = [f"--checkpoint={saved_llama}", "--ppl=pydoc"]
-    with pytest.raises(SystemExit) as ended:
-        run_command(model_evaluate.build_parser(), model_evaluate.run, flags)
-    assert ended.value.code == 2
-    assert "has layer_shapes, which only a pruned checkpoint has, but says llama" in capsys.readouterr().err
+    words = "has layer_shapes, which only a pruned checkpoint has, but says llama"
+    assert words in refused(capsys, call, model_evaluate, *flags)
 
 
 @pytest.mark.parametrize("changes", [{"sliding_window": 4096}, {"pad_token_id": -1}, {"something_else": {"a": 1}},

@@ -73,7 +73,7 @@ def test_residual_sums_are_those_of_the_residual(mlp, layer, inputs, moments, mo
     check_sums(residual_sums(moments, *lost(layer)), x, residual(mlp, inputs))
 
 
-def test_dense_output_sums_are_those_of_the_output(mlp, layer, inputs, moments):
+def test_dense_output_sums_are_those_of_the_output(mlp, inputs, moments):
     x = inputs.flatten(0, 1).double().numpy()
     check_sums(dense_output_sums(moments), x, mlp(inputs).detach().flatten(0, 1).double().numpy())
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from called import load
 from conftest import make_llama
-from test_scripts import load
 
 from olica import described
 from olica.described import as_timed, describe

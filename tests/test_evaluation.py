@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 import re
 import subprocess
 from dataclasses import asdict
@@ -10,15 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import edit_config, make_llama, make_tokenizer, refused
-from launched import free_port
-from test_zero_shot import ROWS, write_rows
+from called import call
+from conftest import edit_config, make_llama, make_tokenizer, refused, save_tiny
+from launched import end_of, environment, started
+from tiny_run import Killed
+from tiny_tasks import ROWS, WORDS, write_rows
 from tokenizers import processors
 from transformers import AutoTokenizer, GenerationMixin
 
 import model_evaluate
 import olica
-from olica.command_line import run_command
 from olica.errors import UsageError
 from olica.evaluation import evaluate as evaluate_module
 from olica.evaluation import measures
@@ -28,22 +28,16 @@ from olica.outputs import identity
 
 pytestmark = pytest.mark.usefixtures("stock_tasks")
 ROOT = Path(__file__).parents[1]
-WORDS = "seven wise owls read old books by candle light and hoot at every quick brown fox".split()
 FLAGS = ["--checkpoint=tiny", "--ppl=one.txt,two.txt", "--ppl_seqlen=32", "--tasks=piqa,hellaswag,boolq",
          "--data_dir=rows", "--batch_size=3"]  # fmt: skip
 MEASURES = ["sizes", "perplexity of one.txt", "perplexity of two.txt", "piqa", "hellaswag", "boolq"]
-
-
-class Killed(BaseException):
-    """Stands for a signal that no code handles."""
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """An empty current folder with a tiny model, two texts and some rows of three tasks."""
     monkeypatch.chdir(tmp_path)
-    make_llama(num_key_value_heads=2).save_pretrained("tiny")
-    make_tokenizer().save_pretrained("tiny")
+    save_tiny("tiny", num_key_value_heads=2)
     for seed, name in enumerate(("one.txt", "two.txt")):
         order = torch.randint(len(WORDS), (150,), generator=torch.Generator().manual_seed(seed)).tolist()
         Path(name).write_text(" ".join(WORDS[index] for index in order))
@@ -54,7 +48,7 @@ def here(tmp_path, monkeypatch):
 
 def evaluate(*arguments: str) -> dict:
     """The record of a call that has to succeed."""
-    assert run_command(model_evaluate.build_parser(), model_evaluate.run, [*arguments, "--output_path=eval.json"]) == 0
+    assert call(model_evaluate, *arguments, "--output_path=eval.json") == 0
     return json.loads(Path("eval.json").read_text())
 
 
@@ -217,8 +211,8 @@ def test_a_commit_that_leaves_the_code_alone_changes_nothing(here, monkeypatch, 
         patched.setattr(measures.Measures, "forget", lambda self: None)
         evaluate(*FLAGS)
     counted.clear()
-    environment = identity.environment
-    monkeypatch.setattr(identity, "environment", lambda device: environment(device) | {"git_commit": "another"})
+    real = identity.environment
+    monkeypatch.setattr(identity, "environment", lambda device: real(device) | {"git_commit": "another"})
     evaluate(*FLAGS)
     assert not counted
 
@@ -228,15 +222,15 @@ def test_another_evaluation_in_between_leaves_a_stopped_one(here, monkeypatch, c
     pruning = {"model": {"name": "x", "source": "x"}, "parameters": {"before": make_llama().num_parameters()}}
     Path("tiny/olica_run.json").write_text(json.dumps(pruning))
 
-    def call(*flags: str) -> None:
-        run_command(model_evaluate.build_parser(), model_evaluate.run, [*FLAGS, *flags])
+    def measure(*flags: str) -> None:
+        call(model_evaluate, *FLAGS, *flags)
 
     with monkeypatch.context() as patched:
         patched.setattr(measures.Measures, "forget", lambda self: None)
-        call()
-    call("--limit=2")
+        measure()
+    measure("--limit=2")
     counted.clear()
-    call()
+    measure()
     assert not counted and not list(Path("tiny").glob(".olica_eval*"))
 
 
@@ -301,10 +295,9 @@ def test_evaluations_that_start_together_all_leave_what_they_measured(here, fast
     pruning = {"model": {"name": "x", "source": "x"}, "parameters": {"before": make_llama().num_parameters()}}
     Path("tiny/olica_run.json").write_text(json.dumps(pruning))
     Path("tiny/README.md").write_text("# tiny\n\n## Metrics\n\nNone measured yet.\n")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [fast_python, "-c", AT_ONCE, "--checkpoint=tiny", "--ppl=one.txt", "--ppl_seqlen=32"]
     calls = [[*command, f"--ppl_windows={windows}"] for windows in (2, 3, 4, 4)]
-    at_work = [subprocess.Popen(call, env=environment, stderr=subprocess.PIPE, text=True) for call in calls]
+    at_work = [subprocess.Popen(call, env=environment(), stderr=subprocess.PIPE, text=True) for call in calls]
     ends = [(process.communicate(timeout=600)[1], process.returncode) for process in at_work]
     assert [status for _, status in ends] == [0] * 4, ends
     names = [f"olica_eval_20260101T120000Z{ending}.json" for ending in ("", "_2", "_3", "_4")]
@@ -333,7 +326,7 @@ def test_two_models_are_compared_in_one_dtype(here, capsys):
     assert evaluate(*flags[:1], *flags[3:])["dtype"] == "auto"
 
 
-def test_rows_by_their_share(here, capsys):
+def test_rows_by_their_share(here):
     record = evaluate(*FLAGS, "--limit=0.5")
     zero_shot = record["results"]["model"]["zero_shot"]
     assert record["settings"]["limit"] == zero_shot["limit"] == 0.5
@@ -485,24 +478,13 @@ def test_models_too_short_for_the_cost(here, capsys):
 
 
 LAUNCHED = [str(ROOT / "model_evaluate.py"), *FLAGS, "--device=cpu", "--output_path=two.json"]
-ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.parametrize(("flag", "words"), [("--cost", "--cost"), ("--limit=1", "2 processes"), ("--ppl=no", "--ppl")])
-def test_what_several_processes_cannot_do_is_said_once(here, fast_python, flag, words):
-    """The two processes as the launcher starts them."""
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
-    started = [
-        subprocess.Popen(
-            [fast_python, *LAUNCHED, flag],
-            env=ENVIRONMENT | shared | {"RANK": rank, "LOCAL_RANK": rank},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    errors = "".join(process.communicate(timeout=300)[1] for process in started)
-    assert all(process.returncode for process in started), errors
+def test_what_several_processes_cannot_do_is_said_once(here, fork_server, flag, words):
+    ended = end_of(started(fork_server, [*LAUNCHED, flag]))
+    errors = "".join(one.errors for one in ended)
+    assert all(one.status for one in ended), errors
     assert errors.count("model_evaluate.py: error: ") == 1, errors
     assert words in errors.split("model_evaluate.py: error: ")[1].splitlines()[0]
     assert not Path("two.json").exists()
@@ -511,7 +493,7 @@ def test_what_several_processes_cannot_do_is_said_once(here, fast_python, flag, 
 def test_two_processes_give_the_figures_of_one(here, fast_python):
     launch = [fast_python, "-m", "accelerate.commands.accelerate_cli", "launch", "--no_python"]
     command = [*launch, "--multi_gpu", "--num_processes=2", "--num_machines=1", fast_python, *LAUNCHED]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("record two.json") == 1
     two, one = json.loads(Path("two.json").read_text()), evaluate(*FLAGS)

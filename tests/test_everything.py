@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from test_scripts import load
+from called import load
 
 ROOT = Path(__file__).parents[1]
 # In place of Python: it writes down how it was called, and the record that it was asked for.

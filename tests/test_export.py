@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from called import call
 from conftest import edit_config, make_tokenizer, refused
+from made_records import RECORD
 from safetensors.torch import load_file
-from test_model_card import RECORD
 from tiny_families import SIZES, make_family
 from tiny_run import contents
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import model_export
-from olica.command_line import run_command
 from olica.errors import UsageError
 from olica.model.configuration_olica import LayerShape
 from olica.model.families import FAMILIES
@@ -217,7 +217,7 @@ def test_deci_is_made_of_a_llama_whose_mlps_alone_are_narrower(tmp_path):
 
 
 def command(*arguments) -> int:
-    return run_command(model_export.build_parser(), model_export.run, [str(argument) for argument in arguments])
+    return call(model_export, *arguments)
 
 
 def test_what_a_layout_cannot_hold_is_said_in_a_sentence(tmp_path, capsys):
@@ -282,9 +282,7 @@ def test_wrong_input_ends_in_a_sentence_and_changes_nothing(tmp_path, capsys, mo
     after = contents(tmp_path)
     del after["pruned/config.json"]
     assert after == before
-    with pytest.raises(SystemExit):
-        command(tmp_path / "pruned", *flags, "--gguf=f16")
-    assert "not allowed with argument" in capsys.readouterr().err
+    assert "not allowed with argument" in refused(capsys, command, tmp_path / "pruned", *flags, "--gguf=f16")
 
 
 @pytest.mark.parametrize("error", [UsageError("the disk has gone"), OSError("disk full"), KeyboardInterrupt()])

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import allocate, make_tokenizer, prune, prune_to, write_pruned
+from called import call
+from conftest import allocate, make_tokenizer, prune, prune_to, refused, write_pruned
 from safetensors.torch import load_file, save_file
 from tiny_families import PECULIARITIES, WINDOW, generate, kept_parameters, make_family
 from torch import nn
@@ -18,7 +19,6 @@ from transformers import AutoModelForCausalLM
 
 import model_evaluate
 import model_pruning
-from olica.command_line import run_command
 from olica.methods.recipes import RECIPES
 from olica.model.configuration_olica import LayerShape
 from olica.model.families import FAMILIES
@@ -248,20 +248,18 @@ def test_both_command_lines(family, tmp_path, monkeypatch, capsys):
     save_file({"calibration_ids": IDS}, "ids.safetensors")
     Path("held.txt").write_text("seven wise owls read old books by candle light\n" * 20)
     flags = ["--base_model=dense", "--datasets=ids.safetensors", "--mlp_num=1", "--ratio=0.1"]
-    assert run_command(model_pruning.build_parser(), model_pruning.run, flags) == 0
+    assert call(model_pruning, *flags) == 0
     folder = Path("pruned_models/dense_sparsity-0.2")
     record = json.loads((folder / "olica_run.json").read_text())
     assert record["parameters"]["after"] == record["parameters"]["planned"] < record["parameters"]["before"]
     assert len(record["corrected_layers"]) == 1
     flags = ["--base_model=dense", "--ppl=held.txt", "--ppl_seqlen=64", "--with_dense", "--prompt=old books"]
-    assert run_command(model_evaluate.build_parser(), model_evaluate.run, flags) == 0
+    assert call(model_evaluate, *flags) == 0
     (path,) = folder.glob("olica_eval_*.json")
     results = json.loads(path.read_text())["results"]
     dense, pruned = (results[name]["perplexity"]["held.txt"]["value"] for name in ("dense", "pruned"))
     assert dense != pruned and 1 < dense < 1e5 and 1 < pruned < 1e5
-    with pytest.raises(SystemExit):
-        run_command(model_pruning.build_parser(), model_pruning.run, [f"--base_model={folder}"])
-    assert "this checkpoint is pruned already" in capsys.readouterr().err
+    assert "this checkpoint is pruned already" in refused(capsys, call, model_pruning, f"--base_model={folder}")
 
 
 REAL_FORMS = {

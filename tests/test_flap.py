@@ -34,10 +34,6 @@ from olica.run import measure_and_decide
 IDS = torch.randint(3, 319, (9, 23), generator=torch.Generator().manual_seed(0))
 
 
-class Killed(BaseException):
-    """Stands for a signal that no code handles."""
-
-
 def scores(model, ids) -> list[tuple[np.ndarray, np.ndarray]]:
     """Fluctuations Var(x_j) ||W_:,j||^2 of the groups (sums over their features) and of the channels."""
     found = []

@@ -36,7 +36,7 @@ def test_a_call_ends_as_its_fork_does(fast_python, code, status, error):
     assert done.returncode == status and done.stderr.endswith(error) and bool(done.stderr) == bool(error)
 
 
-def test_a_fork_knows_nothing_of_olica_and_the_next_nothing_of_it(fast_python, tmp_path):
+def test_a_fork_knows_nothing_of_olica_and_the_next_nothing_of_it(fast_python):
     loaded = "import sys; print(any(name.split('.')[0] == 'olica' for name in sys.modules), 'torch' in sys.modules)"
     assert run(fast_python, "-c", "import sys; sys.modules['olica'] = sys").returncode == 0
     assert run(fast_python, "-c", loaded).stdout == "False True\n"

@@ -7,59 +7,26 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import edit_config, make_llama, make_tokenizer, write_pruned
-from test_scripts import load
+from called import call, load
+from conftest import edit_config, make_llama, refused, write_pruned
 from tiny_families import LLAMA3_SCALING, make_family
-from tiny_gguf import rounded
-from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerFast
+from tiny_gguf import GEMMA, GGUF_SIZES, config_of, fields_of, merging_tokenizer, rounded, save
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import model_export
-from olica.command_line import run_command
 from olica.errors import UsageError
 from olica.model.configuration_olica import LayerShape
 from olica.outputs.gguf_file import FORMS, Weights, write_gguf, write_model
 from olica.outputs.gguf_layout import GgufLayout, neighbouring
 
 IDS = torch.randint(3, 250, (2, 20), generator=torch.Generator().manual_seed(0))
-SIZES = dict(vocab_size=320, hidden_size=64, head_dim=16, intermediate_size=160, num_attention_heads=4)
-SIZES |= dict(num_key_value_heads=2)
-
-
-def merging_tokenizer(**settings) -> PreTrainedTokenizerFast:
-    """That of bytes, with one merge: llama.cpp reads none that merges nothing."""
-    backend = make_tokenizer().backend_tokenizer
-    vocabulary = backend.get_vocab() | {"ow": 259}
-    merging = Tokenizer(models.BPE(vocab=vocabulary, merges=[("o", "w")]))
-    merging.pre_tokenizer, merging.decoder = backend.pre_tokenizer, backend.decoder
-    names = dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-    return PreTrainedTokenizerFast(tokenizer_object=merging, **names | settings)
-
-
-def save(model: PreTrainedModel, folder: Path, tokenizer=None) -> Path:
-    model.save_pretrained(folder)
-    (tokenizer or merging_tokenizer()).save_pretrained(folder)
-    return folder
 
 
 def tensors_of(path: Path) -> dict[str, np.ndarray]:
     return {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in gguf.GGUFReader(path).tensors}
 
 
-def fields_of(path: Path) -> dict:
-    return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
-
-
-# transformers takes some settings from its own defaults: see test_source_formats.py.
-WIDE_HEADS = {"head_dim": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
-GEMMA = WIDE_HEADS | {
-    "rope_parameters": {
-        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
-        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-    },
-    "layer_types": ["sliding_attention"] * 3,
-}
 FAMILIES = {
     "llama": ("llama", {}),
     "mistral": ("llama", {"sliding_window": None}),
@@ -73,7 +40,7 @@ FAMILIES = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_reads_back_what_was_written(family, tied, tmp_path):
     architecture, settings = FAMILIES[family]
-    model = make_family(family, tied=tied, peculiar=False, **SIZES | settings)
+    model = make_family(family, tied=tied, peculiar=False, **GGUF_SIZES | settings)
     size = write_gguf(save(model, tmp_path / "dense"), tmp_path / "tiny.gguf")
     assert size == (tmp_path / "tiny.gguf").stat().st_size
     assert fields_of(tmp_path / "tiny.gguf")["general.architecture"] == architecture
@@ -104,7 +71,7 @@ def test_rows_of_heads_are_ordered_as_the_equations_have_them():
 
 
 def test_the_order_of_rows_is_that_of_an_independent_writer(tmp_path):
-    model = make_family("llama", peculiar=False, attention_bias=True, **SIZES)
+    model = make_family("llama", peculiar=False, attention_bias=True, **GGUF_SIZES)
     write_gguf(save(model, tmp_path / "dense"), tmp_path / "tiny.gguf", "bf16")
     found, weights = tensors_of(tmp_path / "tiny.gguf"), model.state_dict()
     for ours, theirs, heads in (("attn_q", "q_proj", 4), ("attn_k", "k_proj", 2), ("attn_v", "v_proj", None)):
@@ -117,7 +84,7 @@ def test_the_order_of_rows_is_that_of_an_independent_writer(tmp_path):
 
 
 def test_q8_0_is_what_its_definition_says(tmp_path):
-    model = make_family("qwen2", peculiar=False, **SIZES)
+    model = make_family("qwen2", peculiar=False, **GGUF_SIZES)
     write_gguf(save(model, tmp_path / "dense"), tmp_path / "tiny.gguf", "q8_0")
     reader = gguf.GGUFReader(tmp_path / "tiny.gguf")
     kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
@@ -132,7 +99,7 @@ def test_q8_0_is_what_its_definition_says(tmp_path):
 
 
 def test_what_a_file_says_are_keys_and_tensors_that_the_gguf_package_knows(tmp_path):
-    model = make_family("gemma3_text", peculiar=False, **SIZES | GEMMA)
+    model = make_family("gemma3_text", peculiar=False, **GGUF_SIZES | GEMMA)
     write_gguf(save(model, tmp_path / "dense"), tmp_path / "tiny.gguf", "q8_0")
     kinds = (gguf.Keys, *(kind for kind in vars(gguf.Keys).values() if isinstance(kind, type)))
     known = {
@@ -151,7 +118,7 @@ def test_what_a_file_says_are_keys_and_tensors_that_the_gguf_package_knows(tmp_p
 
 
 def test_the_frequencies_of_llama_3_are_divided_as_its_equation_says(tmp_path):
-    model = make_family("llama", peculiar=False, rope_parameters=LLAMA3_SCALING, **SIZES)
+    model = make_family("llama", peculiar=False, rope_parameters=LLAMA3_SCALING, **GGUF_SIZES)
     write_gguf(save(model, tmp_path / "dense"), tmp_path / "tiny.gguf")
     plain = 10000.0 ** -(np.arange(0, 16, 2) / 16)
     wavelength, original, factor = 2 * np.pi / plain, 32, 8.0  # low_freq_factor 1, high_freq_factor 4
@@ -164,7 +131,8 @@ def test_the_frequencies_of_llama_3_are_divided_as_its_equation_says(tmp_path):
 def test_scaled_rotary_embeddings_are_named(kind, tmp_path):
     rope = {"rope_type": kind, "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 64}
     write_gguf(
-        save(make_family("qwen2", peculiar=False, rope_parameters=rope, **SIZES), tmp_path / "a"), tmp_path / "a.gguf"
+        save(make_family("qwen2", peculiar=False, rope_parameters=rope, **GGUF_SIZES), tmp_path / "a"),
+        tmp_path / "a.gguf",
     )
     fields = fields_of(tmp_path / "a.gguf")
     assert (fields["qwen2.rope.scaling.type"], fields["qwen2.rope.scaling.factor"]) == (kind, 4)
@@ -172,14 +140,14 @@ def test_scaled_rotary_embeddings_are_named(kind, tmp_path):
 
 
 def test_a_window_that_llama_cpp_lacks_bounds_the_context(tmp_path, caplog):
-    model = make_family("mistral", peculiar=False, sliding_window=24, **SIZES)
+    model = make_family("mistral", peculiar=False, sliding_window=24, **GGUF_SIZES)
     write_gguf(save(model, tmp_path / "dense"), tmp_path / "tiny.gguf")
     assert fields_of(tmp_path / "tiny.gguf")["llama.context_length"] == 24
     assert "the model takes 24 tokens, not 256" in caplog.text
 
 
 def test_a_qwen2_with_fewer_heads_than_fill_its_hidden_size_is_a_llama(tmp_path):
-    model = make_family("qwen2", peculiar=False, **SIZES | dict(num_attention_heads=2, num_key_value_heads=1))
+    model = make_family("qwen2", peculiar=False, **GGUF_SIZES | dict(num_attention_heads=2, num_key_value_heads=1))
     write_gguf(save(model, tmp_path / "dense"), tmp_path / "tiny.gguf")
     fields = fields_of(tmp_path / "tiny.gguf")
     assert fields["general.architecture"] == "llama" and fields["llama.attention.key_length"] == 16
@@ -202,7 +170,7 @@ class Reader:
 
 
 def shapes_of(channels: list[int], kv_heads: list[int]) -> dict[str, tuple[int, ...]]:
-    """Those of a LLaMA of SIZES whose layers have these channels and key/value heads, two query heads for each."""
+    """Those of a LLaMA of GGUF_SIZES whose layers have these channels and key/value heads, two query heads for each."""
     shapes = {"model.embed_tokens.weight": (320, 64), "model.norm.weight": (64,), "lm_head.weight": (320, 64)}
     for index, (width, heads) in enumerate(zip(channels, kv_heads, strict=True)):
         rows = {"self_attn.q_proj": 32 * heads, "self_attn.k_proj": 16 * heads, "self_attn.v_proj": 16 * heads}
@@ -212,10 +180,6 @@ def shapes_of(channels: list[int], kv_heads: list[int]) -> dict[str, tuple[int, 
         layer |= {"input_layernorm.weight": (64,), "post_attention_layernorm.weight": (64,)}
         shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
     return shapes
-
-
-def config_of(family: str = "llama", **settings):
-    return make_family(family, peculiar=False, **SIZES | settings).config
 
 
 def test_layers_of_different_sizes_are_written_as_deci(tmp_path):
@@ -240,22 +204,23 @@ def test_nothing_half_written_is_left(tmp_path):
     assert (tmp_path / "a.gguf").read_text() == "older"
 
 
-def refused(config, shapes: dict, form: str, path: Path, tokenizer=None, value: float = 1.0) -> str:
+def unwritten(shapes: dict, form: str, path: Path, value: float = 1.0) -> str:
+    """Why a llama of these shapes, all of whose weights have this value, is not written."""
     read = Weights(shapes, lambda name: torch.full(shapes[name], value))
     with pytest.raises(UsageError) as caught:
-        write_model(config, read, tokenizer or merging_tokenizer(), path / "a.gguf", form, name="a")
+        write_model(config_of(), read, merging_tokenizer(), path / "a.gguf", form, name="a")
     assert not list(path.iterdir())
     return str(caught.value)
 
 
 def test_matrices_that_a_form_does_not_hold_are_named(tmp_path):
     shapes = shapes_of([72] * 3, [2] * 3)
-    message = refused(config_of(), shapes, "q8_0", tmp_path)
+    message = unwritten(shapes, "q8_0", tmp_path)
     assert message.startswith(
         "--gguf q8_0 wants rows that are multiples of 32, and those of model.layers.0.mlp.down_proj"
     )
     assert "have 72; give f16 or bf16, or prune with --round_to 32" in message
-    assert "has values beyond 65504" in refused(config_of(), shapes, "f16", tmp_path, value=7e4)
+    assert "has values beyond 65504" in unwritten(shapes, "f16", tmp_path, value=7e4)
 
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
@@ -279,7 +244,7 @@ GEMMA_SIZES = GEMMA | {"query_pre_attn_scalar": 256}
     ],
 )  # fmt: skip
 def test_a_model_that_llama_cpp_would_run_otherwise_is_refused(family, settings, message):
-    model = make_family(family, peculiar=False, **SIZES | settings)
+    model = make_family(family, peculiar=False, **GGUF_SIZES | settings)
     with pytest.raises(UsageError, match=message):
         GgufLayout(model.config, {name: tuple(weight.shape) for name, weight in model.named_parameters()})
 
@@ -296,7 +261,7 @@ def test_sizes_that_no_architecture_holds_are_refused():
 
 
 def command(*arguments) -> int:
-    return run_command(model_export.build_parser(), model_export.run, [str(argument) for argument in arguments])
+    return call(model_export, *arguments)
 
 
 def test_the_command_writes_and_says_how_large_the_file_is(tmp_path, capsys):
@@ -304,9 +269,8 @@ def test_the_command_writes_and_says_how_large_the_file_is(tmp_path, capsys):
     for form in FORMS:
         path = tmp_path / "new" / f"{form}.gguf"
         if form == "q8_0":
-            with pytest.raises(SystemExit):  # 176 channels are no multiple of 32
-                command(folder, f"--gguf={form}", f"--output_path={path}")
-            assert "wants rows that are multiples of 32" in capsys.readouterr().err
+            said = refused(capsys, command, folder, f"--gguf={form}", f"--output_path={path}")
+            assert "wants rows that are multiples of 32" in said  # of which 176 channels are none
         else:
             assert command(folder, f"--gguf={form}", f"--output_path={path}") == 0
             assert capsys.readouterr().out == f"saved {path}, {path.stat().st_size / 1e6:.1f} MB\n"
@@ -324,7 +288,6 @@ def test_wrong_input_ends_in_one_sentence(tmp_path, capsys):
     quantised = save(make_llama(), tmp_path / "quantised")
     edit_config(quantised, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
     new = tmp_path / "new.gguf"
-    capsys.readouterr()
     for arguments, message in (
         ((folder, f"--output_path={there}"), "there.gguf exists already; give --overwrite"),
         ((folder, f"--output_path={tmp_path / 'a.bin'}"), "give a name that ends in .gguf"),
@@ -333,11 +296,7 @@ def test_wrong_input_ends_in_one_sentence(tmp_path, capsys):
         ((quantised, f"--output_path={new}"), "this checkpoint is quantised"),
         ((tmp_path / "none" / "of" / "it", f"--output_path={new}"), "there is no such folder"),
     ):
-        with pytest.raises(SystemExit) as caught:
-            command(*arguments)
-        assert caught.value.code == 2
-        error = capsys.readouterr().err
-        assert message in error and error.count("\n") == 1
+        assert message in refused(capsys, command, *arguments, alone=True)
     assert not new.exists() and there.read_text() == "older"
     assert command(folder, f"--output_path={there}", "--overwrite") == 0
     assert fields_of(there)["llama.block_count"] == 3

@@ -5,9 +5,18 @@ import pytest
 import sentencepiece
 from conftest import make_llama, make_tokenizer
 from sentencepiece import sentencepiece_model_pb2
-from test_gguf_file import GEMMA, SIZES, config_of, fields_of, merging_tokenizer, save
-from test_source_formats import GEMMA_PIECES, LLAMA_PIECES, train_sentencepiece
 from tiny_families import make_family
+from tiny_gguf import (
+    GEMMA,
+    GEMMA_PIECES,
+    GGUF_SIZES,
+    LLAMA_PIECES,
+    config_of,
+    fields_of,
+    merging_tokenizer,
+    save,
+    train_sentencepiece,
+)
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
@@ -23,7 +32,9 @@ from olica.sources.tokenizers import read_tokenizer
 def test_scores_make_sentencepiece_cut_text_as_the_tokenizer_does(family, tmp_path):
     """SentencePiece itself is given the tokens, kinds and scores of the file."""
     pieces = LLAMA_PIECES if family == "llama" else GEMMA_PIECES
-    model = make_family(family, peculiar=False, **SIZES | (GEMMA if family != "llama" else {}) | {"vocab_size": 504})
+    model = make_family(
+        family, peculiar=False, **GGUF_SIZES | (GEMMA if family != "llama" else {}) | {"vocab_size": 504}
+    )
     model.save_pretrained(tmp_path / "dense")
     train_sentencepiece(tmp_path / "dense", **pieces)
     write_gguf(tmp_path / "dense", tmp_path / "tiny.gguf")

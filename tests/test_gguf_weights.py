@@ -129,7 +129,7 @@ def test_a_file_with_tensors_that_its_settings_have_no_place_for_is_refused(read
 
 
 @pytest.mark.parametrize("read", [open_dense_model, read_model])
-def test_a_file_that_lacks_tensors_is_refused(read, tmp_path, monkeypatch):
+def test_a_file_that_lacks_tensors_is_refused(read, tmp_path):
     location = write_family(tmp_path, "qwen2", tied=True)
     rename(tmp_path / "tiny.gguf", b"general.name", b"general.nome")  # another state of the file, to be read anew
     header = header_of(location)

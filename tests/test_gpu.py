@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from called import call
 from conftest import make_llama
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import model_pruning
 import olica  # noqa: F401
-from olica.command_line import run_command
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,7 +33,7 @@ def here(tmp_path, monkeypatch):
 def pruned(save_dir: str, *flags: str) -> tuple[torch.Tensor, dict]:
     """Logits of the pruned model, and the record."""
     common = ["--base_model=dense", "--datasets=ids.safetensors", "--mlp_num=1", f"--save_dir={save_dir}"]
-    assert run_command(model_pruning.build_parser(), model_pruning.run, [*common, *flags]) == 0
+    assert call(model_pruning, *common, *flags) == 0
     (folder,) = Path(save_dir).iterdir()
     ids = torch.randint(3, 259, (2, 64), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

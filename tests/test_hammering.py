@@ -16,9 +16,9 @@ import pytest
 import torch
 from conftest import make_llama
 from filelock import FileLock
+from launched import COMMAND, environment, start
 from safetensors.torch import save_file
-from test_gguf_file import save
-from test_kills import COMMAND, start
+from tiny_gguf import save
 from tiny_run import FOLDER, PLAIN_FLAGS, contents, prune
 
 from olica.errors import UsageError
@@ -123,9 +123,8 @@ ON_FULL_DISKS = [
 def on_disk_of(python: str, size: int, command: list[str]) -> list[dict]:
     """How a command ends on a disk of so many bytes, and then on one with room."""
     shutil.rmtree("later", ignore_errors=True)
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     called = [python, Path(__file__).with_name("full_disk.py"), size, ROOT / command[0], *command[1:]]
-    done = subprocess.run([*map(str, called)], env=environment, capture_output=True, text=True)
+    done = subprocess.run([*map(str, called)], env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     if not done.stdout:
         pytest.skip("wants a system that gives a process a disk of its own (user namespaces)")

@@ -1,7 +1,6 @@
 """The real command line: killed at random moments, and twice at the same survey."""
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -11,10 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from forked import Fork
+from launched import COMMAND, RUN, start
 from tiny_run import FLAGS, FOLDER, LAYERS, WORK, contents, journal, prune
 
-ROOT = Path(__file__).parents[1]
 SURVEYS = Path("data/surveys")
 
 
@@ -46,9 +44,7 @@ def changed_at() -> int:
         return 0
 
 
-# The command line, as it is, and keeping surveys and hidden states after every layer.
-COMMAND = [str(ROOT / "model_pruning.py")]
-RUN = "import runpy, sys; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
+# The command line, keeping surveys and hidden states after every layer.
 SAVING_COMMAND = ["-c", "import olica.outputs.run_progress as r; r.SAVED_EVERY = -1.0; " + RUN, *COMMAND]
 # Files that a checkpoint has then, and the command on a disk that takes its time over every block of them.
 SMALL_FILES, FILES = "--max_shard_size=300KB", 4
@@ -60,13 +56,6 @@ r.bytes_in = lambda path, entry: (time.sleep(0.005) or piece for piece in bytes_
 """
 GATHERING_COMMAND = ["-c", SLOW_DISK + RUN, *COMMAND]
 TRIALS = 5
-
-
-def start(server: str, arguments: list[str], errors: Path) -> Fork:
-    """Start a fork of the `server`, which Python calls with the arguments, and which writes its errors to a file."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    with errors.open("w") as said, open(os.devnull, "w") as null:
-        return Fork(server, arguments, environment, (0, null.fileno(), said.fileno()))
 
 
 class Kill(NamedTuple):

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_tables import MACHINE, Recorder, cells, evaluation, pruning
+from made_records import MACHINE, Recorder, cells, evaluation, pruning
 
 from olica.report import layouts
 from olica.report.runs import Results

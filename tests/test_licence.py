@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from conftest import make_llama, make_tokenizer
-from test_gguf_file import merging_tokenizer
+from conftest import save_tiny
+from tiny_gguf import merging_tokenizer
 
 from olica.outputs.gguf_file import write_gguf
 from olica.sources.licence import licence_of
@@ -13,8 +13,7 @@ from olica.sources.locate import locate
 
 @pytest.fixture
 def saved(tmp_path) -> Path:
-    make_llama().save_pretrained(tmp_path / "tiny")
-    make_tokenizer().save_pretrained(tmp_path / "tiny")
+    save_tiny(tmp_path / "tiny")
     return tmp_path / "tiny"
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_gguf_file import merging_tokenizer
-from test_scripts import load
+from called import load
 from tiny_families import LLAMA3_SCALING, make_family
+from tiny_gguf import merging_tokenizer
 from torch import nn
 from transformers import PreTrainedModel
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tokenizer, prune, write_pruned
+from called import call
+from conftest import hub_snapshot, make_tokenizer, prune, write_pruned
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -29,7 +30,6 @@ from transformers import (
 )
 
 import model_pruning
-from olica.command_line import run_command
 from olica.model.families import FAMILIES, SEQUENCE_CLASSIFIERS, TOKEN_CLASSIFIERS
 from olica.model.modeling_olica import CorrectedMLP, LowRankLinear
 
@@ -174,7 +174,7 @@ def prune_by_command(tmp_path: Path, with_tokenizer: bool) -> Path:
         make_tokenizer().save_pretrained(tmp_path / "dense")
     save_file({"calibration_ids": IDS}, tmp_path / "ids.safetensors")
     flags = [f"--base_model={tmp_path / 'dense'}", f"--datasets={tmp_path / 'ids.safetensors'}", "--mlp_num=1"]
-    assert run_command(model_pruning.build_parser(), model_pruning.run, [*flags, f"--save_dir={tmp_path}"]) == 0
+    assert call(model_pruning, *flags, f"--save_dir={tmp_path}") == 0
     return tmp_path / "dense_sparsity-0.2"
 
 
@@ -192,10 +192,7 @@ def test_the_lines_of_the_card_work_without_olica_and_ask_nothing(tmp_path, run_
 def test_a_repository_of_the_hub_that_holds_the_folder(tmp_path, run_without_olica):
     """Laid out as a download keeps it, it loads by the repository's name."""
     folder = prune_by_command(tmp_path, with_tokenizer=True)
-    kept, revision = tmp_path / "cache" / "models--someone--pruned", "0" * 40
-    shutil.copytree(folder, kept / "snapshots" / revision)
-    (kept / "refs").mkdir()
-    (kept / "refs" / "main").write_text(revision)
+    shutil.copytree(folder, hub_snapshot(cache := tmp_path / "cache", "someone/pruned"), dirs_exist_ok=True)
     sent = {path.name for path in folder.iterdir()}
     assert sent >= {"README.md", "config.json", "modeling_olica.py", "configuration_olica.py", "tokenizer.json"}
     assert not any(name.startswith(".") for name in sent), "an upload sends hidden files too"
@@ -211,7 +208,7 @@ def test_a_repository_of_the_hub_that_holds_the_folder(tmp_path, run_without_oli
         "tokenizer = AutoTokenizer.from_pretrained('someone/pruned', **asked)\n"
         "print(type(model).__name__, len(tokenizer('ab').input_ids), 'olica' in sys.modules)"
     )
-    assert run_without_olica("-c", script, kept.parent) == "OlicaLlamaForCausalLM 2 False\n"
+    assert run_without_olica("-c", script, cache) == "OlicaLlamaForCausalLM 2 False\n"
 
 
 def test_fine_tuning_goes_on_from_its_checkpoint(pruned_folder, tmp_path):

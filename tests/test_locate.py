@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_llama
+from conftest import hub_snapshot, make_llama
 from transformers import PreTrainedConfig
 
 from olica.errors import UsageError
@@ -129,9 +129,7 @@ def test_shards_that_are_not_there_are_named_before_anything_is_read(saved_llama
 
 def put_on_hub(model, cache: Path, size: str = "100KB") -> Path:
     """Lay a model of the id team/model, in several shards, into a cache of the hub as a download would."""
-    snapshot = cache / "models--team--model" / "snapshots" / COMMIT
-    (cache / "models--team--model" / "refs").mkdir(parents=True)
-    (cache / "models--team--model" / "refs" / "main").write_text(COMMIT)
+    snapshot = hub_snapshot(cache, revision=COMMIT)
     model.save_pretrained(snapshot, max_shard_size=size)
     return snapshot
 

@@ -4,30 +4,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from made_records import RECORD, of_recipe
 
 from olica.methods.recipes import RECIPES
-from olica.model.configuration_olica import LayerShape
 from olica.outputs.model_card import CARD, add_metrics, write_card
 
-
-def of_recipe(name: str) -> dict:
-    """What a record says of a recipe."""
-    recipe = RECIPES[name]
-    return {"name": name, "about": recipe.about, "parameters": recipe.parameter_names}
-
-
-RECORD = {
-    "recipe": of_recipe("olica"),
-    "model": {"name": "7b", "source": "huggyllama/llama-7b", "revision": "0" * 40},
-    "calibration": {"ids": [256, 128], "sources": [{"name": "bookcorpus"}, {"name": "alpaca"}]},
-    "measured_sparsity": 0.1981,
-    "parameters": {"before": 10, "after": 8, "decoder_layers_before": 9, "decoder_layers_after": 7},
-    "settings": {"recipe": "olica", "sparsity": 0.2, "k": 3.0, "mlp_num": 6, "ratio": 0.03, "percdamp": 0.5, "seed": 0}
-    | {"sparsity_of": "model", "round_to": 1, "datasets": "bookcorpus+alpaca"},
-    "corrected_layers": [0, 4],
-    "dense_layer": {"v_head_dim": 10, "intermediate_size": 12},
-    "plan": [LayerShape(5, 0, 9, 9, correction_rank=3).to_dict()],
-}
 ASKED = "--sparsity 0.2 --sparsity_of model"
 PERPLEXITY = {"value": 15.351, "standard_error": 0.123, "windows": 2000, "seqlen": 128, "bos": "first window"}
 SCORES = {"acc": 0.7, "acc_stderr": 0.01, "acc_norm": 0.75, "metrics": ["acc", "acc_norm"]}

@@ -42,7 +42,7 @@ def test_a_diagonal_is_not_summed_twice():
     assert moments.taps == {X, Y}
 
 
-def test_half_precision_is_summed_in_single(activations):
+def test_half_precision_is_summed_in_single():
     moments = Moments([full(X)], num_heads=1)
     moments.update({X: torch.full((1, 4096, 2), 100.0, dtype=torch.float16)})  # 4e7 overflows float16
     assert moments.about_centre(full(X)).dtype == torch.float32

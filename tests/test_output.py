@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_llama, make_tokenizer
+from called import call
+from conftest import save_tiny
 
 import model_evaluate
 from olica.command_line import run_command
@@ -23,15 +24,14 @@ ROOT = Path(__file__).parents[1]
 def here(tmp_path, monkeypatch):
     """An empty current folder with a tiny model and a text."""
     monkeypatch.chdir(tmp_path)
-    make_llama(num_key_value_heads=2).save_pretrained("tiny")
-    make_tokenizer().save_pretrained("tiny")
+    save_tiny("tiny", num_key_value_heads=2)
     Path("text.txt").write_text("seven wise owls " * 40)
     return tmp_path
 
 
 def evaluate(*flags: str) -> dict:
     flags = ["--checkpoint=tiny", "--ppl=text.txt", "--ppl_seqlen=32", "--output_path=eval.json", *flags]
-    assert run_command(model_evaluate.build_parser(), model_evaluate.run, flags) == 0
+    assert call(model_evaluate, *flags) == 0
     return json.loads(Path("eval.json").read_text())
 
 

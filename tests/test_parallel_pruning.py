@@ -1,7 +1,6 @@
 """Pruning in several processes: the samples are shared, the sums added, the solves shared out; one writes."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import fill_with_run, load_weights
-from launched import Ended, end_of, started
+from launched import COMMAND, RUN, Ended, end_of, environment, started
 from safetensors.torch import save_file
 from tiny_run import LAYERS, PLAIN_FLAGS, contents
 
@@ -20,8 +19,6 @@ from olica.methods.moments import Moments, cosine, cross, diagonal, full, per_he
 from olica.processes import Processes
 
 ROOT = Path(__file__).parents[1]
-COMMAND = [str(ROOT / "model_pruning.py")]
-RUN = "import runpy, sys; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
 CORRECTING = {"mlp_num": 2, "ratio": 0.1}
 RECIPES = {"olica": CORRECTING, "olica-grouped": CORRECTING, "olica-plus": {}, "flap": {}, "slimgpt": {}}
 # Of 7 samples one process has 3 and one 4; in batches of 3.
@@ -140,7 +137,7 @@ setattr(module, name, killing)
     [("olica-plus", "survey", 3, 1), ("olica-plus", "cut", 3, 0), ("olica", "cut", 2, 1), ("flap", "survey", 2, 0)],
 )
 def test_a_kill_of_either_ends_both_and_the_same_command_goes_on(
-    there, twice, fork_server, monkeypatch, capsys, recipe, place, layer, rank
+    there, twice, fork_server, monkeypatch, recipe, place, layer, rank
 ):
     monkeypatch.setenv("KILLED", f"{place} {layer} {rank} {signal.SIGKILL.value}")
     ended = run(fork_server, recipe=recipe, changed=KILLED)
@@ -258,13 +255,12 @@ def test_the_launcher_of_accelerate_gives_the_same_bits(there, twice, fast_pytho
     launch = [fast_python, "-m", "accelerate.commands.accelerate_cli", "launch", "--no_python"]
     launch += ["--multi_gpu", "--num_processes=2", "--num_machines=1", fast_python, *COMMAND]
     launch += [*flags_of("olica"), "--device=cpu"]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(launch, env=environment(), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("saved ") == 1
     assert contents(Path("out", folder_of("olica"))) == contents(twice / "first" / folder_of("olica"))
     shutil.rmtree("out")
-    done = subprocess.run([*launch, "--sparsity=0.99"], env=environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run([*launch, "--sparsity=0.99"], env=environment(), capture_output=True, text=True, timeout=200)
     assert done.returncode and done.stderr.count("model_pruning.py: error: ") == 1
 
 

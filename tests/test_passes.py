@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import CPU, make_llama, uncorrected, work_on, write_pruned
+from tiny_run import killed_at
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
@@ -20,7 +21,7 @@ from olica.model.configuration_olica import LayerShape
 from olica.model.skeleton import count_parameters, pruned_skeleton
 from olica.outputs import run_progress
 from olica.outputs.run_folder import RunFolder
-from olica.outputs.run_progress import RunProgress, Shards
+from olica.outputs.run_progress import Shards
 from olica.pruning.activations import propagate, record_layer_calls, recording
 from olica.pruning.layers import prune_layers
 from olica.pruning.progress import Progress
@@ -36,10 +37,6 @@ PLAN = [
     LayerShape(0, 0, 7, 33, correction_rank=9),
 ]
 STREAMS = pytest.mark.parametrize("stream", ["dense", "pruned"])
-
-
-class Killed(BaseException):
-    """Stands for a signal that no code handles."""
 
 
 def dense_model():
@@ -105,12 +102,6 @@ def test_the_second_pass_sees_the_layer_with_pruned_attention(stream):
 def test_equal_bits_after_a_resume(tmp_path, monkeypatch, stream, layers, seconds):
     expected = pruned(two_passes(stream)).model.layers
     monkeypatch.setattr(run_progress, "SAVED_EVERY", seconds)
-    save = RunProgress._save_layer
-
-    def dying(self, index, *arguments):
-        if index == layers:
-            raise Killed
-        save(self, index, *arguments)
 
     def run():
         with RunFolder.locked(tmp_path / "run") as folder:
@@ -118,10 +109,8 @@ def test_equal_bits_after_a_resume(tmp_path, monkeypatch, stream, layers, second
             pruned(two_passes(stream), progress=progress)
             return [progress.weights(index) for index in range(4)]
 
-    with monkeypatch.context() as patched:
-        patched.setattr(RunProgress, "_save_layer", dying)
-        with pytest.raises(Killed):
-            run()
+    with killed_at(layers):
+        run()
     for layer, found in zip(expected, run(), strict=True):
         weights = layer.state_dict()
         assert weights.keys() == found.keys()

@@ -5,22 +5,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_llama, make_tokenizer
+from called import call
+from conftest import make_llama, refused, save_tiny
+from made_records import Recorder, cells, evaluation, pruning
 from safetensors.torch import save_file
-from test_tables import Recorder, cells, evaluation, pruning
 from transformers import AutoModelForCausalLM
 
 from benchmarks.peers import check_size, failure
 from benchmarks.peers import prune as by_peer
-from olica.command_line import run_command
 from olica.report import peers
 from olica.report.runs import Results
 
 
 @pytest.fixture
 def dense(tmp_path) -> Path:
-    make_llama(num_key_value_heads=2, tie_word_embeddings=True).save_pretrained(tmp_path / "dense")
-    make_tokenizer().save_pretrained(tmp_path / "dense")
+    save_tiny(tmp_path / "dense", num_key_value_heads=2, tie_word_embeddings=True)
     return tmp_path / "dense"
 
 
@@ -36,7 +35,7 @@ def thin(dense: Path, width: int, folder: Path) -> int:
 
 def check(folder: Path, dense: Path, sparsity: float, *more: str) -> None:
     flags = ["--checkpoint", str(folder), "--base_model", str(dense), "--sparsity", str(sparsity), *more]
-    run_command(check_size.build_parser(), check_size.run, flags)
+    call(check_size, *flags)
 
 
 def test_a_checkpoint_of_another_size_is_refused(dense, tmp_path, capsys):
@@ -46,10 +45,8 @@ def test_a_checkpoint_of_another_size_is_refused(dense, tmp_path, capsys):
     check(tmp_path / "half", dense, 1 - left / whole)
     assert f"{left:,} parameters, +0.00%" in capsys.readouterr().out
     for sparsity in (1 - 1.01 * left / whole, 1 - 0.99 * left / whole):
-        with pytest.raises(SystemExit) as ended:
-            check(tmp_path / "half", dense, sparsity)
-        assert ended.value.code == 2
-        assert f"has {left:,} parameters, not the {round((1 - sparsity) * whole):,}" in capsys.readouterr().err
+        words = f"has {left:,} parameters, not the {round((1 - sparsity) * whole):,}"
+        assert words in refused(capsys, check, tmp_path / "half", dense, sparsity)
     check(tmp_path / "half", dense, 1 - 1.01 * left / whole, "--tolerance", "0.02")
 
 
@@ -139,7 +136,7 @@ def test_a_failure_is_recorded_with_its_last_words(tmp_path, log, words):
     (tmp_path / "log").write_text(log.replace("there", str(tmp_path / "environment")))
     flags = ["--peer", "a-b", "--sparsity", "0.2", "--packages", "torch==1 a==2", "--step", "install"]
     flags += ["--log", str(tmp_path / "log"), "--hide", str(tmp_path), str(tmp_path / "environment")]
-    run_command(failure.build_parser(), failure.run, [*flags, "--output_path", str(tmp_path / "failure.json")])
+    call(failure, *flags, "--output_path", str(tmp_path / "failure.json"))
     record = json.loads((tmp_path / "failure.json").read_text())
     assert record["error"] == words and record["packages"] == ["torch==1", "a==2"] and record["step"] == "install"
 

@@ -16,15 +16,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from called import call
 from conftest import allocate, as_method, load_weights, make_llama, make_tokenizer, pruning_options, refused
 from pretended_gpu import DeviceMismatch, DeviceTensor
 from safetensors.torch import save_file
-from test_evaluation import WORDS
-from test_zero_shot import ROWS, write_rows
+from tiny_run import killed_at
+from tiny_tasks import ROWS, WORDS, write_rows
 
 import model_evaluate
 import model_pruning
-from olica.command_line import run_command
 from olica.evaluation.cost import generation_latency
 from olica.evaluation.perplexity import perplexity
 from olica.evaluation.subject import LATENCY
@@ -50,10 +50,6 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 SAMPLES, TOKENS, LAYERS = 12, 16, 2
 MEASURES = ["--checkpoint=tiny", "--ppl=text.txt", "--ppl_seqlen=16", "--ppl_windows=10", "--tasks=piqa", "--cost",
             "--prompt=old books", "--data_dir=rows", "--batch_size=5"]  # fmt: skip
-
-
-class Killed(BaseException):
-    """Stands for a signal that no code handles."""
 
 
 @pytest.fixture
@@ -84,7 +80,7 @@ def prune(save_dir: str, *flags: str) -> dict:
     recipe = next((flag.partition("=")[2] for flag in flags if flag.startswith("--recipe=")), "olica")
     if "mlp_num" in RECIPES[recipe].parameter_names:
         common += ["--mlp_num=1", "--ratio=0.1"]
-    assert run_command(model_pruning.build_parser(), model_pruning.run, [*common, *flags]) == 0
+    assert call(model_pruning, *common, *flags) == 0
     return json.loads((checkpoint(save_dir) / "olica_run.json").read_text())
 
 
@@ -96,7 +92,7 @@ def checkpoint(save_dir: str) -> Path:
 def evaluate(*flags: str) -> dict:
     """What was measured of the model, on the device that is there."""
     flags = [*flags, "--output_path=eval.json"]
-    assert run_command(model_evaluate.build_parser(), model_evaluate.run, flags) == 0
+    assert call(model_evaluate, *flags) == 0
     return json.loads(Path("eval.json").read_text())["results"]["model"]
 
 
@@ -288,21 +284,6 @@ def check_survey(gpu, monkeypatch) -> None:
     assert kept and not any(tensor.is_cuda for tensor in kept)
 
 
-def interrupt(monkeypatch, save_dir: str, *flags: str) -> None:
-    """A run that is killed when it has kept a layer."""
-    save = RunProgress._save_layer
-
-    def dying(self, index, *arguments):
-        if index == 1:
-            raise Killed
-        save(self, index, *arguments)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(RunProgress, "_save_layer", dying)
-        with pytest.raises(Killed):
-            prune(save_dir, *flags)
-
-
 def check_resuming(gpu, monkeypatch, recipe: str = "olica", seconds: float = run_progress.SAVED_EVERY) -> None:
     """A run that is killed goes on, on the device, to the same bits."""
     flag = f"--recipe={recipe}"
@@ -319,7 +300,8 @@ def check_resuming(gpu, monkeypatch, recipe: str = "olica", seconds: float = run
         patched.setattr(run_progress, "SAVED_EVERY", seconds)
         for name in ("calibrate", "propagate"):
             patched.setattr(pruning_module, name, on_device(getattr(pruning_module, name)))
-        interrupt(monkeypatch, "resumed", flag)
+        with killed_at(1):
+            prune("resumed", flag)
         assert prune("resumed", flag)["went_on_after"] == [1]
     found, wanted = (load_weights(checkpoint(folder)) for folder in ("resumed", "undisturbed"))
     assert all(torch.equal(found[name], weight) for name, weight in wanted.items())
@@ -477,7 +459,8 @@ def test_no_memory_of_the_host_for_a_layer_that_is_kept(here, gpu, capsys, monke
 
 def test_no_memory_for_a_finished_layer_that_is_read_again(here, gpu, capsys, monkeypatch):
     prune("expected")
-    interrupt(monkeypatch, "out")
+    with killed_at(1):
+        prune("out")
     with monkeypatch.context() as patched:
         no_memory_in(patched, gpu, "olica.pruning.layers.restore")
         assert "give --cache_dev cpu" in refused(capsys, prune, "out")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import allocate, as_method, make_llama, pruning_options, refused
 from safetensors.torch import save_file
-from tiny_run import FLAGS, FOLDER, LAYERS, PLAIN_FLAGS, WORK, bare, contents, journal, prune
+from tiny_run import FLAGS, FOLDER, LAYERS, PLAIN_FLAGS, WORK, Killed, bare, contents, journal, killed_at, prune
 
 from olica.machine import BatchSize
 from olica.methods.recipes import RECIPES
@@ -22,7 +22,7 @@ from olica.outputs import identity, run_progress
 from olica.outputs import run_folder as run_folder_module
 from olica.outputs.journal import Journal
 from olica.outputs.run_folder import RunFolder
-from olica.outputs.run_progress import RunProgress, Shards
+from olica.outputs.run_progress import Shards
 from olica.outputs.survey_store import StoredSurvey
 from olica.pruning import layers as pruning_module
 from olica.pruning import survey as survey_module
@@ -34,25 +34,6 @@ from olica.sources.locate import locate
 from olica.sources.opening import open_dense_model
 
 ROOT = Path(__file__).parents[1]
-
-
-class Killed(BaseException):
-    """Stands for a signal that no code handles."""
-
-
-def interrupted_after(layers: int, monkeypatch, *arguments: str, of: str = "", run=prune) -> None:
-    """A run that dies when it has kept so many layers; of several checkpoints, of that whose name ends in `of`."""
-    save = RunProgress._save_layer
-
-    def dying(self, index, *arguments):
-        if index == layers and self._journal.path.parent.name.endswith(f"{of}.partial"):
-            raise Killed
-        save(self, index, *arguments)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(RunProgress, "_save_layer", dying)
-        with pytest.raises(Killed):
-            run(*arguments)
 
 
 @cache
@@ -142,7 +123,8 @@ def test_a_run_goes_on_after_the_last_finished_layer(here, monkeypatch, recipe, 
     """Whether hidden states are kept after every layer or follow from the finished ones."""
     monkeypatch.setattr(run_progress, "SAVED_EVERY", seconds)
     folder, flags, expected = folder_of(recipe), flags_of(recipe), checkpoint_of(recipe)
-    interrupted_after(layers, monkeypatch, *flags, run=bare)
+    with killed_at(layers):
+        bare(*flags)
     is_kept = seconds < 0 and recipe not in ("flap", "magnitude")  # whose cuts read no text
     assert journal()["entered"] == (layers if is_kept else 0)
     pruned, prune_layer = [], pruning_module._prune_layer
@@ -246,7 +228,8 @@ def test_a_kill_in_the_second_of_two_sparsities_leaves_the_first_as_it_is(
     expected = sparser_checkpoint()
     if flags:
         prune(BOTH, "--percdamp=0.3")  # what is replaced
-    interrupted_after(layers, monkeypatch, BOTH, *flags, of="0.3")
+    with killed_at(layers, of="0.3"):
+        prune(BOTH, *flags)
     finished = state(FOLDER)
     assert contents(FOLDER) == undisturbed
     assert SPARSER.exists() == bool(flags), "the old checkpoint stays until the new one is whole"
@@ -261,8 +244,9 @@ def test_a_kill_in_the_second_of_two_sparsities_leaves_the_first_as_it_is(
 
 
 @pytest.mark.parametrize("flags", [[], ["--overwrite"]])
-def test_a_kill_in_the_first_of_two_sparsities_goes_on_with_both(here, undisturbed, monkeypatch, flags):
-    interrupted_after(2, monkeypatch, BOTH, *flags, of="0.2")
+def test_a_kill_in_the_first_of_two_sparsities_goes_on_with_both(here, undisturbed, flags):
+    with killed_at(2, of="0.2"):
+        prune(BOTH, *flags)
     assert not FOLDER.exists() and not SPARSER.exists()
     assert prune(BOTH, *flags) == 0
     assert contents(FOLDER) == undisturbed
@@ -270,8 +254,9 @@ def test_a_kill_in_the_first_of_two_sparsities_goes_on_with_both(here, undisturb
     assert went_on == [[2], []]
 
 
-def test_another_command_of_two_sparsities_takes_no_finished_checkpoint_for_its_own(here, capsys, monkeypatch):
-    interrupted_after(2, monkeypatch, BOTH, of="0.3")
+def test_another_command_of_two_sparsities_takes_no_finished_checkpoint_for_its_own(here, capsys):
+    with killed_at(2, of="0.3"):
+        prune(BOTH)
     finished = state(FOLDER)
     assert "--overwrite" in refused(capsys, prune, BOTH, "--percdamp=0.4")
     assert state(FOLDER) == finished
@@ -326,7 +311,7 @@ def test_corrections_of_another_number_and_rank_share_a_survey(here, surveyed):
     assert len([*Path("data/surveys").iterdir()]) == 1
 
 
-def test_where_no_survey_can_be_kept_one_is_made_all_the_same(here, undisturbed, caplog, monkeypatch):
+def test_where_no_survey_can_be_kept_one_is_made_all_the_same(here, undisturbed, caplog):
     Path("data").mkdir()
     Path("data/surveys").write_text("a file in the way")
     assert prune() == 0
@@ -355,11 +340,12 @@ def test_a_second_run_waits_for_the_survey_of_the_first(here, caplog):
     assert is_complete and torch.equal(found["score"], torch.ones(2))
 
 
-def test_a_model_that_is_in_memory_as_a_whole_goes_on_too(here, undisturbed, monkeypatch):
+def test_a_model_that_is_in_memory_as_a_whole_goes_on_too(here, undisturbed):
     model = make_llama(num_key_value_heads=2, num_hidden_layers=LAYERS)
     torch.save(model.state_dict(), "tiny/pytorch_model.bin")
     Path("tiny/model.safetensors").unlink()
-    interrupted_after(3, monkeypatch)
+    with killed_at(3):
+        prune()
     assert prune() == 0
     assert contents(FOLDER) == undisturbed
 
@@ -382,7 +368,8 @@ def test_another_run_is_refused_unless_it_is_to_start_afresh(here, capsys, monke
     if change == "threads":
         torch.set_num_threads(2)
     try:
-        interrupted_after(2, monkeypatch)
+        with killed_at(2):
+            prune()
         before = contents(WORK)
         arguments = change if isinstance(change, list) else []
         match change:
@@ -409,7 +396,8 @@ def test_another_run_is_refused_unless_it_is_to_start_afresh(here, capsys, monke
 
 
 def test_code_that_only_shows_results_may_change(here, undisturbed, monkeypatch):
-    interrupted_after(2, monkeypatch)
+    with killed_at(2):
+        prune()
     shutil.copytree(identity.PACKAGE, "edited")
     for name in ("report/plots.py", "evaluation/perplexity.py", "outputs/model_card.py"):
         with open(f"edited/{name}", "a") as file:
@@ -420,8 +408,9 @@ def test_code_that_only_shows_results_may_change(here, undisturbed, monkeypatch)
     assert contents(FOLDER) == undisturbed
 
 
-def test_where_hidden_states_live_and_files_lie_may_change(here, undisturbed, monkeypatch):
-    interrupted_after(2, monkeypatch)
+def test_where_hidden_states_live_and_files_lie_may_change(here, undisturbed):
+    with killed_at(2):
+        prune()
     Path("elsewhere").mkdir()
     shutil.copy("ids.safetensors", "elsewhere")
     assert prune("--cache_dev=cpu", "--datasets=elsewhere/ids.safetensors") == 0
@@ -429,8 +418,9 @@ def test_where_hidden_states_live_and_files_lie_may_change(here, undisturbed, mo
 
 
 @pytest.mark.parametrize("harm", ["cut", "a fact", "a checksum"])
-def test_an_altered_journal_is_found_by_its_checksum(here, undisturbed, capsys, monkeypatch, harm):
-    interrupted_after(3, monkeypatch)
+def test_an_altered_journal_is_found_by_its_checksum(here, undisturbed, capsys, harm):
+    with killed_at(3):
+        prune()
     path = WORK / "progress.json"
     text = path.read_text()
     stored = json.loads(text)
@@ -453,7 +443,8 @@ def test_an_altered_journal_is_found_by_its_checksum(here, undisturbed, capsys, 
 @pytest.mark.parametrize("file", ["shard-00003.safetensors", "hidden-pruned-3.safetensors"])
 def test_altered_files_are_found_by_their_checksums(here, undisturbed, capsys, monkeypatch, harm, file):
     monkeypatch.setattr(run_progress, "SAVED_EVERY", -1.0)
-    interrupted_after(3, monkeypatch)
+    with killed_at(3):
+        prune()
     path = WORK / file
     data = bytearray(path.read_bytes())
     data[-2] ^= 1
@@ -492,14 +483,16 @@ def test_a_batch_that_became_smaller_is_followed(here, monkeypatch, recipe, plac
     shutil.rmtree("out")
     with monkeypatch.context() as patched:
         with_halving(patched)
-        interrupted_after(4, monkeypatch, flag)
+        with killed_at(4):
+            prune(flag)
     assert (journal()["pruned"], journal()["entered"], journal()["batch_size"]) == (4, 2, 3)
     prune(flag)
     assert contents(folder) == expected
 
 
-def test_what_a_killed_run_left_half_written_is_thrown_away(here, undisturbed, monkeypatch):
-    interrupted_after(3, monkeypatch)
+def test_what_a_killed_run_left_half_written_is_thrown_away(here, undisturbed):
+    with killed_at(3):
+        prune()
     (WORK / "shard-00005.safetensors").write_bytes(b"not named in progress.json")
     (WORK / "shard-00005.unfinished").write_bytes(b"half")
     (WORK / "checkpoint/model.unfinished").write_bytes(b"half")
@@ -508,10 +501,11 @@ def test_what_a_killed_run_left_half_written_is_thrown_away(here, undisturbed, m
     assert contents(FOLDER) == undisturbed
 
 
-def test_a_repeated_command_that_overwrites_goes_on_too(here, monkeypatch):
+def test_a_repeated_command_that_overwrites_goes_on_too(here):
     prune("--seed=1")
     old = contents(FOLDER)
-    interrupted_after(2, monkeypatch, "--overwrite", "--percdamp=0.3")
+    with killed_at(2):
+        prune("--overwrite", "--percdamp=0.3")
     assert contents(FOLDER) == old, "the old checkpoint stays until the new one is whole"
     assert prune("--overwrite", "--percdamp=0.3") == 0
     assert json.loads((FOLDER / "olica_run.json").read_text())["went_on_after"] == [2]
@@ -723,8 +717,9 @@ def test_a_run_that_finished_nothing_is_no_run_to_go_on_with(here):
         assert run.interruptions == []
 
 
-def test_a_run_that_is_stopped_before_it_begins_anew_says_how_far_it_was(here, monkeypatch):
-    interrupted_after(2, monkeypatch)
+def test_a_run_that_is_stopped_before_it_begins_anew_says_how_far_it_was(here):
+    with killed_at(2):
+        prune()
     with pytest.raises(KeyboardInterrupt) as stopped, RunFolder.locked(here / FOLDER) as progress:
         assert not progress.is_published  # which reads the journal
         raise KeyboardInterrupt

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import make_llama, make_tokenizer, prune, write_pruned
+from called import PAPERS_EVALUATION, PAPERS_PRUNING, call
+from conftest import make_llama, make_tokenizer, prune, save_tiny, write_pruned
 from safetensors.torch import save_file
 from tiny_families import SIZES
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration, LlamaConfig
@@ -20,7 +21,6 @@ from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditiona
 import model_pruning
 import model_sweep
 import olica
-from olica.command_line import run_command
 from olica.errors import UsageError
 from olica.evaluation.paired import compare, perplexity_error
 from olica.methods.recipes import RECIPES
@@ -235,8 +235,6 @@ def test_the_differences_are_numbered_without_a_gap():
 
 
 def test_the_papers_commands_are_those_of_the_tests():
-    from test_cli import PAPERS_EVALUATION, PAPERS_PRUNING
-
     flat = re.sub(r"\\\n", "", README.read_text())
     assert PAPERS_PRUNING in flat and PAPERS_EVALUATION in flat
 
@@ -340,8 +338,7 @@ class Runnable:
             torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
 
     def api(self, code: str, capsys) -> None:
-        make_llama(num_hidden_layers=8).save_pretrained("tiny")
-        make_tokenizer().save_pretrained("tiny")
+        save_tiny("tiny", num_hidden_layers=8)
         names: dict = {}
         exec(code.replace('"smollm2"', '"tiny"'), names)  # noqa: S102
         done, result = names["done"], names["measured"]
@@ -410,7 +407,7 @@ def test_the_terminal_says_of_llama_7b_what_the_page_says(tmp_path, capsys):
     """The sizes that the library's configuration has by default are those of LLaMA-7B."""
     LlamaConfig(architectures=["LlamaForCausalLM"], dtype="float16").save_pretrained(tmp_path)
     flags = ["--base_model", str(tmp_path), "--datasets", "bookcorpus+alpaca", "--mlp_num", "6", "--dry_run"]
-    assert run_command(model_pruning.build_parser(), model_pruning.run, flags) == 0
+    assert call(model_pruning, *flags) == 0
     section = (ROOT / "docs/reproduce.md").read_text().split("## LLaMA-7B on a card of 16 GB\n")[1]
     assert section.split("```\n")[1] in capsys.readouterr().out
 

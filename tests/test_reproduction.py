@@ -9,22 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import edit_config, make_llama, make_tokenizer
-from test_zero_shot import ROWS, write_rows
+from conftest import edit_config, make_tokenizer, save_tiny
+from tiny_tasks import ROWS, WORDS, write_rows
 
 from olica.report.plots import FIGURES
 from olica.report.tables import TABLES
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts"
-WORDS = "seven wise owls read old books by candle light and hoot at every quick brown fox".split()
 
 
 @pytest.fixture
 def here(tmp_path):
     """A tiny model of eight layers, texts and rows of the seven tasks."""
-    make_llama(num_key_value_heads=2, num_hidden_layers=8).save_pretrained(tmp_path / "tiny")
-    make_tokenizer().save_pretrained(tmp_path / "tiny")
+    save_tiny(tmp_path / "tiny", num_key_value_heads=2, num_hidden_layers=8)
     for stem, row in ROWS.items():
         write_rows(tmp_path / "data", stem, [row | {"idx": index} for index in range(3)])
     for seed, name in enumerate(("wikitext2_raw_test", "bookcorpus", "c4_train")):

@@ -12,7 +12,6 @@ PACKAGE = Path(__file__).parents[1] / "olica"
 
 # What the modules of a room, or a single module, may import beside their own room and the ground. The ground is every
 # module of the package itself that is not named here.
-SOURCES = {"sources", "model"}
 MAY_IMPORT = {
     "model": set(),
     "methods": {"model"},

@@ -1,7 +1,6 @@
 """The scripts' own logic, on tiny models."""
 
 import gzip
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_llama, make_tokenizer
+from called import call, load
+from conftest import make_llama, refused, save_tiny
 from safetensors.torch import save_file
 from tiny_families import make_family
 from tiny_gguf import GGUF_SIZES, write_gguf
@@ -18,7 +18,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import model_pruning
-from olica.command_line import run_command
 from olica.outputs.records import EVALUATION_RECORD, PRUNING_RECORD, write_record
 from olica.report import plots
 from olica.sources.locate import locate
@@ -26,14 +25,6 @@ from olica.sources.opening import is_streamed
 from olica.sources.weights import read_model
 
 ROOT = Path(__file__).parents[1]
-
-
-def load(path: str):
-    """The script at `path` of the repository as a module."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_making_a_model_plain_changes_no_output():
@@ -78,12 +69,10 @@ def test_summary_prints_what_the_records_say(tmp_path, capsys):
         },
     }
     summary = load("scripts/summary.py")
-    with pytest.raises(SystemExit) as ended:
-        run_command(summary.build_parser(), summary.run, [str(tmp_path)])
-    assert ended.value.code == 2 and "--with_dense" in capsys.readouterr().err
+    assert "--with_dense" in refused(capsys, call, summary, tmp_path)
     write_record(tmp_path / EVALUATION_RECORD.format(time="20260101T000000Z"), evaluation)
     write_record(tmp_path / EVALUATION_RECORD.format(time="20260102T000000Z"), {"results": {"model": {}}})
-    assert run_command(summary.build_parser(), summary.run, [str(tmp_path)]) == 0
+    assert call(summary, str(tmp_path)) == 0
     printed = capsys.readouterr().out
     rows = {line[:48].strip(): line[48:].split() for line in printed.splitlines()}
     assert rows["perplexity (pydoc, 40 windows of 128)"] == ["20.00", "±", "0.25", "33.50", "±", "0.25"]
@@ -95,7 +84,7 @@ def test_summary_prints_what_the_records_say(tmp_path, capsys):
     assert "survey" not in printed
     survey = {"digest": "d", "layers_taken_up": 3, "seconds": 45.0}
     write_record(tmp_path / PRUNING_RECORD, pruning | {"survey": survey})
-    assert run_command(summary.build_parser(), summary.run, [str(tmp_path)]) == 0
+    assert call(summary, str(tmp_path)) == 0
     *lines, note = capsys.readouterr().out.splitlines()
     assert [line[48:].split() for line in lines if line.startswith("time of pruning")] == [["105", "s"]]
     assert "what making it took is in the time" in note
@@ -108,7 +97,7 @@ def test_generation_speed_records_every_model(tmp_path, capsys):
     script = load("benchmarks/generation_speed.py")
     flags = ["--dense", big, "--checkpoints", small, "--repeats=2", "--batch_size=2", "--prompt_tokens=10"]
     flags += ["--new_tokens=3", f"--output_path={tmp_path / 'speed.json'}"]
-    assert run_command(script.build_parser(), script.run, flags) == 0
+    assert call(script, *flags) == 0
     record = json.loads((tmp_path / "speed.json").read_text())
     assert record["kind"] == "generation speed" and record["settings"]["new_tokens"] == 3
     assert list(record["models"]) == [big, small]
@@ -138,22 +127,18 @@ def test_wrong_input_to_generation_speed(tmp_path, capsys, flags, words):
     for name in ("big", "small"):
         make_llama(num_hidden_layers=1).save_pretrained(tmp_path / name)
     script = load("benchmarks/generation_speed.py")
-    with pytest.raises(SystemExit) as ended:
-        models = ["--dense", str(tmp_path / "big"), "--checkpoints", str(tmp_path / "small")]
-        run_command(script.build_parser(), script.run, [*models, *flags])
-    assert ended.value.code == 2
-    assert words in capsys.readouterr().err
+    models = ["--dense", tmp_path / "big", "--checkpoints", tmp_path / "small"]
+    assert words in refused(capsys, call, script, *models, *flags)
 
 
 def test_grouped_heads_measures_every_point(tmp_path, capsys):
-    make_llama(num_key_value_heads=2).save_pretrained(tmp_path / "tiny")
-    make_tokenizer().save_pretrained(tmp_path / "tiny")
+    save_tiny(tmp_path / "tiny", num_key_value_heads=2)
     (tmp_path / "text.txt").write_text("seven wise owls read old books by candle light\n" * 20)
     save_file({"calibration_ids": torch.arange(3, 203).view(10, 20)}, tmp_path / "ids.safetensors")
     script = load("benchmarks/grouped_heads.py")
     flags = [f"--base_model={tmp_path / 'tiny'}", f"--datasets={tmp_path / 'ids.safetensors'}", "--mlp_num=1"]
     flags += [f"--ppl={tmp_path / 'text.txt'}", "--ppl_windows=4", f"--output_path={tmp_path / 'points.json'}"]
-    run_command(script.build_parser(), script.run, [*flags, "--points", "0.1:0.5,0,0", "0.2:0.4,0.4"])
+    call(script, *flags, "--points", "0.1:0.5,0,0", "0.2:0.4,0.4")
     first, second = json.loads((tmp_path / "points.json").read_text())["points"]
     assert first["plan"][0]["k_rank"] == 0 < first["plan"][0]["q_rank"] and first["plan"][0]["v_head_dim"] == 16
     assert second["shares_removed"]["value_output"] == pytest.approx(0.1)
@@ -165,7 +150,7 @@ def test_grouped_heads_measures_every_point(tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 3
     for wrong, words in (("0.02:0.5,0", "would have to lose"), ("0.0:0,0", "leaves nothing for the MLPs")):
         with pytest.raises(SystemExit):
-            run_command(script.build_parser(), script.run, [*flags, "--points", "0.1:0.5,0", wrong])
+            call(script, *flags, "--points", "0.1:0.5,0", wrong)
         captured = capsys.readouterr()
         assert words in captured.err and not captured.out
 
@@ -176,7 +161,7 @@ def test_pruning_speed_times_every_stage(tmp_path, capsys):
     timed = set()
     for flags in (["--recipe=olica-plus"], ["--mlp_num=1"]):
         flags += [*common, f"--output_path={tmp_path / 'speed.json'}"]
-        assert run_command(script.build_parser(), script.run, flags) == 0
+        assert call(script, *flags) == 0
         record = json.loads((tmp_path / "speed.json").read_text())
         stages = {name: row["seconds"] for name, row in record["stages"].items()}
         whole = stages.pop("pruning")
@@ -197,16 +182,14 @@ def test_pruning_speed_times_every_stage(tmp_path, capsys):
         (["--shape=llama3-8b", "--scale=16"], "--scale 16 does not divide the 8 key/value heads of llama3-8b"),
         (["--base_model=x", "--datasets=c4"], "token file"),
     ):
-        with pytest.raises(SystemExit) as ended:
-            run_command(script.build_parser(), script.run, [*wrong, f"--work_dir={tmp_path}"])
-        assert ended.value.code == 2 and words in capsys.readouterr().err
+        assert words in refused(capsys, call, script, *wrong, f"--work_dir={tmp_path}")
 
 
 def test_pruning_speed_takes_a_family_with_grouped_heads(tmp_path):
     script = load("benchmarks/pruning_speed.py")
     flags = ["--shape=qwen3-8b", "--scale=8", "--layers=2", "--mlp_num=1", "--sparsity=0.05", f"--work_dir={tmp_path}"]
     flags += ["--num_samples=4", "--seqlen=16", f"--output_path={tmp_path / 'speed.json'}"]
-    assert run_command(script.build_parser(), script.run, flags) == 0
+    assert call(script, *flags) == 0
     record = json.loads((tmp_path / "speed.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "qwen3-8b-8-2")
     config = model.config
@@ -250,15 +233,13 @@ def test_reading_memory_deepens_a_file_and_measures(tmp_path, capsys):
     assert all(torch.equal(weight, expected[name]) for name, weight in deep.state_dict().items())
     flags = [f"--base_model={tmp_path / 'tiny-7.gguf'}", f"--work_dir={tmp_path / 'work'}"]
     flags.append(f"--output_path={tmp_path / 'record.json'}")
-    assert run_command(script.build_parser(), script.run, flags) == 0
+    assert call(script, *flags) == 0
     record = json.loads((tmp_path / "record.json").read_text())
     assert record["layers"] == 7 and record["parameters"] == deep.num_parameters()
     assert record["peak_host_bytes"] == max(record["peak_host_bytes_of_stages"].values()) > 1e8
     assert str(tmp_path) not in json.dumps(record)
     assert f"7 layers, {deep.num_parameters():,} parameters: at most" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as ended:
-        run_command(script.build_parser(), script.run, [*flags, "--layers=0"])
-    assert ended.value.code == 2 and "--layers 0" in capsys.readouterr().err
+    assert "--layers 0" in refused(capsys, call, script, *flags, "--layers=0")
 
 
 def test_texts_are_split_into_rows_that_calibrate_and_rows_that_measure(tmp_path):
@@ -270,7 +251,7 @@ def test_texts_are_split_into_rows_that_calibrate_and_rows_that_measure(tmp_path
         with gzip.open(tmp_path / name, "wt") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
     flags = [f"--data_dir={tmp_path}", f"--output_dir={tmp_path / 'split'}"]
-    assert run_command(script.build_parser(), script.run, flags) == 0
+    assert call(script, *flags) == 0
     parts = {
         path.stem: [json.loads(line) for line in path.read_text().splitlines()]
         for path in (tmp_path / "split").iterdir()
@@ -291,9 +272,8 @@ def test_texts_are_split_into_rows_that_calibrate_and_rows_that_measure(tmp_path
 
 def test_texts_that_are_not_there_cannot_be_split(tmp_path, capsys):
     script = load("scripts/split_texts.py")
-    with pytest.raises(SystemExit) as ended:
-        run_command(script.build_parser(), script.run, [f"--data_dir={tmp_path}", f"--output_dir={tmp_path / 'split'}"])
-    assert ended.value.code == 2 and script.C4 in capsys.readouterr().err and not (tmp_path / "split").exists()
+    said = refused(capsys, call, script, f"--data_dir={tmp_path}", f"--output_dir={tmp_path / 'split'}")
+    assert script.C4 in said and not (tmp_path / "split").exists()
 
 
 FETCH = ["bash", str(ROOT / "scripts/fetch_models.sh")]
@@ -333,7 +313,7 @@ def test_a_hollow_model_is_planned_with_as_a_whole_one(tmp_path, capsys):
 
     def planned(command, *flags: str) -> list[str]:
         capsys.readouterr()
-        run_command(command.build_parser(), command.run, [*flags, "--mlp_num=1", "--dtype=bfloat16", "--dry_run"])
+        call(command, *flags, "--mlp_num=1", "--dtype=bfloat16", "--dry_run")
         return [line for line in capsys.readouterr().out.splitlines() if not line.startswith("peak memory")]
 
     shape = ["--shape=7b", "--scale=16", "--layers=2", f"--work_dir={tmp_path}", "--num_samples=4", "--seqlen=16"]
@@ -346,27 +326,23 @@ def test_a_hollow_model_is_planned_with_as_a_whole_one(tmp_path, capsys):
     tokens = f"--datasets={tmp_path / 'ids.safetensors'}"
     assert planned(model_pruning, f"--base_model={tmp_path / 'whole'}", tokens) == hollow
     assert any(line.startswith("weights") and "0.005 GB" in line for line in hollow)
-    with pytest.raises(SystemExit):
-        planned(script, f"--base_model={tmp_path / 'whole'}", tokens)
-    assert "--dry_run goes with --shape" in capsys.readouterr().err
+    whole = f"--base_model={tmp_path / 'whole'}"
+    assert "--dry_run goes with --shape" in refused(capsys, planned, script, whole, tokens)
 
 
 def test_pruning_speed_gives_a_recipe_its_own_parameters(tmp_path, capsys):
     script = load("benchmarks/pruning_speed.py")
     flags = ["--shape=7b", "--scale=16", "--layers=2", f"--work_dir={tmp_path}", "--num_samples=4", "--seqlen=16"]
     flags += ["--recipe=magnitude", "--dry_run"]
-    assert run_command(script.build_parser(), script.run, flags) == 0
+    assert call(script, *flags) == 0
     assert "the survey decides them" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        run_command(script.build_parser(), script.run, [*flags, "--mlp_num=1"])
-    assert "--mlp_num is no parameter of --recipe magnitude" in capsys.readouterr().err
+    assert "--mlp_num is no parameter of --recipe magnitude" in refused(capsys, call, script, *flags, "--mlp_num=1")
 
 
 @pytest.fixture
 def owls(tmp_path) -> list[str]:
     """Flags that name a tiny grouped model, its token file and a text."""
-    make_llama(num_key_value_heads=2).save_pretrained(tmp_path / "tiny")
-    make_tokenizer().save_pretrained(tmp_path / "tiny")
+    save_tiny(tmp_path / "tiny", num_key_value_heads=2)
     (tmp_path / "text.txt").write_text("seven wise owls read old books by candle light\n" * 20)
     save_file({"calibration_ids": torch.arange(3, 203).view(10, 20)}, tmp_path / "ids.safetensors")
     return [f"--base_model={tmp_path / 'tiny'}", f"--output_path={tmp_path / 'record.json'}"]
@@ -375,7 +351,7 @@ def owls(tmp_path) -> list[str]:
 def test_the_ablation_adds_part_after_part(owls, tmp_path, capsys):
     script = load("benchmarks/ablation.py")
     flags = [f"--datasets={tmp_path / 'ids.safetensors'}", f"--ppl={tmp_path / 'text.txt'}", "--ppl_windows=4"]
-    run_command(script.build_parser(), script.run, [*owls, *flags, "--sparsity=0.25"])
+    call(script, *owls, *flags, "--sparsity=0.25")
     record = json.loads((tmp_path / "record.json").read_text())
     points = record["points"]
     assert [point["step"].split()[0] for point in points] == ["olica-grouped,", *["+"] * 8]
@@ -397,7 +373,7 @@ def test_a_recipe_is_measured_by_the_text_that_it_is_calibrated_on(owls, tmp_pat
     script = load("benchmarks/texts.py")
     own, other = (str(tmp_path / f"{name}.txt") for name in ("own", "other"))
     flags = [f"--mixes={own},{own}+{other}", "--samples", "6", "--seqlens", "64", "32", "--recipe=flap"]
-    run_command(script.build_parser(), script.run, [*owls, *flags, f"--ppl={tmp_path / 'text.txt'}", "--ppl_windows=4"])
+    call(script, *owls, *flags, f"--ppl={tmp_path / 'text.txt'}", "--ppl_windows=4")
     record = json.loads((tmp_path / "record.json").read_text())
     assert [point["mix"] for point in record["points"]] == [own, own, f"{own}+{other}", f"{own}+{other}"]
     assert [point["calibration"]["ids"] for point in record["points"]] == [[12, 64], [24, 32]] * 2
@@ -415,7 +391,7 @@ def test_refits_are_measured_on_every_text_by_every_mix(owls, tmp_path, capsys):
         save_file({"calibration_ids": ids}, tmp_path / f"{name}.safetensors")
     script = load("benchmarks/refit_texts.py")
     texts = ",".join(str(tmp_path / f"{name}.safetensors") for name in "abc")
-    run_command(script.build_parser(), script.run, [*owls, f"--texts={texts}", "--ridges", "0.1", "1e6"])
+    call(script, *owls, f"--texts={texts}", "--ridges", "0.1", "1e6")
     rows = json.loads((tmp_path / "record.json").read_text())["error_left"]
     assert len(rows) == 7 * 2 and len(capsys.readouterr().out.splitlines()) == 2 + 14
     by_mix = {("".join(Path(text).stem for text in row["fitted_to"]), row["ridge"]): row for row in rows}
@@ -443,13 +419,10 @@ def test_a_plan_is_drawn_from_record_and_configuration(tmp_path, capsys):
     assert list(drawn["channels of the MLP"]) == list(drawn["width of value heads"]) == [1, 0.25]
     assert list(drawn["rank of queries"]) == [1, 0.25] and "rank of keys" not in drawn
     script = load("scripts/plan.py")
-    with pytest.raises(SystemExit):
-        run_command(script.build_parser(), script.run, [str(tmp_path)])
-    assert "lacks the record" in capsys.readouterr().err
+    assert "lacks the record" in refused(capsys, call, script, tmp_path)
     (tmp_path / "olica_run.json").write_text(json.dumps(record | described))
     (tmp_path / "config.json").write_text('{"hidden_size": 64}')
-    assert run_command(script.build_parser(), script.run, [str(tmp_path)]) == 0
+    assert call(script, str(tmp_path)) == 0
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(SystemExit):
-        run_command(script.build_parser(), script.run, [str(tmp_path), "--output_path=plan.foo"])
-    assert "plan.foo: give a name that ends in .png" in capsys.readouterr().err
+    said = refused(capsys, call, script, tmp_path, "--output_path=plan.foo")
+    assert "plan.foo: give a name that ends in .png" in said

@@ -1,6 +1,5 @@
 """Every form in which users have dense models: weight files, dtypes, tokenizers, GGUF."""
 
-import io
 import json
 import re
 from pathlib import Path
@@ -8,14 +7,14 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
-from conftest import make_llama, make_tokenizer, prune_to, write_pruned
+from called import call
+from conftest import hub_snapshot, make_llama, make_tokenizer, prune_to, refused, save_bin, write_pruned
 from safetensors.torch import save_file
 from tiny_families import make_family
-from tiny_gguf import GGUF_FAMILIES, GGUF_SIZES, write_gguf
+from tiny_gguf import GEMMA_PIECES, GGUF_FAMILIES, GGUF_SIZES, LLAMA_PIECES, train_sentencepiece, write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer, PreTrainedModel
 
 import model_pruning
-from olica.command_line import run_command
 from olica.errors import UsageError
 from olica.machine import BatchSize
 from olica.model.configuration_olica import LayerShape
@@ -36,23 +35,18 @@ def save_sharded_safetensors(model: PreTrainedModel, folder: Path) -> None:
     assert len(list(folder.glob("model-*.safetensors"))) > 1
 
 
-def save_bin(model: PreTrainedModel, folder: Path) -> None:
-    model.config.save_pretrained(folder)
-    torch.save(model.state_dict(), folder / "pytorch_model.bin")
-
-
 def save_sharded_bin(model: PreTrainedModel, folder: Path) -> None:
-    model.config.save_pretrained(folder)
-    state = model.state_dict()
-    names = {name: f"pytorch_model-{1 + index % 2:05}-of-00002.bin" for index, name in enumerate(state)}
-    for file in set(names.values()):
-        torch.save({name: state[name] for name in state if names[name] == file}, folder / file)
-    index = {"metadata": {}, "weight_map": names}
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    save_bin(model, folder, shards=2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("save", [save_safetensors, save_sharded_safetensors, save_bin, save_sharded_bin])
+@pytest.mark.parametrize(
+    ("save", "dtype"),
+    [
+        *((save, torch.bfloat16) for save in (save_safetensors, save_sharded_safetensors, save_bin, save_sharded_bin)),
+        (save_safetensors, torch.float32),
+        (save_safetensors, torch.float16),
+    ],
+)
 def test_weight_files_are_pruned_and_saved_in_their_dtype(save, dtype, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_llama(num_key_value_heads=2).to(dtype).save_pretrained("original")
@@ -61,35 +55,13 @@ def test_weight_files_are_pruned_and_saved_in_their_dtype(save, dtype, tmp_path,
     save(model, tmp_path / "dense")
     save_file({"calibration_ids": IDS}, "ids.safetensors")
     arguments = "--base_model=dense --datasets=ids.safetensors --mlp_num=1 --ratio=0.1 --sparsity=0.2".split()
-    run_command(model_pruning.build_parser(), model_pruning.run, arguments)
+    call(model_pruning, *arguments)
     pruned = AutoModelForCausalLM.from_pretrained("pruned_models/dense_sparsity-0.2")
     assert {parameter.dtype for parameter in pruned.parameters()} == {dtype}
     plan = [LayerShape(**shape) for shape in pruned.config.layer_shapes]
     prune_to(model, IDS, plan, batch_size=BatchSize(16))
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, pruned.state_dict()[name]), name
-
-
-def train_sentencepiece(folder: Path, **settings) -> None:
-    """Write `tokenizer.model`: byte-pair encoding, bytes to fall back on, text left as it is."""
-    text = (Path(__file__).parents[1] / "LICENSE").read_text().splitlines()  # which stays as it is
-    trained = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text),
-        model_writer=trained,
-        vocab_size=500,
-        model_type="bpe",
-        byte_fallback=True,
-        minloglevel=2,
-        **dict(normalization_rule_name="identity", remove_extra_whitespaces=False) | settings,
-    )
-    (folder / "tokenizer.model").write_bytes(trained.getvalue())
-
-
-LLAMA_PIECES = dict(add_dummy_prefix=True)
-GEMMA_PIECES = dict(
-    add_dummy_prefix=False, pad_id=0, eos_id=1, bos_id=2, unk_id=3, bos_piece="<bos>", eos_piece="<eos>"
-)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +110,7 @@ def test_gguf_is_dequantised_and_pruned(family, tied, tmp_path, monkeypatch):
     torch.testing.assert_close(model(IDS).logits, dense(IDS).logits, rtol=1e-4, atol=1e-4)
     save_file({"calibration_ids": IDS}, "ids.safetensors")
     arguments = "--base_model=tiny.gguf --datasets=ids.safetensors --mlp_num=1 --ratio=0.1 --sparsity=0.2".split()
-    run_command(model_pruning.build_parser(), model_pruning.run, arguments)
+    call(model_pruning, *arguments)
     pruned = AutoModelForCausalLM.from_pretrained("pruned_models/tiny_sparsity-0.2").eval()
     prune_to(dense, IDS, [LayerShape(**shape) for shape in pruned.config.layer_shapes])
     torch.testing.assert_close(pruned(IDS).logits, dense(IDS).logits, rtol=1e-3, atol=1e-3)
@@ -201,11 +173,8 @@ def test_a_gguf_file_that_we_cannot_read_ends_in_a_sentence(damage, fault, tmp_p
     Path("tiny.gguf").write_bytes(damage(Path("tiny.gguf").read_bytes()))
     Path("rows.jsonl").write_text(json.dumps({"text": "some plain words " * 20}) + "\n")
     flags = ["--base_model=tiny.gguf", "--datasets=rows.jsonl", "--num_samples=1", "--seqlen=16", "--mlp_num=1"]
-    with pytest.raises(SystemExit) as ended:
-        run_command(model_pruning.build_parser(), model_pruning.run, flags)
-    assert ended.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert re.search(f"error: --base_model tiny.gguf: .*{fault}", line), line
+    said = refused(capsys, call, model_pruning, *flags, alone=True)
+    assert re.match(f"--base_model tiny.gguf: .*{fault}", said), said
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name not in ("tiny.gguf", "rows.jsonl")]
 
 
@@ -282,7 +251,7 @@ def test_a_pruned_checkpoint_of_the_first_llama_conversions_generates(tmp_path, 
     Path("old/config.json").write_text(json.dumps(config | ids | old))
     Path("rows.jsonl").write_text("".join(json.dumps({"text": "some plain words " * 20}) + "\n" for _ in range(8)))
     flags = "--base_model=old --datasets=rows.jsonl --num_samples=4 --seqlen=16 --mlp_num=1 --ratio=0.1".split()
-    assert run_command(model_pruning.build_parser(), model_pruning.run, flags) == 0
+    assert call(model_pruning, *flags) == 0
     tokenizer = AutoTokenizer.from_pretrained("pruned_models/old_sparsity-0.2")
     model = AutoModelForCausalLM.from_pretrained("pruned_models/old_sparsity-0.2")
     prompt = tokenizer("some plain", return_tensors="pt")
@@ -294,9 +263,7 @@ def test_a_pruned_checkpoint_of_the_first_llama_conversions_generates(tmp_path, 
 
 
 def test_a_tokenizer_of_the_hub_in_sentencepiece_form(tmp_path, monkeypatch):
-    snapshot = tmp_path / "models--team--model" / "snapshots" / ("0" * 40)
-    (tmp_path / "models--team--model" / "refs").mkdir(parents=True)
-    (tmp_path / "models--team--model" / "refs" / "main").write_text("0" * 40)
+    snapshot = hub_snapshot(tmp_path)
     make_family("llama", vocab_size=500).save_pretrained(snapshot)
     train_sentencepiece(snapshot)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from called import call
+from launched import RUN
 from tiny_run import FLAGS, FOLDER, LAYERS, WORK, contents, journal, prune
 
 import model_evaluate
-from olica.command_line import run_command
 
 ROOT = Path(__file__).parents[1]
 PRUNING, EVALUATION = str(ROOT / "model_pruning.py"), str(ROOT / "model_evaluate.py")
@@ -35,7 +36,6 @@ from olica.evaluation.measures import Measures
 take = Measures.take
 Measures.take = lambda self, *args: (take(self, *args), time.sleep(60))[0]
 """
-RUN = "import runpy, sys; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
 both_signals = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 
 
@@ -102,7 +102,7 @@ def test_a_stopped_evaluation_takes_up_what_was_measured(here, fast_python, capl
     process = start(fast_python, "-c", SLOW_MEASURES + RUN, *flags)
     wait_for(process, Path(".out.json.measures").exists)
     assert stop(process, number) == "the same command takes up what was measured, the last being model: sizes"
-    assert run_command(model_evaluate.build_parser(), model_evaluate.run, flags[1:]) == 0
+    assert call(model_evaluate, *flags[1:]) == 0
     assert "measured before: 1" in caplog.text
     assert Path("out.json").exists() and not Path(".out.json.measures").exists()
 

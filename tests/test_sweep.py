@@ -13,17 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import load_weights, make_llama, make_tokenizer, refused
-from launched import Ended, end_of, started
+from called import call
+from conftest import load_weights, make_tokenizer, refused, save_tiny
+from launched import RUN, Ended, end_of, start, started
 from safetensors.torch import load_file
-from test_kills import start
-from test_zero_shot import ROWS, write_rows
+from tiny_tasks import ROWS, write_rows
 from transformers import AutoModelForCausalLM
 
 import model_pruning
 import model_sweep
 import olica
-from olica.command_line import run_command
 from olica.errors import UsageError
 from olica.evaluation import measures
 from olica.jobs import Settings, settings_of
@@ -53,14 +52,13 @@ def write_text(name: str, mark: str) -> None:
 def here(tmp_path, monkeypatch):
     """An empty current folder with a tiny model and a text."""
     monkeypatch.chdir(tmp_path)
-    make_llama(num_key_value_heads=2, initializer_range=0.1).save_pretrained("tiny")
-    make_tokenizer().save_pretrained("tiny")
+    save_tiny("tiny", num_key_value_heads=2, initializer_range=0.1)
     write_text("text.jsonl", "a")
     return tmp_path
 
 
 def bare(*arguments: str) -> int:
-    return run_command(model_sweep.build_parser(), model_sweep.run, [*arguments])
+    return call(model_sweep, *arguments)
 
 
 def sweep(*arguments: str) -> dict:
@@ -105,7 +103,7 @@ def test_points_are_those_of_separate_prunings(here):
         words = shlex.split(point["command"])
         assert words[:2] == ["python", "model_pruning.py"]
         again = [*words[2:], "--save_dir=alone"]
-        assert run_command(model_pruning.build_parser(), model_pruning.run, again) == 0
+        assert call(model_pruning, *again) == 0
         assert contents(kept) and contents(kept) == contents(Path("alone") / kept.name)
         nll = plain_nll(kept, draw[SAMPLES:])
         ratio = math.exp(sum(nll) / HELD - sum(dense) / HELD)
@@ -362,11 +360,8 @@ def run(job):
         os.kill(os.getpid(), signal.SIGKILL)
     return done
 work.run = run
-import runpy, sys
-sys.argv.pop(0)
-runpy.run_path(sys.argv[0], run_name="__main__")
 """
-SHARED_COMMAND = ["-c", SHARED, str(ROOT / "model_sweep.py"), *FLAGS, SPARSITIES]
+SHARED_COMMAND = ["-c", SHARED + RUN, str(ROOT / "model_sweep.py"), *FLAGS, SPARSITIES]
 
 
 def made_by(ended: Ended) -> list[float]:

@@ -18,6 +18,7 @@ import datasets
 import huggingface_hub
 import pyarrow
 import pytest
+from conftest import POINTER, write_json
 from pyarrow import parquet
 
 from olica.errors import UsageError
@@ -31,11 +32,6 @@ def offline_with_own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-
-
-def write_json(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def texts(rows):
@@ -593,9 +589,6 @@ def test_a_cache_that_the_hub_cannot_use_is_named(tmp_path, monkeypatch):
 
 
 # Pointers of git-lfs
-
-
-POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 12345\n"
 
 
 def test_a_pointer_of_git_lfs_in_place_of_text(tmp_path):

@@ -1,6 +1,6 @@
 """The table of calibration texts, from made-up records."""
 
-from test_tables import Recorder, cells, evaluation, pruning
+from made_records import Recorder, cells, evaluation, pruning
 
 from olica.report import texts
 from olica.report.runs import Results

@@ -153,7 +153,7 @@ def test_a_correction_after_a_refit_is_that_of_running_both_mlps(mlp, view, inpu
 
 
 @REFITS
-def test_the_mean_of_what_is_lost_goes_into_the_bias(mlp, view, inputs, intermediate, refit):
+def test_the_mean_of_what_is_lost_goes_into_the_bias(mlp, view, inputs, refit):
     torch.nn.init.normal_(mlp.down_proj.bias)
     mean = needs(total("intermediate"))(lambda layer: layer.moments.mean("intermediate"))
     stage, shape = thinned_mlp(refit, RemovedMean("down_proj", mean)), LayerShape(0, 0, 16, len(KEPT), down_bias=True)

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import load_weights, make_llama
+from called import call
+from conftest import load_weights, make_llama, refused
 from safetensors.torch import load_file, save, save_file
 from transformers import AutoModelForCausalLM
 
 import model_evaluate
 import model_pruning
 import olica  # noqa: F401
-from olica.command_line import run_command
 from olica.sources.configuration import _warn_once, count_dense_parameters, read_config
 from olica.sources.locate import locate
 from olica.sources.tied_head import holds_another_head
@@ -62,7 +62,7 @@ def embedding(here) -> torch.Tensor:
 def prune(*flags: str) -> dict:
     """The record of a pruning of the model `tied`."""
     common = ["--base_model=tied", "--datasets=ids.safetensors", "--mlp_num=1", "--ratio=0.1", "--save_dir=out"]
-    assert run_command(model_pruning.build_parser(), model_pruning.run, [*common, *flags]) == 0
+    assert call(model_pruning, *common, *flags) == 0
     return json.loads(Path("out/tied_sparsity-0.2/olica_run.json").read_text())
 
 
@@ -117,9 +117,9 @@ def test_dense_and_pruned_by_nothing_have_one_perplexity(embedding, tokenizer):
     tokenizer.save_pretrained("tied")
     Path("text.txt").write_text("some plain words about cats, dogs and numbers " * 40)
     flags = ["--base_model=tied", "--datasets=ids.safetensors", "--mlp_num=1", "--sparsity=0", "--save_dir=out"]
-    assert run_command(model_pruning.build_parser(), model_pruning.run, flags) == 0
+    assert call(model_pruning, *flags) == 0
     flags = ["--base_model=tied", "--sparsity=0", "--save_dir=out", "--with_dense", "--ppl=text.txt", "--ppl_seqlen=64"]
-    assert run_command(model_evaluate.build_parser(), model_evaluate.run, [*flags, "--output_path=e.json"]) == 0
+    assert call(model_evaluate, *flags, "--output_path=e.json") == 0
     results = json.loads(Path("e.json").read_text())["results"].values()
     dense, pruned = (result["perplexity"]["text.txt"]["value"] for result in results)
     assert pruned == pytest.approx(dense, rel=1e-6)
@@ -128,9 +128,7 @@ def test_dense_and_pruned_by_nothing_have_one_perplexity(embedding, tokenizer):
 def test_a_head_of_another_size_is_refused_by_its_name(embedding, capsys):
     """As of an adapter with tokens of its own, merged without them."""
     write_head("safetensors", torch.cat([embedding, embedding[:10]]))
-    with pytest.raises(SystemExit) as ended:
-        prune()
-    assert ended.value.code == 2 and "holds in another size 1 weights (lm_head.weight)" in capsys.readouterr().err
+    assert "holds in another size 1 weights (lm_head.weight)" in refused(capsys, prune)
 
 
 def test_nothing_is_said_of_a_head_that_is_not_tied(here, caplog):

@@ -9,6 +9,7 @@ import torch
 from by_threshold import features, silenced
 from conftest import CPU, make_llama, pruning_options, uncorrected
 from tiny_families import make_family
+from tiny_run import Killed
 
 from olica.machine import BatchSize
 from olica.methods.feed_forward import ThinnedMLP
@@ -29,10 +30,6 @@ IDS = torch.randint(3, 319, (7, 23), generator=torch.Generator().manual_seed(0))
 SAMPLES, STRIDE, LAYERS, CHANNELS, GROUPS = 3, 4, 3, 60, 1
 ROWS = [0, 2, 4]  # as far apart as they can be
 FAMILIES = ["llama", "olmo2", "gemma2", "granite", "phi3"]
-
-
-class Killed(BaseException):
-    """Stands for a signal that no code handles."""
 
 
 class Trying(TravellingSurvey):

@@ -1,13 +1,12 @@
 """Weights in .bin files, read in part."""
 
-import json
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from conftest import make_llama
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from conftest import hub_snapshot, make_llama, save_bin
+from transformers import AutoModelForCausalLM
 
 from olica.errors import UsageError
 from olica.sources.dense_model import DenseModel, StreamedModel
@@ -15,19 +14,6 @@ from olica.sources.locate import locate
 from olica.sources.opening import open_dense_model
 
 CPU = torch.device("cpu")
-COMMIT = "0123456789" * 4
-
-
-def save_bin(model: LlamaForCausalLM, folder: Path, shards: int, **more: torch.Tensor) -> None:
-    model.config.save_pretrained(folder)
-    state = model.state_dict() | more
-    if shards == 1:
-        torch.save(state, folder / "pytorch_model.bin")
-        return
-    names = {name: f"pytorch_model-{1 + index % shards:05}.bin" for index, name in enumerate(state)}
-    for file in set(names.values()):
-        torch.save({name: state[name] for name in state if names[name] == file}, folder / file)
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
 
 
 def opened(folder: Path, dtype: str = "auto") -> DenseModel:
@@ -68,21 +54,21 @@ def test_weights_that_are_stored_as_views_are_read_contiguous(tmp_path):
     model = make_llama()
     name = "model.layers.1.mlp.up_proj.weight"
     turned = model.state_dict()[name].T.contiguous().T
-    save_bin(model, tmp_path, shards=1, **{name: turned})
+    save_bin(model, tmp_path, **{name: turned})
     (read,) = opened(tmp_path).read([name]).values()
     assert read.is_contiguous() and torch.equal(read, turned)
 
 
 def test_bin_files_that_hold_more_than_the_model_are_left_to_transformers(tmp_path):
-    save_bin(make_llama(), tmp_path, shards=1, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
+    save_bin(make_llama(), tmp_path, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
     assert type(opened(tmp_path)) is StreamedModel, "old buffers are no weights"
-    save_bin(make_llama(), tmp_path, shards=1, **{"model.extra.weight": torch.ones(8)})
+    save_bin(make_llama(), tmp_path, **{"model.extra.weight": torch.ones(8)})
     with pytest.raises(UsageError, match="has no place for, 1 weights \\(model.extra.weight\\)"):
         opened(tmp_path)
 
 
 def test_a_bin_file_that_is_cut_short_is_refused(tmp_path):
-    save_bin(make_llama(), tmp_path, shards=1)
+    save_bin(make_llama(), tmp_path)
     file = tmp_path / "pytorch_model.bin"
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(UsageError, match="--base_model .*its weights cannot be read"):
@@ -93,9 +79,7 @@ def test_a_bin_file_that_is_cut_short_is_refused(tmp_path):
 def test_a_model_of_the_hub_is_streamed_from_its_bin_files(shards, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     model = make_llama()
-    (tmp_path / "models--team--model" / "refs").mkdir(parents=True)
-    (tmp_path / "models--team--model" / "refs" / "main").write_text(COMMIT)
-    save_bin(model, tmp_path / "models--team--model" / "snapshots" / COMMIT, shards)
+    save_bin(model, hub_snapshot(tmp_path), shards)
     dense = opened("team/model")
     assert type(dense) is StreamedModel
     assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in weights_of(dense).items())

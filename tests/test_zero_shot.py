@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_llama, no_memory_for_more_than
+from tiny_tasks import ACTIVITY, ROWS, SCIENCE, write_rows
 from tokenizers import processors
 
 from olica.errors import UsageError
@@ -22,37 +23,7 @@ from olica.processes import ALONE
 pytestmark = pytest.mark.usefixtures("stock_tasks")
 TASKS = ["openbookqa", "arc_easy", "arc_challenge", "winogrande", "hellaswag", "piqa", "boolq"]
 
-CHOICES = {"text": ["a wet stone", "the sun", "ice"], "label": ["A", "B", "C"]}
-SCIENCE = {"id": "1", "question": "What warms the sea?", "choices": CHOICES, "answerKey": "B"}
-ACTIVITY = {"ind": 1, "activity_label": "Baking", "source_id": "x", "split": "val", "split_type": "indomain"}
-
-# One row per task, in the fields of its data set, and the prompt that lm-eval's stock task makes of it.
-ROWS = {
-    "openbookqa_main_test": {
-        "id": "1",
-        "question_stem": "The sea is warmed by",
-        "choices": CHOICES,
-        "answerKey": "B",
-    },
-    "arc_easy_test": SCIENCE,
-    "arc_challenge_test": SCIENCE | {"question": "What cools the sea?", "answerKey": "C"},
-    "winogrande_xl_validation": {
-        "sentence": "The cup did not fit the box as _ was wide.",
-        "option1": "the cup",
-        "option2": "the box",
-        "answer": "1",
-    },
-    "hellaswag_validation": ACTIVITY
-    | {
-        "ctx_a": "A man opens an oven.",
-        "ctx_b": "he",
-        "ctx": "A man opens an oven. he",
-        "endings": ["takes the [step] bread.", "sings.", "is an oven.", "leaves through it."],
-        "label": "0",
-    },
-    "piqa_validation": {"goal": "Dry a cup.", "sol1": "Wipe it.", "sol2": "Fill it.", "label": 0},
-    "boolq_validation": {"question": "is ice cold", "passage": "Ice -- Ice is cold.", "idx": 0, "label": 1},
-}
+# The prompts that lm-eval's stock tasks make of the ROWS.
 PROMPTS = [
     "The sea is warmed by the sun",
     "Question: What warms the sea?\nAnswer: the sun",
@@ -73,11 +44,6 @@ def seen_ids():
             self.extend((args[0] if args else kwargs["input_ids"]).tolist())
 
     return Recorder()
-
-
-def write_rows(folder, stem, rows):
-    folder.mkdir(exist_ok=True)
-    (folder / f"{stem}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
 
 
 def score(model, tokenizer, tasks, data_dir, batch_size=3, **settings):

@@ -1,27 +1,44 @@
-"""Tiny GGUF files of every family that transformers reads from them, written through the gguf package."""
+"""Tiny GGUF files, written through the gguf package, what they hold, and models and tokenizers that make them."""
 
+import io
 from pathlib import Path
 
 import gguf
 import numpy as np
+import sentencepiece
 import torch
 from conftest import make_tokenizer
-from transformers import PreTrainedModel
+from tiny_families import make_family
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 GGUF_SIZES = dict(vocab_size=320, hidden_size=64, head_dim=16, intermediate_size=160, num_attention_heads=4)
 GGUF_SIZES |= dict(num_key_value_heads=2)
 
 # In GGUF, a llama's query and key rows are in another order, and the norms of a Gemma are stored with their 1 added.
-WIDE_HEADS = {"head_dim": 256, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 960}
+WIDE_HEADS = {"head_dim": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
+WIDE_MODEL = WIDE_HEADS | {"intermediate_size": 960}
 GGUF_FAMILIES = {
     "llama": ("llama", {}),
     "mistral": ("llama", {"sliding_window": None}),  # files of Mistral call themselves llama, and are read as one
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {"head_dim": 128}),  # the file does not say the head width: transformers takes its default
-    "gemma2": ("gemma2", WIDE_HEADS),  # nor the scale of attention
-    "gemma3_text": ("gemma3", WIDE_HEADS),
+    "gemma2": ("gemma2", WIDE_MODEL),  # nor the scale of attention
+    "gemma3_text": ("gemma3", WIDE_MODEL),
     "phi3": ("phi3", {}),
 }
+# What transformers does not take from a file of Gemma 3, but from its own defaults.
+GEMMA = WIDE_HEADS | {
+    "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+    "layer_types": ["sliding_attention"] * 3,
+}
+LLAMA_PIECES = dict(add_dummy_prefix=True)
+GEMMA_PIECES = dict(
+    add_dummy_prefix=False, pad_id=0, eos_id=1, bos_id=2, unk_id=3, bos_piece="<bos>", eos_piece="<eos>"
+)
 
 
 def rounded(weight: np.ndarray) -> np.ndarray:
@@ -94,3 +111,44 @@ def write_gguf(model: PreTrainedModel, architecture: str, path: Path, parts: int
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def merging_tokenizer(**settings) -> PreTrainedTokenizerFast:
+    """That of bytes, with one merge: llama.cpp reads none that merges nothing."""
+    backend = make_tokenizer().backend_tokenizer
+    vocabulary = backend.get_vocab() | {"ow": 259}
+    merging = Tokenizer(models.BPE(vocab=vocabulary, merges=[("o", "w")]))
+    merging.pre_tokenizer, merging.decoder = backend.pre_tokenizer, backend.decoder
+    names = dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(tokenizer_object=merging, **names | settings)
+
+
+def save(model: PreTrainedModel, folder: Path, tokenizer=None) -> Path:
+    """Save a model with a tokenizer that a GGUF file can hold."""
+    model.save_pretrained(folder)
+    (tokenizer or merging_tokenizer()).save_pretrained(folder)
+    return folder
+
+
+def fields_of(path: Path) -> dict:
+    return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
+
+
+def config_of(family: str = "llama", **settings):
+    return make_family(family, peculiar=False, **GGUF_SIZES | settings).config
+
+
+def train_sentencepiece(folder: Path, **settings) -> None:
+    """Write `tokenizer.model`: byte-pair encoding, bytes to fall back on, text left as it is."""
+    text = (Path(__file__).parents[1] / "LICENSE").read_text().splitlines()  # which stays as it is
+    trained = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text),
+        model_writer=trained,
+        vocab_size=500,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+        **dict(normalization_rule_name="identity", remove_extra_whitespaces=False) | settings,
+    )
+    (folder / "tokenizer.model").write_bytes(trained.getvalue())

@@ -1,10 +1,15 @@
 """A command line that prunes the tiny model in the current folder (fixture `here`), for the tests that disturb it."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+from called import call
+
 import model_pruning
-from olica.command_line import run_command
+from olica.outputs.run_progress import RunProgress
 
 LAYERS = 6
 PLAIN_FLAGS = ["--base_model=tiny", "--datasets=ids.safetensors", "--save_dir=out"]
@@ -12,8 +17,27 @@ FLAGS = [*PLAIN_FLAGS, "--mlp_num=2", "--ratio=0.1"]
 FOLDER, WORK = Path("out/tiny_sparsity-0.2"), Path("out/.tiny_sparsity-0.2.partial")
 
 
+class Killed(BaseException):
+    """Stands for a signal that no code handles."""
+
+
+@contextmanager
+def killed_at(layer: int, of: str = "") -> Iterator[None]:
+    """What is run within dies before it keeps this layer; of several checkpoints, that whose name ends in `of`."""
+    save = RunProgress._save_layer
+
+    def dying(self, index, *arguments):
+        if index == layer and self._journal.path.parent.name.endswith(f"{of}.partial"):
+            raise Killed
+        save(self, index, *arguments)
+
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(RunProgress, "_save_layer", dying)
+        yield
+
+
 def bare(*arguments: str) -> int:
-    return run_command(model_pruning.build_parser(), model_pruning.run, [*arguments])
+    return call(model_pruning, *arguments)
 
 
 def prune(*arguments: str) -> int:
