@@ -394,7 +394,6 @@ def write_tasks(folder: Path) -> None:
         (["--round_to=0"], ["--round_to 0", "1 to 176"]),
         (["--round_to=177"], ["--round_to 177", "1 to 176"]),
         (["--base_model=" + "x" * 300], ["too long"]),
-        (["--save_dir=" + "x" * 300], ["too long"]),
         (["--datasets=" + "x" * 300], ["too long"]),
         (["--datasets=tiny"], ["tiny"]),
         (["--data_dir=rows.jsonl", "--datasets=alpaca"], ["--data_dir rows.jsonl: ", "rows.jsonl is a file; give a"]),
@@ -431,8 +430,10 @@ def test_a_save_dir_that_cannot_be_made_is_refused_by_its_flag(here, capsys):
 @pytest.mark.parametrize("flag", ["--save_dir", "--data_dir"])
 @pytest.mark.parametrize("dry_run", [[], ["--dry_run"]])
 def test_a_name_that_is_too_long_is_refused_by_its_flag(here, capsys, flag, dry_run):
+    before = files_in(here)
     said = refused(capsys, prune, f"{flag}={'a' * 300}", *dry_run)
     assert said.startswith(flag) and said.endswith("File name too long; give another folder")
+    assert files_in(here) == before, "something was left behind"
 
 
 @pytest.mark.parametrize(
@@ -634,14 +635,11 @@ def test_the_disk_has_to_hold_hidden_states_or_a_file_of_weights_too(here, capsy
     assert prune(*flags) == 0
 
 
-@pytest.mark.parametrize("place", ["olica.pruning.layers.cut", "olica.pruning.layers.propagate"])
 @pytest.mark.parametrize(
-    "error",
+    ("place", "error"),
     [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: 9 bytes."),
-        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-        MemoryError(),
+        ("olica.pruning.layers.cut", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")),
+        ("olica.pruning.layers.propagate", MemoryError()),
     ],
 )
 def test_memory_that_runs_out_names_the_flags(here, capsys, monkeypatch, place, error):
@@ -653,15 +651,18 @@ def test_memory_that_runs_out_names_the_flags(here, capsys, monkeypatch, place, 
         message = refused(capsys, prune, "--save_dir=out")
         assert message.startswith("out of memory (") and "a --dtype of half the width or" in message
         assert "--cache_dev" not in message, "hidden states are on the CPU already"
-        patched.setattr(torch.cuda, "is_available", lambda: True)
-        gpu = jobs.Settings(cache_dev="auto")
-        assert "--cache_dev cpu" in run.memory_advice(gpu, of_host=False)
-        assert "--device cpu" in run.memory_advice(gpu, of_host=False)
-        assert "--cache_dev" not in run.memory_advice(gpu, of_host=True)
-        assert "--device" not in run.memory_advice(gpu, of_host=True), "the host would have to hold more"
-        gpu = jobs.Settings(cache_dev="cpu")
-        assert "--cache_dev cuda" in run.memory_advice(gpu, of_host=True)
     assert prune("--save_dir=out") == 0
+
+
+def test_advice_on_memory_goes_by_where_it_ran_out(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    gpu = jobs.Settings(cache_dev="auto")
+    assert "--cache_dev cpu" in run.memory_advice(gpu, of_host=False)
+    assert "--device cpu" in run.memory_advice(gpu, of_host=False)
+    assert "--cache_dev" not in run.memory_advice(gpu, of_host=True)
+    assert "--device" not in run.memory_advice(gpu, of_host=True), "the host would have to hold more"
+    gpu = jobs.Settings(cache_dev="cpu")
+    assert "--cache_dev cuda" in run.memory_advice(gpu, of_host=True)
 
 
 def test_an_existing_checkpoint_is_replaced_only_when_asked_to(here, capsys):

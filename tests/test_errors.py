@@ -7,7 +7,14 @@ from olica.outputs.journal import writing_in_words
 from olica.sources import text_files
 from olica.sources.text_sources import read_rows
 
-MEMORY = [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: out of memory")]
+# Errors of memory that runs out, and whether it is that of the host.
+MEMORY = {
+    MemoryError(): True,
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: 9 bytes."): True,
+    torch.OutOfMemoryError("CUDA out of memory"): False,
+    RuntimeError("CUDA error: out of memory"): False,
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"): False,
+}
 
 
 @pytest.mark.parametrize("error", [OSError("gone\nfar away"), KeyError("gone"), RuntimeError("gone")])
@@ -44,7 +51,7 @@ def test_a_disk_that_fails_names_the_folder(tmp_path):
         raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize(("error", "of_host"), [*zip(MEMORY, [True, False, False], strict=True)])
+@pytest.mark.parametrize(("error", "of_host"), MEMORY.items())
 def test_memory_that_runs_out_ends_in_advice_for_where_it_was(error, of_host):
     words = rf"^out of memory \(.+\); host {of_host}$"
     with pytest.raises(UsageError, match=words), memory_in_words(lambda host: f"host {host}"):

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -153,11 +154,35 @@ def test_the_flags_are_the_settings():
     assert vars(model_evaluate.build_parser().parse_args([])) == asdict(EvaluationSettings()) | {"verbose": False}
 
 
+PROMPTED = [*FLAGS, "--prompt=old books"]
+
+
+@cache
+def undisturbed() -> dict:
+    """The results of an evaluation of `here` that nobody stops: the same in every test."""
+    results = evaluate(*PROMPTED)["results"]
+    Path("eval.json").unlink()
+    return results
+
+
+@cache
+def all_measures() -> str:
+    """The file of an evaluation of `here` that has made all measures and not ended: the same in every test."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(measures.Measures, "forget", lambda self: None)
+        evaluate(*FLAGS)
+    Path("eval.json").unlink()
+    return Path(".eval.json.measures").read_text()
+
+
+@pytest.fixture
+def stopped(here) -> None:
+    Path(".eval.json.measures").write_text(all_measures())
+
+
 @pytest.mark.parametrize("after", [1, 3, 4, 6])
 def test_a_stopped_evaluation_goes_on(here, caplog, monkeypatch, counted, after):
-    flags = [*FLAGS, "--prompt=old books"]
-    undisturbed = evaluate(*flags)["results"]
-    Path("eval.json").unlink()
+    expected = undisturbed()
     counted.clear()
     with monkeypatch.context() as patched:
         take = measures.Measures.take
@@ -169,22 +194,18 @@ def test_a_stopped_evaluation_goes_on(here, caplog, monkeypatch, counted, after)
 
         patched.setattr(measures.Measures, "take", dying)
         with pytest.raises(Killed):
-            evaluate(*flags)
+            evaluate(*PROMPTED)
     assert not Path("eval.json").exists() and len(counted) == after - 1
     caplog.clear()
-    record = evaluate(*flags)
+    record = evaluate(*PROMPTED)
     assert f"measured before: {after}" in caplog.text
     assert counted == ["text", "text", "piqa", "hellaswag", "boolq"]
-    assert record["results"] == undisturbed
+    assert record["results"] == expected
     assert set(record["stages"]) == {"model: read", *(f"model: {name}" for name in [*MEASURES, "continuation"])}
 
 
 @pytest.mark.parametrize("change", ["flag", "model", "text", "rows", "damage"])
-def test_another_evaluation_is_not_taken_up(here, monkeypatch, counted, caplog, change):
-    with monkeypatch.context() as patched:
-        patched.setattr(measures.Measures, "forget", lambda self: None)
-        evaluate(*FLAGS)
-    counted.clear()
+def test_another_evaluation_is_not_taken_up(here, stopped, counted, caplog, change):
     match change:
         case "flag":
             evaluate(*FLAGS, "--limit=4")
@@ -206,11 +227,7 @@ def test_another_evaluation_is_not_taken_up(here, monkeypatch, counted, caplog, 
     assert f".eval.json.measures is {said}: measuring" in caplog.text
 
 
-def test_a_commit_that_leaves_the_code_alone_changes_nothing(here, monkeypatch, counted):
-    with monkeypatch.context() as patched:
-        patched.setattr(measures.Measures, "forget", lambda self: None)
-        evaluate(*FLAGS)
-    counted.clear()
+def test_a_commit_that_leaves_the_code_alone_changes_nothing(here, stopped, monkeypatch, counted):
     real = identity.environment
     monkeypatch.setattr(identity, "environment", lambda device: real(device) | {"git_commit": "another"})
     evaluate(*FLAGS)

@@ -31,11 +31,15 @@ IDS = torch.randint(3, 319, (9, 23), generator=torch.Generator().manual_seed(0))
 DENSE = [LayerShape(0, 0, 10, 177)] * 3
 ODD = [LayerShape(13, 7, 7, 101), LayerShape(13, 0, 9, 101, correction_rank=5), LayerShape(0, 7, 7, 99)]
 
-every_case = pytest.mark.parametrize(
-    ("family", "grouped", "tied"),
-    CASES,
-    ids=[f"{f}-{'grouped' if g else 'ungrouped'}-{'tied' if t else 'untied'}" for f, g, t in CASES],
-)
+
+def of_cases(cases: list[tuple[str, bool, bool]]):
+    names = [f"{f}-{'grouped' if g else 'ungrouped'}-{'tied' if t else 'untied'}" for f, g, t in cases]
+    return pytest.mark.parametrize(("family", "grouped", "tied"), cases, ids=names)
+
+
+every_case = of_cases(CASES)
+# Whether embeddings are tied changes nothing of what a decoder layer does.
+either_kind = of_cases([(family, grouped, tied) for family, grouped, tied in CASES if grouped == tied])
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -74,7 +78,7 @@ def test_every_family_is_tried_here():
 
 
 @pytest.mark.parametrize("recipe", ["olica", "olica-paper"])
-@every_case
+@either_kind
 def test_rotating_without_removing_changes_nothing(family, grouped, tied, recipe):
     dense = make_family(family, grouped, tied)
     rotated = copy.deepcopy(dense)
@@ -106,7 +110,7 @@ def expanded(layer: nn.Module, groups: int, heads: int, width: int) -> dict[str,
     return wide
 
 
-@every_case
+@either_kind
 def test_the_pruned_model_is_the_librarys_with_its_weights_multiplied_out(family, grouped, tied):
     model, plan = make_family(family, grouped, tied), [LayerShape(13, 7, 7, 101)] * 3
     dense = copy.deepcopy(model)
@@ -149,13 +153,22 @@ print("equal logits", len(sys.argv) - 1)
 """
 
 
-@pytest.mark.parametrize("installed", [True, False])
-def test_all_load_in_a_fresh_process_with_and_without_olica(pruned_folder, installed, tmp_path, fast_python):
-    folders = [pruned_folder(*case) for case in CASES]
+@pytest.fixture(scope="module")
+def by_every_recipe(tmp_path_factory) -> list[Path]:
+    """Folders of a llama pruned by each recipe."""
+    root, folders = tmp_path_factory.mktemp("recipes"), []
     for recipe in RECIPES:
         model = make_family("llama")
         _, plan = prune(model, IDS, recipe, 0.2)
-        folders.append(save(model, plan, tmp_path / recipe))
+        folders.append(save(model, plan, root / recipe))
+    return folders
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_all_load_in_a_fresh_process_with_and_without_olica(
+    pruned_folder, by_every_recipe, installed, tmp_path, fast_python
+):
+    folders = [*(pruned_folder(*case) for case in CASES), *by_every_recipe]
     environment = os.environ | {"HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT) if installed else ""}
     command = [fast_python, "-c", FRESH_PROCESS.format(installed=installed), *map(str, folders)]
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -163,7 +176,7 @@ def test_all_load_in_a_fresh_process_with_and_without_olica(pruned_folder, insta
     assert run.stdout.split() == ["equal", "logits", str(len(CASES) + len(RECIPES))]
 
 
-@every_case
+@either_kind
 def test_generation_is_the_same_whatever_the_cache_and_the_padding(pruned_folder, family, grouped, tied):
     model = load(pruned_folder(family, grouped, tied))
     prompts = IDS[:2, : WINDOW + 4]
@@ -184,7 +197,7 @@ def test_generation_is_the_same_whatever_the_cache_and_the_padding(pruned_folder
     assert relative_error(unmasked[0, 0], batch_logits[0, 0]) > 1e-3, "the mask makes no difference to this model"
 
 
-@every_case
+@either_kind
 def test_attention_kernels_agree(pruned_folder, family, grouped, tied):
     folder = pruned_folder(family, grouped, tied)
     eager = load(folder, attn_implementation="eager")(IDS).logits
@@ -198,7 +211,7 @@ def test_attention_kernels_agree(pruned_folder, family, grouped, tied):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@every_case
+@either_kind
 def test_half_precision_is_no_worse_than_in_the_dense_model(pruned_folder, family, grouped, tied, dtype):
     folder, dense = pruned_folder(family, grouped, tied), make_family(family, grouped, tied)
     expected, dense_expected = load_file(folder.with_suffix(".safetensors"))["logits"], dense(IDS).logits

@@ -5,7 +5,6 @@ import pytest
 import torch
 from conftest import as_method, make_llama, prune, work_on
 
-from olica.errors import UsageError
 from olica.machine import BatchSize
 from olica.methods.moments import diagonal, full
 from olica.methods.recipes import RECIPES
@@ -119,15 +118,6 @@ def test_half_precision_is_pruned_in_its_dtype(ids, dtype):
     expected = single(ids).logits
     change, moved = (model(ids).logits.float() - expected).norm(), (expected - dense).norm()
     assert change < 0.3 * moved, "a few channels of nearly equal importance may swap, no more"
-
-
-def test_overflowing_activations_name_the_layer_and_the_place(ids):
-    model = make_llama()
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight.mul_(1e30)
-        model.model.layers[1].mlp.gate_proj.weight.mul_(1e30)
-    with pytest.raises(UsageError, match=r"in layer 1 .*output of down_proj are NaN or infinite"):
-        prune(model, ids, "olica", 0.2)
 
 
 def replace_all(layer, shape, weights) -> None:

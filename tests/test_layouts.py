@@ -1,8 +1,8 @@
 """Layouts: what a checkpoint can hold, and that one of bare projections is the dense model without what went."""
 
 import json
+import os
 import subprocess
-import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -205,7 +205,7 @@ def test_deci_as_a_gguf_file(here):
 
 
 @pytest.mark.parametrize("layout", ["stock", "deci"])
-def test_it_loads_where_this_package_is_not(layout, here):
+def test_it_loads_where_this_package_is_not(layout, here, fast_python):
     """Greedy text and logits of a process that cannot import olica are those of this one."""
     folder = pruned(recipe="olica-plus", layout=layout, sparsity=0.5).folder
     trust = ", trust_remote_code=True" if layout == "deci" else ""
@@ -220,7 +220,8 @@ tokens = tokenizer("seven owls", return_tensors="pt").input_ids
 text = model.generate(tokens, max_new_tokens=8, do_sample=False)
 torch.save((type(model).__name__, model(tokens).logits, text), "out.pt")
 """
-    subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    environment = os.environ | {"HF_HOME": str(here / "home")}
+    subprocess.run([fast_python, "-c", script], env=environment, capture_output=True, text=True, check=True)
     name, logits, text = torch.load("out.pt")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     tokens = tokenizer("seven owls", return_tensors="pt").input_ids

@@ -1,6 +1,7 @@
 """Olica-plus: value bases, error curves, damages and plans against brute force and numerical optimisation."""
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from olica.methods.damage import LARGEST_EXPONENT
 from olica.methods.moments import Moments, diagonal, full
 from olica.methods.parts import FeedForward, QueryKey, ValueOutput
 from olica.methods.plus import PlusParameters, plus
+from olica.methods.recipe import Findings
 from olica.methods.recipes import RECIPES
 from olica.methods.rounding import attention_parameters
 from olica.methods.sizes import Budget, Sizes
@@ -30,7 +32,6 @@ from olica.pruning.layers import prune_layers
 from olica.pruning.options import Work
 from olica.pruning.progress import Progress, SurveyProgress
 from olica.pruning.survey import survey_layers
-from olica.run import measure_and_decide
 from olica.sources.dense_model import DenseModel
 
 IDS = torch.randint(3, 319, (6, 32), generator=torch.Generator().manual_seed(0))
@@ -286,6 +287,13 @@ def test_a_group_shares_its_damage_alike_whatever_the_errors_of_its_layers(monke
         torch.testing.assert_close(found["mlp"], torch.tensor(by_size))
 
 
+@cache
+def findings_of(groups: int) -> list[Findings]:
+    """What the survey finds of a model with so many key/value heads, whatever is decided on it."""
+    work = Work(DenseModel(make_llama(num_key_value_heads=groups)), IDS, plus(PlusParameters()), pruning_options())
+    return survey_layers(work, None, SurveyProgress())
+
+
 @pytest.mark.parametrize(("groups", "layer_groups"), [(4, 1), (2, 2)])
 @pytest.mark.parametrize("sizes_of", ["layer", "model"])
 @pytest.mark.parametrize("round_to", [1, 8])
@@ -295,7 +303,9 @@ def test_plans_meet_the_budget(groups, layer_groups, sizes_of, round_to, sparsit
     whole = count_parameters(model)["decoder_layers"]
     method, budget = plus(PlusParameters(sizes_of=sizes_of)), Budget(whole, sparsity, round_to)
     work = Work(DenseModel(model), IDS, method, pruning_options())
-    plan, findings = measure_and_decide(work, budget, SurveyProgress())
+    sizes, findings = Sizes.of_all(model.config), findings_of(groups)
+    assert method.allocate.before_survey(sizes, budget) is None
+    plan = method.allocate(sizes, budget, findings)
     prune_layers(work, plan, findings, Progress())
     measured = 1 - count_parameters(model)["decoder_layers"] / whole
     layers = 3 if sizes_of == "model" else 1

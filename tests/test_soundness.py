@@ -6,7 +6,6 @@ import torch
 from conftest import make_llama, prune
 
 from olica.errors import UsageError
-from olica.machine import BatchSize
 from olica.methods.recipes import RECIPES
 from olica.pruning.soundness import cast_weights
 
@@ -98,7 +97,7 @@ def test_activations_that_overflow_name_the_layer_and_the_projection(projection,
     model = make_llama()
     with torch.no_grad():
         model.model.layers[1].get_submodule(projection).weight.mul_(1e38)
-    with pytest.raises(UsageError, match=rf"in layer 1 .*put of {place}.* are NaN or infinite; .*--base_model"):
+    with pytest.raises(UsageError, match=rf"in layer 1 .*output of {place}.* are NaN or infinite; .*--base_model"):
         prune(model, IDS, "olica", 0.2)
 
 
@@ -124,12 +123,6 @@ def test_new_weights_that_the_dtype_cannot_hold():
     assert cast_weights({"q_proj.reduce.weight": torch.ones(2)}, 3, like)["q_proj.reduce.weight"].dtype == like.dtype
     with pytest.raises(UsageError, match="in layer 3 the new correction.expand.weight .*--dtype bfloat16"):
         cast_weights({"correction.expand.weight": torch.tensor([1e6])}, 3, like)
-
-
-def test_batches_of_any_size_are_summed_alike():
-    one, many = make_llama(), make_llama()
-    first = pruned_soundly(one, IDS, batch_size=BatchSize(1))
-    torch.testing.assert_close(first, pruned_soundly(many, IDS, batch_size=BatchSize(8)), rtol=1e-3, atol=1e-3)
 
 
 @ALL_RECIPES

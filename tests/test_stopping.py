@@ -36,7 +36,6 @@ from olica.evaluation.measures import Measures
 take = Measures.take
 Measures.take = lambda self, *args: (take(self, *args), time.sleep(60))[0]
 """
-both_signals = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 
 
 def start(*command: str, on_ctrl_c=signal.SIG_DFL, **environment: str) -> subprocess.Popen:
@@ -80,14 +79,13 @@ def stop(process: subprocess.Popen, number: int) -> str:
     return said[0].split(f"stopped by {signal.Signals(number).name}; ", 1)[1]
 
 
-@both_signals
-def test_a_stopped_pruning_says_after_which_layer_it_goes_on(here, fast_python, number):
+def test_a_stopped_pruning_says_after_which_layer_it_goes_on(here, fast_python):
     prune()
     undisturbed = contents(FOLDER)
     shutil.rmtree("out")
     process = start(fast_python, "-c", SLOW_WRITING + RUN, PRUNING, *FLAGS)
     wait_for(process, lambda: len(list(WORK.glob("shard-*.safetensors"))) >= 2)
-    how = stop(process, number)
+    how = stop(process, signal.SIGINT)
     finished = journal()["pruned"]
     assert how == f"the same command goes on after {finished} of {LAYERS} layers" and 2 <= finished < LAYERS
     assert [path.name for path in Path("out").iterdir()] == [WORK.name], "the lock is released"
@@ -95,7 +93,7 @@ def test_a_stopped_pruning_says_after_which_layer_it_goes_on(here, fast_python, 
     assert contents(FOLDER) == undisturbed
 
 
-@both_signals
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_evaluation_takes_up_what_was_measured(here, fast_python, caplog, number):
     Path("held.txt").write_text("seven wise owls read old books by candle light\n" * 20)
     flags = [EVALUATION, "--checkpoint=tiny", "--ppl=held.txt", "--ppl_seqlen=64", "--output_path=out.json"]

@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from collections import Counter
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -274,12 +275,18 @@ def test_a_token_file_wants_other_text(here, capsys):
 # Stopped sweeps.
 
 
-@pytest.fixture
-def undisturbed(here) -> dict:
+@cache
+def swept() -> dict:
+    """The record of a sweep of `here` that nobody disturbs, but for times: the same in every test."""
     record = without_times(sweep(SPARSITIES))
     for folder in ("out", "data"):
         shutil.rmtree(folder)
     return record
+
+
+@pytest.fixture
+def undisturbed(here) -> dict:
+    return swept()
 
 
 @pytest.mark.parametrize("at", ["pruning", "measuring", "removing"])

@@ -478,15 +478,15 @@ LONG = {"text": "one plain row " * 800}  # 1,000 of them are more than datasets 
 
 
 @pytest.mark.parametrize(
-    ("first", "last"),
+    ("first", "last", "ending"),
     [
-        ({"meta": 1}, {"meta": "later a word"}),
-        ({}, {"meta": 1}),
-        ({"meta": None}, {"meta": {"a": [1]}}),
-        ({"meta": {"a": 1}}, {"meta": [1, "x"]}),
+        ({"meta": 1}, {"meta": "later a word"}, ".jsonl"),
+        ({"meta": 1}, {"meta": "later a word"}, ".jsonl.gz"),
+        ({}, {"meta": 1}, ".jsonl"),
+        ({"meta": None}, {"meta": {"a": [1]}}, ".jsonl"),
+        ({"meta": {"a": 1}}, {"meta": [1, "x"]}, ".jsonl"),
     ],
 )
-@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz"])
 def test_a_column_that_nobody_needs_does_no_harm(tmp_path, first, last, ending):
     path, count = tmp_path / f"rows{ending}", 1000
     lines = (json.dumps(LONG | first) + "\n") * count + "\n" + json.dumps({"text": "the last"} | last) + "\n"

@@ -89,8 +89,10 @@ def tied() -> tuple[dict, set[str]]:
     return expected, names
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [*((form, torch.float32) for form in FORMS), *((form, torch.float64) for form in ("safetensors", "bin"))],
+)
 def test_a_copy_of_the_embedding_counts_as_tied(embedding, caplog, form, dtype):
     expected, names = tied()
     write_head(form, embedding.to(dtype))

@@ -456,6 +456,7 @@ def test_an_end_token_of_the_tokenizer_ends_no_prompt(hellaswag, grouped_llama, 
         score(grouped_llama, tokenizer, ["hellaswag"], hellaswag[0], add_bos_token=start)
     assert len(seen_ids) == 64 and not any(tokenizer.eos_token_id in ids for ids in seen_ids)
     assert [ids.count(tokenizer.bos_token_id) for ids in seen_ids] == [0] * 32 + [1] * 32
+    assert all(ids[0] == tokenizer.bos_token_id for ids in seen_ids[32:])
 
 
 def test_more_examples_than_there_are_rows(monkeypatch, tmp_path):
@@ -524,12 +525,6 @@ def test_error_of_the_average():
     assert zero_shot.averages(results)["standard_error"] is None
     results["piqa"]["acc_norm_stderr"] = 0.04
     assert zero_shot.averages(results)["standard_error"] == pytest.approx(2.5)  # 100 * 0.05 / 2
-
-
-def test_start_token_in_front_of_every_prompt(hellaswag, grouped_llama, tokenizer, seen_ids):
-    grouped_llama.register_forward_pre_hook(seen_ids, with_kwargs=True)
-    score(grouped_llama, tokenizer, ["hellaswag"], hellaswag[0], add_bos_token=True)
-    assert len(seen_ids) == 32 and all(ids[0] == tokenizer.bos_token_id for ids in seen_ids)
 
 
 def test_other_rows_have_another_hash(hellaswag, grouped_llama, tokenizer):
