@@ -239,7 +239,8 @@ def test_what_a_layout_cannot_hold_is_said_in_a_sentence(tmp_path, capsys):
         if not (tmp_path / name).exists():
             write(family, plan, tmp_path / name)
         new = tmp_path / "new"
-        assert words in refused(capsys, command, tmp_path / name, f"--layout={layout}", f"--output_path={new}")
+        said = refused(capsys, command, tmp_path / name, f"--layout={layout}", f"--output_path={new}")
+        assert words in f"{said}\n"
     write("llama", corrected, tmp_path / "relu", hidden_act="tanh")
     assert "corrections, with this activation" in refused(
         capsys, command, tmp_path / "relu", "--layout=dense", f"--output_path={tmp_path / 'new'}"

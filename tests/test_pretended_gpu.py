@@ -436,10 +436,10 @@ def test_no_memory_in_a_batch_halves_it(here, gpu, monkeypatch, caplog, place, r
 )
 def test_no_memory_elsewhere_names_the_flags(here, gpu, capsys, monkeypatch, place, recipe):
     no_memory_in(monkeypatch, gpu, place)
-    message = refused(capsys, prune, "out", f"--recipe={recipe}", "--batch_size=1")
+    message = refused(capsys, prune, "out", f"--recipe={recipe}", "--batch_size=1", alone=True)
     ways = "a --dtype of half the width, a smaller calibration set (--num_samples, --seqlen) or --device cpu"
     assert message.startswith("out of memory (CUDA out of memory. Tried to allocate")
-    assert message.endswith(f"; give --cache_dev cpu, {ways}\n") and message.count("\n") == 1
+    assert message.endswith(f"; give --cache_dev cpu, {ways}")
 
 
 @pytest.mark.parametrize(
@@ -453,7 +453,7 @@ def test_no_memory_of_the_host_for_a_layer_that_is_kept(here, gpu, capsys, monke
         patched.setattr(place, failing)
         message = refused(capsys, prune, "out", "--cache_dev=cpu")
     assert message.endswith("; give --cache_dev cuda, a --dtype of half the width or a smaller calibration set "
-                            "(--num_samples, --seqlen)\n")  # fmt: skip
+                            "(--num_samples, --seqlen)")  # fmt: skip
     prune("out", "--cache_dev=cpu")
 
 
@@ -492,7 +492,7 @@ def test_no_memory_for_a_measure_names_the_flags(here, gpu, capsys, monkeypatch,
     no_memory_in(monkeypatch, gpu, place)
     message = refused(capsys, evaluate, *MEASURES, "--batch_size=1")
     assert message.startswith("out of memory (CUDA out of memory. Tried to allocate")
-    assert message.endswith("; give a --dtype of half the width or --device_map auto or --device cpu\n")
+    assert message.endswith("; give a --dtype of half the width or --device_map auto or --device cpu")
 
 
 # ---------------------------------------------------------------------------------------------- whole commands
