@@ -1,4 +1,4 @@
-"""Sweeps: points, what is held back, stopped ones, targets, and the page."""
+"""Sweeps: points, what is held back, stopped ones, and targets."""
 
 import json
 import math
@@ -8,71 +8,52 @@ import shutil
 import signal
 import time
 from collections import Counter
-from functools import cache
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
 from called import call
-from conftest import load_weights, make_tokenizer, refused, save_tiny
-from launched import RUN, Ended, end_of, start, started
+from conftest import load_weights, make_tokenizer, refused
+from launched import start
 from safetensors.torch import load_file
+from tiny_sweep import (
+    FLAGS,
+    FOLDER,
+    HELD,
+    PLAIN_FLAGS,
+    SAMPLES,
+    SPARSITIES,
+    TOKENS,
+    bare,
+    fill_with_sweep,
+    sweep,
+    swept,
+    without_times,
+    write_text,
+)
 from tiny_tasks import ROWS, write_rows
 from transformers import AutoModelForCausalLM
 
 import model_pruning
-import model_sweep
 import olica
 from olica.errors import UsageError
 from olica.evaluation import measures
 from olica.jobs import Settings, settings_of
 from olica.methods.damage import LeastDamage
-from olica.report.sweep_page import page
 from olica.sources.calibration_set import Draw, build_calibration_set, held_back, without
 from olica.sweeping import work as sweep_module
 from olica.sweeping.bisection import Target, as_parameters, as_sparsities, bracket, next_trial
 from olica.sweeping.commands import command_of
 
 ROOT = Path(__file__).parents[1]
-ROWS_OF_TEXT, SAMPLES, HELD, TOKENS = 40, 6, 8, 24
-TEXT_FLAGS = [f"--num_samples={SAMPLES}", f"--seqlen={TOKENS}"]
-PLAIN_FLAGS = ["--base_model=tiny", "--datasets=text.jsonl", *TEXT_FLAGS, f"--held_back={HELD}", "--save_dir=out"]
-FLAGS = [*PLAIN_FLAGS, "--mlp_num=1", "--ratio=0.1"]
-FOLDER = Path("out/tiny_sweep")
-SPARSITIES = "--sparsity=0.1:0.3:0.1"
-
-
-def write_text(name: str, mark: str) -> None:
-    """Rows that are known by any 24 of their characters, as tokens are bytes: `mark` and a number, again and again."""
-    rows = [json.dumps({"text": f"{mark}{number:03d} " * 12}) for number in range(ROWS_OF_TEXT)]
-    Path(name).write_text("\n".join(rows))
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """An empty current folder with a tiny model and a text."""
     monkeypatch.chdir(tmp_path)
-    save_tiny("tiny", num_key_value_heads=2, initializer_range=0.1)
-    write_text("text.jsonl", "a")
+    fill_with_sweep()
     return tmp_path
-
-
-def bare(*arguments: str) -> int:
-    return call(model_sweep, *arguments)
-
-
-def sweep(*arguments: str) -> dict:
-    """The record of a sweep that has to succeed."""
-    assert bare(*FLAGS, *arguments) == 0
-    return json.loads((FOLDER / "sweep.json").read_text())
-
-
-def without_times(value):
-    """A record without what says when, and how long."""
-    if isinstance(value, dict):
-        return {name: without_times(held) for name, held in value.items() if not re.search("date|seconds", name)}
-    return [without_times(held) for held in value] if isinstance(value, list) else value
 
 
 def plain_nll(folder: str | Path, ids: torch.Tensor) -> list[float]:
@@ -275,15 +256,6 @@ def test_a_token_file_wants_other_text(here, capsys):
 # Stopped sweeps.
 
 
-@cache
-def swept() -> dict:
-    """The record of a sweep of `here` that nobody disturbs, but for times: the same in every test."""
-    record = without_times(sweep(SPARSITIES))
-    for folder in ("out", "data"):
-        shutil.rmtree(folder)
-    return record
-
-
 @pytest.fixture
 def undisturbed(here) -> dict:
     return swept()
@@ -346,95 +318,6 @@ def test_a_killed_sweep_goes_on_to_the_same_record(here, fork_server):
     assert until(math.inf) == 0, Path("errors").read_text()
     assert without_times(json.loads(path.read_text())) == undisturbed
     assert {one.name for one in FOLDER.iterdir()} == {"sweep.json", "sweep.html"}
-
-
-# Points that processes share.
-
-
-# Says to which sparsities a process prunes. At STOP, a sparsity, it is killed when it has pruned, or fails.
-SHARED = """
-import os, signal
-from olica.errors import UsageError
-from olica.sweeping import work
-real = work.run
-def run(job):
-    done = real(job)
-    print("made", job.settings.sparsity, flush=True)
-    how, _, at = os.environ.get("STOP", "").partition(" ")
-    if at == str(job.settings.sparsity):
-        if how == "fail":
-            raise UsageError("it is too hot")
-        os.kill(os.getpid(), signal.SIGKILL)
-    return done
-work.run = run
-"""
-SHARED_COMMAND = ["-c", SHARED + RUN, str(ROOT / "model_sweep.py"), *FLAGS, SPARSITIES]
-
-
-def made_by(ended: Ended) -> list[float]:
-    return [float(line.split()[1]) for line in ended.out.splitlines() if line.startswith("made")]
-
-
-def test_two_processes_share_the_points(here, undisturbed, fork_server):
-    """To the same record, and of what one says the other repeats nothing."""
-    main, other = end_of(started(fork_server, SHARED_COMMAND))
-    assert (main.status, other.status) == (0, 0), main.errors[-1500:] + other.errors[-1500:]
-    # The dense model is the first of four tasks.
-    assert (made_by(main), made_by(other)) == ([0.2], [0.1, 0.3])
-    assert without_times(json.loads((FOLDER / "sweep.json").read_text())) == undisturbed
-    assert {path.name for path in FOLDER.iterdir()} == {"sweep.json", "sweep.html"}
-    assert len(re.findall("(?m)^sparsity ", main.out)) == 3 and "in each of 2 processes" in main.out
-    assert all(line.startswith("made") for line in other.out.splitlines())
-    assert "perplexity" in main.errors and "perplexity" not in other.errors
-
-
-def test_two_processes_search_for_a_target(here, fork_server):
-    alone = sweep(SPARSITIES, "--max_params=135000")
-    shutil.rmtree("out")
-    ended = end_of(started(fork_server, [*SHARED_COMMAND, "--max_params=135000"]))
-    assert [one.status for one in ended] == [0, 0], ended[0].errors
-    assert without_times(json.loads((FOLDER / "sweep.json").read_text())) == without_times(alone)
-
-
-@pytest.mark.parametrize(("sparsity", "killed"), [(0.1, 1), (0.2, 0), (0.3, 1)])
-@pytest.mark.parametrize("later", [1, 2])
-def test_a_kill_of_either_process_ends_both_and_any_number_goes_on(
-    here, undisturbed, fork_server, monkeypatch, sparsity, killed, later
-):
-    """In the first round, whose other half is the dense model, and in the second; nothing is pruned again."""
-    monkeypatch.setenv("STOP", f"kill {sparsity}")
-    ended = end_of(started(fork_server, SHARED_COMMAND))
-    assert ended[killed].status == -signal.SIGKILL and ended[1 - killed].status == 2
-    said = [line for line in ended[1 - killed].errors.splitlines() if "error: " in line]
-    assert len(said) == 1 and "another of the 2 processes has ended" in said[0]
-    monkeypatch.delenv("STOP")
-    again = end_of(started(fork_server, SHARED_COMMAND, later))
-    assert all(one.status == 0 for one in again), again[0].errors
-    made = [made_by(one) for one in (*ended, *again)]
-    assert sorted(sum(made, [])) == [0.1, 0.2, 0.3]
-    assert without_times(json.loads((FOLDER / "sweep.json").read_text()))["points"] == undisturbed["points"]
-    assert {path.name for path in FOLDER.iterdir()} == {"sweep.json", "sweep.html"}
-
-
-def test_what_the_others_have_made_is_recorded_where_one_fails(here, fork_server, monkeypatch):
-    monkeypatch.setenv("STOP", "fail 0.2")
-    ended = end_of(started(fork_server, SHARED_COMMAND))
-    assert [one.status for one in ended] == [2, 2]
-    said = [line for one in ended for line in one.errors.splitlines() if "error: " in line]
-    assert len(said) == 1 and said[0].endswith("error: it is too hot")
-    record = json.loads((FOLDER / "sweep.json").read_text())
-    assert [point["sparsity"] for point in record["points"]] == [0.1, 0.3] and (FOLDER / "sweep.html").is_file()
-
-
-def test_two_processes_end_in_one_sentence(here, fork_server):
-    ended = end_of(started(fork_server, [*SHARED_COMMAND, "--max_params=135000", "--target_ppl_ratio=2"]))
-    assert [one.status for one in ended] == [2, 2]
-    FOLDER.mkdir(parents=True)
-    (FOLDER / "sweep.json").write_text("{}")
-    ended = end_of(started(fork_server, SHARED_COMMAND))
-    assert [one.status for one in ended] == [2, 2]
-    said = [line for one in ended for line in one.errors.splitlines() if "error: " in line]
-    assert len(said) == 1 and "is no record of a sweep; give --overwrite" in said[0]
 
 
 def test_a_longer_sweep_takes_up_the_points_of_a_shorter(here, monkeypatch):
@@ -598,167 +481,3 @@ def test_which_side_is_beyond():
 def test_wrong_input_ends_in_a_sentence(here, capsys, flags, words):
     assert words in refused(capsys, sweep, *flags)
     assert not FOLDER.exists()
-
-
-# The page.
-
-
-class Read(HTMLParser):
-    """What a page holds."""
-
-    VOID = {"meta", "br", "line", "rect", "circle", "path", "polyline"}
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.open, self.tags, self.attributes, self.strips, self.texts = [], Counter(), [], {}, []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        attributes = dict(attrs)
-        self.tags[tag] += 1
-        self.attributes += attrs
-        if tag == "svg":
-            self.bars = self.strips.setdefault(attributes["aria-label"], [])
-        if tag == "rect" and attributes["class"] == "bar":
-            self.bars.append(float(attributes["height"]))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        if tag not in self.VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag):
-        if tag not in self.VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.texts.append((self.open[-1] if self.open else "", data.strip()))
-
-
-def made_record(layers: int, sparsities: list[float], **changes) -> dict:
-    """The record of a sweep that never was: layer i keeps the share 1 - s (i + 1) / L of its MLP."""
-    whole = {"query_key": 400, "value_output": 400, "mlp": 1200, "correction": 0}
-
-    def model(sparsity: float) -> dict:
-        total = round(10_000 * (1 - sparsity))
-        measured = {"value": 20 * math.exp(sparsity), "standard_error": 0.5}
-        return {
-            "parameters": {"total": total, "decoder_layers": total - 1000},
-            "weight_bytes": 4 * total,
-            "perplexity": {"held-back text": measured},
-            "layers": [whole | {"mlp": 1200 * (1 - sparsity * (index + 1) / layers)} for index in range(layers)],
-        }
-
-    def point(sparsity: float) -> dict:
-        return model(sparsity) | {
-            "sparsity": sparsity,
-            "ratio": math.exp(sparsity),
-            "ratio_error": 0.01,
-            "damage": [0.01 * (index + 1) for index in range(layers)],
-            "command": f"python model_pruning.py --base_model tiny --sparsity {sparsity:g}",
-            "pruning_seconds": 90.0,
-        }
-
-    drawn = {"sources": [{"name": "text.jsonl"}], "ids": [8, 24]}
-    return {
-        "settings": {"limit": None},
-        "command": "python model_sweep.py --base_model tiny",
-        "recipe": {"name": "olica", "about": "the paper's"},
-        "model": {"name": "tiny", "description": "a tiny model"},
-        "calibration": drawn,
-        "held_back": drawn,
-        "dense": model(0.0),
-        "points": [point(sparsity) for sparsity in sparsities],
-        "answer": None,
-        "date": "2026-01-01T00:00:00+00:00",
-        "environment": {"olica": "1", "packages": {"torch": "2"}, "device": "cpu"},
-    } | changes
-
-
-@pytest.mark.parametrize("layers", [30, 80])
-@pytest.mark.parametrize("sparsities", [[0.2], [0.1, 0.2, 0.3, 0.4, 0.5], [round(0.05 * n, 2) for n in range(1, 17)]])
-def test_the_page_holds_every_layer_of_every_point_and_needs_nothing_else(layers, sparsities):
-    text = page(made_record(layers, sparsities))
-    read = Read(text)
-    assert not read.open
-    assert not re.search(r"https?:|//|url\(|@import|@font-face", text)
-    assert not {"script", "link", "img", "iframe", "object", "image", "use"} & read.tags.keys()
-    assert not {"src", "href", "xlink:href", "srcset", "data"} & {name for name, _ in read.attributes}
-    assert "prefers-color-scheme: dark" in text and ("name", "viewport") in read.attributes
-    rows = [said for tag, said in read.texts if tag == "th"]
-    headings = [said for tag, said in read.texts if tag == "h3"]
-    for sparsity in sparsities:
-        assert f"{sparsity:g}" in rows
-        assert headings.count(f"Sparsity {sparsity:g}") == 2, "its parts, and its command"
-        assert re.sub("<[^>]*>", "", text).count(f"--sparsity {sparsity:g}\n") == 1
-    # One row of bars for what is left in all; three parts, some of which are alike at all points, and the damage.
-    assert text.count('class="bar"') == len(sparsities) * layers * 5
-    widest = {label: bars for label, bars in read.strips.items() if label.startswith("MLP")}
-    last = f"least {1 - sparsities[-1]:.1%} (layer {layers - 1})"
-    (bars,) = (bars for label, bars in widest.items() if last in label)
-    wanted = [100 * (1 - sparsities[-1] * (index + 1) / layers) for index in range(layers)]
-    assert bars == pytest.approx(wanted, abs=0.051)
-    damage = next(bars for label, bars in read.strips.items() if label.startswith("damage"))
-    assert damage[:layers] == pytest.approx([100 * (index + 1) / layers for index in range(layers)], abs=0.051)
-
-
-def circles(text: str) -> list[tuple[float, float, str]]:
-    """The points of the first curve: places, and what they say."""
-    found = re.findall(r'<circle class="point" cx="([\d.]+)" cy="([\d.]+)" r="5"><title>([^<]*)', text)
-    return [(float(x), float(y), said) for x, y, said in found[: len(found) // 2]]
-
-
-def test_the_curve_is_to_scale():
-    """Parameters left to the right in equal steps; exp(s) on a logarithmic axis rises in equal steps too."""
-    text = page(made_record(3, [0.1, 0.2, 0.3, 0.4]))
-    places = circles(text)
-    assert places[0][2] == "dense" and places[2][2].startswith("sparsity 0.2: 80.0 % left, 1.221 ± 0.010 times")
-    for axis, sign in ((0, 1), (1, -1)):
-        steps = [sign * (b[axis] - a[axis]) for a, b in zip(places[:-1], places[1:], strict=True)]
-        assert min(steps) > 20 and max(steps) - min(steps) < 0.3
-    labels = re.findall(r'<text [^>]*text-anchor="end">([\d.]+)</text>', text)
-    assert {"0.1", "0.2", "0.3", "0.4"} <= {*labels}
-
-
-@pytest.mark.parametrize("ratio", [0.9, 1.0, 1.001, 1.3, 25.0, 3e4, 1e12])
-def test_the_curve_has_ticks_and_room_at_any_ratio(ratio):
-    record = made_record(3, [0.1, 0.2])
-    record["points"][1] |= {"ratio": ratio, "ratio_error": ratio / 2}
-    text = page(record)
-    picture = text.split("<svg", 2)[1]
-    for y in map(float, re.findall(r'(?:cy|y1|y2)="([-\d.]+)"', picture)):
-        assert 0 <= y <= 400
-    ticks = re.findall(r'<text class="small" x="\d+" y="[\d.]+" text-anchor="end">', picture)
-    assert 1 <= len(ticks) <= 11
-
-
-@pytest.mark.parametrize(
-    ("flag", "limit", "words"),
-    [
-        ("target_ppl_ratio", 1.25, "the largest sparsity with at most 1.25 times the dense perplexity is 0.2"),
-        ("max_params", 8000, "the smallest sparsity that leaves at most 8,000 parameters is 0.2"),
-    ],
-)
-def test_what_was_found_is_told_by_more_than_colour(flag, limit, words):
-    record = made_record(3, [0.1, 0.2, 0.3])
-    found = {name: record["points"][1][name] for name in ("sparsity", "ratio", "ratio_error", "parameters", "command")}
-    text = page(record | {"answer": {"flag": flag, "limit": limit, "tolerance": 0.01, **found}})
-    assert f"{words}, within 0.01: 8,000 parameters" in text
-    assert text.count('class="found"') == text.count('class="limit"') == 2, "on wide screens and on narrow ones"
-    assert ">limit " in text and ">0.2 (found)</th>" in text
-    assert 'class="found"' not in page(record) and 'class="limit"' not in page(record)
-
-
-def test_names_are_text_and_no_markup():
-    named = {"name": "<b>&", "description": "<script>alert(1)</script>"}
-    text = page(made_record(3, [0.2], model=named))
-    assert "<script" not in text and "<h1>Sparsity of &lt;b&gt;&amp; by olica</h1>" in text
-
-
-def test_without_damage_and_without_points():
-    record = made_record(3, [0.2])
-    record["points"][0]["damage"] = None
-    assert "damage" not in page(record).split("</style>")[1].lower()
-    assert "no point is there yet" in page(record | {"points": []})

@@ -1,14 +1,17 @@
 """A command line that prunes the tiny model in the current folder (fixture `here`), for the tests that disturb it."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import pytest
 from called import call
 
 import model_pruning
+from olica.methods.recipes import RECIPES
 from olica.outputs.run_progress import RunProgress
 
 LAYERS = 6
@@ -54,3 +57,36 @@ def journal(part: str = "facts") -> dict:
     """The facts in the journal of the unfinished run, whatever its recipe, or its files."""
     (path,) = Path("out").glob(".*.partial/progress.json")
     return json.loads(path.read_text())[part]
+
+
+@cache
+def checkpoint_of(recipe: str) -> dict[str, bytes]:
+    """What the checkpoint of a run of `here` that nobody disturbs holds: the same in every test."""
+    assert bare(*flags_of(recipe)) == 0
+    expected = contents(folder_of(recipe))
+    for folder in ("out", "data"):  # the one of surveys, which not every recipe makes
+        shutil.rmtree(folder, ignore_errors=True)
+    return expected
+
+
+def folder_of(recipe: str) -> Path:
+    return FOLDER if recipe == "olica" else FOLDER.with_name(f"{FOLDER.name}_{recipe}")
+
+
+def flags_of(recipe: str) -> list[str]:
+    has_corrections = "mlp_num" in RECIPES[recipe].parameter_names
+    return [*(FLAGS if has_corrections else PLAIN_FLAGS), f"--recipe={recipe}"]
+
+
+SPARSER = FOLDER.with_name("tiny_sparsity-0.3")
+BOTH = "--sparsity=0.2,0.3"
+
+
+@cache
+def sparser_checkpoint() -> dict[str, bytes]:
+    """What the checkpoint of a run of `here` to a sparsity of 0.3 holds."""
+    prune("--sparsity=0.3")
+    expected = contents(SPARSER)
+    for folder in ("out", "data"):
+        shutil.rmtree(folder)
+    return expected
