@@ -1,6 +1,7 @@
 """Command lines and scripts, run in this process."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 from olica.command_line import run_command
@@ -24,7 +25,11 @@ def call(module, *flags) -> int:
 
 def load(path: str):
     """The script at `path` of the repository as a module."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str((ROOT / path).parent))  # some import what they share
+    try:
+        spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
     return module

@@ -1,18 +1,16 @@
 """What README, docs/, CONTRIBUTING and CHANGELOG promise, and the code and the records can be held to."""
 
 import argparse
-import importlib.util
 import json
 import re
 import shlex
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-from called import PAPERS_EVALUATION, PAPERS_PRUNING, call
+from called import PAPERS_EVALUATION, PAPERS_PRUNING, call, load
 from conftest import make_llama, make_tokenizer, prune, save_tiny, write_pruned
 from safetensors.torch import save_file
 from tiny_families import SIZES
@@ -39,18 +37,6 @@ RECORDS = ROOT / "results" / "smollm2"
 OTHER_PROGRAMS = {".", "cd", "curl", "hf", "lm_eval", "optimum-cli", "pip", "ruff", "transformers"}
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
-
-
-def load(path: str):
-    """The script at `path` of the repository as a module."""
-    sys.path.insert(0, str((ROOT / path).parent))  # benchmarks import what they share
-    try:
-        spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.pop(0)
-    return module
 
 
 class Block(NamedTuple):
