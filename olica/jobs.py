@@ -245,7 +245,8 @@ def prepare(settings: Settings, sparsities: Sequence[float], processes: Processe
 
 def _prepare(settings: Settings, processes: Processes) -> Job:
     recipe = RECIPES[settings.recipe]
-    check_no_file(Path(settings.data_dir), "--data_dir")
+    for flag in ("data_dir", "save_dir"):
+        check_no_file(Path(getattr(settings, flag)), f"--{flag}")
     location = locate(settings.base_model)
     config = read_config(location)
     refuse_unprunable(config, location)

@@ -171,7 +171,7 @@ def prepare(folder: Path) -> jobs.Job:
     ],
 )
 def test_settings_that_only_the_pruned_model_would_meet_are_refused_at_once(saved_llama, changes, words):
-    assert prepare(saved_llama).parameters.before["total"]
+    assert prepare(saved_llama).counts.before["total"]
     edit_config(saved_llama, **changes)
     (saved_llama / "model.safetensors").unlink()
     with pytest.raises(UsageError, match=words):
@@ -189,4 +189,4 @@ def test_sizes_of_a_pruned_model_in_a_dense_one_are_refused_by_evaluation_too(sa
                                      {"auto_map": {"AutoModel": "other.Model"}}])  # fmt: skip
 def test_settings_that_do_no_harm_are_left_alone(saved_llama, changes):
     edit_config(saved_llama, **changes)
-    assert prepare(saved_llama).parameters.before["total"]
+    assert prepare(saved_llama).counts.before["total"]

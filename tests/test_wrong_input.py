@@ -60,7 +60,7 @@ def here(tmp_path, monkeypatch):
         (["--batch_size=0"], ["--batch_size 0"]),
         (["--num_samples=0"], ["--num_samples is 0"]),
         (["--num_samples=21"], ["rows.jsonl", "20"]),
-        (["--save_dir=rows.jsonl"], ["--save_dir", "not a folder"]),
+        (["--save_dir=rows.jsonl"], ["--save_dir", "is a file"]),
         (["--save_dir=full"], ["--save_dir", "--overwrite"]),
     ],
 )

@@ -6,8 +6,8 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from ..model.layouts import EXPORTS, LAYOUTS, OWN_LAYOUT, Layout
-from ..output import with_error
 from ..sources.calibration_set import is_token_file
+from ..terminal import with_error
 from .names import DIALS, turned
 from .records import alone_in, write_text
 

@@ -195,7 +195,7 @@ def expected_parameters(job: Job) -> int:
 
 def _check_reachable(plan: SweepPlan) -> None:
     """Raise UsageError if --max_params lies beyond the sparsities that are asked for, or asks for nothing."""
-    most, dense = plan.wanted.target.value, plan.jobs[0].parameters.before["total"]
+    most, dense = plan.wanted.target.value, plan.jobs[0].counts.before["total"]
     if most >= dense:
         raise UsageError(f"--max_params {plan.wanted.max_params}: the dense model has no more, {dense:,}")
     if (fewest := expected_parameters(plan.jobs[-1])) > most:
@@ -223,7 +223,7 @@ def evaluation_settings(plan: SweepPlan) -> EvaluationSettings:
 def describe_sweep(plan: SweepPlan, processes: int = 1) -> str:
     """Lines that say what a sweep of so many processes is going to do: its points, the memory and the disk it takes."""
     jobs, wanted = plan.jobs, plan.wanted
-    before = jobs[0].parameters.before["total"]
+    before = jobs[0].counts.before["total"]
     lines = [f"{'sparsity':>10}  {'parameters':>15}  {'weights':>10}"]
     for sparsity, left, about in [
         (0.0, before, ""),
