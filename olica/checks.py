@@ -79,7 +79,7 @@ def refuse_unknown(names: Iterable[str], known: Sequence[str]) -> None:
 
 
 def refuse_twice(name: str, function: str, given: Mapping[str, Any]) -> None:
-    """Raise UsageError if the first argument of a function, which has no name of a flag, was also given by that."""
+    """Raise UsageError if `given` names the first argument of a function, which is given by its place."""
     if name in given:
         raise UsageError(f"{name} is the first argument of {function}, and is given without a name")
 
@@ -108,8 +108,8 @@ def _nearest(path: Path, flag: str) -> Path:
     """The path, or the first above it that exists; raises UsageError, naming `flag`, if it can be no path."""
     try:
         return next(p for p in (path, *path.parents) if p.exists())
-    except OSError as error:  # a name that is too long
-        raise UsageError(f"{flag} {path}: {error.strerror}; give another folder") from error
+    except OSError as error:  # a name that is too long, or a folder that may not be read
+        raise UsageError(f"{flag} {path}: {error.strerror}; give another") from error
 
 
 def check_writable(path: Path, flag: str) -> Path:
@@ -136,6 +136,7 @@ def check_room(path: Path, needed: int, flag: str, what: str) -> None:
 
 def check_record_path(path: Path, flag: str) -> None:
     """Raise UsageError unless a record can be written to `path`, in place of a file at the most."""
+    _nearest(path.absolute(), flag)
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise UsageError(f"{flag} {path} is a folder, a link or a device; give the name of a file")
     check_writable(path, flag)

@@ -5,8 +5,8 @@ amounts:
 
     tokens      tokens x parameters of the layers: sending the text through, and the sums of what the layers see
     solves      layers x (parameters of a layer)^1.5, the cube of its width: decompositions and regressions
-    read        the same, of the text that a survey reads
-    variants    the same, of what the variants of a survey go through
+    read        the same as tokens, of the text that a survey reads
+    variants    the same as tokens, of what the variants of a survey go through
     logits      variants x the tokens at which they are compared x parameters beside the layers
     files       parameters of the model: reading and writing
 

@@ -59,6 +59,8 @@ def test_a_record_may_take_the_place_of_a_file_only(tmp_path):
     for name in ("link.json", "folder.json"):
         with pytest.raises(UsageError, match=f"--output_path .*{name} is a folder, a link or a device"):
             check_record_path(tmp_path / name, "--output_path")
+    with pytest.raises(UsageError, match="^--output_path .*: File name too long; give another$"):
+        check_record_path(tmp_path / ("a" * 300), "--output_path")
 
 
 def test_pointers_are_known_by_how_they_begin_and_how_short_they_are(tmp_path):

@@ -90,7 +90,7 @@ def test_a_save_dir_that_cannot_be_made_is_refused_by_its_flag(here, capsys):
 def test_a_name_that_is_too_long_is_refused_by_its_flag(here, capsys, flag, dry_run):
     before = files_in(here)
     said = refused(capsys, prune, f"{flag}={'a' * 300}", *dry_run)
-    assert said.startswith(flag) and said.endswith("File name too long; give another folder")
+    assert said.startswith(flag) and said.endswith("File name too long; give another")
     assert files_in(here) == before, "something was left behind"
 
 

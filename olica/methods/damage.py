@@ -31,7 +31,7 @@ STRIDE = 4
 # same share of the time whatever the text, and small texts still tell the sizes apart.
 SAMPLES_PER_PROBE = 32
 FEWEST_PROBES = 8
-# Of larger calibration sets half is read: how errors grow as sizes shrink takes less text than what is cut.
+# Half of the samples are read, but at least so many: how errors grow as sizes shrink takes less text than what is cut.
 ENOUGH_READ = 128
 # Of a token whose logit grows by more, so much counts: the sum of exponentials fits into single precision.
 LARGEST_EXPONENT = 80

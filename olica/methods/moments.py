@@ -40,7 +40,7 @@ class Statistic:
     """A sum over tokens: of x, of x^2, of x x^T, of its blocks per head, of x y^T, or of the cosine of x and y.
 
     Attributes:
-        kind: one of KINDS.
+        kind: "sum", "diagonal", "full", "per_head", "cross" or "cosine".
         tap: where x is taken, a key of TAPS.
         other: where y is taken, for "cross" and "cosine".
     """

@@ -103,7 +103,7 @@ class TravellingSurvey(Survey):
 
     @abstractmethod
     def samples(self, calibration: int) -> int:
-        """n, how many of the samples that it reads, of so many of the calibration set, the variants see."""
+        """n, how many samples the variants see, of a calibration set of so many; at most `reads` of it."""
 
     def groups(self, layers: int) -> list[range]:
         """The groups of neighbours that so many layers form, in their order."""

@@ -34,8 +34,8 @@ class Demand:
     Attributes:
         embedding: the largest weight beside the decoder layers.
         layer: a dense decoder layer.
-        states: the hidden states of the calibration set, twice where those that leave a dense layer are kept apart; or
-            those of what the survey reads, and of variants that travel.
+        states: the hidden states of the calibration set, twice where those that leave a dense layer are kept apart; or,
+            where that is more, those of the samples that the survey reads and of variants that travel.
         survey, prune: sums, activations of a batch and work of the stages of these passes, at their peak.
     """
 

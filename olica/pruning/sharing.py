@@ -22,7 +22,7 @@ def combine(moments: Moments, processes: Processes) -> None:
 
 
 def spread(wanted: int, number: int) -> list[int]:
-    """The indices of so many of a number of samples, from all texts, of which one comes after the other."""
+    """Indices of `wanted` of `number` samples, evenly spread, since the texts come one after the other."""
     return [index * number // wanted for index in range(wanted)]
 
 

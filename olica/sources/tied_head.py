@@ -8,10 +8,12 @@ as it was: tied. transformers then reads both matrices, and does not tie them.
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
 
-from .weight_files import mapped, stored_weights
+from .weight_files import load_bin
 
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 # Rows that are compared at a time, so that no copy of a matrix is in memory as a whole.
@@ -23,13 +25,27 @@ def holds_another_head(files: Iterable[Path]) -> bool:
 
     False where one of the two is missing, or the head is a copy of the embedding.
     """
-    stored = stored_weights(files)
-    pair = [next((name for name in stored if name.endswith(end)), "") for end in (HEAD, EMBEDDING)]
-    if not all(pair):
+    found = {}
+    for path in files:
+        found |= _matrices(path)
+    return found.keys() == {HEAD, EMBEDDING} and not _equal(found[HEAD], found[EMBEDDING])
+
+
+def _matrices(path: Path) -> dict[str, Any]:
+    """Those of the two that a file holds: tensors or, of safetensors, what reads them when it is sliced."""
+    if path.suffix == ".safetensors":
+        file = safe_open(path, framework="pt")
+        names, get = file.keys(), file.get_slice
+    else:
+        tensors = load_bin(path)
+        names, get = tensors.keys(), tensors.__getitem__
+    return {end: get(name) for name in names for end in (HEAD, EMBEDDING) if name.endswith(end)}
+
+
+def _equal(head, embedding) -> bool:
+    shapes = [tuple(m.shape if isinstance(m, torch.Tensor) else m.get_shape()) for m in (head, embedding)]
+    if shapes[0] != shapes[1]:
         return False
-    head, embedding = (stored[name] for name in pair)
-    if head.shape != embedding.shape:
-        return True
-    with mapped(head.path) as of_head, mapped(embedding.path) as of_embedding:
-        rows = zip(of_head(pair[0]).split(ROWS), of_embedding(pair[1]).split(ROWS), strict=True)
-        return not all(torch.equal(ours.float(), theirs.float()) for ours, theirs in rows)
+    starts = range(0, shapes[0][0], ROWS)
+    parts = ((head[start : start + ROWS], embedding[start : start + ROWS]) for start in starts)
+    return all(torch.equal(ours.float(), theirs.float()) for ours, theirs in parts)

@@ -51,7 +51,7 @@ class MappedFiles:
         weights = {}
         for path, held in by_path.items():
             # A file is mapped as a whole: opened anew, it does not pile up in memory what was read before.
-            with mapped(path) as get:
+            with _mapped(path) as get:
                 for name in held:
                     weights[name] = get(name).to(dtype, copy=True, memory_format=torch.contiguous_format)
         return weights
@@ -83,7 +83,7 @@ def load_bin(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def mapped(path: Path) -> Iterator[Callable[[str], Tensor]]:
+def _mapped(path: Path) -> Iterator[Callable[[str], Tensor]]:
     """What gives the tensors of a file by their names: views of the file, which are good for as long as it is open."""
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
