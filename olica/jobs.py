@@ -252,13 +252,7 @@ def _prepare(settings: Settings, processes: Processes) -> Job:
     refuse_unprunable(config, location)
     layout = for_family(LAYOUTS[settings.layout], config)
     method = method_of(recipe, settings, layout)
-    ids_shape = calibration_shape(settings.datasets, settings.num_samples, settings.seqlen)
-    check_seqlen(ids_shape[1], "--datasets" if is_token_file(settings.datasets) else "--seqlen", config)
-    if processes.count > ids_shape[0]:
-        raise UsageError(
-            f"--num_samples: {processes.count} processes cannot share {ids_shape[0]} samples; start fewer, or give "
-            "more samples"
-        )
+    ids_shape = _samples_of(settings, config, processes)
     dense = count_dense_parameters(location, config)
     whole = dense["total" if settings.sparsity_of == "model" else "decoder_layers"]
     budget = Budget(whole, settings.sparsity, settings.multiple)
@@ -305,6 +299,18 @@ def _prepare(settings: Settings, processes: Processes) -> Job:
             settings.save_dir, location.label, settings.sparsity, **{name: getattr(settings, name) for name in NAMED}
         ),
     )
+
+
+def _samples_of(settings: Settings, config: PreTrainedConfig, processes: Processes) -> tuple[int, int]:
+    """Shape (N, T) of the calibration set; raises UsageError if model or processes cannot take it."""
+    samples, tokens = calibration_shape(settings.datasets, settings.num_samples, settings.seqlen)
+    check_seqlen(tokens, "--datasets" if is_token_file(settings.datasets) else "--seqlen", config)
+    if processes.count > samples:
+        raise UsageError(
+            f"--num_samples: {processes.count} processes cannot share {samples} samples; start fewer, or give "
+            "more samples"
+        )
+    return samples, tokens
 
 
 def _cache_device(name: str, device: torch.device) -> torch.device:

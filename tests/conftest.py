@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 from filelock import FileLock
 from pretended_gpu import PretendedGpu, compiled_guard
 from safetensors.torch import load_file, save_file
 from tiny_run import LAYERS
+from tiny_texts import builder
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -328,6 +330,28 @@ def layer(decoder_layer) -> Projections:
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer()
+
+
+@pytest.fixture
+def own_cache(tmp_path_factory, monkeypatch):
+    """A cache of datasets that nothing else reads."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def build(tmp_path, tokenizer) -> Callable:
+    """Draws calibration sets from texts in `tmp_path`."""
+    return builder(tmp_path, tokenizer)
+
+
+@pytest.fixture
+def tokenise_no_more(monkeypatch, tokenizer) -> Callable:
+    """From its call on, tokenising fails the test."""
+
+    def refuse(self, *args, **kwargs):
+        raise AssertionError("tokenised again")
+
+    return lambda: monkeypatch.setattr(type(tokenizer), "__call__", refuse)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from forked import Fork
 
 ROOT = Path(__file__).parents[1]
@@ -30,8 +31,9 @@ def free_port() -> str:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Variables of a process that finds the program and does without a hub."""
-    return os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | more
+    """Variables of a process that finds the program, does without a hub, and has as many threads as this one."""
+    own = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
+    return os.environ | own | more
 
 
 def start(server: str, arguments: list[str], errors: Path) -> Fork:

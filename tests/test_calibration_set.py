@@ -7,13 +7,12 @@ import logging
 import random
 import struct
 
-import datasets
 import pytest
 import torch
 from conftest import make_tokenizer, write_json
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tiny_texts import builder, cached, draw_by_hand, prose, tokenise_no_more_by
+from tiny_texts import cached, draw_by_hand, prose
 from transformers import AutoTokenizer
 
 from olica.errors import UsageError
@@ -27,23 +26,8 @@ from olica.sources.calibration_set import (
     hash_tokens,
 )
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 BYTES = 259  # vocabulary of the byte tokenizer
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture
-def build(tmp_path, tokenizer):
-    return builder(tmp_path, tokenizer)
-
-
-@pytest.fixture
-def tokenise_no_more(monkeypatch, tokenizer):
-    """From its call on, tokenising fails the test."""
-    return lambda: tokenise_no_more_by(monkeypatch, tokenizer)
 
 
 def prompts(count=20):

@@ -5,27 +5,11 @@ import logging
 import datasets
 import pytest
 from conftest import make_tokenizer, write_json
-from tiny_texts import builder, cached, draw_by_hand, prose, tokenise_no_more_by
+from tiny_texts import cached, draw_by_hand, prose
 
 from olica.errors import UsageError
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture
-def build(tmp_path, tokenizer):
-    return builder(tmp_path, tokenizer)
-
-
-@pytest.fixture
-def tokenise_no_more(monkeypatch, tokenizer):
-    """From its call on, tokenising fails the test."""
-    return lambda: tokenise_no_more_by(monkeypatch, tokenizer)
-
-
+pytestmark = pytest.mark.usefixtures("own_cache")
 TEMPLATE = (
     "{% for message in messages %}{% if message.role not in ('system', 'user', 'assistant') %}"
     "{{ raise_exception('no such role: ' + message.role) }}{% endif %}"

@@ -111,6 +111,7 @@ def test_python_finds_a_checkpoint_as_the_command_line_does(here):
     ("settings", "words"),
     [
         (dict(batch=3), "there is no argument batch; did you mean batch_size?"),
+        (dict(chekpoint=3), "there is no argument chekpoint; there are base_model, "),
         (dict(weight=3), "there is no argument weight; there are base_model, sparsity, sparsity_of, save_dir, "),
         (dict(verbose=True), "there is no argument verbose: it is a flag of the commands alone"),
         (dict(dry_run=True), "there is no argument dry_run: it is a flag of model_pruning.py and model_sweep.py alone"),

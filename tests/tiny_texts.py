@@ -37,15 +37,6 @@ def prose(count=40, seed=0):
     return [{"text": "".join(rng.choices("abcdefgh ", k=rng.randint(5, 60)))} for _ in range(count)]
 
 
-def tokenise_no_more_by(monkeypatch, tokenizer) -> None:
-    """From now on tokenising fails the test."""
-
-    def refuse(self, *args, **kwargs):
-        raise AssertionError("tokenised again")
-
-    monkeypatch.setattr(type(tokenizer), "__call__", refuse)
-
-
 def draw_by_hand(texts, is_prompt, num_samples, seqlen, seed):
     """The draw written out plainly for the byte tokenizer: row numbers and texts of the windows."""
     rng, seen, drawn = random.Random(seed), [], []

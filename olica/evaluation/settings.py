@@ -87,7 +87,8 @@ class EvaluationSettings:
         Raises:
             UsageError: a name is that of no setting, or a value is wrong.
         """
-        refuse_unknown(values, [field.name for field in fields(cls)])
+        named = [field.name for field in fields(cls) if field.name != "checkpoint"]  # the first argument has no name
+        refuse_unknown([name for name in values if name != "checkpoint"], named)
         joined = {
             name: value if isinstance(value, str) else ",".join(as_kind(name, item, str) for item in value) or absent
             for name, absent in (("ppl", "none"), ("tasks", ""))
