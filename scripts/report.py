@@ -5,6 +5,8 @@ python scripts/report.py table2 --only smollm2      one table, printed; a figure
 """
 
 import argparse
+import re
+from collections import Counter
 from os.path import relpath
 from pathlib import Path
 
@@ -13,8 +15,8 @@ from olica.command_line import run_command
 from olica.errors import UsageError
 from olica.report import choices, compared, layouts, methods, peers, releases, texts
 from olica.report.plots import FIGURES, draw, quality_over_size
-from olica.report.runs import Results
-from olica.report.tables import TABLES
+from olica.report.runs import MODELS, Results
+from olica.report.tables import TABLES, bullets
 
 BESIDE_THE_PAPER = {
     "methods": methods.tables,
@@ -33,23 +35,48 @@ TITLES = {
 }
 HEAD = """# Results
 
-Made by `python scripts/report.py` from the records in `results/`; nothing here is written by hand. Each table and
-figure has a script of its name in `scripts/`. ± is one standard error. That of a perplexity allows for neighbouring
-windows' being alike (Newey and West), that of the means treats the tasks as independent; "to dense" is the paired
-difference on the same windows or rows. The paper's figures and what does not fit together in them are in
-`results/paper/`. Models of which there is no section were not run.
+`python scripts/report.py` makes this page from the records in `results/`; nothing here is written by hand. Each table
+and figure has a script of its name in `scripts/`.
+
+± is one standard error. That of a perplexity allows for neighbouring windows' being alike (Newey and West), that of a
+mean accuracy takes the tasks as independent. "To dense" is the difference on the same windows or rows, with its paired
+error. The paper's own figures, and what does not fit together in them, are in `results/paper/`.
 """
+OVER_SIZE = "Quality over size"
+CHECKS = "Choices and checks"
 
 
 def section(results: Results, folder: Path) -> str:
     """Tables and figures of one model."""
     ours = {name: make for name, make in TABLES.items() if not results.belongs_elsewhere(int(name[len("table") :]))}
-    parts = [table for make in (ours | BESIDE_THE_PAPER).values() if (table := make(results))]
+    parts = [table for make in (BESIDE_THE_PAPER | ours).values() if (table := make(results))]
     for name, title in TITLES.items():
         if drawing := draw(name, results):
             path, notes = drawing
-            parts.append("\n".join([f"### {title}", "", f"![{title}]({relpath(path, folder)})", "", *notes]).rstrip())
+            parts.append("\n".join([f"### {title}", "", f"![{title}]({relpath(path, folder)})", *bullets(notes)]))
     return "\n\n".join([f"## {results.title}", *parts])
+
+
+def page(folder: Path, results: list[Results], path: Path) -> str:
+    """All tables and figures of all models, the first ones those that say which recipe to take."""
+    parts = []
+    if figure := quality_over_size(results):
+        figure.savefig(drawn := folder / "methods.png")
+        parts.append(f"## {OVER_SIZE}\n\n![{OVER_SIZE}]({relpath(drawn, path.parent)})")
+    parts += [section(of_model, path.parent) for of_model in results]
+    if checks := [*choices.tables(folder), *filter(None, [releases.table(folder)])]:
+        parts.append("\n\n".join([f"## {CHECKS}", *checks]))
+    return "\n\n".join([HEAD.rstrip(), contents(parts), *parts]) + "\n"
+
+
+def contents(parts: list[str]) -> str:
+    """Links to the headings of a page, as GitHub names their places."""
+    lines, seen = [], Counter()
+    for mark, title in re.findall(r"^(###?) (.+)$", "\n".join(parts), flags=re.MULTILINE):
+        place = re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+        lines.append(f"{'  ' * (len(mark) - 2)}- [{title}](#{place}{f'-{seen[place]}' if seen[place] else ''})")
+        seen[place] += 1
+    return "\n".join(lines)
 
 
 def drawn(name: str, results: Results) -> str | None:
@@ -58,6 +85,12 @@ def drawn(name: str, results: Results) -> str | None:
         return None
     path, notes = drawing
     return "\n".join([str(path), *notes])
+
+
+def in_order(labels: list[str]) -> list[str]:
+    """Models of the paper first, then the others that are known."""
+    known = list(MODELS)
+    return sorted(labels, key=lambda label: (known.index(label) if label in known else len(known), label))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -79,20 +112,11 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError(f"--only {args.only}: recorded in {args.results} are {', '.join(recorded)}")
     if args.only and args.name is None:
         raise UsageError("--only goes with one table or figure; RESULTS.md has all models")
-    labels = [args.only] if args.only else recorded
+    models = [Results(args.results, label) for label in ([args.only] if args.only else in_order(recorded))]
     if args.name is None:
-        models = [Results(args.results, label) for label in labels]
-        sections = [section(results, args.output_path.parent) for results in models]
-        if figure := quality_over_size(models):
-            figure.savefig(path := args.results / "methods.png")
-            sections.append(f"### Quality over size\n\n![Quality over size]({relpath(path, args.output_path.parent)})")
-        sections += choices.tables(args.results)
-        if table := releases.table(args.results):
-            sections.append(table)
-        args.output_path.write_text("\n".join([HEAD, *sections]).rstrip() + "\n", encoding="utf-8")
+        args.output_path.write_text(page(args.results, models, args.output_path), encoding="utf-8")
         print(f"wrote {args.output_path}")
         return
-    models = [Results(args.results, label) for label in labels]
     made = [
         ALL_TABLES[args.name](results) if args.name in ALL_TABLES else drawn(args.name, results) for results in models
     ]

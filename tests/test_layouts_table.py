@@ -56,5 +56,5 @@ def test_layouts_stand_in_order_beside_the_dense_model(record):
 
 def test_without_speeds_or_runs_there_is_less(record, tmp_path):
     header, *rows = cells(layouts.table(record.results))
-    assert header == ["gone", "layout", "parameters", "channels", "wikitext2"] and len(rows) == 4
+    assert header == ["removed", "layout", "parameters", "channels", "WikiText-2"] and len(rows) == 4
     assert layouts.table(Results(tmp_path, "7b")) is None

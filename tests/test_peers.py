@@ -149,7 +149,7 @@ def by(peer: str, sparsity: float = 0.2, text: bool = True) -> dict:
         "package": "pack 1.0",
         "calibration": {"ids": [256, 128], "sources": [{"name": "ids.safetensors"}]} if text else None,
         "stages": {"prune": stage, "write": stage},
-        "environment": {"packages": {"torch": "2.0", "transformers": "5.0", "pack": "1.0"}},
+        "environment": {"device": "cpu", "packages": {"torch": "2.0", "transformers": "5.0", "pack": "1.0"}},
     }
 
 
@@ -187,11 +187,11 @@ def test_the_table_has_peers_failures_and_ours(record):
     record("peers_as_shipped/long/olica-plus_sparsity-0.2_seed-0", sized(15.0, 0, 800), ours)
     text = peers.table(record.results)
     header, dense, *rows = cells(text)
-    assert header[:6] == ["gone", "pruner", "version", "tokens", "parameters", "wikitext2"]
+    assert header[:6] == ["removed", "pruner", "version", "tokens", "parameters", "WikiText-2"]
     assert header[-2:] == ["seconds", "peak memory, GB"]
     assert dense[1] == "dense" and dense[4] == "1,000" and dense[5].startswith("20.00 ±")
     assert [row[1] for row in rows] == ["a-data", "a-static", "c-d", "olica-plus"]
-    long = header.index("wikitext2, long windows")
+    long = header.index("WikiText-2, long windows")
     data, static, failed, plus = rows
     assert data[2:5] == ["pack 1.0", "32,768", "800"] and data[5] == "3.00 ± 0.00" and data[long] == "2.50 ± 0.00"
     assert data[header.index("PIQA, %")] == "+0.00 ± 0.00" and data[-2:] == ["60", "2.00"]

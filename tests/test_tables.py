@@ -152,11 +152,12 @@ def test_what_differs_between_runs_names_the_runs(record):
     fewer["results"]["model"]["zero_shot"] |= {"limit": 20, "apply_chat_template": True}
     record("tables/sparsity-0.2", fewer, pruning())
     record("tables/sparsity-0.33", evaluation(19.0, 61.0), pruning((16, 128), sparsity=0.33, corrected=12))
-    lines = TABLES["table2"](record.results).splitlines()
+    lines = [line.removeprefix("- ") for line in TABLES["table2"](record.results).splitlines()]
     assert "Perplexity: 30 windows of 128 tokens, start token: none; run in float16 on a GPU." in lines
     assert "Tasks: lm-eval 1, the first 200 rows of each, no examples, start token: no (0%, 33%)." in lines
     assert "Tasks: lm-eval 1, the first 20 rows of each, no examples, start token: no, chat template (20%)." in lines
-    assert "Calibration: 16 samples of 128 tokens, seed 0 (33%)." in lines
+    assert "Calibration: 16 samples of 128 tokens (33%)." in lines
+    assert "Seed of the calibration set: 0." in lines
     assert "Calibration texts: bookcorpus + alpaca." in lines
     assert "MLPs with a linear correction: 6, of rank 0.03 of the hidden size (20%)." in lines
 
@@ -208,7 +209,9 @@ def test_figures_of_one_row_and_one_window_have_no_errors(tmp_path):
 
 def test_an_interrupted_run_is_named(record):
     record("tables/sparsity-0.25", evaluation(16.0, 63.0), pruning(sparsity=0.25) | {"went_on_after": [4]})
-    assert "Interrupted, so that its time is that of its last part: 25%." in TABLES["table1"](record.results)
+    record("tables/sparsity-0.33", evaluation(19.0, 61.0), pruning(sparsity=0.33))
+    assert "Interrupted, so that its time is that of its last part (25%)." in TABLES["table1"](record.results)
+    assert "Interrupted" not in TABLES["table2"](record.results), "which has no times"
 
 
 def of_survey(**survey) -> dict:
@@ -224,19 +227,24 @@ def of_survey(**survey) -> dict:
         (
             of_survey(layers_taken_up=30, seconds=90.0),
             "5.5",
-            "in the time, and not in the peak memory: 25%.",
+            "whose time is counted, its memory not (25%).",
         ),
-        (of_survey(layers_taken_up=30, seconds=None), "6.0", "is not known, and in neither time nor peak memory: 25%."),
-        (of_survey(layers_taken_up=30), "6.0", "is not known, and in neither time nor peak memory: 25%."),
+        (
+            of_survey(layers_taken_up=30, seconds=None),
+            "6.0",
+            "is not known, and in neither time nor peak memory (25%).",
+        ),
+        (of_survey(layers_taken_up=30), "6.0", "is not known, and in neither time nor peak memory (25%)."),
     ],
 )
 @of_either
 def test_a_survey_that_was_taken_up_counts_as_if_it_had_been_made(record, pruned, minutes, note):
     record("tables/sparsity-0.25", evaluation(16.0, 63.0), pruned)
+    record("tables/sparsity-0.33", evaluation(19.0, 61.0), pruning(sparsity=0.33))
     shown = TABLES["table1"](record.results)
-    rows = {row[1]: row[-1 if record.label == "smollm2" else 3] for row in cells(shown)[1:]}
+    rows = {row[1]: row[-1 if record.label == "smollm2" else 3] for row in cells(shown)[1:] if row[0] == "25%"}
     assert rows["minutes"] == minutes
-    assert (note in shown) if note else ("Took up a survey" not in shown)
+    assert (note in shown) if note else ("existing survey" not in shown)
 
 
 def test_figures_want_matplotlib(record, monkeypatch):
@@ -313,11 +321,12 @@ def test_figures_say_what_their_runs_have_in_common(record):
     grid_of_records(record)
     measured = "Perplexity: 30 windows of 128 tokens, start token: none; run in float16 on a GPU."
     tasks = "Tasks: lm-eval 1, the first 200 rows of each, no examples, start token: no."
-    size, texts = "Calibration: 256 samples of 128 tokens, seed 0.", "Calibration texts: bookcorpus + alpaca."
+    size, seed = "Calibration: 256 samples of 128 tokens.", "Seed of the calibration set: 0."
+    texts = "Calibration texts: bookcorpus + alpaca."
     corrected = "MLPs with a linear correction: 6, of rank 0.03 of the hidden size."
     reserved = "The paper measured all windows and all rows."
-    assert FIGURES["figure5"](record.results).notes[:-1] == [measured, tasks, texts, corrected, reserved]
-    assert FIGURES["figure6"](record.results).notes[:-1] == [measured, tasks, size, corrected, reserved]
+    assert FIGURES["figure5"](record.results).notes[:-1] == [measured, tasks, seed, texts, corrected, reserved]
+    assert FIGURES["figure6"](record.results).notes[:-1] == [measured, tasks, size, seed, corrected, reserved]
     for number in (1, 2):
         settings = pruning(sparsity=number / 10, texts=("c4",), corrected=6 * number)
         record(f"figure6/mix-3_sparsity-{number}", evaluation(20.0, 60.0) | {"date": "2027-01-01"}, settings)
@@ -346,7 +355,7 @@ def test_what_is_shown_names_its_records_commits_and_machines(record):
     record("tables/sparsity-0.2", evaluation(15.0, 63.0), pruning())
     made = "each beside the flags of its command. Commits: beef, cafe. Machines: a GPU, 8 threads, Linux."
     folder = (record.folder / record.label).as_posix()
-    assert f"\nRecords: `{folder}/tables`, {made}" in TABLES["table2"](record.results)
+    assert f"\n- Records: `{folder}/tables`, {made}" in TABLES["table2"](record.results)
     both = f"Records: `{folder}/figure5/num_samples`, `{folder}/figure5/seqlen`, {made}"
     assert FIGURES["figure5"](record.results).notes[-1] == both
     assert FIGURES["figure2"](record.results).notes == [f"Records: `{folder}/figure2`, {made.replace('beef, ', '')}"]
@@ -360,7 +369,7 @@ def test_prunings_by_another_commit_than_most_are_named(record):
     newer["environment"] = newer["environment"] | {"git_commit": "f00d"}
     record("tables/sparsity-0.25", evaluation(16.0, 62.0), pruning())
     record("tables/sparsity-0.33", evaluation(20.0, 60.0), newer)
-    assert "\nPruned at commit f00d: 33%; all others at beef." in TABLES["table2"](record.results)
+    assert "\n- Pruned at commit beef, but at f00d: 33%." in TABLES["table2"](record.results)
 
 
 def test_a_run_with_the_former_shares_of_grouped_heads_says_so_and_joins_no_other(record):
@@ -382,5 +391,7 @@ def test_a_model_has_its_full_name_in_headings(tmp_path):
     assert Results(tmp_path, "7b").title == "LLaMA-7B"
     assert Results(tmp_path, "smollm2").title == "SmolLM2-135M-Instruct, dequantised from Q4_1"
     assert Results(tmp_path, "mine").title == "mine"
-    headings = [line for line in (PAPER.parents[1] / "RESULTS.md").read_text().splitlines() if line.startswith("## ")]
-    assert set(headings) <= {f"## {Results(tmp_path, path.name).title}" for path in PAPER.parent.iterdir()}
+    page = (PAPER.parents[1] / "RESULTS.md").read_text().splitlines()
+    headings = {line.removeprefix("## ") for line in page if line.startswith("## ")}
+    models = {Results(tmp_path, path.name).title for path in PAPER.parent.iterdir()}
+    assert headings - models == {"Quality over size", "Choices and checks"} and headings & models

@@ -15,7 +15,7 @@ def test_each_recipe_has_its_best_text_in_bold(tmp_path):
             pruned["calibration"] |= {"sources": [{"name": f"text{n}.jsonl"} for n in range(sources)]}
             record(f"texts/{name}_{recipe}", evaluation(factor * perplexity, 50.0), pruned)
     header, *rows = cells(texts.table(record.results))
-    assert header == ["recipe", "calibrated on", "wikitext2"]
+    assert header == ["recipe", "calibrated on", "WikiText-2"]
     assert [row[:2] for row in rows] == [
         ["dense", ""],
         *([recipe, name] for recipe in ("olica", "olica-plus") for name in ("code", "web", "all")),

@@ -203,8 +203,8 @@ def note_on_survey(record: dict) -> str | None:
     if not took_up_survey(record):
         return None
     if record["survey"].get("seconds") is None:
-        return "Took up a survey that was there: what that had taken is not known, and in neither time nor peak memory"
-    return "Took up a survey that was there: what making it took is in the time, and not in the peak memory"
+        return "Reused an existing survey: what that took is not known, and in neither time nor peak memory"
+    return "Reused an existing survey, whose time is counted, its memory not"
 
 
 def corrected_layers(record: dict) -> list[int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..evaluation.paired import compare_perplexity
 from .methods import ratio_in_words
 from .runs import MODELS
-from .tables import Measured, markdown
+from .tables import Measured, markdown, text_name
 
 FOLDER = Path("choices/olica_plus")
 
@@ -29,7 +29,7 @@ def ablation(path: Path) -> str:
     texts = list(dense["perplexity"])
     header = ["with", "parameters"]
     for text in texts:
-        header += [Path(text).stem, f"{Path(text).stem}, by this part"]
+        header += [text_name(text), f"{text_name(text)}, by this part"]
     rows = [["dense", f"{dense['parameters']['total']:,}"]]
     for text in texts:
         measured = dense["perplexity"][text]
@@ -41,15 +41,17 @@ def ablation(path: Path) -> str:
     settings, calibration = record["settings"], record["calibration"]
     measured = next(iter(dense["perplexity"].values()))
     samples, tokens = calibration["ids"]
+    about = (
+        "Dense: perplexity. Others: its ratio to that of the dense model, and by how much the part that was added last "
+        "changes it, both with the paired error."
+    )
     notes = [
-        "Perplexity of the dense model; of the others the ratio to it, and by how much the last part that was added "
-        "changes it, both with the paired error.",
         f"{100 * settings['sparsity']:.4g} % of the whole model gone, {samples} samples of {tokens} tokens of "
         f"{_named(source['name'] for source in calibration['sources'])}; {measured['windows']} windows of "
         f"{measured['seqlen']} tokens of texts that no other table reports; run in {settings['dtype']}.",
         _origin(path, "ablation", record),
     ]
-    return markdown(f"Parts of olica-plus, one by one: {_model(path, 'ablation', record)}", header, rows, notes)
+    return markdown(f"Parts of olica-plus, one by one: {_model(path, 'ablation', record)}", header, rows, notes, about)
 
 
 def refit_texts(path: Path) -> str:
@@ -62,16 +64,19 @@ def refit_texts(path: Path) -> str:
         if len(row["fitted_to"]) in (1, len(texts))  # the record has all mixes
     ]
     settings = record["settings"]
+    about = (
+        "Error of a refitted MLP as a share of that of the same channels as they were, the geometric mean over the "
+        "layers: below 1 the refit helps."
+    )
     notes = [
-        "By single texts and by all of them together; the record has the other mixes too. "
-        "Error of a refitted MLP over that of the same channels as they were, the geometric mean over the layers; "
-        f"{100 * settings['share']:g} % of the channels stay, those that the text of the fit chooses. Below 1 "
-        f"the refit helps. {settings['num_samples']} samples of each text, half of them to fit to and half to measure "
-        "on; the ridge is in units of the mean of the diagonal.",
+        f"{100 * settings['share']:g} % of the channels stay, those that the text of the fit chooses.",
+        f"{settings['num_samples']} samples of each text, half of them to fit to and half to measure on.",
+        "The ridge is in units of the mean of the diagonal.",
+        "Fitted to single texts and to all of them together; the record has the other mixes too.",
         _origin(path, "refit_texts", record),
     ]
     title = f"Fitted to one text, measured on another: {_model(path, 'refit_texts', record)}"
-    return markdown(title, ["fitted to", "ridge", *(_named([text]) for text in texts)], rows, notes)
+    return markdown(title, ["fitted to", "ridge", *map(text_name, texts)], rows, notes, about)
 
 
 def _row(point: dict, other: dict, text: str) -> dict:
@@ -99,5 +104,5 @@ def _origin(path: Path, script: str, record: dict) -> str:
 
 
 def _named(texts: Iterable[str]) -> str:
-    """Names of texts, without their folders and endings."""
-    return " + ".join(Path(text).name.partition(".")[0] for text in texts)
+    """What tables call several texts."""
+    return " + ".join(map(text_name, texts))

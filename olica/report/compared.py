@@ -12,14 +12,15 @@ from pathlib import Path
 
 from ..evaluation.paired import compare
 from .methods import asked, ratio_in_words
-from .runs import Results, Run, measuring, origin, origins, protocol, statements
-from .tables import Measured, markdown, perplexity
+from .runs import Results, Run, measuring, on_times, origin, origins, protocol, statements
+from .tables import Measured, markdown, perplexity, text_name
 
 FOLDER, DENSE = "compare", "dense"
 # Tokens of a window; what the table says of a run is that of the first.
 LENGTHS = ("128", "2048")
 # What is said of a model, by the folder that its runs lie in.
 KINDS = {"": "", "lora": ", after LoRA", "four-bits": ", in 4 bits", "smaller": ", dense"}
+ABOUT = "Perplexity, and in brackets its ratio to the dense model's on the same windows, with the paired error."
 CHAT = {"right": "right", "stopped": "end by themselves", "go_round": "go round", "faultless": "without a fault"}
 
 
@@ -71,8 +72,8 @@ def table(results: Results) -> str | None:
     if dense is None or len(rows) == 1:
         return None
     measured = [(length, text) for length, run in dense.runs.items() for text in run.result["perplexity"]]
-    header = ["gone", "model", "parameters", "MB of weights", "minutes"]
-    header += [f"{Path(text).stem}, {length}" for length, text in measured]
+    header = ["removed", "model", "parameters", "MB of weights", "minutes"]
+    header += [f"{text_name(text)}, {length} tokens" for length, text in measured]
     has_chat = any(row.chat for row in rows)
     header += [f"chat: {words}" for words in CHAT.values()] if has_chat else []
     cells = []
@@ -81,7 +82,7 @@ def table(results: Results) -> str | None:
         sizes = [f"{result['parameters']['total']:,}", f"{result['weight_bytes'] / 1e6:,.1f}", row.minutes]
         figures = [_perplexity(row, dense, length, text) for length, text in measured]
         cells.append([asked(row.size), row.name, *sizes, *figures, *(_chat(row.chat) if has_chat else [])])
-    return markdown("Retrained, in 4 bits, and as a chat", header, cells, _notes(rows, dense))
+    return markdown("Retrained, in 4 bits, and as a chat", header, cells, _notes(rows, dense), ABOUT)
 
 
 def _rows(results: Results) -> list[Row]:
@@ -122,9 +123,9 @@ def _chat(chat: dict | None) -> list[str]:
 def _notes(rows: list[Row], dense: Row) -> list[str]:
     """What is to be known of the table: how models were made and measured."""
     notes = [
-        "Perplexity; in brackets the ratio to the dense model's on the same windows, with the paired error. That of a "
-        "smaller model is per token of its own tokenizer. MB: of all weights as they were run, in 4 bits of the packed "
-        "ones and what stays beside them. Minutes: of the pruning and of the LoRA."
+        "The perplexity of a smaller model is per token of its own tokenizer.",
+        "MB: of all weights as they were run, in 4 bits of the packed ones and what stays beside them.",
+        "Minutes: of the pruning and of the LoRA.",
     ]
     source = dense.run.result["model"]
     if source["source"].endswith(".gguf"):
@@ -137,7 +138,8 @@ def _notes(rows: list[Row], dense: Row) -> list[str]:
     notes += dict.fromkeys(_four_bits(row.run.result["quantised"]) for row in rows if row.kind == "four-bits")
     notes += dict.fromkeys(_asking(row.chat) for row in rows if row.chat)
     named = {f"{row.name} {asked(row.size)}" if row.run.pruning else row.name: row for row in rows}
-    notes += protocol({name: row.run for name, row in named.items()})
+    runs = {name: row.run for name, row in named.items()}
+    notes += protocol(runs) + on_times(runs)
     further = {name: run for name, row in named.items() for length, run in row.runs.items() if length != LENGTHS[0]}
     if further:
         notes += statements(measuring, further) + origins(further.values())

@@ -11,7 +11,7 @@ from ..evaluation.paired import compare
 from ..model.layouts import OWN_LAYOUT
 from .methods import ratio_in_words
 from .runs import Results, Run, protocol
-from .tables import markdown, percent, perplexity
+from .tables import markdown, percent, perplexity, text_name
 
 FOLDER = "layouts"
 # Records of speed, by what ran the models.
@@ -31,7 +31,7 @@ def table(results: Results) -> str | None:
     folder = results.results / results.label / FOLDER
     read = {engine: _read(folder / name) for engine, name in SPEEDS.items() if (folder / name).is_file()}
     texts = list(dense.result["perplexity"])
-    header = ["gone", "layout", "parameters", "channels", *(Path(text).stem for text in texts)]
+    header = ["removed", "layout", "parameters", "channels", *map(text_name, texts)]
     header += [f"{stage}, {engine}" for engine in read for stage in STAGES]
     rows = [["0%", "dense", f"{dense.result['parameters']['total']:,}", ""]]
     rows[0] += [str(perplexity(dense, text)) for text in texts] + _speeds(read, dense)
@@ -42,11 +42,14 @@ def table(results: Results) -> str | None:
         cells = [percent(run.sparsity), _layout(run), f"{run.result['parameters']['total']:,}"]
         cells += [f"{min(widths)} to {max(widths)}" if len(set(widths)) > 1 else f"{widths[0]}"]
         rows.append(cells + [ratio_in_words([compared[text]]) for text in texts] + _speeds(read, run))
+    about = (
+        "Dense: perplexity and speed. Others: the ratio of the perplexity to the dense model's, with its paired error, "
+        "and the time as a share of the dense model's. Channels: of an MLP, over the layers."
+    )
     notes = [
-        "Perplexity of the dense model, of the others the ratio to it with its paired error; channels of an MLP, over "
-        "the layers. Speed: the time as a share of the dense model's, which took what its row says, one sequence at a "
-        "time; in each engine all models had their turn in every round of one process. llama.cpp ran files of what it "
-        "can read; those in Q8_0 have other sizes than their row says: those of the layouts' default, multiples of 32."
+        "Speed: one sequence at a time; in each engine all models had their turn in every round of one process. Where "
+        "llama.cpp cannot read a layout, there is no figure. Files in Q8_0 have sizes in multiples of 32, the layouts' "
+        "default, so that they differ a little from their rows."
     ]
     for engine, record in read.items():
         settings, machine = record["settings"], record["environment"]
@@ -55,7 +58,7 @@ def table(results: Results) -> str | None:
             f"{engine}{version}: {settings['prompt_tokens']} tokens, continued by {settings['new_tokens']}, medians of "
             f"{settings['repeats']} rounds, threads: {settings.get('threads', machine['cpu_threads'])}."
         )
-    return markdown("Layouts", header, rows, notes + protocol({_name(run): run for run in [dense, *runs]}))
+    return markdown("Layouts", header, rows, notes + protocol({_name(run): run for run in [dense, *runs]}), about)
 
 
 def _layout(run: Run) -> str:

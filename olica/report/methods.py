@@ -10,16 +10,24 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from ..duration import named_device
 from ..evaluation.paired import compare
 from ..outputs.names import RECIPES_OWN, recipe_in_words
-from .runs import Results, Run, protocol
-from .tables import Measured, markdown, mean_accuracy, percent, perplexity
+from .runs import Results, Run, drawn_by, on_times, protocol
+from .tables import Measured, markdown, mean_accuracy, percent, perplexity, text_name
 
 FOLDER = "methods"
 # What others are measured by: the better of these, at the same size and with the same text.
 FOUNDING = ("olica", "olica-grouped")
 # Two models are of one size when their parameters differ by less than this share.
 ALIKE = 0.005
+# What is said of the mixes that scripts name.
+MIXES = {
+    "paper": "calibrated on novels and Alpaca",
+    "web": "calibrated on web text",
+    "of_model": "20 % of the whole model",
+    "dial": "with other repairs",
+}
 # What is done with what stays, in words.
 REPAIRS = {RECIPES_OWN: "own repair", "none": "none", "least-squares": "least squares"}
 
@@ -92,10 +100,20 @@ class Mix:
         models = (row for record in self.timed for row in record["models"].items())
         return {Path(name).parts[-2:]: row["decode"]["ratio"] for name, row in models}
 
+    @property
+    def words(self) -> str:
+        """What is said of it."""
+        return MIXES.get(self.name, f"calibrated on {self.name}")
+
     @cached_property
     def texts(self) -> list[str]:
         """The corpora that were measured."""
         return list(self.dense.result["perplexity"])
+
+    def is_best(self, point: Point, text: str) -> bool:
+        """Whether none of its size has a lower perplexity, and some have one."""
+        gaps = [gap for other in self.points if _size(other) == _size(point) and (gap := other.gap(text)) is not None]
+        return len(gaps) > 1 and point.gap(text) == min(gaps)
 
     def share(self, point: Point, text: str) -> float | None:
         """Its gap as a share of that of the better founding recipe, each the mean over its seeds; None without one.
@@ -131,7 +149,7 @@ def mixes(results: Results) -> list[Mix]:
             Point(alike, [scored[run.folder.name] for run in alike if run.folder.name in scored], _ratios(alike, dense))
             for alike in grouped.values()
         ]
-        points.sort(key=_place)
+        points.sort(key=lambda point: (_size(point), _gap_of_the_first(point), point.recipe, -point.size[0]))
         timed = [
             json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("generation_speed_*.json"))
         ]
@@ -139,10 +157,15 @@ def mixes(results: Results) -> list[Mix]:
     return found
 
 
-def _place(point: Point) -> tuple:
-    """Its place in a table: by size, to a hundredth, by recipe, ours first, and by the size that was asked for."""
+def _size(point: Point) -> tuple[str, float]:
+    """Of what and how much was asked for, to a hundredth: such points stand together in a table."""
     sparsity, of = point.size
-    return of, round(sparsity, 2), not point.recipe.startswith("olica"), point.recipe, -sparsity
+    return of, round(sparsity, 2)
+
+
+def _gap_of_the_first(point: Point) -> float:
+    """The gap on the first text, by which points of one size are in order."""
+    return next((gap for text in point.ratios if (gap := point.gap(text)) is not None), math.inf)
 
 
 def _ratios(runs: list[Run], dense: Run) -> dict[str, list[dict]]:
@@ -155,44 +178,84 @@ def _ratios(runs: list[Run], dense: Run) -> dict[str, list[dict]]:
 
 
 def tables(results: Results) -> str | None:
-    """A table for each mix; None where nothing is recorded."""
-    return "\n\n".join(part for mix in mixes(results) for part in (_table(mix), _repairs(mix)) if part) or None
+    """Tables for each mix; None where nothing is recorded."""
+    made = [make(mix) for mix in mixes(results) for make in (_quality, _shares, _costs, _repairs)]
+    return "\n\n".join(filter(None, made)) or None
 
 
-def _table(mix: Mix) -> str:
+def _quality(mix: Mix) -> str:
+    """Perplexity on every text and accuracy on the tasks, and how all of it was made."""
     has_scores = any(point.scored for point in mix.points)
-    header = ["gone", "recipe", "parameters", "left of the layers", *(Path(text).stem for text in mix.texts)]
-    header += ["minutes", "peak memory, GB", *(["decoding"] if mix.decoding else [])]
+    header = ["removed", "recipe", "parameters", *map(text_name, mix.texts)]
     header += ["mean accuracy, %", "to dense"] if has_scores else []
-    whole = mix.dense.result["parameters"]["total"]
     measured = [str(perplexity(mix.dense, text)) for text in mix.texts]
     scores = [str(mean_accuracy(mix.dense_scored)) if mix.dense_scored else "", ""]
-    decoding = ["1"] if mix.decoding else []
-    rows = [["0%", "dense", f"{whole:,}", "100.0%", *measured, "", "", *decoding, *scores[: 2 * has_scores]]]
+    rows = [["0%", "dense", f"{mix.dense.result['parameters']['total']:,}", *measured, *scores[: 2 * has_scores]]]
     for point in mix.points:
-        first = point.runs[0]
-        sizes = [f"{point.parameters:,}", f"{point.layers_left:.1%}"]
-        cells = [_cell(mix, point, text) for text in mix.texts]
-        took = [f"{first.seconds / 60:.1f}", f"{first.peak_bytes / 1e9:.2f}"]
+        ratios = [_ratio(point, text) for text in mix.texts]
+        cells = [
+            f"**{ratio}**" if ratio and mix.is_best(point, text) else ratio
+            for ratio, text in zip(ratios, mix.texts, strict=True)
+        ]
+        names = [asked(point.size), point.recipe, f"{point.parameters:,}"]
+        rows.append([*names, *cells, *(_scores(mix, point) if has_scores else [])])
+    runs = {_name(point, run): run for point in mix.points for run in point.runs}
+    about = (
+        "Dense: perplexity. Others: its ratio to the dense model's, with the paired error; of several seeds of the "
+        "calibration set the geometric mean, then the least and the greatest. The best of each size is in bold."
+    )
+    notes = protocol({"dense": mix.dense} | runs, drawn_by)
+    return markdown(f"Methods beside each other, {mix.words}", header, rows, notes, about)
+
+
+def _shares(mix: Mix) -> str | None:
+    """The gap of each point to the dense model beside that of the founding recipes; None without these."""
+    others = [point for point in mix.points if point.recipe not in FOUNDING]
+    found = [(point, [mix.share(point, text) for text in mix.texts]) for point in others]
+    rows = [
+        [asked(point.size), point.recipe, *("" if share is None else f"{share:.2f}" for share in shares)]
+        for point, shares in found
+        if any(share is not None for share in shares)
+    ]
+    if not rows:
+        return None
+    about = (
+        "The logarithm of a ratio above, as a share of that of the better of `olica` and `olica-grouped`, with the "
+        f"same text and, within {ALIKE:.1%}, the same size: the lower, the better, and 1 is no gain. (The corrections "
+        "of these two come on top of the size that was asked for.)"
+    )
+    return markdown(
+        f"Share of Olica's gap, {mix.words}", ["removed", "recipe", *map(text_name, mix.texts)], rows, [], about
+    )
+
+
+def _costs(mix: Mix) -> str:
+    """What each pruning took, and what decoding takes where it was timed."""
+    header = ["removed", "recipe", "layers' parameters kept", "pruned on", "minutes", "peak memory, GB"]
+    header += ["decoding"] if mix.decoding else []
+    rows = []
+    for point in mix.points:
+        first, made = point.runs[0], point.runs[0].pruning["environment"]
+        device = named_device(made["device"], made["cpu_threads"])
+        took = [device, f"{first.seconds / 60:.1f}", f"{first.peak_bytes / 1e9:.2f}"]
         if mix.decoding:
             ratio = mix.decoding.get(Path(first.evaluation["settings"].get("checkpoint") or "").parts[-2:])
             took.append("" if ratio is None else f"{ratio:.2f}")
-        scores = _scores(mix, point) if has_scores else []
-        rows.append([asked(point.size), point.recipe, *sizes, *cells, *took, *scores])
-    runs = {
-        f"{point.recipe} {point.size[0]:.4g}, seed {run.pruning['settings']['seed']}": run
-        for point in mix.points
-        for run in point.runs
-    }
-    notes = [
-        "Perplexity of the dense model; of the others its ratio to that, with the paired error, and in brackets the "
-        "logarithm of this ratio as a share of that of the better of `olica` and `olica-grouped`, which have the same "
-        f"text and, within {ALIKE:.1%}, the same size: their corrections come on top of the size that was asked for. "
-        "Of several seeds it is the geometric mean, followed by the least and the greatest.",
-        *dict.fromkeys(_timing(record) for record in mix.timed),
-        *protocol({"dense": mix.dense} | runs),
-    ]
-    return markdown(f"Methods beside each other, calibrated on {mix.name}", header, rows, notes)
+        rows.append([asked(point.size), point.recipe, f"{point.layers_left:.1%}", *took])
+    notes = on_times({_name(point, point.runs[0]): point.runs[0] for point in mix.points})
+    notes += dict.fromkeys(map(_timing, mix.timed))
+    about = (
+        "Of the first seed. Memory is the device's where there is one. Times of different machines say nothing about "
+        "the recipes, and on CPUs other work ran beside most of them: "
+        "[what pruning takes](docs/measurements.md#what-pruning-takes) was measured alone."
+    )
+    return markdown(f"Cost, {mix.words}", header, rows, notes, about)
+
+
+def _name(point: Point, run: Run) -> str:
+    """What notes call a run."""
+    seed = run.pruning["settings"]["seed"]
+    return f"{point.recipe} {percent(point.size[0])}{f' (seed {seed})' if seed else ''}"
 
 
 def _timing(record: dict) -> str:
@@ -216,17 +279,17 @@ def _repairs(mix: Mix) -> str | None:
     turned = {key: points for key, points in found.items() if len(points) > 1}
     if not turned:
         return None
-    header = ["gone", "choice", *(f"{Path(text).stem}, {name}" for text in mix.texts for name in REPAIRS.values())]
+    header = ["removed", "choice", *(f"{text_name(text)}, {name}" for text in mix.texts for name in REPAIRS.values())]
     rows = [
         [asked(size), recipe]
-        + [_cell(mix, points[repair], text) if repair in points else "" for text in mix.texts for repair in REPAIRS]
+        + [_ratio(points[repair], text) if repair in points else "" for text in mix.texts for repair in REPAIRS]
         for (size, recipe), points in turned.items()
     ]
-    notes = [
-        "The same choice of what stays at the same number of parameters, then what the recipe does with it, nothing, "
-        "or the refit of `olica-plus`. Figures are those of the table above."
-    ]
-    return markdown(f"Choice and repair, calibrated on {mix.name}", header, rows, notes)
+    about = (
+        "The same choice of what stays, at the same number of parameters, and then what the recipe does with it, "
+        "nothing, or the refit of `olica-plus`. Figures are those of the first table."
+    )
+    return markdown(f"Choice and repair, {mix.words}", header, rows, [], about)
 
 
 def asked(size: tuple[float, str]) -> str:
@@ -236,12 +299,9 @@ def asked(size: tuple[float, str]) -> str:
     return share if of == "model" else f"{share} of the layers"
 
 
-def _cell(mix: Mix, point: Point, text: str) -> str:
-    if point.gap(text) is None:
-        return ""
-    share = mix.share(point, text)
-    known = f" ({share:.2f})" if share is not None and point.recipe not in FOUNDING else ""
-    return f"{ratio_in_words(point.ratios[text])}{known}"
+def _ratio(point: Point, text: str) -> str:
+    """See `ratio_in_words`; empty where the text was not measured by the same windows."""
+    return "" if point.gap(text) is None else ratio_in_words(point.ratios[text])
 
 
 def ratio_in_words(rows: list[dict]) -> str:

@@ -8,13 +8,16 @@ longer windows. Ours are among them.
 import json
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 from ..evaluation.paired import PAPER_METRIC, compare
 from .methods import ratio_in_words
 from .runs import Results, Run, limited, origin
-from .tables import TASKS, Measured, markdown, percent, perplexity
+from .tables import TASKS, Measured, markdown, percent, perplexity, text_name
 
+ABOUT = (
+    "Dense: perplexity and accuracy. Others: the ratio of the perplexity to the dense model's and the difference of "
+    "the accuracy in points, with the paired error."
+)
 FOLDER = "peers_as_shipped"
 LONG = "long"
 
@@ -80,8 +83,8 @@ def table(results: Results) -> str | None:
     recorded = read(results)
     if recorded is None:
         return None
-    header = ["gone", "pruner", "version", "tokens", "parameters", *(Path(text).stem for text in recorded.texts)]
-    header += [f"{Path(text).stem}, long windows" for text in recorded.long_texts]
+    header = ["removed", "pruner", "version", "tokens", "parameters", *map(text_name, recorded.texts)]
+    header += [f"{text_name(text)}, long windows" for text in recorded.long_texts]
     header += [*(f"{TASKS[task]}, %" for task in recorded.tasks), "seconds", "peak memory, GB"]
     rows = [_dense_row(recorded)]
     sparsities = {run.sparsity for run in recorded.peers} | {failed["sparsity"] for failed in recorded.failures}
@@ -92,7 +95,7 @@ def table(results: Results) -> str | None:
                 names = [percent(sparsity), failed["peer"], ", ".join(failed["packages"]), "", "not run"]
                 rows.append(names + [""] * (len(header) - len(names)))
         rows += [_our_row(recorded, runs) for runs in recorded.ours if runs[0].sparsity == sparsity]
-    return markdown("Pruners of other people, as they ship", header, rows, _notes(recorded))
+    return markdown("Pruners of other people, as they ship", header, rows, _notes(recorded), ABOUT)
 
 
 def _dense_row(recorded: Recorded) -> list[str]:
@@ -152,12 +155,11 @@ def _notes(recorded: Recorded) -> list[str]:
     dense, long = recorded.dense, recorded.long.get((None, 0.0))
     calibrated = next((run for run in recorded.peers if run.pruning["calibration"]), None)
     lines = [
-        "Perplexity and accuracy of the dense model; of the others the ratio of the perplexity and the difference of "
-        "the accuracy in points to that, with the paired error. Packages are used as they ship, by their documented "
-        "calls: all of them prune the MLPs alone, every layer to one width, and none but OSSCAR repairs what stays. Of "
-        "nvidia-modelopt the scores are taken, the cut is ours. Of `olica` and its kin the perplexity is the geometric "
-        "mean over the seeds, which drew other tokens of the same texts, followed by the least and the greatest; all "
-        "else is of the first seed, which was calibrated on the same tokens as the others."
+        "Packages are used as they ship, by their documented calls: all of them prune the MLPs alone, every layer to "
+        "one width, and none but OSSCAR repairs what stays. Of nvidia-modelopt the scores are taken, the cut is ours.",
+        "Of `olica` and its kin the perplexity is the geometric mean over the seeds, which drew other tokens of the "
+        "same texts, followed by the least and the greatest; all else is of the first seed, which was calibrated on "
+        "the same tokens as the others.",
     ]
     lines += [_windows(run) for run in (dense, long) if run]
     if calibrated:
@@ -179,7 +181,7 @@ def _notes(recorded: Recorded) -> list[str]:
 def _windows(run: Run) -> str:
     """Windows of every text, and the dtype; the texts differ in how many windows they have."""
     said = [
-        f"{Path(text).stem} {measured['windows']} windows of {measured['seqlen']} tokens"
+        f"{text_name(text)} {measured['windows']} windows of {measured['seqlen']} tokens"
         for text, measured in run.result["perplexity"].items()
     ]
     return f"Perplexity: {', '.join(said)}; run in {run.result['dtype']}."

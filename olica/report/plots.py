@@ -12,6 +12,7 @@ from ..errors import UsageError
 from ..evaluation.paired import paired_difference, unpack_floats
 from .methods import FOUNDING, mixes
 from .runs import Results, Run, correction, in_common, newest_alike, origin, statements
+from .tables import text_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 PROJECTIONS = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "output"}
 PERPLEXITY = "perplexity on WikiText-2"
+# Of this project's recipes among others, which are grey.
+OUR_COLOURS = {"olica": "C0", "olica-grouped": "C1", "olica-plus": "C2"}
 
 
 @dataclass(frozen=True)
@@ -30,14 +33,14 @@ class Drawing:
     notes: list[str]
 
 
-def _panels(columns: int) -> "tuple[Figure, list[Axes]]":
-    """An empty figure of panels side by side, and these."""
+def _panels(columns: int, rows: int = 1) -> "tuple[Figure, list[Axes]]":
+    """An empty figure of panels side by side, in so many rows, and these."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UsageError('figures need the package matplotlib: pip install "olica[plots]"') from error
-    figure = Figure(figsize=(5.2 * columns, 4), layout="constrained", dpi=130)
-    return figure, list(figure.subplots(1, columns, squeeze=False).flat)
+    figure = Figure(figsize=(5.2 * columns, 4 * rows), layout="constrained", dpi=130)
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
 def _logarithmic(axes: "Axes") -> None:
@@ -212,46 +215,52 @@ def plan(record: dict, hidden: int) -> "Figure":
 
 
 def quality_over_size(models: Iterable[Results]) -> "Figure | None":
-    """Perplexity over the decoder layers' parameters left, of all recipes, models and mixes; a panel for each text.
+    """Perplexity over the decoder layers' parameters left, of all recipes; a panel for each model and text.
 
-    Perplexities are ratios to the dense model's, sizes shares of its layers. Each recipe is labelled where its longest
-    line ends; what lies far above the founding recipes is named above the panel instead.
+    Perplexities are ratios to the dense model's, sizes shares of its layers. Mixes of calibration texts differ by the
+    style of their lines. Recipes of this project have colours; every recipe is labelled where its longest line ends,
+    and what lies far above the founding recipes is named above the panel instead.
     """
-    found = [(results, mix) for results in models for mix in mixes(results)]
+    found = {results: made for results in models if (made := mixes(results))}
     if not found:
         return None
-    texts = list(dict.fromkeys(text for _, mix in found for text in mix.texts))[:2]
-    figure, panels = _panels(len(texts))
-    recipes = list(dict.fromkeys(point.recipe for _, mix in found for point in mix.points))
-    for axes, text in zip(panels, texts, strict=True):
+    columns = min(2, max(len(made[0].texts) for made in found.values()))
+    figure, panels = _panels(columns, len(found))
+    shown = [(results, text) for results, made in found.items() for text in (made[0].texts + [None])[:columns]]
+    for axes, (results, text) in zip(panels, shown, strict=True):
+        if text is None:
+            axes.remove()
+            continue
         lines = {}
-        for (results, mix), style in zip(found, itertools.cycle(("-", "--", ":", "-.")), strict=False):
-            axes.plot([], [], style, color="grey", label=f"{results.label}, calibrated on {mix.name}")
+        recipes = list(dict.fromkeys(point.recipe for mix in found[results] for point in mix.points))
+        for mix, style in zip(found[results], itertools.cycle(("-", "--", ":", "-.")), strict=False):
+            axes.plot([], [], style, color="grey", label=mix.words)
             for recipe in recipes:
                 points = [p for p in mix.points if p.recipe == recipe and p.gap(text) is not None]
                 if points:
                     points.sort(key=lambda point: -point.layers_left)
                     left = [100, *(100 * point.layers_left for point in points)]
                     ratios = [1, *(math.exp(point.gap(text)) for point in points)]
-                    colour = f"C{recipes.index(recipe) % 10}"
-                    (line,) = axes.plot(left, ratios, style, color=colour, marker="o", markersize=3)
-                    line.set_gid(f"{recipe}, {results.label}, {mix.name}")
+                    colour = OUR_COLOURS.get(recipe, "0.6")
+                    width = 2 if recipe in OUR_COLOURS else 1
+                    (line,) = axes.plot(left, ratios, style, color=colour, linewidth=width, marker="o", markersize=3)
+                    line.set_gid(f"{recipe}, {mix.name}")
                     if recipe not in lines or left[-1] < lines[recipe].get_xdata()[-1]:
                         lines[recipe] = line
         of_founding = [lines[recipe].get_ydata()[-1] for recipe in FOUNDING if recipe in lines]
         top = 2 * max(of_founding) if of_founding else math.inf
         above = [recipe for recipe, line in lines.items() if line.get_ydata()[-1] > top]
-        title = Path(text).stem + (f" (above it: {', '.join(above)})" if above else "")
+        title = f"{results.label}, {text_name(text)}" + (f" (above it: {', '.join(above)})" if above else "")
         axes.set(title=title, xlabel="parameters of the decoder layers left, %", ylabel="perplexity, ratio to dense")
         axes.title.set_fontsize("medium")
         _logarithmic(axes)
         if above:
             axes.set_ylim(0.9, top)
-        least = 100 * min(point.layers_left for _, mix in found for point in mix.points)
+        least = 100 * min(point.layers_left for mix in found[results] for point in mix.points)
         axes.set_xlim(102, least - 20)  # for the names
         _label_ends(axes, {recipe: line for recipe, line in lines.items() if recipe not in above})
         axes.grid(alpha=0.3)
-    panels[0].legend(fontsize="x-small")
+        axes.legend(fontsize="x-small")
     return figure
 
 
@@ -277,6 +286,7 @@ def _label_ends(axes: "Axes", lines: "dict[str, Line2D]") -> None:
                 color=lines[name].get_color(),
                 fontsize="small",
                 va="center",
+                bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.5},  # over lines
                 arrowprops={"arrowstyle": "-", "color": lines[name].get_color(), "linewidth": 0.5, "shrinkA": 0},
             )
 

@@ -10,12 +10,16 @@ RECORD = Path("compatibility") / "releases.json"
 ALIKE = 1e-4
 ABOUT = (
     "Tiny models of every family that a release has, pruned to the layouts `olica` (recipes `olica`, `olica-plus`), "
-    f"`stock` and `deci`. Of how many each check holds: logits within {ALIKE:g} of this package's in float32; the same "
-    "tokens of texts; the same greedy continuation with a cache, without one and by this package; the same logits "
-    "after saving and loading again; and what the release saved is read by this package. Gemma 2 ran with "
-    '`attn_implementation="eager"`: the fused attention of some releases leaves its cap out, of the dense model too. '
-    "What fails of `stock`, which has no code of ours, is the release's own."
+    "`stock` and `deci`: of how many each check holds."
 )
+CHECKED = [
+    f"Logits: within {ALIKE:g} of this package's in float32. Tokens: the same of texts. Generated: the same greedy "
+    "continuation with a cache, without one and by this package. Saved: the same logits after saving and loading "
+    "again, and what the release saved is read by this package.",
+    'Gemma 2 ran with `attn_implementation="eager"`: the fused attention of some releases leaves its cap out, of the '
+    "dense model too.",
+    "What fails of `stock`, which has no code of ours, is the release's own.",
+]
 CHECKS = ("tokens", "generated", "saved")
 HEADER = ["transformers", "code", "checkpoints", "logits alike", "largest difference", "tokens"]
 HEADER += ["generated with a cache", "saved and read again", "read by this package"]
@@ -27,7 +31,7 @@ def table(results: Path) -> str | None:
     if not path.is_file():
         return None
     record = json.loads(path.read_text(encoding="utf-8"))
-    rows, notes = [], [ABOUT]
+    rows, notes = [], [*CHECKED]
     for found in record["releases"]:
         checkpoints, code = found["checkpoints"], "olica" if found["with_olica"] else "the checkpoint's"
         tried = {name: row for name, row in checkpoints.items() if row}
@@ -41,7 +45,7 @@ def table(results: Path) -> str | None:
             notes.append(f"{named} has no family of these: {', '.join(lacking)}.")
     made = record["environment"]
     notes.append(f"Record: `{path.as_posix()}`, made by `scripts/compatibility.sh` at commit {made['git_commit']}.")
-    return markdown("Releases of transformers", HEADER, rows, notes)
+    return markdown("Releases of transformers", HEADER, rows, notes, ABOUT)
 
 
 def _counts(tried: list[dict]) -> list[str]:

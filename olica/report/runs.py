@@ -34,7 +34,6 @@ OTHER_MODELS = {
 # The names for readers of all models that are known, by the folders of their records.
 MODELS = PAPER_MODELS | OTHER_MODELS
 
-
 # What a pruning was asked for, beside its calibration set.
 PRUNING_SETTINGS = ("sparsity", "k", "mlp_num", "ratio", "percdamp", "round_to", "seed")
 
@@ -118,9 +117,15 @@ class Run:
         return sum(seconds for name, seconds in stages if name != "calibration set")
 
     @property
+    def is_on_gpu(self) -> bool:
+        """Whether it was pruned on one."""
+        return self.pruning["environment"]["device"] != "cpu"
+
+    @property
     def peak_bytes(self) -> int:
         """Peak memory of the pruning: the device's on a GPU, else the host's."""
-        return max(stage["device_bytes"] or stage["host_bytes"] for stage in self.pruning["stages"].values())
+        where = "device_bytes" if self.is_on_gpu else "host_bytes"
+        return max(stage[where] or 0 for stage in self.pruning["stages"].values())
 
 
 @dataclass(frozen=True)
@@ -179,18 +184,20 @@ def newest_alike(runs: list[Run], *but: str) -> list[Run]:
     return [run for run in runs if run.setup(*but) == newest.setup(*but)]
 
 
-def protocol(runs: dict[str, Run]) -> list[str]:
-    """Lines that say how the runs of a table were made, by what it calls them; where they differ, which is which."""
-    made = {name: run.pruning for name, run in runs.items() if run.pruning}
-    lines = [
-        f"Interrupted, so that its time is that of its last part: {name}."
-        for name, record in made.items()
-        if record["went_on_after"]
-    ]
-    lines += [f"{note}: {name}." for name, record in made.items() if (note := note_on_survey(record))]
-    for describe in MADE:
-        lines += statements(describe, runs)
+def protocol(runs: dict[str, Run], *but: Callable[[Run], str | None]) -> list[str]:
+    """Lines that say how the runs of a table were made, by what it calls them; where they differ, which is which.
+
+    Args:
+        but: what of `MADE` is said elsewhere.
+    """
+    lines = [line for describe in MADE if describe not in but for line in statements(describe, runs)]
     return lines + _reservations(runs.values()) + origins(runs.values()) + _rarer_commits(runs)
+
+
+def on_times(runs: dict[str, Run]) -> list[str]:
+    """What is to be known of the times of the runs of a table, by what it calls them."""
+    pruned = {name: run for name, run in runs.items() if run.pruning}
+    return [line for describe in (_interruption, _survey) for line in statements(describe, pruned, of_all=True)]
 
 
 def _rarer_commits(runs: dict[str, Run]) -> list[str]:
@@ -199,8 +206,8 @@ def _rarer_commits(runs: dict[str, Run]) -> list[str]:
     if len(set(of.values())) < 2:
         return []
     (most, _), *rarer = Counter(of.values()).most_common()
-    named = [f"at commit {commit}: {', '.join(name for name in of if of[name] == commit)}" for commit, _ in rarer]
-    return [f"Pruned {'; '.join(named)}; all others at {most}."]
+    named = [f"at {commit}: {', '.join(name for name in of if of[name] == commit)}" for commit, _ in rarer]
+    return [f"Pruned at commit {most}, but {'; '.join(named)}."]
 
 
 def origins(runs: Iterable[Run]) -> list[str]:
@@ -224,14 +231,21 @@ def origin(folders: Iterable[str], environments: Iterable[dict]) -> str:
     )
 
 
-def statements(describe: Callable[[Run], str | None], runs: dict[str, Run]) -> list[str]:
-    """What is to be said of the runs, each thing once, with the names of the runs where it does not hold of all."""
+def statements(describe: Callable[[Run], str | None], runs: dict[str, Run], of_all: bool = False) -> list[str]:
+    """What is to be said of the runs, each thing once, with the names of the runs where it does not hold of all.
+
+    Args:
+        of_all: whether a thing is worth its names, too, where `describe` says nothing of the others.
+    """
     said = {name: line for name, run in runs.items() if (line := describe(run))}
-    asked = [name for name, run in runs.items() if name in said or run.pruning]
+    asked = [name for name, run in runs.items() if of_all or name in said or run.pruning]
     lines = []
     for line in dict.fromkeys(said.values()):
-        names = [name for name, of_run in said.items() if of_run == line]
-        lines.append(line if len(names) == len(asked) else f"{line[:-1]} ({', '.join(names)}).")
+        names = [name for name in asked if said.get(name) == line]
+        others = [name for name in asked if name not in names]
+        is_long = len(names) > max(3, len(others))
+        which = f"all but {', '.join(others)}" if is_long else ", ".join(names)
+        lines.append(f"{line[:-1]} ({which})." if others else line)
     return lines
 
 
@@ -244,6 +258,15 @@ def in_common(runs: Sequence[Run]) -> list[str]:
 
 def _reservations(runs: Iterable[Run]) -> list[str]:
     return [] if all(run.is_whole for run in runs) else ["The paper measured all windows and all rows."]
+
+
+def _interruption(run: Run) -> str | None:
+    went_on = run.pruning["went_on_after"]
+    return "Interrupted, so that its time is that of its last part." if went_on else None
+
+
+def _survey(run: Run) -> str | None:
+    return f"{note}." if (note := note_on_survey(run.pruning)) else None
 
 
 def measuring(run: Run) -> str:
@@ -273,7 +296,12 @@ def _calibration_set(run: Run) -> str | None:
     if not run.pruning:
         return None
     samples, tokens = run.pruning["calibration"]["ids"]
-    return f"Calibration: {samples} samples of {tokens} tokens, seed {run.pruning['settings']['seed']}."
+    return f"Calibration: {samples} samples of {tokens} tokens."
+
+
+def drawn_by(run: Run) -> str | None:
+    """Which seed drew the calibration set."""
+    return f"Seed of the calibration set: {run.pruning['settings']['seed']}." if run.pruning else None
 
 
 def _texts(run: Run) -> str | None:
@@ -300,4 +328,4 @@ def _shares(run: Run) -> str | None:
 
 
 # What is to be said of every run.
-MADE = (measuring, _scoring, _calibration_set, _texts, correction, _shares)
+MADE = (measuring, _scoring, _calibration_set, drawn_by, _texts, correction, _shares)

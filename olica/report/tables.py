@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ..evaluation.paired import PAPER_METRIC, compare, perplexity_error
 from ..terminal import with_error
-from .runs import TEXT, Results, Run, newest_alike, protocol
+from .runs import TEXT, Results, Run, newest_alike, on_times, protocol
 
 # The paper's order of columns.
 TASKS = {
@@ -16,6 +17,18 @@ TASKS = {
     "arc_easy": "ARC-e",
     "arc_challenge": "ARC-c",
     "openbookqa": "OBQA",
+}
+# What tables call the texts, by the names of their files without an ending, or by those of `--ppl`.
+TEXTS = {
+    "wikitext2": "WikiText-2",
+    "wikitext2_raw_validation": "WikiText-2, validation",
+    "c4_report": "C4",
+    "c4_calibrate": "C4, other documents",
+    "ptb": "PTB",
+    "novels_report": "novels",
+    "novels_calibrate": "novels",
+    "alpaca_6k": "Alpaca",
+    "openwebtext_1000": "OpenWebText",
 }
 # Which sparsities a table shows.
 SPARSITIES = {1: (0.25, 0.33), 2: (0.2, 0.25, 0.33), 3: (0.2, 0.3), 4: (0.2, 0.25, 0.33), 7: (0.5,)}
@@ -69,14 +82,25 @@ class Table:
         return [*names, f"{paper:{ours.sign},.{ours.digits}f}", str(ours), f"{ours.value - paper:+,.{ours.digits}f}"]
 
 
-def markdown(title: str, header: list[str], rows: list[list[str]], notes: list[str]) -> str:
-    """A table under its title, followed by notes, a line each."""
+def markdown(title: str, header: list[str], rows: list[list[str]], notes: list[str], about: str = "") -> str:
+    """A table under its title and what it is `about`, followed by a list of notes."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [
         "| " + " | ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)) + " |"
         for cells in (header, ["-" * width for width in widths], *rows)
     ]
-    return "\n".join([f"### {title}", "", *lines, "", *notes])
+    return "\n".join([f"### {title}", "", *([about, ""] if about else []), *lines, *bullets(notes)])
+
+
+def bullets(notes: list[str]) -> list[str]:
+    """The lines of a list, after an empty one; nothing without notes."""
+    return ["", *(f"- {note}" for note in notes)] if notes else []
+
+
+def text_name(text: str) -> str:
+    """What tables call a text, by its name, or its file's, in a record."""
+    name = Path(text).name.partition(".")[0]
+    return TEXTS.get(name, name)
 
 
 def percent(share: float) -> str:
@@ -169,15 +193,15 @@ def resources(results: Results) -> str | None:
             continue
         printed = next((row for row in results.paper(1) if row["method"] == "Olica"), {})
         quality_there = printed.get("results", {}).get(f"{sparsity:g}", {})
-        name, on_gpu = f"{sparsity:.0%}", run.pruning["environment"]["device"] != "cpu"
+        name = f"{sparsity:.0%}"
         shown[name] = run
         table.add([name, "samples"], Measured(run.pruning["calibration"]["ids"][0], digits=0), printed.get("samples"))
         table.add([name, "minutes"], Measured(run.seconds / 60, digits=1), printed.get("minutes"))
-        where, papers = ("GPU", printed.get("device_gigabytes")) if on_gpu else ("host", None)
+        where, papers = ("GPU", printed.get("device_gigabytes")) if run.is_on_gpu else ("host", None)
         table.add([name, f"peak {where} memory, GB"], Measured(run.peak_bytes / 1e9), papers)
         table.add([name, "perplexity"], quality_figures(run)["perplexity"][1], quality_there.get("perplexity"))
         table.add([name, "mean accuracy, %"], mean_accuracy(run), quality_there.get("mean"))
-    table.notes += protocol(shown) + results.papers_notes(1)
+    table.notes += protocol(shown) + on_times(shown) + results.papers_notes(1)
     return table.markdown() if table.rows else None
 
 
@@ -263,7 +287,7 @@ def ond_methods(results: Results) -> str | None:
         there = printed.get(method, {})
         table.add([method, "seconds"], Measured(run.seconds, digits=0), there.get("seconds"))
         _add_quality(table, [method], run, there, shown["Fast-OND"], printed.get("Fast-OND", {}))
-    table.notes += protocol(shown) + results.papers_notes(6)
+    table.notes += protocol(shown) + on_times(shown) + results.papers_notes(6)
     return table.markdown()
 
 

@@ -3,12 +3,10 @@
 The runs are those of scripts/texts.sh: `texts/dense` and `texts/NAME_RECIPE`.
 """
 
-from pathlib import Path
-
 from ..evaluation.paired import compare
 from .methods import ratio_in_words
 from .runs import Results, Run, protocol
-from .tables import markdown, perplexity
+from .tables import markdown, perplexity, text_name
 
 FOLDER = "texts"
 
@@ -33,13 +31,13 @@ def table(results: Results) -> str | None:
         is_best = [row["ratio"] == best[run.recipe, corpus] for row, corpus in zip(found, corpora, strict=True)]
         words = [ratio_in_words([row]) for row in found]
         rows.append([run.recipe, _name(run), *(f"**{w}**" if b else w for w, b in zip(words, is_best, strict=True))])
-    notes = [
-        "Perplexity of the dense model; of the others the ratio to it, with the paired error, the best of each recipe "
-        "on a corpus in bold. scripts/texts.sh says what the names stand for.",
-        *protocol({"dense": dense} | {f"{run.recipe}, {_name(run)}": run for run in runs}),
-    ]
-    header = ["recipe", "calibrated on", *(Path(corpus).stem for corpus in corpora)]
-    return markdown("Calibrated on, measured on", header, rows, notes)
+    about = (
+        "Dense: perplexity. Others: its ratio to the dense model's, with the paired error; the best of each recipe on "
+        "a corpus in bold. `scripts/texts.sh` says what the names stand for."
+    )
+    notes = protocol({"dense": dense} | {f"{run.recipe} by {_name(run)}": run for run in runs})
+    header = ["recipe", "calibrated on", *map(text_name, corpora)]
+    return markdown("Calibrated on, measured on", header, rows, notes, about)
 
 
 def _name(run: Run) -> str:
