@@ -4,10 +4,11 @@ from pathlib import Path
 
 import torch
 
-from .duration import Pruning, nearest, read_timed, time_in_words
+from .duration import Pruning, nearest, read_timed
 from .jobs import Job, Settings
 from .methods.sizes import describe_plan
 from .pruning.memory import survey_disk_bytes
+from .terminal import time_in_words
 
 # Where a checkout has its records; an installed package has none.
 RECORDS = Path(__file__).parents[1] / "results"

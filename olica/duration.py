@@ -24,6 +24,7 @@ from statistics import fmean
 from .methods.recipe import TravellingSurvey
 from .methods.recipes import RECIPES
 from .sources.weights import DTYPES
+from .terminal import named_device
 
 KIND = "pruning speed"
 # What the time of a stage grows with.
@@ -164,24 +165,6 @@ def _pruning_of(record: dict, layers: int | None) -> Pruning | None:
         total=parameters["before"],
         ids_shape=tuple(record.get("calibration", drawn)),
     )
-
-
-def time_in_words(seconds: float) -> str:
-    """A time to two digits."""
-    for unit, size in (("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{two_digits(seconds / size)} {unit}"
-    return f"{two_digits(seconds)} s"
-
-
-def two_digits(number: float) -> str:
-    """A number below a million, rounded to two digits."""
-    return f"{float(f'{number:.2g}'):g}"
-
-
-def named_device(device: str, threads: int) -> str:
-    """The name of a device, as records have it; a CPU's with its threads."""
-    return f"{threads} thread{'s' * (threads > 1)} of a CPU" if device == "cpu" else device
 
 
 def nearest(asked: Pruning, timed: Iterable[Timed]) -> Timed | None:

@@ -8,6 +8,8 @@ from time import monotonic
 
 from tqdm import tqdm
 
+from .terminal import time_in_words
+
 # Without a terminal (nohup, a batch system, a file) a line is printed no more often, in seconds.
 LINE_EVERY = 30.0
 
@@ -17,13 +19,13 @@ class Bar:
 
     def __init__(self, total: int, is_shown: bool = True):
         """Show nothing yet, or never; `total` is the number of layers of all stages."""
-        self._total, self._done, self._is_shown = total, 0, is_shown
+        self._total, self._done, self._skipped, self._is_shown = total, 0, 0, is_shown
         self._begun = self._said = monotonic()
         self._tqdm = tqdm(total=total, unit="layer", leave=False) if is_shown and sys.stderr.isatty() else None
 
     def through(self, stage: str, first: int, count: int) -> Iterator[int]:
         """Yield the indices `first` to `count` - 1 of the layers, and show each as done when the next is asked for."""
-        self._step(first, stage, "")
+        self.skip(first)
         for index in range(first, count):
             if self._tqdm:
                 self._tqdm.set_description(f"{stage}, layer {index}")
@@ -32,6 +34,7 @@ class Bar:
 
     def skip(self, layers: int) -> None:
         """Count the layers of a stage that is done already."""
+        self._skipped += layers
         self._step(layers, "", "")
 
     def close(self) -> None:
@@ -45,8 +48,10 @@ class Bar:
             self._tqdm.update(layers)
         elif where and self._is_shown and monotonic() - self._said > LINE_EVERY:
             self._said = monotonic()
-            seconds = self._said - self._begun
-            print(f"{stage}: {where}, {self._done / self._total:.0%} of the run, {seconds:.0f} s", file=sys.stderr)
+            taken = self._said - self._begun
+            left = taken / (self._done - self._skipped) * (self._total - self._done)
+            times = f"{time_in_words(taken)} so far, about {time_in_words(left)} left"
+            print(f"{stage}: {where}, {self._done / self._total:.0%} of the run, {times}", file=sys.stderr)
 
 
 _shown: ContextVar[Bar | None] = ContextVar("shown", default=None)

@@ -71,3 +71,21 @@ def forgiving_output() -> Iterator[None]:
         finally:
             for stream in filter(None, streams):
                 stream.flush()
+
+
+def time_in_words(seconds: float) -> str:
+    """A time to two digits."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{two_digits(seconds / size)} {unit}"
+    return f"{two_digits(seconds)} s"
+
+
+def two_digits(number: float) -> str:
+    """A number below a million, rounded to two digits."""
+    return f"{float(f'{number:.2g}'):g}"
+
+
+def named_device(device: str, threads: int) -> str:
+    """The name of a device, as records have it; a CPU's with its threads."""
+    return f"{threads} thread{'s' * (threads > 1)} of a CPU" if device == "cpu" else device

@@ -9,7 +9,7 @@ from conftest import make_llama
 
 from olica import described
 from olica.described import as_timed, describe
-from olica.duration import STAGES, Pruning, nearest, read_timed, time_in_words
+from olica.duration import STAGES, Pruning, nearest, read_timed
 from olica.jobs import prepare, settings_of
 from olica.pruning.memory import survey_disk_bytes
 
@@ -101,11 +101,6 @@ def test_records_that_do_not_say_enough_are_left_out(tmp_path):
     assert read_timed(tmp_path) == read_timed(tmp_path / "nowhere") == []
     (timed,) = read_timed(tmp_path, {"deep/speed.json": 4})
     assert (timed.pruning.layers, timed.pruning.ids_shape) == (4, (7, 5))
-
-
-def test_times_have_two_digits():
-    shown = {0.333: "0.33 s", 119: "120 s", 120: "2 min", 333: "5.5 min", 7199: "120 min", 7200: "2 h", 99999: "28 h"}
-    assert {seconds: time_in_words(seconds) for seconds in shown} == shown
 
 
 def test_a_dry_run_gives_a_time_where_the_same_kind_of_device_was_timed(job, tmp_path, monkeypatch):

@@ -60,6 +60,17 @@ def test_recipes_stand_beside_each_other_with_their_share_of_the_founding_gap(re
     assert costs["olica-plus"] == ["75.0%", "a GPU", "6.0", "3.00"], "memory of the device, not of the host"
 
 
+def test_a_trial_may_leave_the_papers_text_out(record):
+    recipe_runs(record)
+    for path in (record.folder / record.label / "methods").rglob("evaluation.json"):
+        measured = json.loads(path.read_text())
+        texts = measured["results"]["model"]["perplexity"]
+        texts["pydoc"] = texts.pop("wikitext2")
+        path.write_text(json.dumps(measured))
+    header, *rows = tables(record)["Methods beside each other"]
+    assert header[3] == "pydoc" and rows[1][3].startswith("**1.34 ±")
+
+
 def test_memory_of_a_cpu_is_the_hosts(record):
     recipe_runs(record)
     path = record.folder / record.label / "methods/paper/a/pruning.json"

@@ -59,9 +59,15 @@ def prose(page: Path) -> str:
 
 
 def anchors(page: Path) -> set[str]:
-    """What a link's #part may name: the page's headings, lower case, spaces as hyphens, without punctuation."""
+    """What a link's #part may name: the page's headings, lower case, spaces as hyphens, without punctuation.
+
+    A heading that stands again has the number of times that it stood before.
+    """
     headings = re.findall(r"^#+ (.*)$", prose(page), flags=re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    places = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+    return {
+        f"{place}-{before}" if (before := places[:index].count(place)) else place for index, place in enumerate(places)
+    }
 
 
 def commands(page: Path) -> Iterator[list[str]]:
@@ -88,7 +94,7 @@ def test_the_readme_is_read_in_minutes():
     assert len(README.read_text().splitlines()) <= 150
 
 
-@every_page
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "RESULTS.md"], ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if re.match(r"https?:", target):

@@ -14,8 +14,10 @@ from called import call
 from conftest import save_tiny
 
 import model_evaluate
+from olica import progress_bar
 from olica.command_line import run_command
 from olica.errors import UsageError
+from olica.terminal import time_in_words
 
 ROOT = Path(__file__).parents[1]
 
@@ -74,6 +76,7 @@ def test_a_reader_that_has_gone_costs_nothing(here, monkeypatch, buffering):
 
 PRINTING = """
 import argparse, sys
+from olica import progress_bar
 from olica.command_line import run_command
 def run(args):
     for number in range(1000):
@@ -97,3 +100,31 @@ def test_the_first_lines_of_a_command(unbuffered, fast_python):
 def test_a_closed_output(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     assert run_command(argparse.ArgumentParser(), lambda args: print(torch.pi), []) == 0
+
+
+def test_times_have_two_digits():
+    shown = {0.333: "0.33 s", 119: "120 s", 120: "2 min", 333: "5.5 min", 7199: "120 min", 7200: "2 h", 99999: "28 h"}
+    assert {seconds: time_in_words(seconds) for seconds in shown} == shown
+
+
+def test_without_a_terminal_a_line_says_how_far_a_run_is_and_how_long_it_will_take(monkeypatch, capsys):
+    """Of two stages of 10 layers, the first of which were done by a run before; every layer takes 20 seconds."""
+    clock = iter(range(0, 10000, 20))
+    now = [next(clock)]
+    monkeypatch.setattr(progress_bar, "monotonic", lambda: now[0])
+    with progress_bar.one_bar(20) as bar:
+        bar.skip(10)
+        for _ in bar.through("prune", 4, 10):
+            now[0] = next(clock)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "prune: layer 5 of 10, 80% of the run, 40 s so far, about 80 s left"
+    assert lines[-1] == "prune: layer 9 of 10, 100% of the run, 2 min so far, about 0 s left" and len(lines) == 3
+
+
+def test_a_quiet_process_says_nothing_of_its_layers(monkeypatch, capsys):
+    monkeypatch.setattr(progress_bar, "LINE_EVERY", -1)
+    with progress_bar.no_bars():
+        assert list(progress_bar.counted("prune", 0, 3)) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+    assert list(progress_bar.counted("prune", 0, 3)) == [0, 1, 2]
+    assert capsys.readouterr().err.count("prune: layer") == 3

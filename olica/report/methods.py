@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ..duration import named_device
 from ..evaluation.paired import compare
 from ..outputs.names import RECIPES_OWN, recipe_in_words
+from ..terminal import named_device
 from .runs import Results, Run, drawn_by, on_times, protocol
 from .tables import Measured, markdown, mean_accuracy, percent, perplexity, text_name
 
