@@ -21,13 +21,8 @@ FOLDER = "methods"
 FOUNDING = ("olica", "olica-grouped")
 # Two models are of one size when their parameters differ by less than this share.
 ALIKE = 0.005
-# What is said of the mixes that scripts name.
-MIXES = {
-    "paper": "calibrated on novels and Alpaca",
-    "web": "calibrated on web text",
-    "of_model": "20 % of the whole model",
-    "dial": "with other repairs",
-}
+# What is said of mixes that differ from others in more than their texts.
+MIXES = {"of_model": ", shares of the whole model", "dial": ", other repairs"}
 # What is done with what stays, in words.
 REPAIRS = {RECIPES_OWN: "own repair", "none": "none", "least-squares": "least squares"}
 
@@ -103,7 +98,9 @@ class Mix:
     @property
     def words(self) -> str:
         """What is said of it."""
-        return MIXES.get(self.name, f"calibrated on {self.name}")
+        sources = (run.pruning["calibration"]["sources"] for point in self.points for run in point.runs)
+        texts = dict.fromkeys(" + ".join(text_name(source["name"]) for source in of_run) for of_run in sources)
+        return f"calibrated on {' or '.join(texts)}{MIXES.get(self.name, '')}"
 
     @cached_property
     def texts(self) -> list[str]:

@@ -29,6 +29,7 @@ TEXTS = {
     "novels_calibrate": "novels",
     "alpaca_6k": "Alpaca",
     "openwebtext_1000": "OpenWebText",
+    "smollm2_ids": "novels + Alpaca",  # the reference samples
 }
 # Which sparsities a table shows.
 SPARSITIES = {1: (0.25, 0.33), 2: (0.2, 0.25, 0.33), 3: (0.2, 0.3), 4: (0.2, 0.25, 0.33), 7: (0.5,)}
