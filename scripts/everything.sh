@@ -2,9 +2,10 @@
 # Everything that README.md, RESULTS.md and docs/ show: records, tables, figures, from this repository, a folder of
 #   texts and the two models that scripts/fetch_models.sh fetches.
 # Command: bash scripts/everything.sh, or some stages of it: bash scripts/everything.sh paper methods
-# Variables: SHARED, the folder of the texts (the names that docs/models-and-texts.md has); MODELS (models), the fetched
-#   ones; OLICA_LLAMA_CPP and OLICA_PEERS, folders of environments, without which what wants them is left out; and
-#   DEVICE, BATCH_SIZE, RESULTS, SAVE_DIR, PYTHON of scripts/common.sh.
+# Variables: SHARED, the folder of the texts (docs/reproduce.md lists them); REFERENCE (SHARED/../reference), that of the
+#   released code's samples and figures; MODELS (models), the fetched ones; OLICA_LLAMA_CPP and OLICA_PEERS, folders of
+#   environments, without which what wants them is left out; and DEVICE, BATCH_SIZE, RESULTS, SAVE_DIR, PYTHON of
+#   scripts/common.sh.
 # What is recorded is not run again, and what was stopped goes on; each stage says how long it took. On two cores all
 # of it takes about two nights: most for methods (7 hours), tasks (6) and peers (4). Speed wants the machine for itself.
 # Grids are smaller than the paper's: 512 windows and 32 samples of each text in the figures, 200 rows in its tables.
@@ -13,6 +14,7 @@ cd "$(dirname "$0")/.."
 : "${SHARED:?name the folder of the texts in SHARED}"
 STAGES="texts paper methods qwen gemma web tasks refits decoding layouts mixes comparison peers choices speed"
 STAGES+=" shapes page"
+REFERENCE=${REFERENCE:-$SHARED/../reference}
 MODELS=${MODELS:-models}
 RESULTS=${RESULTS:-results}
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -51,6 +53,7 @@ texts() {
         openwebtext_1000.jsonl.gz eval; do
         [ -e "data/$name" ] || cp -r "$SHARED/$name" data/
     done
+    [ -e data/smollm2_ids.safetensors ] || cp "$REFERENCE/smollm2_ids.safetensors" data/
     "$PYTHON" scripts/split_texts.py --data_dir "$SHARED" --output_dir data
 }
 
@@ -67,7 +70,7 @@ paper() {
             bash scripts/figure5.sh
         env $of_figures MIXES="$TWO $WEB+data/alpaca_6k.jsonl.gz" bash scripts/figure6.sh
     }
-    once smollm2/reference.json scripts/reference_figures.py --reference_dir "$SHARED/../reference"
+    once smollm2/reference.json scripts/reference_figures.py --reference_dir "$REFERENCE"
 }
 
 methods() {
