@@ -16,7 +16,7 @@ from olica.errors import UsageError
 from olica.evaluation import zero_shot
 from olica.evaluation.local_rows import LOCAL_ROWS, LocalRows
 from olica.evaluation.paired import PAPER_METRIC
-from olica.evaluation.zero_shot import TaskProtocol
+from olica.evaluation.settings import EvaluationSettings
 
 pytestmark = pytest.mark.usefixtures("stock_tasks")
 TASKS = ["openbookqa", "arc_easy", "arc_challenge", "winogrande", "hellaswag", "piqa", "boolq"]
@@ -46,9 +46,9 @@ def seen_ids():
 
 def score(model, tokenizer, tasks, data_dir, batch_size=3, **settings):
     """The scores of all tasks together, and their averages."""
-    protocol = TaskProtocol(data_dir=data_dir, **settings)
+    asked = EvaluationSettings(data_dir=data_dir, batch_size=batch_size, **settings)
     scores = {}
-    for _, of_task in zero_shot.zero_shot(model, tokenizer, tasks, protocol, batch_size):
+    for _, of_task in zero_shot.zero_shot(model, tokenizer, tasks, asked):
         scores |= of_task
     return {"tasks": scores, "averages": zero_shot.averages(scores)}
 
@@ -331,13 +331,13 @@ def test_seed_draws_the_shots(monkeypatch, seven, grouped_llama, tokenizer):
 
 def test_unknown_task_names_its_neighbours(grouped_llama, tokenizer):
     with pytest.raises(UsageError, match="--tasks helaswag: .*nearest: .*hellaswag"):
-        score(grouped_llama, tokenizer, ["helaswag"], None)
+        score(grouped_llama, tokenizer, ["helaswag"], "nowhere")
 
 
 def test_missing_harness(monkeypatch, grouped_llama, tokenizer):
     monkeypatch.setattr(zero_shot.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r'pip install "olica\[eval\]"'):
-        score(grouped_llama, tokenizer, ["piqa"], None)
+        score(grouped_llama, tokenizer, ["piqa"], "nowhere")
 
 
 @pytest.mark.shared
@@ -410,7 +410,7 @@ def test_prompts_are_padded_by_a_token_that_the_model_has(generating, exact_llam
 
 def test_tasks_that_generate_say_how_much(generating):
     write_rows(generating, "piqa_validation", [ROWS["piqa_validation"]])
-    assert zero_shot.check_tasks(["piqa", "sums"], TaskProtocol(data_dir=generating)) == {"sums": 6}
+    assert zero_shot.check_tasks(["piqa", "sums"], EvaluationSettings(data_dir=generating)) == {"sums": 6}
 
 
 @pytest.mark.parametrize("error", [AssertionError, KeyError, TypeError])
@@ -433,7 +433,7 @@ def test_log_likelihoods_that_are_nan_choose_nothing(hellaswag, generating, grou
 def test_an_empty_file_of_rows_is_named(tmp_path):
     (tmp_path / "hellaswag_validation.jsonl").touch()
     with pytest.raises(UsageError, match="hellaswag_validation.jsonl is empty"):
-        zero_shot.check_tasks(["hellaswag"], TaskProtocol(data_dir=tmp_path))
+        zero_shot.check_tasks(["hellaswag"], EvaluationSettings(data_dir=tmp_path))
 
 
 def test_rows_that_cannot_be_filled_in_are_a_fault_of_the_rows(seven, grouped_llama, tokenizer):
@@ -473,13 +473,13 @@ def test_more_examples_than_there_are_rows(monkeypatch, tmp_path):
     manager = TaskManager(include_path=tmp_path, include_defaults=False)
     monkeypatch.setattr(zero_shot, "_task_manager", lambda *arguments: manager)
     for name, rows in {"own": 3, "shared": 2}.items():
-        zero_shot.check_tasks([name], TaskProtocol(num_fewshot=rows))
+        zero_shot.check_tasks([name], EvaluationSettings(num_fewshot=rows))
         task = manager.load([name])["tasks"][name]
         task.set_fewshot_seed(seed=0)
         assert task.fewshot_context(task.eval_docs[0], rows).count("\n\n") == rows, "lm-eval draws as many"
         with pytest.raises(UsageError, match=f"--num_fewshot {rows + 1}: {name} has {rows} rows to draw examples from"):
-            zero_shot.check_tasks([name], TaskProtocol(num_fewshot=rows + 1))
-    zero_shot.check_tasks(["never"], TaskProtocol(num_fewshot=9))
+            zero_shot.check_tasks([name], EvaluationSettings(num_fewshot=rows + 1))
+    zero_shot.check_tasks(["never"], EvaluationSettings(num_fewshot=9))
 
 
 # ---------------------------------------------------------------------------------------------- averages

@@ -25,7 +25,7 @@ from .measures import Measures, measure
 from .paired import compare
 from .settings import EvaluationSettings, listed
 from .subject import Protocol, TestText, TestWindows, prepare
-from .zero_shot import TaskProtocol, check_tasks
+from .zero_shot import check_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -218,22 +218,8 @@ def make_protocol(asked: EvaluationSettings, dtype: str, windows: Sequence[TestW
         raise UsageError(f"--ppl {asked.ppl} leaves nothing to measure; give a text, --tasks or --cost")
     if asked.apply_chat_template and not tasks:
         raise UsageError("--apply_chat_template is for the prompts of tasks; give --tasks, or leave it out")
-    names_of_tasks = ("num_fewshot", "limit", "add_bos_token", "seed", "data_dir", "apply_chat_template")
-    of_tasks = TaskProtocol(**{name: getattr(asked, name) for name in names_of_tasks})
-    generated = check_tasks(tasks, of_tasks) if tasks else {}
-    return Protocol(
-        texts=[*texts, *windows],
-        seqlen=asked.ppl_seqlen,
-        windows=asked.ppl_windows,
-        tasks=tasks,
-        generated=generated,
-        of_tasks=of_tasks,
-        prompt=asked.prompt,
-        cost=asked.cost,
-        dtype=dtype,
-        device_map=asked.device_map,
-        batch_size=asked.batch_size,
-    )
+    generated = check_tasks(tasks, asked) if tasks else {}
+    return Protocol(asked, [*texts, *windows], tasks, generated, dtype)
 
 
 def check_processes(asked: EvaluationSettings, count: int) -> None:

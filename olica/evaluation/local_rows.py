@@ -27,9 +27,9 @@ LOCAL_ROWS = {
 }
 
 
-def local_rows(tasks: list[str], data_dir: str | Path | None) -> dict[str, str]:
+def local_rows(tasks: list[str], data_dir: str | Path) -> dict[str, str]:
     """sha256 of the local files of rows that `tasks` may read, by the names of the tasks."""
-    if not data_dir or not tasks:
+    if not tasks:
         return {}
     found = {name: find_rows(Path(data_dir), rows.stem) for name, rows in LOCAL_ROWS.items()}
     return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in found.items() if path}

@@ -105,13 +105,13 @@ class Measures:
 
 def measure(subject: Subject, protocol: Protocol, measures: Measures, stages: Stages, processes: Processes) -> dict:
     """Read a model and measure what is missing; returns what the record says of it, whole in the main process."""
-    name, location, tokenizer = subject.name, subject.location, subject.tokenizer
+    name, location, asked = subject.name, subject.location, protocol.asked
 
     @cache
     def model() -> PreTrainedModel:
         with stages.stage(f"{name}: read"):
-            model = read_model(location, protocol.dtype, protocol.device_map)
-            return model if protocol.device_map else model.to(stages.device)
+            model = read_model(location, protocol.dtype, asked.device_map)
+            return model if asked.device_map else model.to(stages.device)
 
     def take(what: str, work: Callable[[PreTrainedModel], Any]) -> Any:
         if (key := f"{name}: {what}") not in measures:
@@ -135,7 +135,7 @@ def measure(subject: Subject, protocol: Protocol, measures: Measures, stages: St
         missing = [task for task in protocol.tasks if f"{name}: {task}" not in measures]
 
         def score() -> Iterator[tuple[str, dict]]:  # whose first line runs when the first score is asked for
-            yield from zero_shot(model(), tokenizer, missing, protocol.of_tasks, protocol.batch_size, processes)
+            yield from zero_shot(model(), subject.tokenizer, missing, asked, processes)
 
         scores: dict[str, dict] = {}
         with closing(score()) as scored:
@@ -145,12 +145,12 @@ def measure(subject: Subject, protocol: Protocol, measures: Measures, stages: St
             "tasks": scores,
             "averages": averages(scores),
             "harness": harness_version(),
-            "limit": protocol.of_tasks.limit,
-            "add_bos_token": protocol.of_tasks.add_bos_token,
-            "apply_chat_template": protocol.of_tasks.apply_chat_template,
+            "limit": asked.limit,
+            "add_bos_token": asked.add_bos_token,
+            "apply_chat_template": asked.apply_chat_template,
             "softmax_dtype": str(SOFTMAX_DTYPE).removeprefix("torch."),
         }
-    if protocol.cost:
+    if asked.cost:
         result["cost"] = take("cost", lambda model: latencies(model, stages.device))
     if subject.prompt is not None:
         result["continuation"] = take("continuation", lambda model: continuation(model, subject))
@@ -174,8 +174,8 @@ def text_measure(
     """The perplexity of one text, with its protocol."""
     windows = subject.windows[text.name]
     first = windows[0, 0] == subject.tokenizer.bos_token_id
-    every = protocol.of_tasks.add_bos_token
-    return asdict(perplexity(model, windows, protocol.batch_size, processes)) | {
+    every = protocol.asked.add_bos_token
+    return asdict(perplexity(model, windows, protocol.asked.batch_size, processes)) | {
         "bos": "every window" if every else "first window" if first else "none",
         "origin": text.origin,
         "fingerprint": text.fingerprint,

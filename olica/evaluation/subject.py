@@ -20,7 +20,7 @@ from ..sources.locate import Location
 from ..sources.tokenizers import read_tokenizer, start_token
 from .local_rows import local_rows
 from .perplexity import token_windows
-from .zero_shot import TaskProtocol
+from .settings import EvaluationSettings
 
 # New tokens of a continuation, and the sequences by which the times of a model are measured: a prompt and what follows.
 CONTINUATION_TOKENS = 30
@@ -68,36 +68,24 @@ class Protocol:
     """What is measured of every model, and how.
 
     Attributes:
+        asked: the settings. `add_bos_token` goes for windows, tasks and the prompt, `apply_chat_template` for tasks.
         texts: of the perplexity.
-        seqlen: tokens of a window.
-        windows: how many windows count, from the first on; None: all.
         tasks: of lm-eval.
         generated: how many tokens those of them generate that do so, by their names.
-        of_tasks: how they are scored; its `add_bos_token` goes for the windows too, its `apply_chat_template` does not.
-        prompt: a text to continue, or None.
-        cost: whether times and peak memory are measured.
         dtype: to run in, a key of `DTYPES` or "auto".
-        device_map: "auto" spreads a model over all GPUs and the host; None: the device of the stages.
-        batch_size: windows or prompts that go through the model at a time.
     """
 
+    asked: EvaluationSettings
     texts: list[TestText | TestWindows]
-    seqlen: int
-    windows: int | None
     tasks: list[str]
     generated: dict[str, int]
-    of_tasks: TaskProtocol
-    prompt: str | None
-    cost: bool
     dtype: str
-    device_map: str | None
-    batch_size: int
 
     @property
     def data(self) -> dict[str, str]:
         """Digests of the texts and of the local rows, by their names."""
         texts = {text.name: text.fingerprint for text in self.texts}
-        return texts | local_rows(self.tasks, self.of_tasks.data_dir)
+        return texts | local_rows(self.tasks, self.asked.data_dir)
 
 
 @dataclass(frozen=True)
@@ -114,13 +102,12 @@ class Subject:
 
 def prepare(name: str, location: Location, protocol: Protocol) -> Subject:
     """Cut the windows and tokenise the prompt, so that no model is measured in vain for another's faults."""
-    config = read_config(location)
-    tokenizer = read_tokenizer(location)
+    asked, config, tokenizer = protocol.asked, read_config(location), read_tokenizer(location)
     if tokenizer is None:
         raise UsageError(f"{location.flag} {location.name}: the folder has no tokenizer, which evaluation needs")
-    if protocol.of_tasks.add_bos_token:
+    if asked.add_bos_token:
         start_token(tokenizer)
-    if protocol.of_tasks.apply_chat_template and chat_template(tokenizer) is None:
+    if asked.apply_chat_template and chat_template(tokenizer) is None:
         raise UsageError(
             f"--apply_chat_template: the tokenizer of {location.name} has no chat template; leave the flag out, or put "
             "the model's chat_template.jinja beside it"
@@ -133,18 +120,18 @@ def prepare(name: str, location: Location, protocol: Protocol) -> Subject:
                 f"{location.flag} {location.name}: its tokenizer has no end token, which --tasks need; name one as "
                 "eos_token in its tokenizer_config.json"
             )
-    prompt = prompt_ids(tokenizer, protocol.prompt, protocol.of_tasks.add_bos_token) if protocol.prompt else None
-    needed = {f"--ppl_seqlen {protocol.seqlen}": protocol.seqlen} if protocol.texts else {}
+    prompt = prompt_ids(tokenizer, asked.prompt, asked.add_bos_token) if asked.prompt else None
+    needed = {f"--ppl_seqlen {asked.ppl_seqlen}": asked.ppl_seqlen} if protocol.texts else {}
     for task, tokens in protocol.generated.items():
         needed[f"--tasks {task}, which generates {tokens} tokens from a prompt"] = tokens + 1
-    if protocol.cost:
+    if asked.cost:
         needed["--cost"] = LATENCY["prompt_tokens"] + LATENCY["new_tokens"]
     if prompt is not None:
         needed["--prompt"] = prompt.shape[1] + CONTINUATION_TOKENS
     check_positions(needed, config, location)
     with location.in_words("its configuration describes no model that can be run"):
         try_out(without_weights(lambda: AutoModelForCausalLM.from_config(config)))
-    cut = (protocol.seqlen, protocol.windows, protocol.of_tasks.add_bos_token)
+    cut = (asked.ppl_seqlen, asked.ppl_windows, asked.add_bos_token)
     windows = {text.name: text.windows(tokenizer, *cut) for text in protocol.texts}
     for ids in [*windows.values(), *([] if prompt is None else [prompt])]:
         check_vocabulary(ids.max().item(), config, location)

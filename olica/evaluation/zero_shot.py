@@ -7,7 +7,6 @@ import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -21,43 +20,23 @@ from ..processes import ALONE, Processes
 from .harness_model import WHILE_RUNNING, harness_model
 from .local_rows import LOCAL_ROWS, find_rows, local_tasks
 from .paired import PAPER_METRIC, mean_error, pack_hits
+from .settings import EvaluationSettings
 
 # Metrics that are right or wrong row by row.
 ROW_METRICS = ("acc", "acc_norm")
-
-
-@dataclass(frozen=True)
-class TaskProtocol:
-    """How tasks are scored.
-
-    Attributes:
-        num_fewshot: examples in a prompt; None is each task's own number.
-        limit: how many rows of every task count, from the first on, or which share of them if below 1; None: all.
-        add_bos_token: whether every prompt begins with the tokenizer's start token. The paper's harness (of 2023) never
-            put one there; today's default is what the tokenizer does, which for LLaMA is one <s>.
-        seed: of the draw of examples.
-        apply_chat_template: whether prompts go through the tokenizer's chat template, each as what a user says, and
-            examples as turns before it. A start token that the template puts in front is the only one.
-        data_dir: folder whose local rows take the place of the hub's, see `local_tasks`; None: the hub alone.
-    """
-
-    num_fewshot: int | None = 0
-    limit: int | float | None = None
-    add_bos_token: bool = False
-    seed: int = 0
-    data_dir: str | Path | None = None
-    apply_chat_template: bool = False
 
 
 def zero_shot(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tasks: list[str],
-    protocol: TaskProtocol,
-    batch_size: int,
+    asked: EvaluationSettings,
     processes: Processes = ALONE,
 ) -> Iterator[tuple[str, dict[str, dict]]]:
-    """Score `model` on lm-eval `tasks` (names of tasks, groups or tags), one after the other.
+    """Score `model` on lm-eval `tasks` (names of tasks, groups or tags), one after the other, as it is `asked`.
+
+    The paper's harness (of 2023) never put a start token before a prompt; today's default is what the tokenizer does,
+    which for LLaMA is one <s>. Here the settings say it. Local rows in their data folder take the place of the hub's.
 
     Yields each name with the scores of its tasks, by name: metrics as shares of 1, their standard errors, the protocol,
     and `hits`, by metric, of the single rows; what a JSON record can hold. A group whose tasks lm-eval averages (mmlu)
@@ -73,26 +52,26 @@ def zero_shot(
     # Or lm-eval lists, for every task, all that is installed: seconds each, for a field that is not recorded here.
     without_inventory = partial(patch.object, evaluator, "add_env_info", lambda _: None)
     with tempfile.TemporaryDirectory() as folder:
-        with _in_words(tasks, protocol.data_dir):
-            local = local_tasks(protocol.data_dir, folder) if protocol.data_dir else []
-            manager = _task_manager(tasks, local, folder, protocol.num_fewshot)
-        fitting = BatchSize(batch_size)
+        with _in_words(tasks, asked.data_dir):
+            local = local_tasks(asked.data_dir, folder)
+            manager = _task_manager(tasks, local, folder, asked.num_fewshot)
+        fitting = BatchSize(asked.batch_size)
         scored: dict[str, dict] = {}
 
         def score(task: str) -> None:
             """Put the task's scores into `scored`."""
-            starts, chats = protocol.add_bos_token, protocol.apply_chat_template
+            starts, chats = asked.add_bos_token, asked.apply_chat_template
             wrapped = harness_model(model, tokenizer, fitting.size, processes, starts, chats)
-            with _in_words([task], protocol.data_dir), without_inventory():
+            with _in_words([task], asked.data_dir), without_inventory():
                 results = harness.simple_evaluate(
                     model=wrapped,
                     tasks=[task],
-                    num_fewshot=protocol.num_fewshot,
-                    limit=protocol.limit,
-                    fewshot_random_seed=protocol.seed,
+                    num_fewshot=asked.num_fewshot,
+                    limit=asked.limit,
+                    fewshot_random_seed=asked.seed,
                     task_manager=manager,
                     log_samples=True,
-                    apply_chat_template=protocol.apply_chat_template,
+                    apply_chat_template=asked.apply_chat_template,
                 )
             scored[task] = _scores(results, local) if processes.is_main else {}
 
@@ -104,7 +83,7 @@ def zero_shot(
             yield task, scored.pop(task)
 
 
-def check_tasks(tasks: list[str], protocol: TaskProtocol) -> dict[str, int]:
+def check_tasks(tasks: list[str], asked: EvaluationSettings) -> dict[str, int]:
     """Read the rows of `tasks`, so that what is wrong with them is reported before any model is read.
 
     Returns how many tokens those tasks generate that do so, by their names.
@@ -113,10 +92,10 @@ def check_tasks(tasks: list[str], protocol: TaskProtocol) -> dict[str, int]:
     _import_harness()
     from lm_eval.models.utils import normalize_gen_kwargs
 
-    with tempfile.TemporaryDirectory() as folder, _in_words(tasks, protocol.data_dir):
-        local = local_tasks(protocol.data_dir, folder) if protocol.data_dir else []
-        loaded = _task_manager(tasks, local, folder, protocol.num_fewshot).load(tasks)["tasks"]
-        _check_examples(loaded, protocol.num_fewshot)
+    with tempfile.TemporaryDirectory() as folder, _in_words(tasks, asked.data_dir):
+        local = local_tasks(asked.data_dir, folder)
+        loaded = _task_manager(tasks, local, folder, asked.num_fewshot).load(tasks)["tasks"]
+        _check_examples(loaded, asked.num_fewshot)
         generating = {name: task.config for name, task in loaded.items() if task.OUTPUT_TYPE == "generate_until"}
         return {
             name: normalize_gen_kwargs(config.generation_kwargs or {})["max_gen_toks"]
@@ -124,7 +103,7 @@ def check_tasks(tasks: list[str], protocol: TaskProtocol) -> dict[str, int]:
         }
 
 
-def _check_examples(tasks: dict, number: int | None) -> None:
+def _check_examples(tasks: dict, number: int) -> None:
     """Raise UsageError if one of lm-eval's `tasks`, by their names, has fewer rows for examples than `number`."""
     for name, task in tasks.items() if number else ():
         if task.get_config("num_fewshot") == 0 or not hasattr(task, "sampler"):  # lm-eval leaves it at none
@@ -140,12 +119,12 @@ def harness_version() -> str:
     return f"lm-eval {metadata.version('lm_eval')}"
 
 
-def _in_words(tasks: list[str], data_dir: str | Path | None) -> AbstractContextManager[None]:
+def _in_words(tasks: list[str], data_dir: str) -> AbstractContextManager[None]:
     """Turn the failures of reading and filling in rows into a UsageError, but not those of running the model."""
 
     def sentence(error: Exception) -> str:
         fault = reason(error)
-        files = {name: find_rows(Path(data_dir or ""), LOCAL_ROWS[name].stem) for name in tasks if name in LOCAL_ROWS}
+        files = {name: find_rows(Path(data_dir), LOCAL_ROWS[name].stem) for name in tasks if name in LOCAL_ROWS}
         missing = [f"{LOCAL_ROWS[name].stem}.jsonl" for name, path in files.items() if path is None]
         if empty := [path for path in files.values() if path and not path.stat().st_size]:
             fault = f"{empty[0]} is empty"
@@ -196,7 +175,7 @@ def _import_harness():
     return lm_eval
 
 
-def _task_manager(tasks: list[str], local: list[str], folder: str, num_fewshot: int | None):
+def _task_manager(tasks: list[str], local: list[str], folder: str, num_fewshot: int):
     """lm-eval's index of tasks, those `local` in `folder` first; checks that `tasks` and shots can be had."""
     from lm_eval.tasks import TaskManager
 
