@@ -103,8 +103,8 @@ tasks() {
 }
 
 refits() {
-    of_smollm2 RECIPES="olica-grouped $ALL" REFITS="none least-squares" SPARSITIES=0.2 WINDOWS=512 MIX=dial \
-        bash scripts/methods.sh
+    of_smollm2 RECIPES="olica-grouped $ALL" REFITS="recipe none least-squares" SPARSITIES=0.2 PPL=$TWO_CORPORA \
+        WINDOWS=256 DTYPE=bfloat16 MIX=dial OWN_DENSE=yes bash scripts/methods.sh
 }
 
 decoding() { of_smollm2 RECIPES="$OURS $ALL" TIMED=yes SPARSITIES=0.2 bash scripts/methods.sh; }

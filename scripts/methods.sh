@@ -6,6 +6,8 @@
 #   REFITS      what is done with what stays (recipe; also none, least-squares)
 #   SEEDS       of the calibration set (0)
 #   MIX         a name for DATASETS, under which the runs are recorded (paper)
+#   OWN_DENSE   yes or no: whether the dense model is measured for this MIX alone, as other WINDOWS, PPL or DTYPE than
+#               those of the other mixes want it (no)
 #   PPL         corpora (wikitext2,c4,ptb)
 #   SCORED      yes or no: whether the tasks are scored too (no)
 #   TIMED       yes or no: whether decoding is timed too, all recipes of a sparsity in turns; it wants the machine for
@@ -18,7 +20,7 @@ runs=methods/${MIX:-paper}
 measures="--ppl ${PPL:-wikitext2,c4,ptb} ${WINDOWS:+--ppl_windows $WINDOWS}"
 scores="--ppl none --tasks $TASKS ${LIMIT:+--limit $LIMIT}"
 
-dense methods/dense "$measures"
+dense "$([ "${OWN_DENSE:-no}" = no ] && echo methods || echo "$runs")/dense" "$measures"
 [ "${SCORED:-no}" = no ] || dense methods/tasks/dense "$scores"
 declare -A timed  # by sparsity, a line of flags for every pruning
 for seed in ${SEEDS:-0}; do

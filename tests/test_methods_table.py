@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from made_records import MACHINE, Recorder, cells, evaluation, pruning
+from made_records import ERROR, MACHINE, Recorder, cells, evaluation, pruning
 
 from olica.report import methods, plots
 from olica.report.runs import Results
@@ -69,6 +69,13 @@ def test_a_trial_may_leave_the_papers_text_out(record):
         path.write_text(json.dumps(measured))
     header, *rows = tables(record)["Methods beside each other"]
     assert header[3] == "pydoc" and rows[1][3].startswith("**1.34 ±")
+
+
+def test_a_mix_may_have_a_dense_model_of_its_own(record):
+    recipe_runs(record)
+    record("methods/paper/dense", evaluation(20.0, 60.0))
+    _, *rows = tables(record)["Methods beside each other"]
+    assert [row[1:4:2] for row in rows][::3] == [["dense", f"20.00 ± {20 * ERROR:.2f}"], ["olica", "2.00 ± 0.00"]]
 
 
 def test_memory_of_a_cpu_is_the_hosts(record):

@@ -129,13 +129,11 @@ class Mix:
 
 def mixes(results: Results) -> list[Mix]:
     """The mixes of which runs are recorded, in order of their names."""
-    dense = results.run(f"{FOLDER}/dense")
-    if dense is None:
-        return []
-    found = []
-    for folder in sorted((results.results / results.label / FOLDER).iterdir()):
-        runs = results.runs(f"{FOLDER}/{folder.name}")
-        if not runs or folder.name == "tasks":
+    root, found = results.results / results.label / FOLDER, []
+    for folder in sorted(root.iterdir()) if root.is_dir() else []:
+        dense = results.run(f"{FOLDER}/{folder.name}/dense") or results.run(f"{FOLDER}/dense")
+        runs = [run for run in results.runs(f"{FOLDER}/{folder.name}") if run.pruning]
+        if not runs or dense is None or folder.name == "tasks":
             continue
         scored = {run.folder.name: run for run in results.runs(f"{FOLDER}/{folder.name}/tasks")}
         grouped: dict[tuple, list[Run]] = {}
