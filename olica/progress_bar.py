@@ -30,7 +30,7 @@ class Bar:
             if self._tqdm:
                 self._tqdm.set_description(f"{stage}, layer {index}")
             yield index
-            self._step(1, stage, f"layer {index} of {count}")
+            self._step(1, stage, f"layer {index + 1} of {count}")
 
     def skip(self, layers: int) -> None:
         """Count the layers of a stage that is done already."""

@@ -1,4 +1,7 @@
-"""What is printed may not stop what is done: text is shown as well as the terminal can, and a reader may go."""
+"""What is printed may not stop what is done: text is shown as well as the terminal can, and a reader may go.
+
+And words for what is shown in many places: figures with their errors, times, devices.
+"""
 
 import codecs
 import os

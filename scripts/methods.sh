@@ -6,7 +6,7 @@
 #   REFITS      what is done with what stays (recipe; also none, least-squares)
 #   SEEDS       of the calibration set (0)
 #   MIX         a name for DATASETS, under which the runs are recorded (paper)
-#   OWN_DENSE   yes or no: whether the dense model is measured for this MIX alone, as other WINDOWS, PPL or DTYPE than
+#   OWN_DENSE   yes or no: whether the dense model is measured for this MIX alone, as other WINDOWS, DTYPE or LIMIT than
 #               those of the other mixes want it (no)
 #   PPL         corpora (wikitext2,c4,ptb)
 #   SCORED      yes or no: whether the tasks are scored too (no)
@@ -20,8 +20,9 @@ runs=methods/${MIX:-paper}
 measures="--ppl ${PPL:-wikitext2,c4,ptb} ${WINDOWS:+--ppl_windows $WINDOWS}"
 scores="--ppl none --tasks $TASKS ${LIMIT:+--limit $LIMIT}"
 
-dense "$([ "${OWN_DENSE:-no}" = no ] && echo methods || echo "$runs")/dense" "$measures"
-[ "${SCORED:-no}" = no ] || dense methods/tasks/dense "$scores"
+of_dense=$([ "${OWN_DENSE:-no}" = no ] && echo methods || echo "$runs")
+dense "$of_dense/dense" "$measures"
+[ "${SCORED:-no}" = no ] || dense "$of_dense/tasks/dense" "$scores"
 declare -A timed  # by sparsity, a line of flags for every pruning
 for seed in ${SEEDS:-0}; do
     for recipe in ${RECIPES:-olica olica-grouped olica-plus}; do

@@ -35,8 +35,9 @@ TITLES = {
 }
 HEAD = """# Results
 
-`python scripts/report.py` makes this page from the records in `results/`; nothing here is written by hand. Each table
-and figure has a script of its name in `scripts/`.
+`python scripts/report.py` makes this page from the records in `results/`; nothing here is written by hand. Tables 1 to
+7 and Figures 2 to 6 have scripts of their names in `scripts/`, methods are made by `scripts/methods.sh`, layouts by
+`scripts/layouts.sh`, and `scripts/everything.sh` has the variables of each.
 
 ± is one standard error. That of a perplexity allows for neighbouring windows' being alike (Newey and West), that of a
 mean accuracy takes the tasks as independent. "To dense" is the difference on the same windows or rows, with its paired
@@ -61,8 +62,8 @@ def page(folder: Path, results: list[Results], path: Path) -> str:
     """All tables and figures of all models, the first ones those that say which recipe to take."""
     parts = []
     if figure := quality_over_size(results):
-        figure.savefig(drawn := folder / "methods.png")
-        parts.append(f"## {OVER_SIZE}\n\n![{OVER_SIZE}]({relpath(drawn, path.parent)})")
+        figure.savefig(picture := folder / "methods.png")
+        parts.append(f"## {OVER_SIZE}\n\n![{OVER_SIZE}]({relpath(picture, path.parent)})")
     parts += [section(of_model, path.parent) for of_model in results]
     if checks := [*choices.tables(folder), *filter(None, [releases.table(folder)])]:
         parts.append("\n\n".join([f"## {CHECKS}", *checks]))

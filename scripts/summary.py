@@ -37,6 +37,7 @@ def rows(pruning: dict, evaluation: dict) -> list[tuple[str, str, str]]:
         )
         for text, measured in dense["perplexity"].items()
     ]
+    peak = max(row["host_bytes"] for row in pruning["stages"].values())
     return [
         *perplexities,
         ("parameters", *both(lambda r: f"{r['parameters']['total']:,}")),
@@ -45,7 +46,11 @@ def rows(pruning: dict, evaluation: dict) -> list[tuple[str, str, str]]:
         ("weight files on disk", *both(lambda r: megabytes(r["file_bytes"]))),
         ("time of the perplexity", seconds("dense"), seconds("pruned")),
         ("time of pruning", "", f"{sum(seconds_of_stages(pruning).values()):.0f} s"),
-        ("peak memory of pruning", "", f"{max(row['host_bytes'] for row in pruning['stages'].values()) / 1e9:.2f} GB"),
+        (
+            "peak host memory of pruning",
+            "",
+            f"{peak / 1e9:.2f} GB",
+        ),
     ]
 
 

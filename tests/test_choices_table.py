@@ -63,16 +63,16 @@ def test_parts_stand_beside_the_dense_model_and_the_step_before(folder):
     assert dense[:3] == ["dense", "1,000", "20.00 ± 0.50"]
     assert first == ["before", "801", "2.50 ± 0.00", ""]
     assert second == ["+ a part", "799", "2.00 ± 0.00", "-20.0 ± 0.0 %"]
-    assert "20 % of the whole model gone, 96 samples of 128 tokens of novels + alpaca; 30 windows" in ablation
+    assert "20 % of the whole model gone, 96 samples of 128 tokens of novels + Alpaca; 30 windows" in ablation
     assert "`benchmarks/ablation.py` at commit cafe on a GPU, 8 threads." in ablation
 
 
 def test_refits_to_one_text_and_to_all_stand_by_ridge(folder):
     _, refits = choices.tables(folder)
     assert cells(refits) == [
-        ["fitted to", "ridge", "novels", "pysource", "alpaca"],
+        ["fitted to", "ridge", "novels", "pysource", "Alpaca"],
         ["novels", "0.3", "0.500", "1.250", "1.000"],
-        ["novels + pysource + alpaca", "1", "0.600", "0.750", "0.800"],
+        ["novels + pysource + Alpaca", "1", "0.600", "0.750", "0.800"],
     ]
     assert "70 % of the channels stay" in refits and "128 samples of each text" in refits
 

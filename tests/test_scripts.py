@@ -80,7 +80,7 @@ def test_summary_prints_what_the_records_say(tmp_path, capsys):
     assert rows["weights as float32"] == ["4.0", "MB", "3.2", "MB"]
     assert rows["weight files on disk"] == ["hub", "3.3", "MB"]
     assert rows["time of the perplexity"] == ["12", "s", "6", "s"]
-    assert rows["time of pruning"] == ["90", "s"] and rows["peak memory of pruning"] == ["2.00", "GB"]
+    assert rows["time of pruning"] == ["90", "s"] and rows["peak host memory of pruning"] == ["2.00", "GB"]
     assert "survey" not in printed
     survey = {"digest": "d", "layers_taken_up": 3, "seconds": 45.0}
     write_record(tmp_path / PRUNING_RECORD, pruning | {"survey": survey})

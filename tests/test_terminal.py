@@ -76,7 +76,6 @@ def test_a_reader_that_has_gone_costs_nothing(here, monkeypatch, buffering):
 
 PRINTING = """
 import argparse, sys
-from olica import progress_bar
 from olica.command_line import run_command
 def run(args):
     for number in range(1000):
@@ -117,8 +116,8 @@ def test_without_a_terminal_a_line_says_how_far_a_run_is_and_how_long_it_will_ta
         for _ in bar.through("prune", 4, 10):
             now[0] = next(clock)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "prune: layer 5 of 10, 80% of the run, 40 s so far, about 80 s left"
-    assert lines[-1] == "prune: layer 9 of 10, 100% of the run, 2 min so far, about 0 s left" and len(lines) == 3
+    assert lines[0] == "prune: layer 6 of 10, 80% of the run, 40 s so far, about 80 s left"
+    assert lines[-1] == "prune: layer 10 of 10, 100% of the run, 2 min so far, about 0 s left" and len(lines) == 3
 
 
 def test_a_quiet_process_says_nothing_of_its_layers(monkeypatch, capsys):

@@ -71,8 +71,8 @@ RECIPES = {
             PlusParameters,
             plus,
             plus_of_units,
-            # Of prose, instructions, code, web text and mixes of them web text alone did best on other web text and on
-            # an encyclopaedia, and more of it better: docs/measurements.md.
+            # Web text alone did better on other web text and on an encyclopaedia than mixes with prose, instructions
+            # and code, and more of it better: docs/measurements.md.
             text=Text("c4", 768),
         ),
         Recipe("magnitude", "magnitude: the smallest heads and channels go, by one threshold", NoParameters, magnitude),

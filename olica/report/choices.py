@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ..evaluation.paired import compare_perplexity
 from .methods import ratio_in_words
-from .runs import MODELS
-from .tables import Measured, markdown, text_name
+from .runs import MODELS, text_name
+from .tables import Measured, markdown
 
 FOLDER = Path("choices/olica_plus")
 

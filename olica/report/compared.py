@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ..evaluation.paired import compare
 from .methods import asked, ratio_in_words
-from .runs import Results, Run, measuring, on_times, origin, origins, protocol, statements
-from .tables import Measured, markdown, perplexity, text_name
+from .runs import Results, Run, measuring, on_times, origin, origins, protocol, statements, text_name
+from .tables import Measured, markdown, perplexity
 
 FOLDER, DENSE = "compare", "dense"
 # Tokens of a window; what the table says of a run is that of the first.

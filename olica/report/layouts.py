@@ -10,8 +10,8 @@ from pathlib import Path
 from ..evaluation.paired import compare
 from ..model.layouts import OWN_LAYOUT
 from .methods import ratio_in_words
-from .runs import Results, Run, protocol
-from .tables import markdown, percent, perplexity, text_name
+from .runs import Results, Run, protocol, text_name
+from .tables import markdown, percent, perplexity
 
 FOLDER = "layouts"
 # Records of speed, by what ran the models.
@@ -21,6 +21,11 @@ SPEEDS = {
     "llama.cpp, Q8_0": "llama_cpp_speed_q8_0.json",
 }
 STAGES = ("prefill", "decode")
+SPEED = (
+    "Speed: one sequence at a time; in each engine all models had their turn in every round of one process. Where "
+    "llama.cpp cannot read a layout, there is no figure. Files in Q8_0 have sizes in multiples of 32, the layouts' "
+    "default, so that they differ a little from their rows."
+)
 
 
 def table(results: Results) -> str | None:
@@ -43,14 +48,11 @@ def table(results: Results) -> str | None:
         cells += [f"{min(widths)} to {max(widths)}" if len(set(widths)) > 1 else f"{widths[0]}"]
         rows.append(cells + [ratio_in_words([compared[text]]) for text in texts] + _speeds(read, run))
     about = (
-        "Dense: perplexity and speed. Others: the ratio of the perplexity to the dense model's, with its paired error, "
-        "and the time as a share of the dense model's. Channels: of an MLP, over the layers."
+        "Dense: perplexity. Others: its ratio to that of the dense model, with the paired error. Channels: of an MLP, "
+        "over the layers."
     )
-    notes = [
-        "Speed: one sequence at a time; in each engine all models had their turn in every round of one process. Where "
-        "llama.cpp cannot read a layout, there is no figure. Files in Q8_0 have sizes in multiples of 32, the layouts' "
-        "default, so that they differ a little from their rows."
-    ]
+    about += " Speed: tokens per second of the dense model, of the others the time as a share of its." if read else ""
+    notes = [SPEED] if read else []
     for engine, record in read.items():
         settings, machine = record["settings"], record["environment"]
         version = f" ({record['read_by']['llama.cpp']})" if "read_by" in record else ""

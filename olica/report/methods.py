@@ -13,16 +13,16 @@ from pathlib import Path
 from ..evaluation.paired import compare
 from ..outputs.names import RECIPES_OWN, recipe_in_words
 from ..terminal import named_device
-from .runs import Results, Run, drawn_by, on_times, protocol
-from .tables import Measured, markdown, mean_accuracy, percent, perplexity, text_name
+from .runs import Results, Run, drawn_by, on_times, protocol, text_name
+from .tables import Measured, markdown, mean_accuracy, percent, perplexity
 
 FOLDER = "methods"
 # What others are measured by: the better of these, at the same size and with the same text.
 FOUNDING = ("olica", "olica-grouped")
 # Two models are of one size when their parameters differ by less than this share.
 ALIKE = 0.005
-# What is said of mixes that differ from others in more than their texts.
-MIXES = {"of_model": ", shares of the whole model", "dial": ", other repairs"}
+# What is said of the mixes that scripts name, beside their texts; of others their names.
+MIXES = {"paper": "", "web": "", "of_model": ", shares of the whole model", "dial": ", other repairs"}
 # What is done with what stays, in words.
 REPAIRS = {RECIPES_OWN: "own repair", "none": "none", "least-squares": "least squares"}
 
@@ -100,7 +100,7 @@ class Mix:
         """What is said of it."""
         sources = (run.pruning["calibration"]["sources"] for point in self.points for run in point.runs)
         texts = dict.fromkeys(" + ".join(text_name(source["name"]) for source in of_run) for of_run in sources)
-        return f"calibrated on {' or '.join(texts)}{MIXES.get(self.name, '')}"
+        return f"calibrated on {' or '.join(texts)}{MIXES.get(self.name, f' ({self.name})')}"
 
     @cached_property
     def texts(self) -> list[str]:
@@ -148,7 +148,8 @@ def mixes(results: Results) -> list[Mix]:
         timed = [
             json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("generation_speed_*.json"))
         ]
-        found.append(Mix(folder.name, points, dense, results.run(f"{FOLDER}/tasks/dense"), timed))
+        of_tasks = results.run(f"{FOLDER}/{folder.name}/tasks/dense") or results.run(f"{FOLDER}/tasks/dense")
+        found.append(Mix(folder.name, points, dense, of_tasks, timed))
     return found
 
 

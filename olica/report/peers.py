@@ -11,8 +11,8 @@ from functools import cached_property
 
 from ..evaluation.paired import PAPER_METRIC, compare
 from .methods import ratio_in_words
-from .runs import Results, Run, limited, origin
-from .tables import TASKS, Measured, markdown, percent, perplexity, text_name
+from .runs import Results, Run, limited, origin, text_name
+from .tables import TASKS, Measured, markdown, percent, perplexity
 
 ABOUT = (
     "Dense: perplexity and accuracy. Others: the ratio of the perplexity to the dense model's and the difference of "

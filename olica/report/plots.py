@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 from ..errors import UsageError
 from ..evaluation.paired import paired_difference, unpack_floats
 from .methods import FOUNDING, mixes
-from .runs import Results, Run, correction, in_common, newest_alike, origin, statements
-from .tables import text_name
+from .runs import Results, Run, correction, in_common, newest_alike, origin, statements, text_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

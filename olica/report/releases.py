@@ -55,4 +55,5 @@ def _counts(tried: list[dict]) -> list[str]:
     again = [row.get("read_again") for row in tried]
     read = sum(isinstance(difference, float) and difference <= ALIKE for difference in again)
     kept = [sum(row.get(check) is True for row in tried) for check in CHECKS]
-    return [str(alike), f"{max(differences, default=float('nan')):.0e}", *map(str, kept), str(read)]
+    largest = max(differences, default=float("nan"))
+    return [str(alike), f"{largest:.0e}" if largest else "0", *map(str, kept), str(read)]

@@ -33,7 +33,26 @@ OTHER_MODELS = {
 }
 # The names for readers of all models that are known, by the folders of their records.
 MODELS = PAPER_MODELS | OTHER_MODELS
-
+# What tables call texts, by the names of their files without an ending, or by those that flags take.
+TEXTS = {
+    "wikitext2": "WikiText-2",
+    "wikitext2_raw_validation": "WikiText-2 (validation)",
+    "wikitext2_raw_train_slice": "WikiText-2 (training)",
+    "c4": "C4",
+    "c4_report": "C4",
+    "c4_calibrate": "C4 (other documents)",
+    "ptb": "PTB",
+    "bookcorpus": "BookCorpus",
+    "novels_report": "novels",
+    "novels_calibrate": "novels",
+    "public_domain_novels": "novels",
+    "alpaca": "Alpaca",
+    "alpaca_6k": "Alpaca",
+    "instructions_report": "Alpaca",
+    "instructions_calibrate": "Alpaca",
+    "openwebtext_1000": "OpenWebText",
+    "smollm2_ids": "novels + Alpaca",  # the reference samples
+}
 # What a pruning was asked for, beside its calibration set.
 PRUNING_SETTINGS = ("sparsity", "k", "mlp_num", "ratio", "percdamp", "round_to", "seed")
 
@@ -192,7 +211,7 @@ def protocol(runs: dict[str, Run], *but: Callable[[Run], str | None]) -> list[st
         but: what of `MADE` is said elsewhere.
     """
     lines = [line for describe in MADE if describe not in but for line in statements(describe, runs)]
-    return lines + _reservations(runs.values()) + origins(runs.values()) + _rarer_commits(runs)
+    return lines + origins(runs.values()) + _rarer_commits(runs)
 
 
 def on_times(runs: dict[str, Run]) -> list[str]:
@@ -254,11 +273,13 @@ def in_common(runs: Sequence[Run]) -> list[str]:
     """Lines that say how all runs of a figure were made; what differs is on its axes."""
     said = [{describe(run) for run in runs} for describe in MADE]
     common = [line for lines in said if len(lines) == 1 and (line := lines.pop())]
-    return common + _reservations(runs) + origins(runs)
+    return common + reservations(runs) + origins(runs)
 
 
-def _reservations(runs: Iterable[Run]) -> list[str]:
-    return [] if all(run.is_whole for run in runs) else ["The paper measured all windows and all rows."]
+def reservations(runs: Iterable[Run]) -> list[str]:
+    """A line on what the paper measured, beside runs that did not measure all."""
+    are_whole = all(run.is_whole for run in runs)
+    return [] if are_whole else ["The paper measured all windows and all rows."]
 
 
 def _interruption(run: Run) -> str | None:
@@ -270,11 +291,19 @@ def _survey(run: Run) -> str | None:
     return f"{note}." if (note := note_on_survey(run.pruning)) else None
 
 
+def text_name(text: str) -> str:
+    """What tables call a text, by its name, or its file's, in a record."""
+    name = Path(text).name.partition(".")[0]
+    return TEXTS.get(name, name)
+
+
 def measuring(run: Run) -> str:
-    """How the perplexity was measured."""
-    measured, device = run.perplexity, run.evaluation["environment"]["device"]
-    windows = f"{measured['windows']} windows of {measured['seqlen']} tokens, start token: {measured['bos']}"
-    return f"Perplexity: {windows}; run in {run.result['dtype']} on {device}."
+    """How the perplexity was measured; texts differ in how many windows they have."""
+    measured, device = run.result["perplexity"], run.evaluation["environment"]["device"]
+    windows = {f"{row['windows']:,} of {text_name(text)}": row["windows"] for text, row in measured.items()}
+    number = " and ".join(windows) if len(set(windows.values())) > 1 else f"{next(iter(windows.values())):,}"
+    rest = f"windows of {run.perplexity['seqlen']} tokens, start token: {run.perplexity['bos']}"
+    return f"Perplexity: {number} {rest}; run in {run.result['dtype']} on {device}."
 
 
 def _scoring(run: Run) -> str | None:

@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from ..evaluation.paired import PAPER_METRIC, compare, perplexity_error
 from ..terminal import with_error
-from .runs import TEXT, Results, Run, newest_alike, on_times, protocol
+from .runs import TEXT, Results, Run, newest_alike, on_times, protocol, reservations
 
 # The paper's order of columns.
 TASKS = {
@@ -17,19 +16,6 @@ TASKS = {
     "arc_easy": "ARC-e",
     "arc_challenge": "ARC-c",
     "openbookqa": "OBQA",
-}
-# What tables call the texts, by the names of their files without an ending, or by those of `--ppl`.
-TEXTS = {
-    "wikitext2": "WikiText-2",
-    "wikitext2_raw_validation": "WikiText-2, validation",
-    "c4_report": "C4",
-    "c4_calibrate": "C4, other documents",
-    "ptb": "PTB",
-    "novels_report": "novels",
-    "novels_calibrate": "novels",
-    "alpaca_6k": "Alpaca",
-    "openwebtext_1000": "OpenWebText",
-    "smollm2_ids": "novels + Alpaca",  # the reference samples
 }
 # Which sparsities a table shows.
 SPARSITIES = {1: (0.25, 0.33), 2: (0.2, 0.25, 0.33), 3: (0.2, 0.3), 4: (0.2, 0.25, 0.33), 7: (0.5,)}
@@ -98,12 +84,6 @@ def bullets(notes: list[str]) -> list[str]:
     return ["", *(f"- {note}" for note in notes)] if notes else []
 
 
-def text_name(text: str) -> str:
-    """What tables call a text, by its name, or its file's, in a record."""
-    name = Path(text).name.partition(".")[0]
-    return TEXTS.get(name, name)
-
-
 def percent(share: float) -> str:
     """A sparsity as tables have it, with no more digits than were asked for."""
     return f"{100 * share:.4g}%"
@@ -118,7 +98,7 @@ def quality(results: Results, table: int) -> str | None:
         return None
     title = f"Table {table}: perplexity on WikiText-2 and accuracy in percent"
     paper = {row["sparsity"]: row for row in results.paper(table) if row["method"] in ("Dense", "Olica")}
-    notes = protocol({f"{sparsity:.0%}": run for sparsity, run in shown.items()})
+    notes = _made({f"{sparsity:.0%}": run for sparsity, run in shown.items()})
     differences = {sparsity: beside(run, dense) for sparsity, run in shown.items() if dense and sparsity}
     if not paper:
         return _quality_of_ours(title, shown, differences, notes)
@@ -136,6 +116,11 @@ def quality(results: Results, table: int) -> str | None:
         if mean:
             compared.add([name, "mean, to dense"], mean, printed["mean"] - whole["mean"] if comparable else None)
     return compared.markdown()
+
+
+def _made(runs: dict[str, Run]) -> list[str]:
+    """How the runs of a table of the paper were made."""
+    return reservations(runs.values()) + protocol(runs)
 
 
 def beside(run: Run, other: Run) -> tuple[Measured | None, Measured | None]:
@@ -202,7 +187,7 @@ def resources(results: Results) -> str | None:
         table.add([name, f"peak {where} memory, GB"], Measured(run.peak_bytes / 1e9), papers)
         table.add([name, "perplexity"], quality_figures(run)["perplexity"][1], quality_there.get("perplexity"))
         table.add([name, "mean accuracy, %"], mean_accuracy(run), quality_there.get("mean"))
-    table.notes += protocol(shown) + on_times(shown) + results.papers_notes(1)
+    table.notes += _made(shown) + on_times(shown) + results.papers_notes(1)
     return table.markdown() if table.rows else None
 
 
@@ -234,7 +219,7 @@ def costs(results: Results) -> str | None:
         seconds = Measured(60 * run.evaluation["stages"][f"model: perplexity of {TEXT}"]["minutes"], digits=1)
         latency = there.get("latency_seconds") if on_gpu and run.is_whole else None
         table.add([name, f"seconds for {run.perplexity['windows']} windows"], seconds, latency)
-    table.notes += protocol({f"{sparsity:.0%}": run for sparsity, run in shown.items() if run})
+    table.notes += _made({f"{sparsity:.0%}": run for sparsity, run in shown.items() if run})
     table.notes += ["Times are of processes one after the other; in benchmarks/generation_speed.py models take turns."]
     table.notes += results.papers_notes(4)
     return table.markdown() if table.rows else None
@@ -273,7 +258,7 @@ def value_output_methods(results: Results) -> str | None:
             names = [correction, method]
             _add_quality(table, names, run, there, fast, of_fast)
             shown[" ".join(names)] = run
-    table.notes += protocol(shown) + (results.papers_notes(5) if printed else [])
+    table.notes += _made(shown) + (results.papers_notes(5) if printed else [])
     return table.markdown()
 
 
@@ -288,7 +273,7 @@ def ond_methods(results: Results) -> str | None:
         there = printed.get(method, {})
         table.add([method, "seconds"], Measured(run.seconds, digits=0), there.get("seconds"))
         _add_quality(table, [method], run, there, shown["Fast-OND"], printed.get("Fast-OND", {}))
-    table.notes += protocol(shown) + on_times(shown) + results.papers_notes(6)
+    table.notes += _made(shown) + on_times(shown) + results.papers_notes(6)
     return table.markdown()
 
 

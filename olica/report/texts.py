@@ -5,8 +5,8 @@ The runs are those of scripts/texts.sh: `texts/dense` and `texts/NAME_RECIPE`.
 
 from ..evaluation.paired import compare
 from .methods import ratio_in_words
-from .runs import Results, Run, protocol
-from .tables import markdown, perplexity, text_name
+from .runs import Results, Run, protocol, text_name
+from .tables import markdown, perplexity
 
 FOLDER = "texts"
 
