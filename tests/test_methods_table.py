@@ -71,6 +71,19 @@ def test_a_trial_may_leave_the_papers_text_out(record):
     assert header[3] == "pydoc" and rows[1][3].startswith("**1.34 ±")
 
 
+def test_texts_of_different_length_are_told_apart(record):
+    recipe_runs(record)
+    for path in (record.folder / record.label / "methods").rglob("evaluation.json"):
+        measured = json.loads(path.read_text())
+        texts = measured["results"]["model"]["perplexity"]
+        texts["data/c4_report.jsonl"] = texts["wikitext2"] | {"windows": 1886}
+        path.write_text(json.dumps(measured))
+    said = (
+        "Perplexity: windows of 128 tokens (30 of WikiText-2, 1,886 of C4), start token: none; run in float16 on a GPU."
+    )
+    assert f"\n- {said}\n" in methods.tables(record.results)
+
+
 def test_a_mix_may_have_a_dense_model_of_its_own(record):
     recipe_runs(record)
     record("methods/paper/dense", evaluation(20.0, 60.0))

@@ -294,7 +294,7 @@ def test_the_readmes_protocol_is_that_of_the_records():
         assert (len(tasks["tasks"]), tasks["limit"], tasks["harness"]) == (7, 500, "lm-eval 0.4.13")
         assert {task["num_fewshot"] for task in tasks["tasks"].values()} == {0}
         environment = record(f"{of_readme(run)}/evaluation")["environment"]
-        made = ("cpu", "7c4efbf") if "olica-plus" in run else ("NVIDIA H200", "0bb310f")
+        made = ("cpu", "db2f165") if "olica-plus" in run else ("NVIDIA H200", "0bb310f")
         assert (environment["device"], environment["git_commit"][:7]) == made
     for run in README_RUNS[1:]:
         pruned = record(f"{of_readme(run)}/pruning")

@@ -301,9 +301,9 @@ def measuring(run: Run) -> str:
     """How the perplexity was measured; texts differ in how many windows they have."""
     measured, device = run.result["perplexity"], run.evaluation["environment"]["device"]
     windows = {f"{row['windows']:,} of {text_name(text)}": row["windows"] for text, row in measured.items()}
-    number = " and ".join(windows) if len(set(windows.values())) > 1 else f"{next(iter(windows.values())):,}"
-    rest = f"windows of {run.perplexity['seqlen']} tokens, start token: {run.perplexity['bos']}"
-    return f"Perplexity: {number} {rest}; run in {run.result['dtype']} on {device}."
+    (number, *others), length = dict.fromkeys(windows.values()), f"windows of {run.perplexity['seqlen']} tokens"
+    cut = f"{length} ({', '.join(windows)})" if others else f"{number:,} {length}"
+    return f"Perplexity: {cut}, start token: {run.perplexity['bos']}; run in {run.result['dtype']} on {device}."
 
 
 def _scoring(run: Run) -> str | None:
