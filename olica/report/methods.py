@@ -1,7 +1,8 @@
 """Methods beside each other: tables for each mix of calibration texts.
 
-The runs are those of scripts/methods.sh: `methods/dense`, `methods/MIX/...` and, where tasks were scored, the same
-below `tasks`; where decoding was timed, its records lie beside the runs.
+The runs are those of scripts/methods.sh: `methods/dense`, or `methods/MIX/dense` where a mix has one of its own,
+`methods/MIX/...` and, where tasks were scored, the same below `tasks`; where decoding was timed, its records lie beside
+the runs.
 """
 
 import json
