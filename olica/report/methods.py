@@ -162,7 +162,7 @@ def _size(point: Point) -> tuple[str, float]:
 
 def _gap_of_the_first(point: Point) -> float:
     """The gap on the first text, by which points of one size are in order."""
-    return next((gap for text in point.ratios if (gap := point.gap(text)) is not None), math.inf)
+    return next(map(point.gap, point.ratios), math.inf)
 
 
 def _ratios(runs: list[Run], dense: Run) -> dict[str, list[dict]]:

@@ -11,7 +11,7 @@ from functools import cached_property
 
 from ..evaluation.paired import PAPER_METRIC, compare
 from .methods import ratio_in_words
-from .runs import Results, Run, limited, origin, text_name
+from .runs import Results, Run, limited, measuring, origin, text_name
 from .tables import TASKS, Measured, markdown, percent, perplexity
 
 ABOUT = (
@@ -161,7 +161,7 @@ def _notes(recorded: Recorded) -> list[str]:
         "same texts, followed by the least and the greatest; all else is of the first seed, which was calibrated on "
         "the same tokens as the others.",
     ]
-    lines += [_windows(run) for run in (dense, long) if run]
+    lines += [measuring(run) for run in (dense, long) if run]
     if calibrated:
         samples, tokens = calibrated.pruning["calibration"]["ids"]
         lines.append(f"Calibration: {samples} samples of {tokens} tokens, of {calibrated.texts}.")
@@ -176,15 +176,6 @@ def _notes(recorded: Recorded) -> list[str]:
     runs = [dense, *recorded.peers, *ours, *recorded.long.values()]
     folders = {run.folder.parent.as_posix() for run in runs}
     return [*lines, origin(folders, [run.evaluation["environment"] for run in runs])]
-
-
-def _windows(run: Run) -> str:
-    """Windows of every text, and the dtype; the texts differ in how many windows they have."""
-    said = [
-        f"{text_name(text)} {measured['windows']} windows of {measured['seqlen']} tokens"
-        for text, measured in run.result["perplexity"].items()
-    ]
-    return f"Perplexity: {', '.join(said)}; run in {run.result['dtype']}."
 
 
 def _packages(run: Run) -> str:
