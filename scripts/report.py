@@ -13,7 +13,7 @@ from pathlib import Path
 import olica_stopping
 from olica.command_line import run_command
 from olica.errors import UsageError
-from olica.report import choices, compared, layouts, methods, peers, releases, texts
+from olica.report import choices, compared, layouts, methods, peers, releases, texts, vocabulary
 from olica.report.plots import FIGURES, draw, quality_over_size
 from olica.report.runs import MODELS, Results
 from olica.report.tables import TABLES, bullets
@@ -24,6 +24,7 @@ BESIDE_THE_PAPER = {
     "compare": compared.table,
     "peers": peers.table,
     "texts": texts.table,
+    "vocabulary": vocabulary.table,
 }
 ALL_TABLES = TABLES | BESIDE_THE_PAPER
 TITLES = {

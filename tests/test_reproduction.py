@@ -245,6 +245,28 @@ def test_recipes_are_calibrated_on_each_text_alone_and_on_all(stubbed):
     assert stubbed("texts.sh", RECIPES="olica-plus", NUM_SAMPLES="12", DATA_DIR="d", SPARSITY="0.1") == []
 
 
+def test_models_with_fewer_tokens_are_pruned_to_the_size_of_the_whole_one(stubbed):
+    def thinned(size: int, after: int) -> None:
+        folder = stubbed.folder / f"checkpoints/m_vocabulary-{size}"
+        folder.mkdir(parents=True)
+        record = {"tokens": {"before": 500, "after": size}, "parameters": {"before": 1000, "after": after}}
+        (folder / "olica_vocabulary.json").write_text(json.dumps(record, indent=1))
+
+    thinned(400, 900)
+    thinned(100, 750)  # which is less than four fifths of the model
+    settings = {"SIZES": "400 100", "SPARSITIES": "0.2 0.4", "DATASETS": "text.jsonl"}
+    assert stubbed("vocabulary.sh", **settings) == [
+        *("evaluate", "prune 0.2", "evaluate", "prune 0.4", "evaluate"),
+        *("evaluate", f"prune {1 - 800 / 900:.6f}", "evaluate", f"prune {1 - 600 / 900:.6f}", "evaluate"),
+        *("evaluate", f"prune {1 - 600 / 750:.6f}", "evaluate"),
+    ]
+    assert "with 100 tokens it is smaller than that already" in stubbed.done.stdout
+    assert stubbed("vocabulary.sh", **settings) == []
+    assert stubbed("vocabulary.sh", **settings | {"SIZES": "300", "SPARSITIES": "", "COUNTED": "more"})[0] == "evaluate"
+    (call,) = [line for line in (stubbed.folder / "calls").read_text().splitlines() if "model_export.py" in line]
+    assert "m --vocab_size 300 --datasets more" in call
+
+
 def test_the_start_token_is_in_prunings_and_evaluations(stubbed):
     stubbed("methods.sh", RECIPES="olica", SPARSITIES="0.2", START_TOKEN="yes")
     calls = (stubbed.folder / "calls").read_text().splitlines()

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict
@@ -21,7 +22,7 @@ from ..sources.configuration import describe_source
 from ..sources.weights import read_model
 from . import cost
 from .harness_model import SOFTMAX_DTYPE
-from .perplexity import perplexity
+from .perplexity import bytes_predicted, perplexity
 from .subject import CONTINUATION_TOKENS, LATENCY, Protocol, Subject, TestText, TestWindows
 from .zero_shot import averages, harness_version, zero_shot
 
@@ -173,9 +174,13 @@ def text_measure(
 ) -> dict:
     """The perplexity of one text, with its protocol."""
     windows = subject.windows[text.name]
+    found = asdict(perplexity(model, windows, protocol.asked.batch_size, processes))
+    size = bytes_predicted(subject.tokenizer, windows)
     first = windows[0, 0] == subject.tokenizer.bos_token_id
     every = protocol.asked.add_bos_token
-    return asdict(perplexity(model, windows, protocol.asked.batch_size, processes)) | {
+    return found | {
+        "bytes": size,
+        "bits_per_byte": found["mean_nll"] * found["predictions"] / math.log(2) / size,
         "bos": "every window" if every else "first window" if first else "none",
         "origin": text.origin,
         "fingerprint": text.fingerprint,

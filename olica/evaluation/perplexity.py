@@ -61,6 +61,19 @@ def token_windows(
     return torch.cat([torch.full((len(cut), 1), start_token(tokenizer)), cut], dim=1) if add_bos_token else cut
 
 
+def bytes_predicted(tokenizer: PreTrainedTokenizerBase, windows: torch.Tensor) -> int:
+    """Bytes, in UTF-8, of the text that all windows (W, T) have behind their first tokens, which are given.
+
+    Perplexities by different tokenizers are comparable as bits per byte. Where a window cuts a character in two, its
+    halves count as the three bytes of what stands for them.
+    """
+
+    def size(ids: torch.Tensor) -> int:
+        return len(tokenizer.decode(ids, clean_up_tokenization_spaces=False).encode())
+
+    return sum(size(window) - size(window[:1]) for window in windows)
+
+
 @torch.no_grad()
 def perplexity(
     model: PreTrainedModel, windows: torch.Tensor, batch_size: int, processes: Processes = ALONE

@@ -25,13 +25,11 @@ from ..model.families import SEQUENCE_CLASSIFIERS, TOKEN_CLASSIFIERS
 from ..model.modeling_deci import DeciLMConfig
 from ..model.skeleton import try_out, without_weights
 from ..sources.dense_model import DenseModel
-from ..sources.tokenizers import tokens_of_probes
+from ..sources.tokenizers import GENERIC_TOKENIZER, tokens_of_probes
 from ..sources.weight_files import stored_weights
 from .run_folder import RunFolder
 from .run_progress import RunProgress
 from .weight_shards import write_index
-
-GENERIC_TOKENIZER = "PreTrainedTokenizerFast"  # as every release names the class that follows its file alone
 
 
 def check_folder(folder: Path) -> None:

@@ -48,6 +48,20 @@ model = AutoModelForCausalLM.from_pretrained(FOLDER{trust})
 {metrics}"""
 
 EXPORTED = "\n\nWritten in the layout `{name}` afterwards: {about}."
+FEWER_TOKENS = "\n\nAfterwards its vocabulary was cut from {before:,} to {after:,} tokens."
+VOCABULARY_CARD_TEXT = """---
+{metadata}
+---
+
+# {name} with {tokens[after]:,} of its {tokens[before]:,} tokens
+
+{model}, from {parameters[before]:,} to {parameters[after]:,} parameters.
+The tokens that {texts} had least are gone from its tokenizer, its embedding and its head; everything else is as it
+was. Every text can still be written, in the tokens that are left. Text of another kind, or in another language, may
+need many more of them than before. `olica_vocabulary.json` has the rest.
+
+{licence}
+"""
 LICENCE = "These weights are made of the dense model's{revision}, whose licence holds for them too: {licence}."
 TOKENIZER_LINE = "tokenizer = AutoTokenizer.from_pretrained(FOLDER{trust})\n"
 # The tokenizer is none of ours, but AutoTokenizer looks into the configuration first, which is, but for `stock`.
@@ -60,27 +74,13 @@ def write_card(folder: Path, record: dict) -> None:
     """Write the card of a checkpoint, whose other files lie in `folder`, from the record of its pruning."""
     model, calibration = record["model"], record["calibration"]
     samples, tokens = calibration["ids"]
-    # The hub wants an id of its own there, which a model without a revision has not.
-    base = model["source"] if model["revision"] else None
-    licence = dict(model.get("licence", {}))  # old records have none
-    link = licence.get("license_link", "")
-    if link and "://" not in link:  # a file beside the dense model
-        del licence["license_link"]
-        if base:
-            licence["license_link"] = f"https://huggingface.co/{base}/blob/{model['revision']}/{link}"
-    metadata = ModelCardData(
-        base_model=base,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["olica", "pruned"],
-        **licence,
-    )
+    base = base_of(model)
     name = base or Path(model["name"]).name
     layout = EXPORTS[record["exported"]] if "exported" in record else layout_of(record["settings"])
     trust = TRUST if layout.has_code else ""
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     text = CARD_TEXT.format(
-        metadata=metadata.to_yaml(),
+        metadata=metadata_of(model, "pruned"),
         name=name,
         model=model.get("description", name),
         sparsity=record["measured_sparsity"],
@@ -91,11 +91,8 @@ def write_card(folder: Path, record: dict) -> None:
         changes=changes(record["plan"], record["dense_layer"]),
         flags=flags(record),
         corrections=corrections(record),
-        exported=EXPORTED.format(name=layout.name, about=layout.about) if "exported" in record else "",
-        licence=LICENCE.format(
-            revision=f" at revision `{model['revision']}`" if base else "",
-            licence=", ".join(licence.values()) or "its files here do not name it",
-        ),
+        exported=afterwards(record, layout),
+        licence=licence_in_words(model),
         classes="AutoModelForCausalLM, AutoTokenizer" if has_tokenizer else "AutoModelForCausalLM",
         tokenizer=TOKENIZER_LINE.format(trust=trust) if has_tokenizer else "",
         trust=trust,
@@ -105,6 +102,63 @@ def write_card(folder: Path, record: dict) -> None:
         settings=record["settings"],
     )
     write_text(folder / CARD, text)
+
+
+def write_vocabulary_card(folder: Path, record: dict) -> None:
+    """Write the card of a dense model with fewer tokens, from the record of that."""
+    model = record["model"]
+    text = VOCABULARY_CARD_TEXT.format(
+        metadata=metadata_of(model, "vocabulary"),
+        name=base_of(model) or Path(model["name"]).name,
+        model=model["description"],
+        texts=" + ".join(Path(source["name"]).name for source in record["texts"]),
+        licence=licence_in_words(model),
+        tokens=record["tokens"],
+        parameters=record["parameters"],
+    )
+    write_text(folder / CARD, text)
+
+
+def base_of(model: dict) -> str | None:
+    """The hub's id of a dense model, as a record describes it; None where it was read from elsewhere."""
+    return model["source"] if model["revision"] else None
+
+
+def licence_of_record(model: dict) -> dict[str, str]:
+    """The fields of a dense model's licence, for whoever does not have its folder."""
+    licence, base = dict(model.get("licence", {})), base_of(model)  # old records have none
+    link = licence.get("license_link", "")
+    if link and "://" not in link:  # a file beside the dense model
+        del licence["license_link"]
+        if base:
+            licence["license_link"] = f"https://huggingface.co/{base}/blob/{model['revision']}/{link}"
+    return licence
+
+
+def metadata_of(model: dict, made: str) -> str:
+    """What the hub reads of a card of weights that were `made` of a dense model."""
+    metadata = ModelCardData(
+        base_model=base_of(model),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["olica", made],
+        **licence_of_record(model),
+    )
+    return metadata.to_yaml()
+
+
+def licence_in_words(model: dict) -> str:
+    """Whose licence holds for weights that were made of a dense model."""
+    return LICENCE.format(
+        revision=f" at revision `{model['revision']}`" if base_of(model) else "",
+        licence=", ".join(licence_of_record(model).values()) or "its files here do not name it",
+    )
+
+
+def afterwards(record: dict, layout: Layout) -> str:
+    """What was made of a pruned checkpoint after the pruning, in words; empty where it is as pruning left it."""
+    layout_said = EXPORTED.format(name=layout.name, about=layout.about) if "exported" in record else ""
+    return layout_said + (FEWER_TOKENS.format(**record["tokens"]) if "tokens" in record else "")
 
 
 def add_metrics(folder: Path, result: dict) -> None:

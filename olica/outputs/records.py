@@ -37,6 +37,7 @@ PACKAGES = (
 # The variable by which NVIDIA's libraries take TF32 for float32 (1) or never do (0), whatever a program says.
 DRIVERS_TF32 = "NVIDIA_TF32_OVERRIDE"
 PRUNING_RECORD = "olica_run.json"
+VOCABULARY_RECORD = "olica_vocabulary.json"  # beside a checkpoint that has lost tokens
 EVALUATION_RECORD = "olica_eval_{time}.json"  # one per evaluation; the names sort by time
 EVALUATION_LOCK = ".olica_eval.lock"
 

@@ -96,7 +96,7 @@ def build_calibration_set(
     few rows of at least `seqlen` tokens, for a start token that is to be added where there is none, for chats where the
     tokenizer has no chat template, and for token ids outside a vocabulary of `vocab_size`.
     """
-    names = _split_sources(datasets)
+    names = split_sources(datasets)
     if _names_token_file(names[0]):
         found = read_token_file(Path(names[0]))
     else:
@@ -137,7 +137,7 @@ def without(ids: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
 
 def is_token_file(datasets: str) -> bool:
     """Whether `--datasets` names a token file rather than text."""
-    return _names_token_file(_split_sources(datasets)[0])
+    return _names_token_file(split_sources(datasets)[0])
 
 
 def calibration_shape(datasets: str, num_samples: int, seqlen: int) -> tuple[int, int]:
@@ -145,7 +145,7 @@ def calibration_shape(datasets: str, num_samples: int, seqlen: int) -> tuple[int
 
     Raises UsageError for wrong numbers where they count, that is without a token file, or an unreadable one.
     """
-    names = _split_sources(datasets)
+    names = split_sources(datasets)
     if _names_token_file(names[0]):
         return tuple(read_token_file(Path(names[0])).ids.shape)
     _check_numbers(num_samples, seqlen)
@@ -228,7 +228,7 @@ def _names_token_file(name: str) -> bool:
     return name.endswith(".safetensors")
 
 
-def _split_sources(datasets: str) -> list[str]:
+def split_sources(datasets: str) -> list[str]:
     """The sources between the plus signs, unless the whole is an existing path."""
     names = [os.path.expanduser(name.strip()) for name in datasets.split("+")]
     if not all(names):
@@ -295,7 +295,7 @@ def _draw_windows(rows: Rows, tokenizer: PreTrainedTokenizerBase, request: Draw)
                 continue
             tried.add(index)
             try:
-                tokens, is_whole = _row_tokens(rows, index, tokenizer, start)
+                tokens, is_whole = row_tokens(rows, index, tokenizer, start)
             except RefusedChat as error:
                 refused.append(str(error))
                 continue
@@ -312,7 +312,7 @@ def _draw_windows(rows: Rows, tokenizer: PreTrainedTokenizerBase, request: Draw)
     return windows, record | {"acceptance_rate": len(windows) / len(tried)}
 
 
-def _row_tokens(rows: Rows, index: int, tokenizer: PreTrainedTokenizerBase, start: list[int]) -> tuple[list[int], bool]:
+def row_tokens(rows: Rows, index: int, tokenizer: PreTrainedTokenizerBase, start: list[int]) -> tuple[list[int], bool]:
     """The tokens of a row, none where it has no text, and whether they are to be read from their beginning.
 
     `start` has the start token if one is put in front of every window, and is empty otherwise.

@@ -15,6 +15,7 @@ from .locate import Location
 # Texts that a wrong conversion from SentencePiece cuts otherwise than SentencePiece. (None starts with a space: there
 # every converted tokenizer has one separator, SentencePiece one for itself and one for the space.)
 TOKENIZER_PROBES = ("Two words", "two  spaces, one at the end ", "line\n\n\tand tab", "1234 ü ﬁ ½ 文")
+GENERIC_TOKENIZER = "PreTrainedTokenizerFast"  # as every release names the class that follows its file alone
 # Any of these says that a folder means to have a tokenizer.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 # What LLaMA's vocabulary calls the tokens that its first conversions left empty.
