@@ -12,8 +12,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${SHARED:?name the folder of the texts in SHARED}"
-STAGES="texts paper methods qwen gemma web tasks refits decoding layouts mixes comparison peers choices speed"
-STAGES+=" shapes page"
+STAGES="texts paper methods qwen gemma web tasks refits decoding layouts mixes vocabularies comparison peers choices"
+STAGES+=" speed shapes page"
 REFERENCE=${REFERENCE:-$SHARED/../reference}
 MODELS=${MODELS:-models}
 RESULTS=${RESULTS:-results}
@@ -115,6 +115,12 @@ mixes() {
     MODEL=smollm2 WINDOWS=256 bash scripts/texts.sh
     MODEL=$QWEN LABEL=qwen2.5-coder-0.5b NUM_SAMPLES=96 SPARSITY_OF=layers WINDOWS=48 DTYPE=float32 \
         bash scripts/texts.sh
+}
+
+vocabularies() {
+    of_smollm2 DATASETS=$TWO COUNTED=$TWO+$WEB PPL=$TWO_CORPORA WINDOWS=256 DTYPE=bfloat16 bash scripts/vocabulary.sh
+    of_qwen COUNTED=$TWO+$WEB SIZES=80000 SPARSITY_OF=model PPL=$TWO_CORPORA WINDOWS=128 DTYPE=bfloat16 \
+        bash scripts/vocabulary.sh
 }
 
 comparison() {
