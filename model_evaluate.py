@@ -79,7 +79,8 @@ def table_rows(result: dict) -> dict[str, str]:
     for text, measured in result.get("perplexity", {}).items():
         name = f"perplexity, {text}, {measured['windows']} windows of {measured['seqlen']}{bos[measured['bos']]}"
         rows[name] = with_error(measured["value"], measured["standard_error"], 3)
-        rows[f"bits per byte, {text}"] = f"{measured['bits_per_byte']:.4f}"
+        if measured["bits_per_byte"]:  # ids may stand for no text
+            rows[f"bits per byte, {text}"] = f"{measured['bits_per_byte']:.4f}"
     zero_shot = result.get("zero_shot", {"tasks": {}, "averages": {"tasks": []}})
     for task, scores in zero_shot["tasks"].items():
         for metric in scores["metrics"]:

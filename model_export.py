@@ -36,7 +36,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--vocab_size",
         type=int,
-        help="a folder with so many tokens: those that --datasets has most, and what these are made of",
+        help="a folder with at most so many tokens, special ones among them: those that --datasets has most, and what "
+        "these are made of",
     )
     add = parser.add_argument_group("text, for --vocab_size").add_argument
     add("--datasets", help="texts whose rarest tokens go: names or paths joined by +")
@@ -58,9 +59,8 @@ def run(args: argparse.Namespace) -> None:
         wanted = WantedTokens(args.vocab_size, args.datasets, Path(args.data_dir))
         done = export_with_vocabulary(args.checkpoint, args.output_path, wanted, largest, args.overwrite)
         tokens, parameters = done["tokens"], done["parameters"]
-        print(
-            f"tokens {tokens['before']:,} -> {tokens['after']:,}, {done['share_of_text_gone']:.2%} of the texts' gone"
-        )
+        gone = f"{done['share_of_text_gone']:.2%} of the texts' tokens are gone"
+        print(f"tokens {tokens['before']:,} -> {tokens['after']:,}; {gone}")
         print(f"parameters {parameters['before']:,} -> {parameters['after']:,}")
         size = folder_weight_bytes(args.output_path)
     elif args.datasets:

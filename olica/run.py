@@ -219,7 +219,7 @@ def _prune_and_save(job: Job, folder: RunFolder | None) -> dict:
             "survey": survey.described(),
             "stages": stages.rows,
         }
-        return _publish(folder, record)
+        return _publish(folder, record, job.location.path)
 
     return on_main(save)
 
@@ -231,14 +231,18 @@ def _found(job: Job, plan: list[LayerShape], findings: list[Findings]) -> dict:
     return {"damage": damage, "multiple_correlation": correlations}
 
 
-def _publish(folder: RunFolder, record: dict) -> dict:
-    """Put a complete checkpoint in its place, with its record, which is returned, and its card."""
+def _publish(folder: RunFolder, record: dict, dense: str) -> dict:
+    """Put a complete checkpoint in its place, with its record, which is returned, and its card.
+
+    `dense` is where the dense model lies, which may have lost tokens.
+    """
     record |= {
         "went_on_after": folder.interruptions,
         "weight_bytes_on_disk": folder_weight_bytes(folder.checkpoint),
     }
     with folder.in_words():
         records.write_record(folder.checkpoint / records.PRUNING_RECORD, record)
+        records.keep_vocabulary_record(dense, folder.checkpoint)
         write_card(folder.checkpoint, record)
     folder.publish()
     return record

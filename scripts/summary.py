@@ -35,6 +35,9 @@ def rows(pruning: dict, evaluation: dict) -> list[tuple[str, str, str]]:
             f"perplexity ({text}, {measured['windows']} windows of {measured['seqlen']})",
             *both(lambda r, text=text: shown(r["perplexity"][text])),
         )
+        if measured.get("bytes") == pruned["perplexity"][text].get("bytes")
+        # Perplexities by different tokens say nothing of each other.
+        else (f"bits per byte ({text})", *both(lambda r, text=text: f"{r['perplexity'][text]['bits_per_byte']:.4f}"))
         for text, measured in dense["perplexity"].items()
     ]
     peak = max(row["host_bytes"] for row in pruning["stages"].values())

@@ -22,11 +22,13 @@ of_whole() {
         END { printf "%.6f\n", 1 - (1 - sparsity) * before / after }'
 }
 
+counted=${COUNTED:-$DATASETS}
+texts=$(printf '%s' "$counted" | cksum | cut -d ' ' -f 1)  # for the name of a folder
 for size in all ${SIZES:-44000 36000}; do
     MODEL=$whole
     if [ "$size" != all ]; then
-        MODEL=$SAVE_DIR/${RECORDS##*/}_vocabulary-$size
-        [ -d "$MODEL" ] || $PYTHON model_export.py "$whole" --vocab_size "$size" --datasets "${COUNTED:-$DATASETS}" \
+        MODEL=$SAVE_DIR/${RECORDS##*/}_vocabulary-$size-$texts
+        [ -d "$MODEL" ] || $PYTHON model_export.py "$whole" --vocab_size "$size" --datasets "$counted" \
             --data_dir "$DATA_DIR" --output_path "$MODEL"
     fi
     dense "vocabulary/$size/dense" "$measures"

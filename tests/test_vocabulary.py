@@ -24,11 +24,11 @@ import olica
 from olica.evaluation.paired import compare
 from olica.evaluation.perplexity import bytes_predicted, token_windows
 from olica.outputs.vocabulary_export import WantedTokens, export_with_vocabulary
-from olica.sources import vocabulary
+from olica.sources import thinned_vocabulary
 from olica.sources.locate import locate
 from olica.sources.text_sources import evaluation_text
+from olica.sources.thinned_vocabulary import count_tokens, kept_tokens, with_tokens
 from olica.sources.tokenizers import read_tokenizer
-from olica.sources.vocabulary import count_tokens, kept_tokens
 
 LICENCE = (ROOT / "LICENSE").read_text().splitlines()
 # What no text above has: other scripts, halves of characters, control characters.
@@ -124,10 +124,12 @@ def test_what_stays_of_a_trained_tokenizer_is_what_plain_counting_leaves(texts):
 def test_tokens_are_counted_as_texts_have_them(texts, monkeypatch):
     tokenizer = trained_tokenizer()
     found = count_tokens(str(texts), tokenizer, None)
-    by_hand = Counter(index for line in LICENCE[-60:] for index in tokenizer(line)["input_ids"])
+    by_hand = Counter(
+        index for line in LICENCE[-60:] for index in tokenizer(line, add_special_tokens=False)["input_ids"]
+    )
     assert found.counts == by_hand and found.sources[0]["tokens"] == by_hand.total()
     assert found.sources[0]["read"] == found.sources[0]["rows"] == 60
-    monkeypatch.setattr(vocabulary, "COUNTED_TOKENS", 100)
+    monkeypatch.setattr(thinned_vocabulary, "COUNTED_TOKENS", 100)
     shorter = count_tokens(str(texts), tokenizer, None)
     assert 100 <= shorter.counts.total() < 200 and 1 < shorter.sources[0]["read"] < 60
 
@@ -136,7 +138,7 @@ def test_tokens_are_counted_as_texts_have_them(texts, monkeypatch):
 def test_every_text_is_still_written_and_read(size, texts):
     tokenizer = trained_tokenizer()
     counts = count_tokens(str(texts), tokenizer, None).counts
-    found = vocabulary.thin_vocabulary(tokenizer, counts, size, [])
+    found = thinned_vocabulary.thin_vocabulary(tokenizer, counts, size, [])
     assert len(found.tokenizer) == len(found.rows) == size
     for text in [*LICENCE, STRANGE]:
         ids = found.tokenizer(text)["input_ids"]
@@ -196,7 +198,7 @@ def test_a_pruned_checkpoint_loses_tokens_too_and_its_record_knows(tmp_path, tex
     assert gone == pruned.num_parameters() - model.num_parameters() > 0
     assert told["parameters"]["after"] == RECORD["parameters"]["after"] - gone
     assert told["measured_sparsity"] == 1 - told["parameters"]["after"] / RECORD["parameters"]["before"]
-    assert "Afterwards its vocabulary was cut from 512 to 400 tokens." in (tmp_path / "fewer/README.md").read_text()
+    assert "Of the 512 tokens of its vocabulary 400 are left" in (tmp_path / "fewer/README.md").read_text()
 
 
 def test_settings_name_tokens_by_their_new_ids(tmp_path, texts):
@@ -260,14 +262,62 @@ def command(*arguments) -> int:
     return call(model_export, *arguments)
 
 
+def spaced_rules(byte_tokens: range) -> dict:
+    """Of SentencePiece's kind: four letters and the separator, a merge, and so many of the tokens that are bytes."""
+    tokens = "<unk> \u2581 a b c \u2581a " + " ".join(f"<0x{byte:02X}>" for byte in byte_tokens)
+    return made_rules(tokens, ["\u2581 a"], byte_fallback=True, unk_token="<unk>")
+
+
+def test_spaces_stay_and_characters_too_where_not_all_bytes_are_tokens():
+    rare = {2: 5, 3: 1, 4: 2, 5: 9}  # the separator itself is never counted
+    kept = kept_tokens(spaced_rules(range(256)), rare, 0, [])
+    assert kept == [0, 1, *range(6, 262)]
+    kept = kept_tokens(spaced_rules(range(128, 256)), rare, 0, [])
+    assert kept == [0, 1, 2, 3, 4, *range(6, 134)]
+
+
+def test_what_is_put_around_a_text_stays_though_it_was_never_added():
+    rules = made_rules("a b ab", ["a b"]) | {
+        "post_processor": {"type": "TemplateProcessing", "special_tokens": {"ab": {"id": "ab", "ids": [2]}}}
+    }
+    assert kept_tokens(rules, {}, 0, []) == [0, 1, 2]
+    assert with_tokens(rules, [0, 1, 2])["post_processor"] == rules["post_processor"]
+
+
+def test_what_was_lost_is_known_of_what_is_made_of_the_model(tmp_path, texts, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_dense(Path("dense"))
+    fewer(tmp_path / "dense", texts)
+    done = olica.prune("fewer", datasets=str(texts), sparsity=0.2, num_samples=4, seqlen=16, mlp_num=0)
+    first = json.loads(Path("fewer/olica_vocabulary.json").read_text())
+    assert json.loads((done.folder / "olica_vocabulary.json").read_text()) == first
+    export_with_vocabulary(done.folder, "again", WantedTokens(300, str(texts), None), 10**9)
+    again = json.loads(Path("again/olica_vocabulary.json").read_text())
+    assert again["earlier"] == first and again["tokens"] == {"before": 400, "after": 300}
+    for folder, tokens in ((done.folder, 400), (Path("again"), 300)):
+        assert f"Of the 512 tokens of its vocabulary {tokens} are left" in (folder / "README.md").read_text()
+
+
+def test_tokens_behind_the_rows_of_the_model_stay_behind_them(tmp_path, texts):
+    save_dense(tmp_path / "dense")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "dense")
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(tmp_path / "dense")
+    path = tmp_path / "dense/generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": 512}))
+    assert fewer(tmp_path / "dense", texts)["tokens"]["after"] == SIZE
+    assert AutoTokenizer.from_pretrained(tmp_path / "fewer").pad_token_id == SIZE
+    assert json.loads((tmp_path / "fewer/generation_config.json").read_text())["pad_token_id"] == SIZE
+
+
 def test_the_command_says_what_went(tmp_path, texts, capsys):
     save_dense(tmp_path / "dense")
     flags = [f"--vocab_size={SIZE}", f"--datasets={texts}", f"--output_path={tmp_path / 'new'}"]
     assert command(tmp_path / "dense", *flags) == 0
     said = capsys.readouterr().out
-    assert said.startswith("tokens 512 -> 400, ") and "\nparameters " in said and "\nsaved " in said
+    assert said.startswith("tokens 512 -> 400; ") and "\nparameters " in said and "\nsaved " in said
     share = json.loads((tmp_path / "new/olica_vocabulary.json").read_text())["share_of_text_gone"]
-    assert f"{share:.2%} of the texts' gone\n" in said
+    assert f"{share:.2%} of the texts' tokens are gone\n" in said
 
 
 def test_wrong_input_ends_in_a_sentence_and_writes_nothing(tmp_path, texts, capsys):
@@ -288,12 +338,25 @@ def test_wrong_input_ends_in_a_sentence_and_writes_nothing(tmp_path, texts, caps
     whole = Tokenizer(models.Unigram([("<unk>", 0.0), *((chr(97 + index), -1.0) for index in range(26))], unk_id=0))
     make_llama(vocab_size=512).save_pretrained(tmp_path / "unigram")
     PreTrainedTokenizerFast(tokenizer_object=whole, unk_token="<unk>").save_pretrained(tmp_path / "unigram")
-    assert "is of another kind (Unigram, " in refused(capsys, command, tmp_path / "unigram", new, size, text)
+    assert "cannot take tokens from this tokenizer: its model is Unigram" in refused(
+        capsys, command, tmp_path / "unigram", new, size, text
+    )
     make_llama(vocab_size=512).save_pretrained(tmp_path / "bare")
     assert "the folder has no tokenizer" in refused(capsys, command, tmp_path / "bare", new, size, text)
+    write_json(tmp_path / "empty.jsonl", [{"text": ""}])
+    empty = f"--datasets={tmp_path / 'empty.jsonl'}"
+    assert "has no text whose tokens could be counted" in refused(capsys, command, tmp_path / "dense", new, size, empty)
+    write_json(tmp_path / "chats.jsonl", [{"messages": [{"role": "user", "content": "owls"}]}])
+    chats = f"--datasets={tmp_path / 'chats.jsonl'}"
+    assert "has no chat template" in refused(capsys, command, tmp_path / "dense", new, size, chats)
     path = tmp_path / "dense/generation_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"eos_token_id": [5, "6"]}))
+    assert "eos_token_id is [5, '6']" in refused(capsys, command, tmp_path / "dense", new, size, text)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"bad_words_ids": [[5, 6]]}))
-    assert "its settings have bad_words_ids; remove it" in refused(capsys, command, tmp_path / "dense", new, size, text)
+    assert "name tokens in a way that is not known (they have bad_words_ids; remove it" in refused(
+        capsys, command, tmp_path / "dense", new, size, text
+    )
     edit_config(tmp_path / "dense", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
     assert "this checkpoint is quantised" in refused(capsys, command, tmp_path / "dense", new, size, text)
     assert not (tmp_path / "new").exists() and not [*tmp_path.glob(".*")]

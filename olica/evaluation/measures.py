@@ -180,7 +180,7 @@ def text_measure(
     every = protocol.asked.add_bos_token
     return found | {
         "bytes": size,
-        "bits_per_byte": found["mean_nll"] * found["predictions"] / math.log(2) / size,
+        "bits_per_byte": found["mean_nll"] * found["predictions"] / math.log(2) / size if size else None,
         "bos": "every window" if every else "first window" if first else "none",
         "origin": text.origin,
         "fingerprint": text.fingerprint,

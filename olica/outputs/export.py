@@ -19,7 +19,7 @@ from ..sources.model_files import folder_weight_bytes
 from ..sources.opening import open_dense_model
 from ..sources.tokenizers import read_tokenizer
 from .model_card import write_card
-from .records import PRUNING_RECORD, read_pruning_record, understood, write_record
+from .records import PRUNING_RECORD, keep_vocabulary_record, read_pruning_record, understood, write_record
 from .rewritten import Made, check_path, write_anew
 
 
@@ -59,6 +59,7 @@ def export(checkpoint: str | Path, path: str | Path, layout: str, largest: int, 
     tokenizer, source = read_tokenizer(location), open_dense_model(location)
 
     def add_records(folder: Path) -> None:
+        keep_vocabulary_record(location.path, folder)
         record = read_pruning_record(location.path)
         if record:
             record |= {"exported": layout, "weight_bytes_on_disk": folder_weight_bytes(folder)}

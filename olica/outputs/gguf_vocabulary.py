@@ -1,7 +1,6 @@
 """A tokenizer in the form that llama.cpp reads: tokens with their kinds, merges or scores, and how text is split."""
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,9 +9,8 @@ from gguf import GGUFWriter, TokenType
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..errors import UsageError
+from ..sources.tokenizers import BYTE, SEPARATOR
 
-SEPARATOR = "\u2581"  # which stands for a space in vocabularies of SentencePiece
-BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # how these spell a byte that no other token holds
 # What a score is of a token that no merge makes: less than that of any other.
 NEVER_MERGED = -1e9
 

@@ -9,7 +9,7 @@ from ..model.layouts import EXPORTS, LAYOUTS, OWN_LAYOUT, Layout
 from ..sources.calibration_set import is_token_file
 from ..terminal import with_error
 from .names import DIALS, turned
-from .records import alone_in, write_text
+from .records import alone_in, read_vocabulary_record, write_text
 
 CARD = "README.md"
 # Parameters of the recipes that correct MLPs; where no MLP got a correction they had no part in the result.
@@ -48,7 +48,10 @@ model = AutoModelForCausalLM.from_pretrained(FOLDER{trust})
 {metrics}"""
 
 EXPORTED = "\n\nWritten in the layout `{name}` afterwards: {about}."
-FEWER_TOKENS = "\n\nAfterwards its vocabulary was cut from {before:,} to {after:,} tokens."
+FEWER_TOKENS = (
+    "\n\nOf the {before:,} tokens of its vocabulary {after:,} are left; "
+    "`olica_vocabulary.json` says by which texts they were chosen."
+)
 VOCABULARY_CARD_TEXT = """---
 {metadata}
 ---
@@ -78,6 +81,7 @@ def write_card(folder: Path, record: dict) -> None:
     name = base or Path(model["name"]).name
     layout = EXPORTS[record["exported"]] if "exported" in record else layout_of(record["settings"])
     trust = TRUST if layout.has_code else ""
+    exported = EXPORTED.format(name=layout.name, about=layout.about) if "exported" in record else ""
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     text = CARD_TEXT.format(
         metadata=metadata_of(model, "pruned"),
@@ -91,7 +95,7 @@ def write_card(folder: Path, record: dict) -> None:
         changes=changes(record["plan"], record["dense_layer"]),
         flags=flags(record),
         corrections=corrections(record),
-        exported=afterwards(record, layout),
+        exported=exported + tokens_left(folder),
         licence=licence_in_words(model),
         classes="AutoModelForCausalLM, AutoTokenizer" if has_tokenizer else "AutoModelForCausalLM",
         tokenizer=TOKENIZER_LINE.format(trust=trust) if has_tokenizer else "",
@@ -155,10 +159,15 @@ def licence_in_words(model: dict) -> str:
     )
 
 
-def afterwards(record: dict, layout: Layout) -> str:
-    """What was made of a pruned checkpoint after the pruning, in words; empty where it is as pruning left it."""
-    layout_said = EXPORTED.format(name=layout.name, about=layout.about) if "exported" in record else ""
-    return layout_said + (FEWER_TOKENS.format(**record["tokens"]) if "tokens" in record else "")
+def tokens_left(folder: Path) -> str:
+    """How many tokens a checkpoint, or the model that it was made of, has lost, in words; empty where none are gone."""
+    record = read_vocabulary_record(folder)
+    if record is None:
+        return ""
+    first = record
+    while "earlier" in first:
+        first = first["earlier"]
+    return FEWER_TOKENS.format(before=first["tokens"]["before"], after=record["tokens"]["after"])
 
 
 def add_metrics(folder: Path, result: dict) -> None:
@@ -252,6 +261,8 @@ def metrics(result: dict) -> dict[str, str]:
         protocol = f"{measured['windows']} windows of {measured['seqlen']} tokens, start token: {measured['bos']}"
         name = f"perplexity on {Path(text).name}, {protocol}, {result['dtype']}"
         found[name] = with_error(measured["value"], measured["standard_error"], 2)
+        if measured.get("bits_per_byte"):  # records of before have none
+            found[name.replace("perplexity", "bits per byte", 1)] = f"{measured['bits_per_byte']:.4f}"
     zero_shot = result.get("zero_shot", {"tasks": {}})
     for task, scores in zero_shot["tasks"].items():
         start = "with" if zero_shot["add_bos_token"] else "without"

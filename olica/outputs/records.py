@@ -38,6 +38,8 @@ PACKAGES = (
 DRIVERS_TF32 = "NVIDIA_TF32_OVERRIDE"
 PRUNING_RECORD = "olica_run.json"
 VOCABULARY_RECORD = "olica_vocabulary.json"  # beside a checkpoint that has lost tokens
+# What reading a file raises that is not the record that it should be.
+RECORD_FAULTS = (ValueError, LookupError, TypeError, AttributeError)
 EVALUATION_RECORD = "olica_eval_{time}.json"  # one per evaluation; the names sort by time
 EVALUATION_LOCK = ".olica_eval.lock"
 
@@ -170,6 +172,29 @@ def read_pruning_record(folder: str | Path) -> dict | None:
     return record
 
 
+def read_vocabulary_record(folder: str | Path) -> dict | None:
+    """The record that lies beside a model that has lost tokens, or None.
+
+    Raises:
+        UsageError: the file is no such record.
+    """
+    path = Path(folder) / VOCABULARY_RECORD
+    if not path.is_file():
+        return None
+    with in_words(
+        lambda error: f"{path} is not the record of a vocabulary ({reason(error)}); remove it", RECORD_FAULTS
+    ):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record["tokens"]["before"], record["tokens"]["after"]
+    return record
+
+
+def keep_vocabulary_record(before: str | Path, after: Path) -> None:
+    """Have the record of a vocabulary beside what was made of a model, if the model has one."""
+    if record := read_vocabulary_record(before):
+        write_record(after / VOCABULARY_RECORD, record)
+
+
 def understood(folder: str | Path) -> AbstractContextManager[None]:
     """Have what a command makes of the record of a pruning in `folder` end in a UsageError where it is none.
 
@@ -178,7 +203,7 @@ def understood(folder: str | Path) -> AbstractContextManager[None]:
     path = Path(folder) / PRUNING_RECORD
     return in_words(
         lambda error: f"{path} is not the record of a pruning ({reason(error)}); remove it or prune anew",
-        kinds=(ValueError, LookupError, TypeError, AttributeError),
+        kinds=RECORD_FAULTS,
     )
 
 

@@ -21,14 +21,15 @@ from ..sources.licence import licence_of
 from ..sources.locate import locate
 from ..sources.model_files import folder_weight_bytes
 from ..sources.opening import open_dense_model
+from ..sources.thinned_vocabulary import check_can_lose_tokens, count_tokens, thin_vocabulary
 from ..sources.tokenizers import read_tokenizer
-from ..sources.vocabulary import count_tokens, thin_vocabulary
 from .model_card import write_card, write_vocabulary_card
 from .records import (
     PRUNING_RECORD,
     VOCABULARY_RECORD,
     environment,
     read_pruning_record,
+    read_vocabulary_record,
     understood,
     write_record,
 )
@@ -36,9 +37,9 @@ from .rewritten import Made, check_path, write_anew
 
 Settings = TypeVar("Settings", PreTrainedConfig, GenerationConfig)
 
-# Of what may generate: settings that name tokens, of which those that are gone are left out. All settings of one token,
-# or of several that end a text, end in TOKEN_ID.
+# Settings whose names end so are the id of a token, or of several.
 TOKEN_ID = "token_id"
+# Settings that are lists of ids, of which those of tokens that are gone are left out.
 LISTS_OF_TOKENS = ("suppress_tokens", "begin_suppress_tokens")
 # Settings that name tokens in forms of their own.
 NOT_RENUMBERED = ("bad_words_ids", "sequence_bias", "forced_decoder_ids")
@@ -83,7 +84,7 @@ def export_with_vocabulary(
     """
     location, path = locate(str(checkpoint), "CHECKPOINT"), Path(path).expanduser()
     check_path(path, location, overwrite)
-    config = read_config(location)
+    config, pruned = read_config(location), read_pruning_record(location.path)
     refuse_quantised(config, location)
     if not 0 < wanted.size < config.vocab_size:
         raise UsageError(
@@ -93,38 +94,42 @@ def export_with_vocabulary(
     if tokenizer is None:
         raise location.error("the folder has no tokenizer, whose tokens --vocab_size would take")
     source = open_dense_model(location)
-    counted = count_tokens(wanted.datasets, tokenizer, wanted.data_dir)
-    tokens, generation = sum(counted.counts.values()), source.model.generation_config
-    needed = {index for one in (config, generation) for index in _ids_in(one) if 0 <= index < config.vocab_size}
+    generation = source.model.generation_config
     # A tokenizer may have tokens behind those of the model, such as one for padding; they stay behind its rows.
-    without_rows = sum(index >= config.vocab_size for index in tokenizer.get_vocab().values())
-    thinned = thin_vocabulary(tokenizer, counted.counts, wanted.size + without_rows, needed)
+    asked = wanted.size + sum(index >= config.vocab_size for index in tokenizer.get_vocab().values())
+    with location.in_words("its settings name tokens in a way that is not known"):
+        needed = {index for one in (config, generation) for index in ids_in(one) if 0 <= index < config.vocab_size}
+    check_can_lose_tokens(tokenizer, asked, needed)
+    counted = count_tokens(wanted.datasets, tokenizer, wanted.data_dir)
+    with location.in_words("its tokenizer cannot be made smaller"):
+        thinned = thin_vocabulary(tokenizer, counted.counts, asked, needed)
     rows = [row for row in thinned.rows if row < config.vocab_size]
-    with location.in_words("its tokens cannot be numbered anew"):
-        smaller, source.model.generation_config = _renumbered(source.model.config, rows), _renumbered(generation, rows)
+    smaller = renumbered(source.model.config, thinned.rows)
     smaller.vocab_size = len(rows)
+    source.model.generation_config = renumbered(generation, thinned.rows)  # which is written beside the weights
     target = without_weights(lambda: type(source.model)(smaller))
     before, after = count_parameters(source.model)["total"], count_parameters(target)["total"]
+    tokens, earlier = counted.counts.total(), read_vocabulary_record(location.path)
     record = {
         "kind": "vocabulary",
         "model": describe_source(location, config) | {"licence": licence_of(location)},
         "tokens": {"before": config.vocab_size, "after": len(rows)},
         "parameters": {"before": before, "after": after},
         "texts": counted.sources,
-        "share_of_text_gone": 1 - sum(counted.counts[row] for row in rows) / tokens if tokens else 0.0,
+        "share_of_text_gone": 1 - sum(counted.counts[row] for row in thinned.rows) / tokens,
+        **({"earlier": earlier} if earlier else {}),
         "environment": environment(torch.device("cpu")),
     }
 
     def add_records(folder: Path) -> None:
         write_record(folder / VOCABULARY_RECORD, record)
-        pruned = read_pruning_record(location.path)
         if not pruned:
             write_vocabulary_card(folder, record)
             return
         with understood(location.path):
             pruned["parameters"]["after"] -= before - after
             pruned["measured_sparsity"] = 1 - pruned["parameters"]["after"] / pruned["parameters"]["before"]
-            pruned |= {"tokens": record["tokens"], "weight_bytes_on_disk": folder_weight_bytes(folder)}
+            pruned["weight_bytes_on_disk"] = folder_weight_bytes(folder)
             write_record(folder / PRUNING_RECORD, pruned)
             write_card(folder, pruned)
 
@@ -134,7 +139,7 @@ def export_with_vocabulary(
 
 
 def _weights(source: DenseModel, target: PreTrainedModel, rows: list[int]) -> Iterator[Tensor]:
-    """The weights of `target`, in the order of its parameters: those of `source`, of matrices (V, D) the rows alone."""
+    """The weights of `target`, in the order of its parameters: those of `source`, or their `rows` where it has V."""
     own = dict(source.model.named_parameters())
     kept = torch.tensor(rows)
     for name, parameter in target.named_parameters():
@@ -142,28 +147,37 @@ def _weights(source: DenseModel, target: PreTrainedModel, rows: list[int]) -> It
         yield weight if own[name].shape == parameter.shape else weight[kept]
 
 
-def _ids_in(settings: PreTrainedConfig | GenerationConfig) -> Iterator[int]:
-    """The ids of single tokens, and of those that end a text, that settings name."""
-    for name, value in settings.to_dict().items():
-        if name.endswith(TOKEN_ID):
-            yield from [value] if isinstance(value, int) else value or []
-
-
-def _renumbered(settings: Settings, rows: list[int]) -> Settings:
-    """Settings with the new ids of the tokens that they name.
+def ids_in(settings: PreTrainedConfig | GenerationConfig) -> list[int]:
+    """The ids of tokens that settings name one by one.
 
     Raises:
         ValueError: they name tokens in a form that is not known here.
     """
+    found = []
+    for name, value in settings.to_dict().items():
+        if name in NOT_RENUMBERED and value:
+            raise ValueError(f"they have {name}; remove it")
+        if name.endswith(TOKEN_ID) and value is not None:
+            ids = value if isinstance(value, list) else [value]
+            if not all(type(index) is int for index in ids):
+                raise ValueError(f"{name} is {value!r}; make it a whole number, or a list of some")
+            found += ids
+    return found
+
+
+def renumbered(settings: Settings, rows: list[int]) -> Settings:
+    """Settings with the new ids of the tokens that they name; ids that are none of the old `rows` stay as they are.
+
+    (Such an id, -1 say, stands for no token.) From lists of tokens that are not to be generated, those are left out
+    that are gone.
+    """
     new_ids = {old: new for new, old in enumerate(rows)}
     settings = copy.deepcopy(settings)
     for name, value in settings.to_dict().items():
-        if name in NOT_RENUMBERED and value:
-            raise ValueError(f"its settings have {name}; remove it")
-        if not (name.endswith(TOKEN_ID) or name in LISTS_OF_TOKENS) or value is None:
-            continue
-        if isinstance(value, int):
-            setattr(settings, name, new_ids.get(value, value))  # one that is no row means that there is none
-        else:
+        if name in LISTS_OF_TOKENS and value:
             setattr(settings, name, [new_ids[old] for old in value if old in new_ids])
+        elif name.endswith(TOKEN_ID) and value is not None:
+            several = isinstance(value, list)
+            ids = [new_ids.get(old, old) for old in (value if several else [value])]
+            setattr(settings, name, ids if several else ids[0])
     return settings

@@ -12,7 +12,8 @@ from .tables import markdown
 FOLDER, ALL = "vocabulary", "all"
 ABOUT = (
     "Bits per byte: the lower, the better. Tokens: those of the vocabulary that stayed. Layers: share of the decoder "
-    "layers' parameters that stayed. Models of one size are beside each other."
+    "layers' parameters that stayed. Models of one size are beside each other. Windows of fewer tokens end a little "
+    "earlier in the text."
 )
 
 
@@ -20,7 +21,7 @@ def table(results: Results) -> str | None:
     """A row for each model, those of a size together; None where nothing is recorded."""
     whole = results.run(f"{FOLDER}/{ALL}/dense")
     folder = results.results / results.label / FOLDER
-    sizes = [ALL, *sorted((path.name for path in folder.glob("[0-9]*")), key=int, reverse=True)]
+    sizes = [ALL, *sorted((path.name for path in folder.glob("*") if path.name.isdecimal()), key=int, reverse=True)]
     runs = [(size, run) for size in sizes for run in results.runs(f"{FOLDER}/{size}")]
     if whole is None or len(runs) < 2:
         return None

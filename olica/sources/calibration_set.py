@@ -249,12 +249,7 @@ def _draw_or_reuse(
 ) -> CalibrationSet:
     """The cached draw of the same request, or else a new one, which is then cached."""
     for rows in sources:
-        if rows.chat_field and chat_template(tokenizer) is None:
-            raise UsageError(
-                f"{rows.origin} holds chats (column {rows.chat_field}), but the tokenizer of --base_model has no chat "
-                "template: put its chat_template.jinja beside it, prune the model that is trained for chats, or give "
-                "the file a column text instead"
-            )
+        refuse_chats_without_template(rows, tokenizer)
     described = describe_tokenizer(tokenizer)
     path = cache_dir / f"{_cache_key(sources, tokenizer, described, request)}.safetensors"
     shape = (request.num_samples * len(sources), request.seqlen)
@@ -295,7 +290,7 @@ def _draw_windows(rows: Rows, tokenizer: PreTrainedTokenizerBase, request: Draw)
                 continue
             tried.add(index)
             try:
-                tokens, is_whole = row_tokens(rows, index, tokenizer, start)
+                tokens, is_whole = _row_tokens(rows, index, tokenizer, start)
             except RefusedChat as error:
                 refused.append(str(error))
                 continue
@@ -306,36 +301,57 @@ def _draw_windows(rows: Rows, tokenizer: PreTrainedTokenizerBase, request: Draw)
             bar.update()
     logger.info("%s: %d of %d tried rows accepted", rows.name, len(windows), len(tried))
     if refused:
-        logger.warning("%s: left out %s", rows.name, _in_numbers(refused))
+        logger.warning("%s: left out %s", rows.name, refused_in_words(refused))
     counts = {"rows": len(rows.table), "tried": len(tried), "accepted": len(windows)}
     record = {"name": rows.name, "origin": rows.origin, "fingerprint": rows.fingerprint, **counts}
     return windows, record | {"acceptance_rate": len(windows) / len(tried)}
 
 
-def row_tokens(rows: Rows, index: int, tokenizer: PreTrainedTokenizerBase, start: list[int]) -> tuple[list[int], bool]:
-    """The tokens of a row, none where it has no text, and whether they are to be read from their beginning.
+def row_text(rows: Rows, index: int, tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool, bool]:
+    """The text of a row, empty where it has none; whether it is a chat, and whether it is a prompt.
 
-    `start` has the start token if one is put in front of every window, and is empty otherwise.
     Raises RefusedChat where the chat template refuses a chat, UsageError where its messages are none.
     """
     row = rows.table[index]
     if rows.chat_field and row[rows.chat_field]:
-        text = chat_text(tokenizer, messages_of(row[rows.chat_field], f"{rows.origin}: row {index + 1}"))
-        # Templates write all special tokens themselves; the tokenizer would put a second start token before theirs.
-        tokens = tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"]
-        return tokens[1:] if start and tokens[:1] == start else tokens, True
+        messages = messages_of(row[rows.chat_field], f"{rows.origin}: row {index + 1}")
+        return chat_text(tokenizer, messages), True, False
     is_prompt = rows.has_prompts and bool(row["instruction"])
     text = format_prompt(row) if is_prompt else (row[rows.text_field] if rows.text_field else None) or ""
-    return tokenizer(text, verbose=False, add_special_tokens=not start)["input_ids"], is_prompt
+    return text, False, is_prompt
 
 
-def _in_numbers(refused: list[str]) -> str:
+def _row_tokens(rows: Rows, index: int, tokenizer: PreTrainedTokenizerBase, start: list[int]) -> tuple[list[int], bool]:
+    """The tokens of a row, none where it has no text, and whether they are to be read from their beginning.
+
+    `start` has the start token if one is put in front of every window, and is empty otherwise.
+    Raises as `row_text`.
+    """
+    text, is_chat, is_prompt = row_text(rows, index, tokenizer)
+    # Templates write all special tokens themselves; the tokenizer would put a second start token before theirs.
+    tokens = tokenizer(text, verbose=False, add_special_tokens=not (start or is_chat))["input_ids"]
+    if is_chat and start and tokens[:1] == start:
+        tokens = tokens[1:]
+    return tokens, is_chat or is_prompt
+
+
+def refuse_chats_without_template(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UsageError if rows are chats, and the tokenizer cannot make texts of them."""
+    if rows.chat_field and chat_template(tokenizer) is None:
+        raise UsageError(
+            f"{rows.origin} holds chats (column {rows.chat_field}), but the tokenizer of the model has no chat "
+            "template: put its chat_template.jinja beside it, take the model that is trained for chats, or give "
+            "the file a column text instead"
+        )
+
+
+def refused_in_words(refused: list[str]) -> str:
     """How many chats the template refused, and why the first of them."""
     return f"{len(refused)} chats that the tokenizer's chat template refuses (the first: {refused[0]})"
 
 
 def _too_few(rows: Rows, request: Draw, accepted: int, tried: int, refused: list[str]) -> UsageError:
-    others = f"; among the others are {_in_numbers(refused)}" if refused else ""
+    others = f"; among the others are {refused_in_words(refused)}" if refused else ""
     return UsageError(
         f"--datasets {rows.name} has too few long rows: {accepted} of {tried} tried ({accepted / tried:.2%}) "
         f"have --seqlen {request.seqlen} tokens or more, but --num_samples asks for {request.num_samples}{others}: "

@@ -1,6 +1,7 @@
 """A model's tokenizer, with what first conversions and files of SentencePiece need to be read as they were meant."""
 
 import json
+import re
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
@@ -16,6 +17,8 @@ from .locate import Location
 # every converted tokenizer has one separator, SentencePiece one for itself and one for the space.)
 TOKENIZER_PROBES = ("Two words", "two  spaces, one at the end ", "line\n\n\tand tab", "1234 ü ﬁ ½ 文")
 GENERIC_TOKENIZER = "PreTrainedTokenizerFast"  # as every release names the class that follows its file alone
+# How vocabularies of SentencePiece spell a byte that no other token holds, and a space.
+BYTE, SEPARATOR = re.compile(r"<0x[0-9A-F]{2}>"), "\u2581"
 # Any of these says that a folder means to have a tokenizer.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 # What LLaMA's vocabulary calls the tokens that its first conversions left empty.

@@ -11,13 +11,13 @@ al. 2025, "Teaching old tokenizers new words", prune so).
 import heapq
 import json
 import logging
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from tokenizers import Tokenizer
 from tqdm import tqdm
@@ -26,18 +26,23 @@ from transformers.tokenization_utils_base import FULL_TOKENIZER_FILE, TOKENIZER_
 
 from ..errors import UsageError
 from ..progress_bar import is_quiet
-from .calibration_set import is_token_file, row_tokens, split_sources
+from .calibration_set import (
+    is_token_file,
+    refuse_chats_without_template,
+    refused_in_words,
+    row_text,
+    split_sources,
+)
 from .chats import RefusedChat
 from .text_sources import read_rows
-from .tokenizers import GENERIC_TOKENIZER, TOKENIZER_PROBES, tokens_of_probes
+from .tokenizers import BYTE, GENERIC_TOKENIZER, SEPARATOR, TOKENIZER_PROBES, tokens_of_probes
 
 logger = logging.getLogger(__name__)
 
 # Of every source so many are counted, from its first row on: enough to rank the tokens that a text has at all.
 COUNTED_TOKENS = 10_000_000
-BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # how vocabularies with a fallback spell a byte
-# Those of what puts special tokens around a text whose ids can be rewritten, or which have none.
-POST_PROCESSORS = {None, "TemplateProcessing", "ByteLevel", "Sequence"}
+# What may put special tokens around a text: those that have no ids, or whose ids can be numbered anew.
+POST_PROCESSORS = {"TemplateProcessing", "ByteLevel", "Sequence"}
 
 
 @dataclass(frozen=True)
@@ -62,28 +67,47 @@ class ThinnedVocabulary:
 
 
 def count_tokens(datasets: str, tokenizer: PreTrainedTokenizerBase, data_dir: Path | None) -> TokenCounts:
-    """How often the first COUNTED_TOKENS of every source of `datasets`, which "+" joins, are which.
+    """How often each token is in the first COUNTED_TOKENS of every source of `datasets`, which "+" joins.
+
+    What the tokenizer puts around a text is left out.
 
     Raises:
-        UsageError: a source is a token file, or cannot be read.
+        UsageError: a source is a token file, cannot be read, or holds no text.
     """
     if is_token_file(datasets):
         raise UsageError(f"--datasets {datasets}: a token file has too few tokens to choose by; give the texts")
     counts, sources = Counter[int](), []
     for name in split_sources(datasets):
-        rows = read_rows(name, "train", data_dir)
+        rows, refused = read_rows(name, "train", data_dir), []
+        refuse_chats_without_template(rows, tokenizer)
         counted = read = 0
         with tqdm(total=len(rows.table), desc=Path(name).name, unit="row", leave=False, disable=is_quiet()) as bar:
             while read < len(rows.table) and counted < COUNTED_TOKENS:
-                with suppress(RefusedChat):
-                    tokens, _ = row_tokens(rows, read, tokenizer, [])
+                try:
+                    text, *_ = row_text(rows, read, tokenizer)
+                    tokens = tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"]
                     counts.update(tokens)
                     counted += len(tokens)
+                except RefusedChat as error:
+                    refused.append(str(error))
                 read += 1
                 bar.update()
+        if refused:
+            logger.warning("%s: left out %s", rows.name, refused_in_words(refused))
+        if not counted:
+            raise UsageError(f"--datasets {datasets}: {rows.origin} has no text whose tokens could be counted")
         source = {"name": rows.name, "origin": rows.origin, "fingerprint": rows.fingerprint}
-        sources.append(source | {"rows": len(rows.table), "read": read, "tokens": counted})
+        read_of = {"rows": len(rows.table), "read": read, "refused": len(refused), "tokens": counted}
+        sources.append(source | read_of)
     return TokenCounts(counts, sources)
+
+
+def check_can_lose_tokens(tokenizer: PreTrainedTokenizerBase, size: int, needed: Iterable[int]) -> None:
+    """Raise UsageError, before anything is counted, if `thin_vocabulary` would."""
+    rules = _rules_of(tokenizer)
+    fewest = len(kept_tokens(rules, {}, 0, needed))
+    if fewest > size:
+        raise UsageError(f"--vocab_size {size}: the tokenizer needs {fewest} tokens; give at least that many")
 
 
 def thin_vocabulary(
@@ -95,17 +119,14 @@ def thin_vocabulary(
         tokenizer: of byte pairs.
         counts: how often texts have a token, by its id.
         size: tokens to keep, those that were added to the vocabulary among them.
-        needed: ids that stay in any case; out of these the tokenizer's added tokens and its bytes do.
+        needed: ids that stay in any case, besides the added tokens and what texts are made of in the end.
 
     Raises:
-        UsageError: the tokenizer is of another kind, or needs more tokens.
+        UsageError: the tokenizer is of another kind.
+        ValueError: transformers reads what is left otherwise than its rules say.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = json.loads(backend.to_str()) if backend else {"model": {"type": type(tokenizer).__name__}}
-    _refuse_unknown_kind(rules)
+    rules = _rules_of(tokenizer)
     rows = kept_tokens(rules, counts, size, needed)
-    if len(rows) > size:
-        raise UsageError(f"--vocab_size {size}: the tokenizer needs {len(rows)} tokens; give at least that many")
     return ThinnedVocabulary(_with_rules(tokenizer, with_tokens(rules, rows)), rows)
 
 
@@ -120,7 +141,9 @@ def kept_tokens(rules: dict, counts: Mapping[int, int], size: int, needed: Itera
     for pair in rules["model"]["merges"]:
         made_of.setdefault("".join(pair), []).append(pair)
         readers.update(pair)
-    stays, is_base = set(needed) | {token["id"] for token in rules["added_tokens"]}, _base_of(rules)
+    around_texts = _ids_around_texts(rules.get("post_processor"))
+    stays = {*needed, *around_texts, *(token["id"] for token in rules["added_tokens"])}
+    is_base = _base_of(rules)
     count = {token: counts.get(index, 0) for token, index in ids.items()}
 
     def entry(token: str) -> tuple[int, int, str]:
@@ -162,7 +185,7 @@ def with_tokens(rules: dict, rows: list[int]) -> dict:
     }
 
 
-def _renumbered(part, new_ids: Mapping[int, int]):
+def _renumbered(part: Any, new_ids: Mapping[int, int]) -> Any:
     """What puts special tokens around a text, with their new ids."""
     if isinstance(part, list):
         return [_renumbered(item, new_ids) for item in part]
@@ -174,22 +197,41 @@ def _renumbered(part, new_ids: Mapping[int, int]):
     }
 
 
+def _ids_around_texts(part: Any) -> Iterator[int]:
+    """The ids of what is put around a text."""
+    if isinstance(part, list):
+        for item in part:
+            yield from _ids_around_texts(item)
+    elif isinstance(part, dict):
+        for name, value in part.items():
+            yield from value if name == "ids" else _ids_around_texts(value)
+
+
 def _base_of(rules: dict) -> Callable[[str], bool]:
-    """What says of a token whether texts are made of it in the end, so that it cannot go."""
+    """What says of a token whether texts are made of it in the end, so that it cannot go.
+
+    That is every character, unless all bytes are tokens that can stand for it; then it is those and the separator,
+    which decoders turn into a space before they see bytes.
+    """
     vocabulary, unknown = rules["model"]["vocab"], rules["model"].get("unk_token")
-    if rules["model"].get("byte_fallback") and sum(map(bool, map(BYTE.fullmatch, vocabulary))) == 256:
-        return lambda token: token == unknown or bool(BYTE.fullmatch(token))
-    return lambda token: token == unknown or len(token) == 1
+    falls_back = rules["model"].get("byte_fallback")
+    if falls_back and sum(map(bool, map(BYTE.fullmatch, vocabulary))) == 256:
+        return lambda token: token in (unknown, SEPARATOR) or bool(BYTE.fullmatch(token))
+    return lambda token: token == unknown or len(token) == 1 or bool(falls_back and BYTE.fullmatch(token))
 
 
-def _refuse_unknown_kind(rules: dict) -> None:
-    model, post = rules["model"], rules.get("post_processor") or {"type": None}
-    kinds = {post["type"], *(inner["type"] for inner in post.get("processors", []))}
-    if model["type"] != "BPE" or model.get("continuing_subword_prefix") or not kinds <= POST_PROCESSORS:
-        raise UsageError(
-            "--vocab_size takes tokens from tokenizers of byte pairs alone; the model's is of another kind "
-            f"({', '.join([model['type'], *sorted(filter(None, kinds))])})"
-        )
+def _rules_of(tokenizer: PreTrainedTokenizerBase) -> dict:
+    """A tokenizer's rules, as tokenizer.json has them; raises UsageError if tokens cannot be taken from such."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend else {"model": {"type": type(tokenizer).__name__}}
+    model, post = rules["model"], rules.get("post_processor") or {}
+    kinds = [post.get("type"), *(inner["type"] for inner in post.get("processors", []))]
+    affixes = [name for name in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(name)]
+    strange = [f"its model is {model['type']}"] if model["type"] != "BPE" else [f"it has a {name}" for name in affixes]
+    strange += [f"its post-processor is {kind}" for kind in kinds if kind and kind not in POST_PROCESSORS]
+    if strange:
+        raise UsageError(f"--vocab_size cannot take tokens from this tokenizer: {strange[0]}")
+    return rules
 
 
 def _with_rules(tokenizer: PreTrainedTokenizerBase, rules: dict) -> PreTrainedTokenizerBase:
