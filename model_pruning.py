@@ -65,6 +65,12 @@ def parser_of_pruning(description: str, **sparsity) -> argparse.ArgumentParser:
     add(group, "seqlen", type=int, help="tokens per sample")
     add(group, "seed", type=int, help="seed of the draw")
     add(group, "add_bos_token", action="store_true", help="begin every sample with the start token (Gemma)")
+    add(
+        group,
+        "candidates",
+        type=int,
+        help="draw so many times the samples, and keep those with the most different tokens; 1: keep all",
+    )
     add_pruning(parser, sparsity)
     add_parameters(parser)
     group = parser.add_argument_group("machine")

@@ -64,6 +64,7 @@ class Settings:
         seqlen: tokens in each.
         seed: of the draw.
         add_bos_token: whether every sample begins with the tokenizer's start token.
+        candidates: how many times as many samples are drawn, of which those stay that have the most different tokens.
         recipe: name of the method.
         sparsity: share of the parameters to remove, in [0, 1).
         sparsity_of: what it is a share of: the whole "model" or its decoder "layers".
@@ -87,6 +88,7 @@ class Settings:
     seqlen: int = 128
     seed: int = 0
     add_bos_token: bool = False
+    candidates: int = 1
     recipe: str = DEFAULT_RECIPE
     sparsity: float = 0.2
     sparsity_of: str = SPARSITY_OF[0]
@@ -114,6 +116,8 @@ class Settings:
         as_bytes("max_shard_size", self.max_shard_size)
         if self.batch_size != "auto" and self.batch_size < 1:
             raise UsageError(f"--batch_size {self.batch_size} must be at least 1")
+        if self.candidates < 1:
+            raise UsageError(f"--candidates {self.candidates} must be at least 1")
         own = RECIPES[self.recipe].text
         default = own.num_samples if self.datasets is None else PAPERS_TEXT.num_samples
         for name, value, kind in (("datasets", own.datasets, str), ("num_samples", default, int)):

@@ -306,7 +306,7 @@ def draw_calibration_set(settings: Settings, tokenizer, config: PreTrainedConfig
     return build_calibration_set(
         settings.datasets,
         tokenizer,
-        Draw(settings.num_samples, settings.seqlen, settings.seed, settings.add_bos_token),
+        Draw(settings.num_samples, settings.seqlen, settings.seed, settings.add_bos_token, settings.candidates),
         data_dir=Path(settings.data_dir),
         cache_dir=Path(settings.data_dir) / "calibration",
         vocab_size=config.vocab_size,

@@ -450,6 +450,31 @@ def test_the_released_code_drew_the_same_tokens(shared_data, build):
     assert drawn.token_hash == "0960fc615d8a270374966ea206136aca4859bad5c8ea8d3e80cb98e3daf30333"
 
 
+def test_of_more_candidates_those_stay_that_add_most_tokens(tmp_path, build):
+    path = write_json(tmp_path / "rows.jsonl", prose(400))
+    drawn = build(path, num_samples=60)
+    chosen = build(path, num_samples=6, candidates=10)
+    kinds = [set(window) for window in drawn.ids.tolist()]
+    seen, taken = set(), []
+    for _ in range(6):  # all of them counted anew every time
+        best = max(range(60), key=lambda index: (len(kinds[index] - seen) if index not in taken else -1, -index))
+        taken.append(best)
+        seen |= kinds[best]
+    assert torch.equal(chosen.ids, drawn.ids[taken]) and chosen.token_hash != build(path, num_samples=6).token_hash
+    (source,) = chosen.sources
+    assert source["accepted"] == 60 and source == drawn.sources[0]
+
+
+def test_a_source_with_fewer_candidates_gives_what_it_has(tmp_path, build):
+    rows = prose(40)
+    path = write_json(tmp_path / "rows.jsonl", rows)
+    long_enough = sum(len(row["text"]) >= 20 for row in rows)
+    chosen = build(path, num_samples=long_enough - 3, candidates=50)
+    assert len(chosen.ids) == long_enough - 3 and chosen.sources[0]["accepted"] == long_enough
+    with pytest.raises(UsageError, match="too few long rows"):
+        build(path, num_samples=long_enough + 1, candidates=50)
+
+
 def test_prompts_and_prose_may_share_a_file(tokenizer, tmp_path):
     rows = [{"text": f"prose {i} " * 9} for i in range(4)]
     rows += [{"instruction": f"Do {i}.", "input": "", "output": "Done."} for i in range(4)]

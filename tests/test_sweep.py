@@ -233,6 +233,24 @@ def test_no_row_calibrates_and_measures(here):
     assert Counter(row[0] for row in measured) == {"a": HELD, "b": HELD}
 
 
+def test_no_candidate_is_measured(here):
+    def drawn(samples: int, candidates: int = 1):
+        draw = Draw(samples, TOKENS, seed=3, candidates=candidates)
+        return build_calibration_set("text.jsonl", make_tokenizer(), draw, None, Path("drawn"), 320)
+
+    calibration, pool = drawn(2, candidates=3), drawn(6)
+    ids = held_back(drawn(6 + HELD), calibration, candidates=3)
+    assert len(ids) == HELD and len(calibration.ids) == 2
+    assert not rows_in(ids) & rows_in(pool.ids) and rows_in(calibration.ids) < rows_in(pool.ids)
+
+
+def test_a_sweep_measures_no_candidate(here):
+    record = sweep("--sparsity=0.2", "--candidates=2")
+    (source,) = record["held_back"]["sources"]
+    assert source["accepted"] == 2 * SAMPLES + HELD and record["settings"]["candidates"] == 2
+    assert "--candidates 2" in record["points"][0]["command"]
+
+
 def test_windows_of_the_calibration_set_are_left_out():
     ids = torch.tensor([[1, 2], [3, 4], [5, 6], [3, 4]])
     assert without(ids, torch.tensor([[3, 4], [6, 5]])).tolist() == [[1, 2], [5, 6]]

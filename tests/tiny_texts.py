@@ -23,7 +23,7 @@ def builder(folder: Path, tokenizer) -> Callable:
         )
         draw = replace(Draw(num_samples=8, seqlen=20, seed=3), **{
             name: overrides.pop(name)
-            for name in ("num_samples", "seqlen", "seed", "add_bos_token")
+            for name in ("num_samples", "seqlen", "seed", "add_bos_token", "candidates")
             if name in overrides
         })  # fmt: skip
         return build_calibration_set(str(source), draw=draw, **settings | overrides)

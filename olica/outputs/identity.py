@@ -12,7 +12,7 @@ from .records import EVALUATION_RECORD, environment
 
 # These say where something is, choose the calibration set, which goes by its tokens, or decide nothing.
 NOT_COMPARED = ("base_model", "datasets", "data_dir", "num_samples", "seqlen", "seed")
-NOT_COMPARED += ("add_bos_token", "cache_dev", "save_dir", "overwrite")
+NOT_COMPARED += ("add_bos_token", "candidates", "cache_dev", "save_dir", "overwrite")
 
 CODE = "version of the code"
 PACKAGE = Path(__file__).parents[1]

@@ -229,7 +229,7 @@ def flags(record: dict) -> str:
     if record["corrected_layers"]:
         names += [name for name in own if name in of_corrections]
     if not is_token_file(settings["datasets"]):
-        names.append("seed")
+        names += ["seed", *(["candidates"] if settings.get("candidates", 1) > 1 else [])]
     values = {name: settings[name] for name in names}
     given = [f"--{name} {value if isinstance(value, str) else f'{value:g}'}" for name, value in values.items()]
     return " ".join([*given, *(["--add_bos_token"] if settings.get("add_bos_token") else [])])

@@ -22,6 +22,7 @@ from ..checks import refuse_pointers
 from ..errors import UsageError
 from ..tensor_files import save_tensors
 from .chats import RefusedChat, chat_template, chat_text, messages_of
+from .diverse import most_diverse
 from .text_sources import Rows, read_rows
 from .tokenizers import start_token
 
@@ -71,12 +72,15 @@ class Draw:
         seed: of the generator.
         add_bos_token: whether every window begins with the start token, which Gemma wants, and holds one token of text
             less; else a tokenizer that puts one in front of a text does so in windows from its beginning alone.
+        candidates: how many times as many windows are drawn of every source, of which those stay that together have
+            the most different tokens; 1: all stay. Of a source with fewer rows there are fewer.
     """
 
     num_samples: int = 128
     seqlen: int = 128
     seed: int = 0
     add_bos_token: bool = False
+    candidates: int = 1
 
 
 def build_calibration_set(
@@ -117,15 +121,15 @@ def build_calibration_set(
     return found
 
 
-def held_back(longer: CalibrationSet, drawn: CalibrationSet) -> torch.Tensor:
+def held_back(longer: CalibrationSet, drawn: CalibrationSet, candidates: int = 1) -> torch.Tensor:
     """Windows (M, T) of a longer draw that the calibration set `drawn` (N, T) has nothing of.
 
-    The longer draw differs from the other in the number of samples alone, and so begins, of every source, with the same
-    ones: what follows them comes from other rows. A row that the source has twice may give a window twice; those that
-    the calibration set has too are left out.
+    The longer draw differs from the other in the number of samples alone, and so begins, of every source, with the
+    same ones, or with the `candidates` times as many that they were chosen of: what follows comes from other rows. A
+    row that the source has twice may give a window twice; those that the calibration set has too are left out.
     """
     sources, (_, tokens) = len(drawn.sources), drawn.ids.shape
-    further = longer.ids.view(sources, -1, tokens)[:, len(drawn.ids) // sources :].reshape(-1, tokens)
+    further = longer.ids.view(sources, -1, tokens)[:, candidates * len(drawn.ids) // sources :].reshape(-1, tokens)
     return without(further, drawn.ids)
 
 
@@ -281,9 +285,12 @@ def _draw_windows(rows: Rows, tokenizer: PreTrainedTokenizerBase, request: Draw)
     of_text = request.seqlen - len(start)
     limit = min(len(rows.table), MAX_TRIED_ROWS)
     tried, windows, refused = set(), [], []
-    with tqdm(total=request.num_samples, desc=Path(rows.name).name, unit="sample", leave=False) as bar:
-        while len(windows) < request.num_samples:
+    wanted = request.num_samples * request.candidates
+    with tqdm(total=wanted, desc=Path(rows.name).name, unit="sample", leave=False) as bar:
+        while len(windows) < wanted:
             if len(tried) == limit:
+                if len(windows) >= request.num_samples:
+                    break  # of fewer candidates
                 raise _too_few(rows, request, len(windows), limit, refused)
             index = rng.randint(0, len(rows.table) - 1)
             if index in tried:
@@ -304,7 +311,10 @@ def _draw_windows(rows: Rows, tokenizer: PreTrainedTokenizerBase, request: Draw)
         logger.warning("%s: left out %s", rows.name, refused_in_words(refused))
     counts = {"rows": len(rows.table), "tried": len(tried), "accepted": len(windows)}
     record = {"name": rows.name, "origin": rows.origin, "fingerprint": rows.fingerprint, **counts}
-    return windows, record | {"acceptance_rate": len(windows) / len(tried)}
+    record["acceptance_rate"] = len(windows) / len(tried)
+    if request.candidates == 1:
+        return windows, record
+    return [windows[index] for index in most_diverse(windows, request.num_samples)], record
 
 
 def row_text(rows: Rows, index: int, tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool, bool]:

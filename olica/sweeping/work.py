@@ -371,16 +371,20 @@ def draw_held_back(plan: SweepPlan, tokenizer, calibration: CalibrationSet) -> t
     """
     settings, wanted, config = plan.settings, plan.wanted, plan.jobs[0].config
     if wanted.held_back_datasets is not None:
-        other = replace(settings, datasets=wanted.held_back_datasets, num_samples=wanted.held_back)
+        other = replace(settings, datasets=wanted.held_back_datasets, num_samples=wanted.held_back, candidates=1)
         flag = f"--held_back_datasets {wanted.held_back_datasets}"
     else:
-        other = replace(settings, num_samples=settings.num_samples + wanted.held_back)
+        before = settings.num_samples * settings.candidates
+        other = replace(settings, num_samples=before + wanted.held_back, candidates=1)
         flag = f"--held_back {wanted.held_back}, which goes on top of --num_samples"
     try:
         drawn = draw_calibration_set(other, tokenizer, config)
     except UsageError as error:
         raise UsageError(f"{flag}: {error}") from error
-    ids = without(drawn.ids, calibration.ids) if wanted.held_back_datasets else held_back(drawn, calibration)
+    if wanted.held_back_datasets:
+        ids = without(drawn.ids, calibration.ids)
+    else:
+        ids = held_back(drawn, calibration, settings.candidates)
     if not len(ids):
         raise UsageError(f"{flag}: all of its samples are in the calibration set; give other text")
     return ids, drawn.sources
