@@ -69,7 +69,9 @@ def parser_of_pruning(description: str, **sparsity) -> argparse.ArgumentParser:
         group,
         "candidates",
         type=int,
-        help="draw so many times the samples, and keep those with the most different tokens; 1: keep all",
+        default=argparse.SUPPRESS,
+        help="draw so many times the samples, and keep those with the most different tokens; 1: keep all (default: 1; "
+        "of a recipe's own text its number)",
     )
     add_pruning(parser, sparsity)
     add_parameters(parser)

@@ -64,7 +64,8 @@ class Settings:
         seqlen: tokens in each.
         seed: of the draw.
         add_bos_token: whether every sample begins with the tokenizer's start token.
-        candidates: how many times as many samples are drawn, of which those stay that have the most different tokens.
+        candidates: how many times as many samples are drawn, of which those stay that have the most different tokens;
+            None becomes the recipe's number for its own text, else 1.
         recipe: name of the method.
         sparsity: share of the parameters to remove, in [0, 1).
         sparsity_of: what it is a share of: the whole "model" or its decoder "layers".
@@ -88,7 +89,7 @@ class Settings:
     seqlen: int = 128
     seed: int = 0
     add_bos_token: bool = False
-    candidates: int = 1
+    candidates: int | None = None
     recipe: str = DEFAULT_RECIPE
     sparsity: float = 0.2
     sparsity_of: str = SPARSITY_OF[0]
@@ -116,13 +117,14 @@ class Settings:
         as_bytes("max_shard_size", self.max_shard_size)
         if self.batch_size != "auto" and self.batch_size < 1:
             raise UsageError(f"--batch_size {self.batch_size} must be at least 1")
+        own = RECIPES[self.recipe].text
+        given = own if self.datasets is None else PAPERS_TEXT
+        defaults = {"datasets": own.datasets, "num_samples": given.num_samples, "candidates": given.candidates}
+        for name, default in defaults.items():
+            value = getattr(self, name)
+            object.__setattr__(self, name, default if value is None else as_kind(name, value, type(default)))
         if self.candidates < 1:
             raise UsageError(f"--candidates {self.candidates} must be at least 1")
-        own = RECIPES[self.recipe].text
-        default = own.num_samples if self.datasets is None else PAPERS_TEXT.num_samples
-        for name, value, kind in (("datasets", own.datasets, str), ("num_samples", default, int)):
-            given = getattr(self, name)
-            object.__setattr__(self, name, value if given is None else as_kind(name, given, kind))
 
     def flat(self) -> dict[str, Any]:
         """All settings by the names of their flags, the recipe's parameters at their values."""

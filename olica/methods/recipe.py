@@ -299,10 +299,11 @@ class NoParameters:
 
 @dataclass(frozen=True)
 class Text:
-    """Calibration texts: names joined by +, and how many samples are drawn from each."""
+    """Calibration texts: names joined by +, and how many samples are taken of each, of so many times as many."""
 
     datasets: str
     num_samples: int
+    candidates: int = 1
 
 
 PAPERS_TEXT = Text("bookcorpus+alpaca", 128)
