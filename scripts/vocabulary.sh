@@ -32,6 +32,7 @@ for size in all ${SIZES:-44000 36000}; do
             --data_dir "$DATA_DIR" --output_path "$MODEL"
     fi
     dense "vocabulary/$size/dense" "$measures"
+    [ "$size" = all ] || cp "$MODEL/olica_vocabulary.json" "$RECORDS/vocabulary/$size/"
     for sparsity in ${SPARSITIES:-0.2 0.33}; do
         share=$sparsity
         [ "$size" = all ] || share=$(of_whole "$sparsity")

@@ -1,5 +1,6 @@
 """The table of vocabularies, from made-up records."""
 
+import json
 import math
 
 from made_records import Recorder, cells, evaluation, pruning
@@ -27,7 +28,12 @@ def test_models_of_a_size_are_beside_each_other(tmp_path):
     record("vocabulary/90/dense", measured(950, 700, 1.05))
     record("vocabulary/90/sparsity-0.2", measured(801, 551, 1.4), pruning(sparsity=0.157))
     record("vocabulary/100/dense", measured(970, 700, 1.01))
-    header, *rows = cells(vocabulary.table(record.results))
+    for size in (90, 100):
+        told = {"texts": [{"name": "data/alpaca_6k.jsonl.gz"}, {"name": "c4"}], "share_of_text_gone": size / 10_000}
+        (tmp_path / f"smollm2/vocabulary/{size}/olica_vocabulary.json").write_text(json.dumps(told))
+    text = vocabulary.table(record.results)
+    assert "The 90 tokens are those that Alpaca + C4 have most; 0.90% of theirs are gone." in text
+    header, *rows = cells(text)
     assert header == ["removed", "tokens", "layers", "parameters", "WikiText-2, bits per byte"]
     error = f" ± {0.5 / 20 * 1000 / 4000 / math.log(2):.3f}"
     assert rows == [

@@ -4,8 +4,10 @@ The runs are those of scripts/vocabulary.sh: `vocabulary/SIZE/dense` and `vocabu
 number of tokens that stayed, or `all`.
 """
 
+import json
 import math
 
+from ..outputs.records import VOCABULARY_RECORD
 from .runs import Results, protocol, text_name
 from .tables import markdown
 
@@ -42,7 +44,10 @@ def table(results: Results) -> str | None:
             ]
         )
     named = {f"{size} tokens, {run.sparsity:g}" if run.pruning else f"{size} tokens": run for size, run in runs}
-    return markdown("Fewer tokens", header, rows, protocol(named), ABOUT)
+    notes = [
+        _chosen(size, json.loads((folder / size / VOCABULARY_RECORD).read_text())) for size in sizes if size != ALL
+    ]
+    return markdown("Fewer tokens", header, rows, [*notes, *protocol(named)], ABOUT)
 
 
 def bits_per_byte(measured: dict) -> str:
@@ -52,3 +57,10 @@ def bits_per_byte(measured: dict) -> str:
         return f"{measured['bits_per_byte']:.3f}"
     nats = measured["predictions"] / measured["bytes"] / math.log(2)
     return f"{measured['bits_per_byte']:.3f} ± {error / measured['value'] * nats:.3f}"
+
+
+def _chosen(size: str, record: dict) -> str:
+    """By which texts tokens were chosen."""
+    texts = " + ".join(text_name(source["name"]) for source in record["texts"])
+    gone = f"{record['share_of_text_gone']:.2%} of theirs are gone"
+    return f"The {int(size):,} tokens are those that {texts} have most; {gone}."
