@@ -323,7 +323,7 @@ def test_evaluations_that_start_together_all_leave_what_they_measured(here, fast
     results = [json.loads((Path("tiny") / name).read_text())["results"]["model"] for name in names]
     assert sorted(result["perplexity"]["one.txt"]["windows"] for result in results) == [2, 3, 4, 4]
     for windows in (2, 3, 4):
-        assert Path("tiny/README.md").read_text().count(f"one.txt, {windows} windows of 32") == 1
+        assert Path("tiny/README.md").read_text().count(f"perplexity on one.txt, {windows} windows of 32") == 1
 
 
 def test_two_models_are_compared_in_one_dtype(here, capsys):

@@ -19,7 +19,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import FULL_TOKENIZER_FILE, TOKENIZER_CONFIG_FILE
@@ -242,7 +241,7 @@ def _with_rules(tokenizer: PreTrainedTokenizerBase, rules: dict) -> PreTrainedTo
     Raises:
         ValueError: neither makes of a text what the rules make of it.
     """
-    follows = Tokenizer.from_str(json.dumps(rules))
+    follows = type(tokenizer.backend_tokenizer).from_str(json.dumps(rules))
     wanted = [follows.encode(text, add_special_tokens=False).ids for text in TOKENIZER_PROBES]
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
