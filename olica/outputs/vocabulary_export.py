@@ -11,17 +11,23 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UsageError
 from ..model.skeleton import count_parameters, without_weights
 from ..sources.configuration import describe_source, read_config, refuse_quantised
 from ..sources.dense_model import DenseModel
 from ..sources.licence import licence_of
-from ..sources.locate import locate
+from ..sources.locate import Location, locate
 from ..sources.model_files import folder_weight_bytes
 from ..sources.opening import open_dense_model
-from ..sources.thinned_vocabulary import check_can_lose_tokens, count_tokens, thin_vocabulary
+from ..sources.thinned_vocabulary import (
+    ThinnedVocabulary,
+    TokenCounts,
+    check_can_lose_tokens,
+    count_tokens,
+    thin_vocabulary,
+)
 from ..sources.tokenizers import read_tokenizer
 from .model_card import write_card, write_vocabulary_card
 from .records import (
@@ -94,19 +100,12 @@ def export_with_vocabulary(
     if tokenizer is None:
         raise location.error("the folder has no tokenizer, whose tokens --vocab_size would take")
     source = open_dense_model(location)
-    generation = source.model.generation_config
-    # A tokenizer may have tokens behind those of the model, such as one for padding; they stay behind its rows.
-    asked = wanted.size + sum(index >= config.vocab_size for index in tokenizer.get_vocab().values())
-    with location.in_words("its settings name tokens in a way that is not known"):
-        needed = {index for one in (config, generation) for index in ids_in(one) if 0 <= index < config.vocab_size}
-    check_can_lose_tokens(tokenizer, asked, needed)
-    counted = count_tokens(wanted.datasets, tokenizer, wanted.data_dir)
-    with location.in_words("its tokenizer cannot be made smaller"):
-        thinned = thin_vocabulary(tokenizer, counted.counts, asked, needed)
+    counted, thinned = _chosen(location, source, tokenizer, wanted)
     rows = [row for row in thinned.rows if row < config.vocab_size]
     smaller = renumbered(source.model.config, thinned.rows)
     smaller.vocab_size = len(rows)
-    source.model.generation_config = renumbered(generation, thinned.rows)  # which is written beside the weights
+    # Which is written beside the weights.
+    source.model.generation_config = renumbered(source.model.generation_config, thinned.rows)
     target = without_weights(lambda: type(source.model)(smaller))
     before, after = count_parameters(source.model)["total"], count_parameters(target)["total"]
     tokens, earlier = counted.counts.total(), read_vocabulary_record(location.path)
@@ -136,6 +135,27 @@ def export_with_vocabulary(
     made = Made(target, thinned.tokenizer, _weights(source, target, rows), add_records)
     write_anew(path, location, source, made, largest)
     return record
+
+
+def _chosen(
+    location: Location, source: DenseModel, tokenizer: PreTrainedTokenizerBase, wanted: WantedTokens
+) -> tuple[TokenCounts, ThinnedVocabulary]:
+    """What texts have of a model's tokens, and the tokenizer with those that stay.
+
+    A tokenizer may have tokens behind those of the model, such as one for padding; they stay behind its rows, and are
+    none of the `wanted` ones.
+
+    Raises:
+        UsageError: as `export_with_vocabulary`; all but faults of the texts before these are read.
+    """
+    size, settings = source.config.vocab_size, (source.config, source.model.generation_config)
+    asked = wanted.size + sum(index >= size for index in tokenizer.get_vocab().values())
+    with location.in_words("its settings name tokens in a way that is not known"):
+        needed = {index for one in settings for index in ids_in(one) if 0 <= index < size}
+    check_can_lose_tokens(tokenizer, asked, needed)
+    counted = count_tokens(wanted.datasets, tokenizer, wanted.data_dir)
+    with location.in_words("its tokenizer cannot be made smaller"):
+        return counted, thin_vocabulary(tokenizer, counted.counts, asked, needed)
 
 
 def _weights(source: DenseModel, target: PreTrainedModel, rows: list[int]) -> Iterator[Tensor]:
