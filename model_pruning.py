@@ -12,7 +12,7 @@ from os.path import expanduser
 from olica.checks import COMMANDS_OWN
 from olica.command_line import run_command
 from olica.described import describe
-from olica.jobs import REFITS, Job, Settings, prepare, settings_of
+from olica.jobs import Job, prepare
 from olica.machine import DEVICES, pick_device
 from olica.methods.recipe import PAPERS_TEXT
 from olica.methods.recipes import RECIPES
@@ -24,6 +24,7 @@ from olica.outputs.records import understood
 from olica.outputs.weight_shards import ABOUT_LARGEST_FILE
 from olica.processes import working_together
 from olica.run import run_all
+from olica.settings import REFITS, Settings, settings_of
 from olica.sources.weights import DTYPES
 
 

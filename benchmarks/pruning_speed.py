@@ -34,11 +34,12 @@ from olica.command_line import run_command
 from olica.described import describe
 from olica.errors import UsageError
 from olica.evaluation.cost import synchronize
-from olica.jobs import prepare, settings_of
+from olica.jobs import prepare
 from olica.machine import DEVICES, BatchSize, pick_device
 from olica.outputs.records import flags_of, write_record
 from olica.pruning.activations import propagate, record_layer_calls
 from olica.run import run as prune_job
+from olica.settings import settings_of
 from olica.sources.calibration_set import is_token_file, read_token_file
 from olica.sources.configuration import read_config
 from olica.sources.locate import locate

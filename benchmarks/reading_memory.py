@@ -20,10 +20,11 @@ import olica_stopping
 from olica.checks import check_record_path
 from olica.command_line import run_command
 from olica.errors import UsageError
-from olica.jobs import prepare, settings_of
+from olica.jobs import prepare
 from olica.machine import peak_memory
 from olica.outputs.records import write_record
 from olica.run import run as prune_job
+from olica.settings import settings_of
 from olica.tensor_files import save_tensors
 
 CPU = torch.device("cpu")

@@ -5,9 +5,10 @@ from pathlib import Path
 import torch
 
 from .duration import Pruning, nearest, read_timed
-from .jobs import Job, Settings
+from .jobs import Job
 from .methods.sizes import describe_plan
 from .pruning.memory import survey_disk_bytes
+from .settings import Settings
 from .terminal import time_in_words
 
 # Where a checkout has its records; an installed package has none.

@@ -16,7 +16,7 @@ from transformers.utils import CONFIG_NAME
 
 from .checks import as_kind, refuse_twice
 from .errors import UsageError, memory_in_words
-from .jobs import Job, Settings, prepare, settings_of
+from .jobs import Job, prepare
 from .machine import BatchSize, full_precision, pick_device
 from .methods.recipe import Findings
 from .methods.sizes import Budget, Sizes, describe_plan
@@ -33,6 +33,7 @@ from .pruning.layers import prune_layers
 from .pruning.options import Work
 from .pruning.progress import Progress, SurveyProgress
 from .pruning.survey import survey_layers
+from .settings import Settings, settings_of
 from .sources.calibration_set import CalibrationSet, Draw, build_calibration_set
 from .sources.configuration import describe_source
 from .sources.dense_model import DenseModel

@@ -15,10 +15,11 @@ import torch
 
 from olica.described import as_timed
 from olica.duration import KIND, Pruning, Timed, nearest, read_timed
-from olica.jobs import Job, prepare, settings_of
+from olica.jobs import Job, prepare
 from olica.machine import BatchSize
 from olica.pruning.memory import USABLE, Task, fit_into, peaks_beside, survey_disk_bytes
 from olica.pruning.options import PruningOptions
+from olica.settings import settings_of
 from olica.sweeping.plan import expected_parameters
 from olica.terminal import time_in_words, two_digits
 

@@ -30,6 +30,7 @@ from olica.methods.olica import OlicaParameters, released
 from olica.methods.recipe import Recipe
 from olica.methods.recipes import RECIPES
 from olica.methods.value_output import NarrowedHeads, given_directions, released_importance
+from olica.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 
@@ -243,12 +244,12 @@ def test_a_recipe_has_its_own_text_unless_another_is_given():
         ("olica-plus", {"datasets": "alpaca"}, ("alpaca", 128)),
         ("olica", {"datasets": "c4", "num_samples": "7"}, ("c4", 7)),
     ):
-        settings = jobs.Settings(recipe=recipe, **given)
+        settings = Settings(recipe=recipe, **given)
         assert (settings.datasets, settings.num_samples) == expected
     arguments = model_pruning.build_parser().parse_args(["--recipe=olica-plus"])
     assert not {"datasets", "num_samples"} & vars(arguments).keys()
     with pytest.raises(UsageError, match="--num_samples x"):
-        jobs.Settings(num_samples="x")
+        Settings(num_samples="x")
 
 
 def test_dry_run_plans_what_pruning_reaches(here, capsys):
@@ -329,7 +330,7 @@ def test_the_papers_commands_run_verbatim(here, fast_python):
 def test_flags_that_are_no_settings_are_known_as_such():
     parsed = {action.dest for action in model_pruning.build_parser()._actions} - {"help"}
     of_recipes = {name for recipe in RECIPES.values() for name in recipe.parameter_names}
-    assert parsed - of_recipes - {field.name for field in fields(jobs.Settings)} == COMMANDS_OWN.keys()
+    assert parsed - of_recipes - {field.name for field in fields(Settings)} == COMMANDS_OWN.keys()
 
 
 def test_numbers_that_are_given_as_text_are_those_numbers(here):
@@ -501,12 +502,12 @@ def test_memory_that_runs_out_names_the_flags(here, capsys, monkeypatch, place, 
 
 def test_advice_on_memory_goes_by_where_it_ran_out(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    gpu = jobs.Settings(cache_dev="auto")
+    gpu = Settings(cache_dev="auto")
     assert "--cache_dev cpu" in run.memory_advice(gpu, of_host=False)
     assert "--device cpu" in run.memory_advice(gpu, of_host=False)
     assert "--cache_dev" not in run.memory_advice(gpu, of_host=True)
     assert "--device" not in run.memory_advice(gpu, of_host=True), "the host would have to hold more"
-    gpu = jobs.Settings(cache_dev="cpu")
+    gpu = Settings(cache_dev="cpu")
     assert "--cache_dev cuda" in run.memory_advice(gpu, of_host=True)
 
 

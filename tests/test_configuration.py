@@ -11,6 +11,7 @@ from transformers.utils import is_peft_available
 import model_evaluate
 from olica import jobs
 from olica.errors import UsageError
+from olica.settings import settings_of
 from olica.sources.configuration import count_dense_parameters, describe_source, read_config, refuse_unprunable
 from olica.sources.locate import locate
 from olica.sources.weights import read_model
@@ -151,7 +152,7 @@ def test_a_gguf_file_that_is_a_pointer(tmp_path):
 def prepare(folder: Path) -> jobs.Job:
     """What pruning checks and plans before a weight is read, as --dry_run does."""
     asked = {"base_model": str(folder), "datasets": str(folder / "rows.jsonl"), "seqlen": 32, "mlp_num": 1}
-    (job,) = jobs.prepare(jobs.settings_of(asked), [0.2])
+    (job,) = jobs.prepare(settings_of(asked), [0.2])
     return job
 
 

@@ -10,8 +10,9 @@ from conftest import make_llama
 from olica import described
 from olica.described import as_timed, describe
 from olica.duration import STAGES, Pruning, nearest, read_timed
-from olica.jobs import prepare, settings_of
+from olica.jobs import prepare
 from olica.pruning.memory import survey_disk_bytes
+from olica.settings import settings_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"

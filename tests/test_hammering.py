@@ -22,9 +22,10 @@ from tiny_gguf import save
 from tiny_run import FOLDER, PLAIN_FLAGS, contents, prune
 
 from olica.errors import UsageError
-from olica.jobs import Settings, method_of
+from olica.jobs import method_of
 from olica.methods.recipes import RECIPES
 from olica.model.layouts import LAYOUTS, for_family
+from olica.settings import Settings
 
 ROOT, MUTATED = Path(__file__).parents[1], Path(__file__).with_name("mutated.py")
 SEED = os.environ.get("OLICA_SEED", "0")

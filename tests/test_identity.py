@@ -17,6 +17,7 @@ PRUNING += (
     "outputs/survey_store.py",
     "outputs/weight_shards.py",
     "tensor_files.py",
+    "settings.py",
     "jobs.py",
     "run.py",
     "methods/deeper/new.py",

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import olica
 from olica.errors import UsageError
-from olica.jobs import REFITS, prepare, settings_of
+from olica.jobs import prepare
 from olica.methods.heads import RemovedGroups, output_energy
 from olica.methods.moments import Moments, full
 from olica.methods.parts import DEFINITE, Heads
@@ -31,6 +31,7 @@ from olica.model.layouts import FUSED_FAMILIES, LAYOUTS, check_fits, for_family
 from olica.model.modeling_olica import projections_of
 from olica.model.skeleton import count_parameters
 from olica.outputs.gguf_layout import GgufLayout
+from olica.settings import REFITS, settings_of
 
 STOCK = LAYOUTS["stock"]
 LLAMA3 = {name: value for name, value in LLAMA3_SCALING.items() if name != "rope_theta"}

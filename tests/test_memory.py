@@ -11,13 +11,14 @@ from tiny_families import make_family
 from tiny_gguf import GGUF_SIZES, write_gguf
 from transformers import LlamaConfig
 
-from olica.jobs import prepare, settings_of
+from olica.jobs import prepare
 from olica.machine import BatchSize
 from olica.methods.moments import total
 from olica.methods.sizes import Sizes
 from olica.processes import Processes
 from olica.pruning import memory
 from olica.pruning.memory import MOST_TOKENS, Task, estimate, expected_peaks, fit_batch_size
+from olica.settings import settings_of
 
 ROOT = Path(__file__).parents[1]
 

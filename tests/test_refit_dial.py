@@ -8,7 +8,6 @@ import torch
 from conftest import as_method, make_llama, work_on
 
 from olica.errors import UsageError
-from olica.jobs import REFITS, Settings, settings_of
 from olica.methods.recipes import RECIPES
 from olica.methods.refit import LeastSquares
 from olica.methods.sizes import Budget
@@ -17,6 +16,7 @@ from olica.outputs.names import checkpoint_folder
 from olica.pruning.layers import prune_layers
 from olica.pruning.progress import Progress, SurveyProgress
 from olica.run import measure_and_decide
+from olica.settings import REFITS, Settings, settings_of
 
 IDS = torch.randint(3, 319, (9, 23), generator=torch.Generator().manual_seed(0))
 WIDTH = 64

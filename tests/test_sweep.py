@@ -38,8 +38,8 @@ import model_pruning
 import olica
 from olica.errors import UsageError
 from olica.evaluation import measures
-from olica.jobs import Settings, settings_of
 from olica.methods.damage import LeastDamage
+from olica.settings import Settings, settings_of
 from olica.sources.calibration_set import Draw, build_calibration_set, held_back, without
 from olica.sweeping import work as sweep_module
 from olica.sweeping.bisection import Target, as_parameters, as_sparsities, bracket, next_trial

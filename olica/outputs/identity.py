@@ -18,7 +18,7 @@ CODE = "version of the code"
 PACKAGE = Path(__file__).parents[1]
 # The code that decides the bits of a pruned model, and that which decides the figures of an evaluation, as patterns
 # within the package. What shows results, and what of the ground only prints, is left out.
-PRUNING_CODE = ("jobs.py", "run.py", "machine.py", "processes.py", "tensor_files.py")
+PRUNING_CODE = ("settings.py", "jobs.py", "run.py", "machine.py", "processes.py", "tensor_files.py")
 PRUNING_CODE += tuple(f"{room}/**/*.py" for room in ("model", "methods", "sources", "pruning"))
 PRUNING_CODE += tuple(
     f"outputs/{name}.py"

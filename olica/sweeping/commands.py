@@ -4,7 +4,7 @@ import shlex
 from dataclasses import asdict, fields
 from typing import Any
 
-from ..jobs import Settings
+from ..settings import Settings
 from .plan import SweepPlan, SweepSettings
 
 

@@ -11,10 +11,11 @@ import psutil
 from ..checks import as_kind, check_choice
 from ..errors import UsageError
 from ..evaluation.settings import EvaluationSettings
-from ..jobs import Job, Settings, check_seqlen, prepare, settings_of
+from ..jobs import Job, check_seqlen, prepare
 from ..outputs.names import NAMED, sweep_folder
 from ..processes import ALONE, Processes
 from ..pruning.memory import RUNTIME_BYTES
+from ..settings import Settings, settings_of
 from ..sources.calibration_set import calibration_shape, is_token_file
 from ..sources.locate import locate
 from .bisection import FINEST, Target, as_parameters, as_ratio, as_sparsities

@@ -8,15 +8,12 @@ A folder LABEL_sweep under --save_dir has
 
 Several processes take as many points at a time, each of which one prunes and measures by itself; the first one writes
 record and page. So a point has the same bits whatever their number, and another number of them may go on.
-
-Dimensions: M windows of held-back text, T tokens in each.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from itertools import compress
@@ -31,25 +28,27 @@ from ..errors import UsageError, memory_in_words
 from ..evaluation.evaluate import make_protocol
 from ..evaluation.measures import Measures, measure
 from ..evaluation.paired import compare
-from ..evaluation.settings import EvaluationSettings
 from ..evaluation.subject import TestWindows
 from ..evaluation.subject import prepare as prepare_subject
-from ..jobs import Job, Settings
+from ..jobs import Job
 from ..machine import full_precision, pick_device
 from ..model.skeleton import count_by_part
-from ..outputs import checkpoint, identity, records
+from ..outputs import checkpoint, records
 from ..outputs.locks import locked
 from ..processes import ALONE, Processes, working_together
 from ..progress_bar import no_bars
 from ..report.sweep_page import page
 from ..run import draw_calibration_set, finished, run
-from ..sources.calibration_set import CalibrationSet, hash_tokens, held_back, without
+from ..settings import Settings
+from ..sources.calibration_set import CalibrationSet, hash_tokens
 from ..sources.configuration import describe_source
 from ..sources.locate import Location, locate
 from ..sources.tokenizers import read_tokenizer
 from .bisection import Target, bracket, next_trial
 from .commands import command_of, sweep_command
+from .held_back_text import draw_held_back
 from .plan import CHECKPOINTS, PAGE, RECORD, SweepPlan, evaluation_settings, jobs_of_points, plan_sweep
+from .record import identity_of, read_record
 
 LOCK = ".sweep.lock"
 # What the held-back windows are called beside the texts of other evaluations.
@@ -140,7 +139,7 @@ class _Sweep:
         windows = TestWindows(HELD_BACK, ids, " + ".join(source["origin"] for source in sources))
         asked = evaluation_settings(plan)
         self._protocol = make_protocol(asked, asked.dtype, [windows])
-        self._identity = processes.on_main(lambda: self._identify(asked, calibration))
+        self._identity = processes.on_main(lambda: identity_of(plan, asked, self._protocol, calibration))
         record = processes.on_main(self._taken_up)
         self.record = {
             "kind": "sweep",
@@ -158,24 +157,9 @@ class _Sweep:
             "environment": records.environment(self._job.options.device),
         }
 
-    def _identify(self, asked: EvaluationSettings, calibration: CalibrationSet) -> dict:
-        """What decides a point: one of another sweep is not taken up."""
-        job = self._job
-        settings = {name: value for name, value in self._settings.flat().items() if name != "sparsity"}
-        decides = identity.of_run(settings, job.location, calibration.token_hash, job.options.device)
-        measured = identity.of_evaluation(
-            {"tasks": asked.tasks, "limit": asked.limit, "seed": asked.seed},
-            {},
-            self._protocol.data,
-            job.options.device,
-        )
-        decides |= {f"--{name}": value for name, value in measured["settings"].items()}
-        decides |= {f"digest of {name}": value for name, value in measured["data"].items()}
-        return json.loads(json.dumps(decides | {"version of the code that measures": measured["code"]}))
-
     def _taken_up(self) -> dict:
         """What the record in the folder says of the models; without one, what a sweep left there goes."""
-        record = _record_at(self._plan.folder, self._identity, self._settings.overwrite)
+        record = read_record(self._plan.folder, self._identity, self._settings.overwrite)
         if record is None:
             for left in (self._plan.folder / CHECKPOINTS, *self._plan.folder.glob(".*.measures")):
                 shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
@@ -361,58 +345,3 @@ class _Sweep:
 def _name(job: Job | None) -> str:
     """What measures of a point, or of the dense model, are called on disk."""
     return f"{job.settings.sparsity:g}" if job else "dense"
-
-
-def draw_held_back(plan: SweepPlan, tokenizer, calibration: CalibrationSet) -> tuple[Tensor, list[dict]]:
-    """Windows (M, T) that no calibration window is among, from other rows, and where they come from.
-
-    Raises:
-        UsageError: there are none, or too few rows.
-    """
-    settings, wanted, config = plan.settings, plan.wanted, plan.jobs[0].config
-    if wanted.held_back_datasets is not None:
-        other = replace(settings, datasets=wanted.held_back_datasets, num_samples=wanted.held_back, candidates=1)
-        flag = f"--held_back_datasets {wanted.held_back_datasets}"
-    else:
-        before = settings.num_samples * settings.candidates
-        other = replace(settings, num_samples=before + wanted.held_back, candidates=1)
-        flag = f"--held_back {wanted.held_back}, which goes on top of --num_samples"
-    try:
-        drawn = draw_calibration_set(other, tokenizer, config)
-    except UsageError as error:
-        raise UsageError(f"{flag}: {error}") from error
-    if wanted.held_back_datasets:
-        ids = without(drawn.ids, calibration.ids)
-    else:
-        ids = held_back(drawn, calibration, settings.candidates)
-    if not len(ids):
-        raise UsageError(f"{flag}: all of its samples are in the calibration set; give other text")
-    return ids, drawn.sources
-
-
-def _record_at(folder: Path, wanted: dict, overwrite: bool) -> dict | None:
-    """The record of a sweep in a folder; None where there is none, or one that is to be replaced.
-
-    Raises:
-        UsageError: it is that of another sweep, and is not to be replaced.
-    """
-    path = folder / RECORD
-    try:
-        record = json.loads(path.read_text())
-        before = record["identity"]
-        record["dense"], record["points"]
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError) as error:
-        if overwrite:
-            return None
-        raise UsageError(f"--save_dir: {path} is no record of a sweep; give --overwrite to replace it") from error
-    other = [name for name in before | wanted if before.get(name) != wanted.get(name)]
-    if not other:
-        return record
-    if overwrite:
-        return None
-    raise UsageError(
-        f"--save_dir: the sweep in {folder} was made with another {other[0]} ({before.get(other[0])}, now "
-        f"{wanted.get(other[0])}); give --overwrite to replace it, or another --save_dir"
-    )
