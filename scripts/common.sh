@@ -7,7 +7,8 @@
 #   MLP_NUM     how many MLPs are corrected (default: 6, 12 or 16 by the sparsity; fewer layers want fewer)
 #   DATA_DIR    folder that is searched first for texts and for rows of the tasks (./data)
 #   DEVICE      auto, cpu or cuda
-#   DTYPE       to evaluate in (auto: as stored); models are pruned and saved as they are stored
+#   DTYPE       to evaluate in (auto: as stored)
+#   PRUNING_DTYPE  to prune and save in (auto: as stored); bfloat16 is faster where the processor has it
 #   START_TOKEN yes or no: whether samples and windows begin with the start token, which Gemma wants (no)
 #   SPARSITY_OF what sparsities are a share of: model or layers (model)
 #   TASKS       zero-shot tasks, joined by commas (the paper's seven); LIMIT rows of every task (default: all)
@@ -26,6 +27,7 @@ NUM_SAMPLES=${NUM_SAMPLES:-128}
 DATA_DIR=${DATA_DIR:-./data}
 DEVICE=${DEVICE:-auto}
 DTYPE=${DTYPE:-auto}
+PRUNING_DTYPE=${PRUNING_DTYPE:-auto}
 SPARSITY_OF=${SPARSITY_OF:-model}
 START=$([ "${START_TOKEN:-no}" = no ] || echo " --add_bos_token")
 LIMIT=${LIMIT:-}
@@ -86,7 +88,9 @@ folder_of() { echo "$SAVE_DIR/${RECORDS##*/}$(printf '%s' "$*" | tr -cs 'A-Za-z0
 
 # pruning_of FLAGS...: all flags of a pruning that decide what comes of it.
 pruning_of() {
-    echo "--base_model $MODEL --datasets $DATASETS --num_samples $NUM_SAMPLES --sparsity_of $SPARSITY_OF $*$START"
+    local dtype=
+    [ "$PRUNING_DTYPE" = auto ] || dtype=" --dtype $PRUNING_DTYPE"
+    echo "--base_model $MODEL --datasets $DATASETS --num_samples $NUM_SAMPLES --sparsity_of $SPARSITY_OF $*$START$dtype"
 }
 
 # pruned NAME MEASURES FLAGS...: prune with these flags, unless that is done for another table, and measure the result.

@@ -44,7 +44,7 @@ of_qwen() {
 }
 of_gemma() {
     env MODEL="$GEMMA" LABEL=gemma-3-270m DATASETS="$TWO" NUM_SAMPLES=48 SPARSITY_OF=layers PPL="$CORPORA" \
-        WINDOWS=48 DTYPE=float32 START_TOKEN=yes "$@"
+        WINDOWS=48 DTYPE=bfloat16 PRUNING_DTYPE=bfloat16 START_TOKEN=yes "$@"
 }
 
 texts() {
@@ -104,7 +104,7 @@ tasks() {
 
 refits() {
     of_smollm2 RECIPES="olica-grouped $ALL" REFITS="recipe none least-squares" SPARSITIES=0.2 PPL=$TWO_CORPORA \
-        WINDOWS=256 DTYPE=bfloat16 MIX=dial OWN_DENSE=yes bash scripts/methods.sh
+        WINDOWS=256 DTYPE=bfloat16 PRUNING_DTYPE=bfloat16 MIX=dial OWN_DENSE=yes bash scripts/methods.sh
 }
 
 decoding() { of_smollm2 RECIPES="$OURS $ALL" TIMED=yes SPARSITIES=0.2 bash scripts/methods.sh; }

@@ -151,12 +151,15 @@ def test_what_differs_between_runs_names_the_runs(record):
     fewer = evaluation(15.0, 64.0)
     fewer["results"]["model"]["zero_shot"] |= {"limit": 20, "apply_chat_template": True}
     record("tables/sparsity-0.2", fewer, pruning())
-    record("tables/sparsity-0.33", evaluation(19.0, 61.0), pruning((16, 128), sparsity=0.33, corrected=12))
+    smaller = pruning((16, 128), sparsity=0.33, corrected=12)
+    smaller["settings"]["dtype"] = "bfloat16"
+    record("tables/sparsity-0.33", evaluation(19.0, 61.0), smaller)
     lines = [line.removeprefix("- ") for line in TABLES["table2"](record.results).splitlines()]
     assert "Perplexity: 30 windows of 128 tokens, start token: none; run in float16 on a GPU." in lines
     assert "Tasks: lm-eval 1, the first 200 rows of each, no examples, start token: no (0%, 33%)." in lines
     assert "Tasks: lm-eval 1, the first 20 rows of each, no examples, start token: no, chat template (20%)." in lines
     assert "Calibration: 16 samples of 128 tokens (33%)." in lines
+    assert "Pruned and saved in bfloat16 (33%)." in lines
     assert "Seed of the calibration set: 0." in lines
     assert "Calibration texts: bookcorpus + alpaca." in lines
     assert "MLPs with a linear correction: 6, of rank 0.03 of the hidden size (20%)." in lines

@@ -338,6 +338,11 @@ def _texts(run: Run) -> str | None:
     return f"Calibration texts: {run.texts}." if run.pruning else None
 
 
+def _pruned_in(run: Run) -> str | None:
+    dtype = run.pruning["settings"].get("dtype", "auto") if run.pruning else "auto"
+    return None if dtype == "auto" else f"Pruned and saved in {dtype}."
+
+
 def correction(run: Run) -> str | None:
     """How many MLPs have it, of which rank."""
     if not run.pruning:
@@ -358,4 +363,4 @@ def _shares(run: Run) -> str | None:
 
 
 # What is to be said of every run.
-MADE = (measuring, _scoring, _calibration_set, drawn_by, _texts, correction, _shares)
+MADE = (measuring, _scoring, _calibration_set, drawn_by, _texts, _pruned_in, correction, _shares)
