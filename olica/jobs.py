@@ -124,7 +124,7 @@ def _prepare(settings: Settings, processes: Processes) -> Job:
     refuse_unprunable(config, location)
     layout = for_family(LAYOUTS[settings.layout], config)
     method = method_of(recipe, settings, layout)
-    ids_shape = _samples_of(settings, config, processes)
+    ids_shape = _samples_of(settings, config, method, processes)
     dense = count_dense_parameters(location, config)
     whole = dense["total" if settings.sparsity_of == "model" else "decoder_layers"]
     budget = Budget(whole, settings.sparsity, settings.multiple)
@@ -173,14 +173,16 @@ def _prepare(settings: Settings, processes: Processes) -> Job:
     )
 
 
-def _samples_of(settings: Settings, config: PreTrainedConfig, processes: Processes) -> tuple[int, int]:
+def _samples_of(settings: Settings, config: PreTrainedConfig, method: Method, processes: Processes) -> tuple[int, int]:
     """Shape (N, T) of the calibration set; raises UsageError if model or processes cannot take it."""
     samples, tokens = calibration_shape(settings.datasets, settings.num_samples, settings.seqlen)
     check_seqlen(tokens, "--datasets" if is_token_file(settings.datasets) else "--seqlen", config)
-    if processes.count > samples:
+    shared = method.survey.reads(samples) if method.survey else samples
+    if processes.count > shared:
+        of_survey = " that the survey reads" if shared < samples else ""
         raise UsageError(
-            f"--num_samples: {processes.count} processes cannot share {samples} samples; start fewer, or give "
-            "more samples"
+            f"--num_samples: {processes.count} processes cannot share {shared} samples{of_survey}; start fewer, or "
+            "give more samples"
         )
     return samples, tokens
 
@@ -215,7 +217,7 @@ def _method(recipe: Recipe, parameters: Any, refit: str, layout: Layout) -> Meth
     by_units = recipe.units if layout.is_bare else None
     method = by_units(parameters, layout.kv_heads) if by_units else recipe.method(parameters)
     if refit != RECIPES_OWN:
-        method = method.refitted(REFITS[refit])
+        method = method.refitted(REFITS[refit](parameters))
     return method.of_units(layout.kv_heads, layout.is_alike) if layout.is_bare else method
 
 

@@ -1,6 +1,6 @@
 """What a pruning is asked for: the flags of the command line, by their names, with what they may be."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from os.path import expanduser
 from typing import Any
@@ -16,8 +16,12 @@ from .outputs.names import DEFAULT_BASE_MODEL, DEFAULT_RECIPE, RECIPES_OWN, SPAR
 from .outputs.weight_shards import LARGEST_FILE
 from .sources.weights import DTYPES
 
-# What `--refit` puts in place of all that a recipe does with what stays.
-REFITS: dict[str, Refit | None] = {RECIPES_OWN: None, "none": None, "least-squares": LeastSquares(PlusParameters.ridge)}
+# What `--refit` puts in place of all that a recipe, of which these are the parameters, does with what stays.
+REFITS: dict[str, Callable[[Any], Refit | None]] = {
+    RECIPES_OWN: lambda _: None,
+    "none": lambda _: None,
+    "least-squares": lambda parameters: LeastSquares(getattr(parameters, "ridge", PlusParameters.ridge)),
+}
 # Settings that are a number or "auto".
 NUMBERS_OR_AUTO = ("batch_size", "round_to")
 # Settings that may begin with ~.

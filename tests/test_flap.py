@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 import olica
 from olica.errors import UsageError
 from olica.machine import BatchSize
+from olica.methods import flap
 from olica.methods.sizes import Budget
 from olica.model.families import FAMILIES
 from olica.model.skeleton import count_parameters
@@ -56,6 +57,11 @@ def test_the_survey_finds_the_fluctuations_and_the_means():
         np.testing.assert_allclose(found["channel_scores"], channels, rtol=1e-4)
         np.testing.assert_allclose(found["heads"], taken["o_proj"].mean(0), atol=1e-6)
         np.testing.assert_allclose(found["intermediate"], taken["down_proj"].mean(0), atol=1e-6)
+
+
+@pytest.mark.parametrize("scores", [[0.1] * 3, [0.0] * 3, [7.0]])
+def test_equal_scores_are_standardised_to_zero(scores):
+    assert flap.standardised(torch.tensor(scores, dtype=torch.float64)).eq(0).all()
 
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.3, 0.45])

@@ -28,16 +28,13 @@ IDS = torch.randint(3, 319, (9, 23), generator=torch.Generator().manual_seed(0))
 
 
 def scores(model) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Mean squares of all weights of every group of heads, and of every channel."""
+    """Mean squares of all weights that go with every group of heads, and with every channel."""
     found, groups = [], model.config.num_key_value_heads
+    names = ("v_proj", "o_proj") if model.config.model_type == "olmo2" else ("q_proj", "k_proj", "v_proj", "o_proj")
     for weights in weights_of(model):
         of_group = [
             np.concatenate([
-                part[group].ravel()
-                for part in (
-                    weights["q_proj"].reshape(groups, -1), weights["k_proj"].reshape(groups, -1),
-                    weights["v_proj"].reshape(groups, -1), weights["o_proj"].T.reshape(groups, -1),
-                )
+                (weights[name].T if name == "o_proj" else weights[name]).reshape(groups, -1)[group] for name in names
             ])
             for group in range(groups)
         ]  # fmt: skip

@@ -8,9 +8,13 @@ import torch
 from conftest import as_method, make_llama, work_on
 
 from olica.errors import UsageError
+from olica.jobs import method_of
+from olica.methods.feed_forward import ThinnedMLP
+from olica.methods.plus import PlusParameters
 from olica.methods.recipes import RECIPES
 from olica.methods.refit import LeastSquares
 from olica.methods.sizes import Budget
+from olica.model.layouts import LAYOUTS
 from olica.model.modeling_olica import projections_of
 from olica.outputs.names import checkpoint_folder
 from olica.pruning.layers import prune_layers
@@ -63,6 +67,16 @@ def test_least_squares_refits_what_the_recipe_chose(recipe):
     if first == 0 and len(method.passes) == 1:  # else what is measured differs
         assert torch.equal(*gates)
     assert lost_columns(refitted, dense)[first].min() > 1e-5
+
+
+@pytest.mark.parametrize(("recipe", "parameters", "ridge"), [
+    ("olica-plus", {"ridge": 5.0}, 5.0), ("wanda-sp", {}, PlusParameters.ridge),
+])  # fmt: skip
+def test_least_squares_has_the_ridge_of_the_recipe_if_it_has_one(recipe, parameters, ridge):
+    settings = settings_of({"recipe": recipe, "refit": "least-squares"} | parameters)
+    method = method_of(RECIPES[recipe], settings, LAYOUTS[settings.layout])
+    mlp = next(stage for stages in method.passes for stage in stages if isinstance(stage, ThinnedMLP))
+    assert mlp.refit.ridge == ridge
 
 
 def test_the_flag_is_checked_and_names_the_folder():

@@ -13,6 +13,7 @@ from olica.methods.value_output import (
     paper_importance,
     product_directions,
     released_importance,
+    rotate,
     value_directions,
 )
 from olica.model.configuration_olica import LayerShape
@@ -184,6 +185,21 @@ def test_the_features_of_full_ond_are_those_of_its_value_projection(moments, num
     dense = torch.nn.functional.linear(hidden, layer.v_proj.weight.double(), layer.v_proj.bias.double())
     dense_heads = dense.view(5, num_kv_heads, WIDTH).repeat_interleave(H // num_kv_heads, dim=1).flatten(1)
     torch.testing.assert_close(heads @ turned["o_proj.weight"].T, dense_heads @ layer.o_proj.weight.double().T)
+
+
+@pytest.mark.parametrize("importance", [released_importance, paper_importance])
+def test_a_second_moment_below_zero_by_rounding_counts_as_zero(layer, moments, num_kv_heads, importance):
+    """Two features of a head that are the same one: their difference has no variance, in float32 sums maybe less."""
+    summed = moments[per_head("heads")]
+    summed.copy_(1 + 1e-6 * (1 - torch.eye(WIDTH)))
+    basis = torch.eye(WIDTH, dtype=torch.float64)
+    basis[:2, :2] = torch.tensor([[1.0, 1.0], [-1.0, 1.0]]) / 2**0.5
+    directions = rotate(whole(layer, moments, num_kv_heads), basis.expand(num_kv_heads, -1, -1))
+    scores = importance(whole(layer, moments, num_kv_heads), directions)
+    summed.zero_()
+    from_value = importance(whole(layer, moments, num_kv_heads), directions)
+    assert (scores[:, 1:] > from_value[:, 1:]).all()
+    torch.testing.assert_close(scores[:, 0], from_value[:, 0])
 
 
 def test_wanda_drops_directions_as_they_are(layer, activations, moments, num_kv_heads):

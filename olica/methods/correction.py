@@ -80,7 +80,7 @@ def residual_sums(moments: Moments, channels: Tensor, change: Tensor) -> Regress
     """Regression of what pruning takes from the MLP's output on the MLP's input, without ever running the pruned MLP.
 
     With the columns of the down projection changed by dW the residual is E = H dW^T, H the intermediate activations, so
-    X^T E, its sums and its squares follow from the moments of (X, H).
+    that X^T E = (X^T H) dW^T, E sums to dW sum(H), its squares to diag(dW H^T H dW^T): all from moments of (X, H).
 
     Args:
         moments: of the statistics above.

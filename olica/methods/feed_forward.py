@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..model.configuration_olica import LayerShape
-from .linalg import by_rows
+from .linalg import by_rows, squared_norms
 from .moments import DOUBLE, Statistic, diagonal, full, needs, total
 from .recipe import Layer, Weights, needs_of, own_forms, together, workspace_of
 from .refit import Refit, with_moment
@@ -37,7 +37,7 @@ def channel_norms(layer: Layer, squared_columns: Tensor) -> tuple[Tensor, Tensor
 
 
 def _norms(layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
-    return channel_norms(layer, by_rows(lambda columns: columns.square().sum(1), layer.weights.down_proj.weight.T))
+    return channel_norms(layer, squared_norms(layer.weights.down_proj.weight.T))
 
 
 @needs(diagonal("mlp_input"), diagonal("intermediate"))

@@ -4,12 +4,13 @@ A feature's score is its fluctuation, Var(x_j) ||W_:,j||^2, standardised in ever
 decides what goes, and the bias of what read it takes up its mean. D hidden size, K key/value heads, F channels
 """
 
+import torch
 from torch import Tensor
 
 from ..model.configuration_olica import LayerShape
 from .feed_forward import ThinnedMLP, mean_channels
 from .heads import RemovedGroups, by_group, mean_heads
-from .linalg import by_rows
+from .linalg import ROUNDING, squared_norms
 from .moments import Moments, Needing, Statistic, diagonal, needs, total
 from .recipe import Findings, Layer, Method, NoParameters, Survey
 from .thinning import RemovedMean
@@ -21,7 +22,7 @@ def fluctuation(moments: Moments, tap: str, weight: Tensor) -> Tensor:
     count = moments.count
     mean = moments.about_centre(total(tap)) / count  # about the centre, so that what is subtracted is small
     variance = moments.about_centre(diagonal(tap)) / count - mean.square()
-    return variance.clamp(min=0) * by_rows(lambda columns: columns.square().sum(1), weight.T)
+    return variance.clamp(min=0) * squared_norms(weight.T)
 
 
 @needs(total("heads"), diagonal("heads"))
@@ -57,9 +58,13 @@ class FlapSurvey(Survey):
 
 def scored(findings: Findings) -> tuple[Tensor, Tensor]:
     """Scores standardised within the layer: (s - mean) / deviation; zero where all are equal or there is but one."""
-    parts = (findings[GROUP_SCORES], findings[CHANNEL_SCORES])
-    groups, channels = ((part - part.mean()) / part.std(correction=0).clamp(min=1e-30) for part in parts)
-    return groups, channels
+    return standardised(findings[GROUP_SCORES]), standardised(findings[CHANNEL_SCORES])
+
+
+def standardised(scores: Tensor) -> Tensor:
+    """Scores (n,) as (s - mean) / deviation, zeros where they differ by no more than rounding."""
+    mean, deviation = scores.mean(), scores.std(correction=0)
+    return torch.where(deviation > ROUNDING * mean.abs(), (scores - mean) / deviation, 0.0)
 
 
 def found(name: str) -> Needing[[Layer], Tensor]:

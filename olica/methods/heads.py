@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..model.configuration_olica import LayerShape
+from .linalg import diagonal_blocks
 from .moments import DOUBLE, Statistic, full, needs, total
 from .recipe import Layer, Weights, needs_of, own_forms, together, workspace_of
 from .refit import Refit, with_moment
@@ -38,8 +39,7 @@ def output_energy(layer: Layer) -> Tensor:
     sizes, weight = layer.sizes, layer.weights.o_proj.weight.double()
     heads = weight.unflatten(1, (sizes.num_kv_heads, -1)).movedim(1, 0)  # (K, D, G d)
     width = heads.shape[-1]
-    moment = layer.moments[full("heads")].double().unflatten(0, (-1, width)).unflatten(2, (-1, width))
-    blocks = moment.diagonal(dim1=0, dim2=2).movedim(-1, 0)  # (K, G d, G d)
+    blocks = diagonal_blocks(layer.moments[full("heads")].double(), width)  # (K, G d, G d)
     return ((heads @ blocks) * heads).sum((1, 2))
 
 
@@ -107,6 +107,7 @@ class RemovedGroups:
                 new[f"{name}.bias"] = projection.bias[rows]
         refit = with_moment(self.refit, layer.moments, "heads")
         thinned = thin(weights.o_proj.weight, rows_of(kept, query), refit)
+        del refit  # its moment is large beside what repairs take
         new["o_proj.weight"] = thinned.weight
         new |= together(repair(thinned, layer, shape) for repair in self.repairs)
         if weights.o_proj.bias is not None:

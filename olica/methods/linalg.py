@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Relative to the squares that they come from, variances below this are what rounding leaves of zero.
+# Relative to the squares that they come from, variances below this are what rounding in float64 leaves of zero.
 ROUNDING = 1e-13
 # Rows, or products, of a wide matrix that are in double precision at a time.
 DOUBLE_BLOCK = 1024
@@ -33,6 +33,17 @@ class SingularError(ArithmeticError):
 def by_rows(function: Callable[[Tensor], Tensor], matrix: Tensor) -> Tensor:
     """What `function` makes of every row of a matrix, in double precision; one block of rows at a time is that wide."""
     return torch.cat([function(rows.double()) for rows in matrix.split(DOUBLE_BLOCK)])
+
+
+def squared_norms(matrix: Tensor) -> Tensor:
+    """||w_i||^2 of the rows (n,) of a matrix (n, m)."""
+    return by_rows(lambda rows: rows.square().sum(1), matrix)
+
+
+def diagonal_blocks(matrix: Tensor, width: int) -> Tensor:
+    """The blocks (n, width, width) on the diagonal of a matrix (n width, n width)."""
+    blocks = matrix.unflatten(1, (-1, width)).unflatten(0, (-1, width))  # (n, width, n, width)
+    return blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)
 
 
 def principal_components(gram: Tensor, rank: int | None = None) -> Tensor:

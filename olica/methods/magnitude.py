@@ -8,32 +8,33 @@ from torch import Tensor
 from ..model.configuration_olica import LayerShape
 from .feed_forward import ThinnedMLP
 from .heads import RemovedGroups, by_group
-from .linalg import by_rows
+from .linalg import squared_norms
 from .moments import Statistic, needs
 from .recipe import Findings, Layer, Method, NoParameters, Survey
 from .threshold import CHANNEL_SCORES, GROUP_SCORES, GlobalThreshold
-
-
-def _squares(weight: Tensor) -> Tensor:
-    """Sums of the squares of the rows."""
-    return by_rows(lambda rows: rows.square().sum(1), weight)
+from .units import channel_parameters, group_parameters
 
 
 @needs()
 def channel_scores(layer: Layer) -> Tensor:
     """Mean square (F,) of the 3 D weights of every channel."""
     gate, up, down = layer.weights.gate_proj, layer.weights.up_proj, layer.weights.down_proj
-    squares = _squares(gate.weight) + _squares(up.weight) + _squares(down.weight.T)
-    return squares / (3 * layer.sizes.hidden_size)
+    squares = squared_norms(gate.weight) + squared_norms(up.weight) + squared_norms(down.weight.T)
+    return squares / channel_parameters(layer.sizes)
 
 
 @needs()
 def group_scores(layer: Layer) -> Tensor:
-    """Mean square (K,) of the weights of every key/value head and its query heads."""
+    """Mean square (K,) of the weights that go with every key/value head and its query heads."""
     sizes, weights = layer.sizes, layer.weights
-    of_queries = by_group(_squares(weights.q_proj.weight) + _squares(weights.o_proj.weight.T), sizes)
-    of_keys = (_squares(weights.k_proj.weight) + _squares(weights.v_proj.weight)).unflatten(0, (-1, sizes.head_dim))
-    return (of_queries + of_keys.sum(1)) / (2 * sizes.hidden_size * sizes.head_dim * (1 + sizes.groups))
+    of_queries, of_keys = squared_norms(weights.o_proj.weight.T), squared_norms(weights.v_proj.weight)
+    if not sizes.norm_spans_heads:  # queries and keys go too
+        of_queries, of_keys = (
+            squared_norms(weights.q_proj.weight) + of_queries,
+            squared_norms(weights.k_proj.weight) + of_keys,
+        )
+    of_both = by_group(of_queries, sizes) + of_keys.unflatten(0, (-1, sizes.head_dim)).sum(1)
+    return of_both / group_parameters(sizes)
 
 
 class MagnitudeSurvey(Survey):

@@ -64,7 +64,12 @@ class LeastSquaresTable:
         return torch.cholesky_solve(rows @ rows.mT, factors).diagonal(dim1=-2, dim2=-1).sum(-1)
 
     def pivot(self, units: Tensor) -> float:
-        """Have `units` (m,), all of S or all of P, change sides; by how much the error changes, not negative."""
+        """Have `units` (m,), all of S or all of P, change sides; by how much the error changes, not negative.
+
+        With M the matrix and G the features of the units, M becomes M - M_:G M_GG^-1 M_G:, and of the block itself
+        M_G: becomes s M_GG^-1 M_G:, M_:G (of the left f columns) its transpose and M_GG -M_GG^-1, where s is -1 for
+        units that go and 1 for those that come.
+        """
         rows = self._features[units].flatten()
         sign = -1.0 if self.staying[units[0]] else 1.0
         columns = self._matrix[:, rows]

@@ -1,7 +1,8 @@
 """Refits of a thinned map, and the error that they leave.
 
-A map W (O, f) of an input x with second moment C = E[x x^T] keeps the columns K and loses the columns P. Least squares
-finds the best columns for what stays; one Cholesky factor gives the error of that for every number of columns.
+A map W (O, f) of an input x with second moment C = E[x x^T], up to a common factor, keeps the columns K and loses the
+columns P. Least squares finds the best columns for what stays; one Cholesky factor gives the error of that, up to the
+same factor, for every number of columns.
 """
 
 from collections.abc import Callable

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..model.configuration_olica import LayerShape
-from .linalg import principal_components
+from .linalg import diagonal_blocks, principal_components
 from .moments import DOUBLE, Moments, Needing, Statistic, diagonal, full, needs, per_head
 from .query_key import low_rank_factors
 from .recipe import Layer, Weights
@@ -149,9 +149,9 @@ def in_order(layer: Layer, directions: Directions) -> Tensor:
 
 
 def _head_moment(moments: Moments, features: Tensor, num_kv_heads: int) -> Tensor:
-    """Second moment of every feature of every head in another basis (K, G, d)."""
+    """Second moment of every feature of every head in another basis (K, G, d); none is below zero by rounding."""
     blocks = moments[per_head("heads")].double().unflatten(0, (num_kv_heads, -1))  # (K, G, d, d)
-    return (features[:, None] * (blocks @ features[:, None])).sum(-2)
+    return (features[:, None] * (blocks @ features[:, None])).sum(-2).clamp(min=0)
 
 
 @needs(diagonal("attention_input"), per_head("heads"))
@@ -264,8 +264,7 @@ def moment_in_basis(moment: Tensor, features: Tensor, sizes: Sizes) -> Tensor:
 
 def head_blocks(moment: Tensor, sizes: Sizes) -> Tensor:
     """The blocks (K, G, d, d) of every head of a second moment (H d, H d)."""
-    heads = moment.unflatten(1, (sizes.num_heads, -1)).unflatten(0, (sizes.num_heads, -1))  # (H, d, H, d)
-    return heads.diagonal(dim1=0, dim2=2).movedim(-1, 0).unflatten(0, (sizes.num_kv_heads, -1))
+    return diagonal_blocks(moment, sizes.head_dim).unflatten(0, (sizes.num_kv_heads, -1))
 
 
 @dataclass(frozen=True)

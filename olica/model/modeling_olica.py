@@ -172,9 +172,9 @@ def _resized(dense: nn.Linear, in_features: int, out_features: int, rank: int = 
 
 
 def _shrunk_attention(name: str, dense: nn.Linear, config, shape: LayerShape) -> nn.Module:
-    width, groups = head_dim(config), config.num_key_value_heads
-    all_heads = groups if name in ("k_proj", "v_proj") else config.num_attention_heads
-    heads = all_heads // groups * (shape.kv_heads or groups)
+    width, kv_heads = head_dim(config), config.num_key_value_heads
+    all_heads = kv_heads if name in ("k_proj", "v_proj") else config.num_attention_heads
+    heads = all_heads // kv_heads * (shape.kv_heads or kv_heads)
     kept = shape.v_head_dim if name in ("v_proj", "o_proj") else width
     if name in ("q_proj", "k_proj") and norm_spans_heads(config):
         heads = all_heads

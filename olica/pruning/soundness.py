@@ -53,7 +53,7 @@ def solvable(index: int, projections: str) -> Iterator[None]:
         ) from error
     except torch.linalg.LinAlgError as error:
         raise UsageError(
-            f"--base_model: in layer {index} the decomposition of {projections} does not converge; "
+            f"--base_model: in layer {index} the decomposition of {projections} fails ({str(error).splitlines()[0]}); "
             "another calibration set (--datasets, --num_samples) may help"
         ) from error
 

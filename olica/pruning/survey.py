@@ -72,6 +72,7 @@ def survey_layers(work: Work, plan: list[LayerShape] | None, progress: SurveyPro
         with solvable(index, "a projection"):
             findings, *variants = processes.share_out(tasks)
         found.append(findings)
+        del moments, seen, tasks  # the sums, which the next layer's would lie beside
         if probes:
             probes.advance(index, layer, calls[index], variants, entering)
         del variants  # as large as a layer
