@@ -28,7 +28,14 @@ from olica.evaluation.perplexity import perplexity
 from olica.machine import DEVICES, pick_device
 from olica.model.skeleton import count_parameters
 from olica.outputs.output_path import in_place_of
-from olica.outputs.records import PRUNING_RECORD, environment, flags_of, read_pruning_record, write_record
+from olica.outputs.records import (
+    PRUNING_RECORD,
+    environment,
+    flags_of,
+    keep_vocabulary_record,
+    read_pruning_record,
+    write_record,
+)
 from olica.sources.calibration_set import Draw, build_calibration_set
 from olica.sources.configuration import describe_source, read_config
 from olica.sources.locate import locate
@@ -161,6 +168,7 @@ def run(args: argparse.Namespace) -> None:
             tokenizer.save_pretrained(partial)
         if pruning:
             shutil.copy(Path(location.path) / PRUNING_RECORD, partial)
+        keep_vocabulary_record(location.path, partial)
         write_record(partial / RECORD, record)
     losses = training["loss_held_back"]
     print(

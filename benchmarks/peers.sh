@@ -115,8 +115,11 @@ shipped() {
 dense peers_as_shipped/dense "$measures"
 EVALUATION_BATCH_SIZE=$long_batch dense peers_as_shipped/long/dense "$long"
 dense=$SAVE_DIR/${RECORDS##*/}-peers/dense
-[ -f "$dense/flags" ] || $PYTHON benchmarks/peers/dense.py --base_model "$MODEL" --output_path "$dense"
-echo "--base_model $MODEL" > "$dense/flags"
+if ! recorded "--base_model $MODEL" "$dense/flags"; then
+    rm -rf "$dense"
+    $PYTHON benchmarks/peers/dense.py --base_model "$MODEL" --output_path "$dense"
+    echo "--base_model $MODEL" > "$dense/flags"
+fi
 for sparsity in ${SPARSITIES:-0.2 0.33}; do
     for peer in $PEERS; do shipped; done
     for recipe in $OURS; do

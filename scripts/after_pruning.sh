@@ -26,7 +26,8 @@ first() { # the lines that the page's blocks begin with
 
 answer() { # serves the model that the command makes, asks it, and ends it
     "$@" & local server=$!
-    trap 'kill $server' EXIT
+    # shellcheck disable=SC2064  # the variable is gone when the trap runs
+    trap "kill $server" EXIT
     until curl --silent --fail http://localhost:8123/health >answer.json; do
         kill -0 $server
         sleep 3

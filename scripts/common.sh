@@ -11,7 +11,8 @@
 #   PRUNING_DTYPE  to prune and save in (auto: as stored); bfloat16 is faster where the processor has it
 #   START_TOKEN yes or no: whether samples and windows begin with the start token, which Gemma wants (no)
 #   SPARSITY_OF what sparsities are a share of: model or layers (model)
-#   TASKS       zero-shot tasks, joined by commas (the paper's seven); LIMIT rows of every task (default: all)
+#   TASKS       zero-shot tasks where no table of the paper wants its seven: some of these, joined by commas (all);
+#   LIMIT       rows of every task (default: all)
 #   WINDOWS     of every text (default: all)
 #   BATCH_SIZE  samples, windows or prompts at a time (16); EVALUATION_BATCH_SIZE of them in an evaluation (the same)
 #   RESULTS     folder of the records (results); SAVE_DIR folder of the checkpoints (./pruned_models)
@@ -36,10 +37,24 @@ BATCH_SIZE=${BATCH_SIZE:-16}
 RESULTS=${RESULTS:-results}
 SAVE_DIR=${SAVE_DIR:-./pruned_models}
 PYTHON=${PYTHON:-.venv/bin/python}
-TASKS=${TASKS:-openbookqa,arc_easy,winogrande,hellaswag,arc_challenge,piqa,boolq}
+PAPERS_TASKS=openbookqa,arc_easy,winogrande,hellaswag,arc_challenge,piqa,boolq
+TASKS=${TASKS:-$PAPERS_TASKS}
+
+# one_word VARIABLE: refuse a value with a space in it, which would become two flags.
+one_word() {
+    case ${!1:-} in *[[:space:]]*) echo "$1=${!1} has a space in it, which these scripts do not take" >&2; exit 2 ;; esac
+}
+
+for variable in DATASETS DATA_DIR PPL RESULTS SAVE_DIR TASKS; do one_word $variable; done
+for task in ${TASKS//,/ }; do
+    case ,$PAPERS_TASKS, in
+        *,"$task",*) ;;
+        *) echo "TASKS=$TASKS: $task is none of $PAPERS_TASKS" >&2; exit 2 ;;
+    esac
+done
 
 PERPLEXITY="--ppl wikitext2 ${WINDOWS:+--ppl_windows $WINDOWS}"
-TABLE_MEASURES="$PERPLEXITY --tasks $TASKS ${LIMIT:+--limit $LIMIT}"
+TABLE_MEASURES="$PERPLEXITY --tasks $PAPERS_TASKS ${LIMIT:+--limit $LIMIT}"
 
 # use MODEL: the model that follows, and where its records go.
 use() {
@@ -48,6 +63,7 @@ use() {
         exit 2
     fi
     MODEL=$1
+    one_word MODEL
     RECORDS=$RESULTS/${LABEL:-$(basename "$MODEL")}
 }
 
@@ -167,6 +183,15 @@ at_sparsities() {
     for sparsity in "$@"; do
         pruned "tables/sparsity-$sparsity" "$TABLE_MEASURES" --sparsity "$sparsity" --mlp_num "$(mlp_num "$sparsity")"
     done
+}
+
+# once STEM FLAGS COMMAND...: have a command write STEM.json, unless STEM.flags says that these flags made it.
+once() {
+    local stem=$1 is=$2; shift 2
+    recorded "$is" "$stem.flags" "$stem.json" && return
+    rm -f "$stem.flags"
+    "$@" --output_path "$stem.json"
+    echo "$is" > "$stem.flags"
 }
 
 # report NAME: print a table, or draw a figure, from the records.

@@ -64,8 +64,8 @@ asked() {
         --output_path "$2/chat.json"
 }
 
-# once FOLDER RECORD FLAGS COMMAND...: have a command write a record, unless the flags beside it are these.
-once() {
+# within FOLDER RECORD FLAGS COMMAND...: have a command write a record into a folder, unless the flags there are these.
+within() {
     local folder=$1 record=$2 flags_now=$3; shift 3
     recorded "$flags_now" "$folder/flags" "$folder/$record" && return
     rm -f "$folder/flags"
@@ -83,10 +83,10 @@ row() {
         four-bits) is+=" 4 bits" ;;
     esac
     for length in 128 2048; do
-        once "$RECORDS/compare/$length/$2" evaluation.json "$is --dtype $DTYPE $(measures $length)" \
+        within "$RECORDS/compare/$length/$2" evaluation.json "$is --dtype $DTYPE $(measures $length)" \
             measured "$1" "$length"
     done
-    [ "${CHAT:-yes}" = no ] || once "$RECORDS/compare/chat/$2" chat.json "$is --dtype $DTYPE" asked "$1"
+    [ "${CHAT:-yes}" = no ] || within "$RECORDS/compare/chat/$2" chat.json "$is --dtype $DTYPE" asked "$1"
 }
 
 # rows NAME: the model as it is, retrained and in 4 bits.

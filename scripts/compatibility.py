@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import olica
+import olica_stopping
 from olica.command_line import run_command
 from olica.errors import UsageError
 from olica.model.families import FAMILIES
@@ -173,4 +174,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_command(build_parser(), run)
+    olica_stopping.end_with(lambda: run_command(build_parser(), run))

@@ -18,12 +18,14 @@ pip() { "$PYTHON" -m pip --disable-pip-version-check install --quiet "$@"; }
 mkdir -p "$FOLDER"
 if [ ! -e "$FOLDER/torch/complete" ]; then
     "$PYTHON" -m venv --clear "$FOLDER/torch"
-    pip --python "$FOLDER/torch/bin/python" -c constraints.txt torch && touch "$FOLDER/torch/complete"
+    pip --python "$FOLDER/torch/bin/python" -c constraints.txt torch
+    touch "$FOLDER/torch/complete"
 fi
 for release in $RELEASES $WITH_OLICA; do
     if [ ! -e "$FOLDER/$release/complete" ]; then
         rm -rf "${FOLDER:?}/$release"
-        pip --target "$FOLDER/$release" "transformers==$release" jinja2 && touch "$FOLDER/$release/complete"
+        pip --target "$FOLDER/$release" "transformers==$release" jinja2
+        touch "$FOLDER/$release/complete"
     fi
 done
 # shellcheck disable=SC2086  # lists of words

@@ -29,11 +29,12 @@ CHOSEN_ON=data/wikitext2_raw_validation.jsonl,data/c4_calibrate.jsonl  # texts t
 ALL="magnitude wanda-sp flap lorap modegpt slimgpt osscar let-llm-tell slimllm"
 OURS="olica olica-grouped olica-plus"
 
-# once RECORD COMMAND...: have a command write a record, unless it is there.
+# once RECORD COMMAND...: have a command write a record, unless it is there; what is stopped or fails leaves none.
 once() {
     local record=$RESULTS/$1; shift
     [ ! -f "$record" ] || { echo "$record is there"; return; }
-    "$PYTHON" "$@" --output_path "$record"
+    "$PYTHON" "$@" --output_path "$record.partial"
+    mv "$record.partial" "$record"
 }
 
 # of_smollm2, of_qwen, of_gemma NAME=VALUE... COMMAND...: with the variables of a model's tables.
@@ -47,13 +48,20 @@ of_gemma() {
         WINDOWS=48 DTYPE=bfloat16 PRUNING_DTYPE=bfloat16 START_TOKEN=yes "$@"
 }
 
+# copied PATH: a copy in data/, whole or none.
+copied() {
+    rm -rf data/copied
+    cp -r "$1" data/copied
+    mv data/copied "data/${1##*/}"
+}
+
 texts() {
     mkdir -p data
     for name in wikitext2_raw_test.jsonl wikitext2_raw_validation.jsonl ptb_test.txt alpaca_6k.jsonl.gz \
         openwebtext_1000.jsonl.gz eval; do
-        [ -e "data/$name" ] || cp -r "$SHARED/$name" data/
+        [ -e "data/$name" ] || copied "$SHARED/$name"
     done
-    [ -e data/smollm2_ids.safetensors ] || cp "$REFERENCE/smollm2_ids.safetensors" data/
+    [ -e data/smollm2_ids.safetensors ] || copied "$REFERENCE/smollm2_ids.safetensors"
     "$PYTHON" scripts/split_texts.py --data_dir "$SHARED" --output_dir data
 }
 
@@ -147,8 +155,9 @@ choices() {
 speed() {
     local recipe layers
     if [ ! -d smollm2_plain ]; then
-        PYTHONPATH=scripts "$PYTHON" -c 'import reference_figures as ours
-ours.make_plain(ours.read_model(ours.locate("smollm2"), "float32")).save_pretrained("smollm2_plain")'
+        PYTHONPATH=scripts "$PYTHON" -c 'import os, reference_figures as ours
+ours.make_plain(ours.read_model(ours.locate("smollm2"), "float32")).save_pretrained("smollm2_plain.partial")
+os.rename("smollm2_plain.partial", "smollm2_plain")'
     fi
     for recipe in olica olica-plus; do
         once smollm2/pruning_speed${recipe#olica}.json benchmarks/pruning_speed.py --base_model smollm2_plain \
@@ -162,10 +171,17 @@ ours.make_plain(ours.read_model(ours.locate("smollm2"), "float32")).save_pretrai
         once streaming/gguf_layers_$layers.json benchmarks/reading_memory.py --base_model "$QWEN" --recipe magnitude \
             --layers $layers
     done
-    generation smollm2 smollm2 $TWO
-    # A wide model with random weights: 4 layers of half the width of LLaMA-7B, written with tokens for it.
-    [ -d pruning_speed/7b-2-4 ] || "$PYTHON" benchmarks/pruning_speed.py --shape 7b --scale 2 --layers 4
-    generation pruning_speed/7b-2-4 width_2048 pruning_speed/ids.safetensors
+    is_timed smollm2 || generation smollm2 smollm2 $TWO
+    is_timed width_2048 && return
+    # A wide model with random weights: 4 layers of half the width of LLaMA-7B; its tokens are written when it is whole.
+    [ -f pruning_speed/wide/ids.safetensors ] || "$PYTHON" benchmarks/pruning_speed.py --shape 7b --scale 2 --layers 4 \
+        --work_dir pruning_speed/wide
+    generation pruning_speed/wide/7b-2-4 width_2048 pruning_speed/wide/ids.safetensors
+}
+
+# is_timed LABEL: whether both records of `generation` are there.
+is_timed() {
+    [ -f "$RESULTS/$1/generation_speed_float32.json" ] && [ -f "$RESULTS/$1/generation_speed_bfloat16.json" ]
 }
 
 # generation MODEL LABEL DATASETS: prefill and decoding of a model pruned by `olica` to three sizes, one also rounded.
@@ -192,8 +208,8 @@ shapes() {
 }
 
 page() {
-    "$PYTHON" scripts/report.py
-    "$PYTHON" scripts/write_sizing.py
+    "$PYTHON" scripts/report.py --results "$RESULTS"
+    "$PYTHON" scripts/write_sizing.py  # by the records in results/
 }
 
 for stage in ${*:-$STAGES}; do

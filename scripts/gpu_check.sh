@@ -25,6 +25,7 @@ END=$((60 * ${MINUTES:-10}))
 MODEL=$WORK/$SHAPE-$SCALE-${LAYERS:-all}
 export HF_HUB_OFFLINE=1
 mkdir -p "$RESULTS"
+rm -rf "$WORK/pruned"  # what was stopped, and had other sizes
 : > "$RESULTS/seconds.txt"
 
 # step NAME COMMAND...: run it within the time that is left; keep what it prints, and how long it took.
@@ -51,5 +52,8 @@ random="--num_samples $NUM_SAMPLES --seqlen ${TOKENS:-128} --scale $SCALE --work
         --output_path "$RESULTS/generation_speed.json"
     step tests $PYTHON -m pytest -m gpu -rs "$@"
 }
-[ "${KEEP:-no}" = yes ] || rm -r "$WORK"
+if [ "${KEEP:-no}" = no ]; then
+    rm -rf "$MODEL" "$WORK/pruned" "$WORK/ids.safetensors" "$WORK/data" "$WORK/${DRY_SHAPE:-30b}-$SCALE-all"
+    rmdir --ignore-fail-on-non-empty "$WORK"
+fi
 cat "$RESULTS/seconds.txt"

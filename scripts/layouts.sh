@@ -18,7 +18,7 @@ SPARSITIES=${SPARSITIES:-0.2 0.33}
 out=$RECORDS/layouts
 
 dense layouts/dense "$measures"
-checkpoints=()
+checkpoints=() prunings=
 for sparsity in $SPARSITIES; do
     for layout in olica stock deci; do
         flags=(--recipe "$recipe" --sparsity "$sparsity" --seed 0 --round_to 1 --layout "$layout")
@@ -26,10 +26,11 @@ for sparsity in $SPARSITIES; do
         [ -d "$(folder_of "${flags[@]}")" ] || rm -f "$out/${layout}_sparsity-$sparsity/flags"
         pruned "layouts/${layout}_sparsity-$sparsity" "$measures" "${flags[@]}"
         checkpoints+=("$(echo "$(folder_of "${flags[@]}")"/*/)")
+        prunings+=$'\n'$(pruning_of "${flags[@]}")
     done
 done
-$PYTHON benchmarks/generation_speed.py --dense "$MODEL" --checkpoints "${checkpoints[@]}" --dtype "$DTYPE" \
-    --device "$DEVICE" --output_path "$out/generation_speed.json"
+once "$out/generation_speed" "in $DTYPE, of$prunings" $PYTHON benchmarks/generation_speed.py --dense "$MODEL" \
+    --checkpoints "${checkpoints[@]}" --dtype "$DTYPE" --device "$DEVICE"
 
 # timed TYPE CHECKPOINT...: the speed of the dense model and of what llama.cpp can read of these, as files of a type.
 timed() {
@@ -37,9 +38,11 @@ timed() {
     for checkpoint in "$MODEL" "$@"; do
         case $checkpoint in *_layout-* | "$MODEL") ;; *) continue ;; esac
         files+=("$SAVE_DIR/${RECORDS##*/}-gguf-$type/$(basename "$checkpoint").gguf")
-        [ -f "${files[-1]}" ] || $PYTHON model_export.py "$checkpoint" --gguf "$type" --output_path "${files[-1]}"
+        # A file that is older than the checkpoint is of another one that was there.
+        [ -f "${files[-1]}" ] && [ ! "$checkpoint" -nt "${files[-1]}" ] ||
+            $PYTHON model_export.py "$checkpoint" --gguf "$type" --output_path "${files[-1]}" --overwrite
     done
-    $PYTHON scripts/llama_cpp_speed.py "${files[@]}" --output_path "$out/llama_cpp_speed_$type.json"
+    once "$out/llama_cpp_speed_$type" "of$prunings" $PYTHON scripts/llama_cpp_speed.py "${files[@]}"
 }
 
 if [ -n "${OLICA_LLAMA_CPP:-}" ]; then

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from gguf import GGUFReader, LlamaFileType
 
+import olica_stopping
 from olica.command_line import run_command
 from olica.errors import UsageError
 from olica.outputs.records import environment, write_record
@@ -161,4 +162,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_command(build_parser(), run)
+    olica_stopping.end_with(lambda: run_command(build_parser(), run))

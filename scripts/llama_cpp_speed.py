@@ -14,6 +14,7 @@ import torch
 from gguf import GGUFReader
 from llama_cpp import ask, read_by
 
+import olica_stopping
 from olica.checks import check_record_path
 from olica.command_line import run_command
 from olica.errors import UsageError
@@ -72,4 +73,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_command(build_parser(), run)
+    olica_stopping.end_with(lambda: run_command(build_parser(), run))

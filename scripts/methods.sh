@@ -20,6 +20,17 @@ runs=methods/${MIX:-paper}
 measures="--ppl ${PPL:-wikitext2,c4,ptb} ${WINDOWS:+--ppl_windows $WINDOWS}"
 scores="--ppl none --tasks $TASKS ${LIMIT:+--limit $LIMIT}"
 
+# decoded PRUNINGS FLAGS...: time the dense model and what these lines of flags make of it, in turns.
+decoded() {
+    local prunings=$1 line checkpoints=(); shift
+    while read -ra line; do
+        made "${line[@]}"
+        checkpoints+=("$checkpoint")
+    done <<< "$prunings"
+    $PYTHON benchmarks/generation_speed.py --dense "$MODEL" --checkpoints "${checkpoints[@]}" --dtype "$DTYPE" \
+        --device "$DEVICE" "$@"
+}
+
 of_dense=$([ "${OWN_DENSE:-no}" = no ] && echo methods || echo "$runs")
 dense "$of_dense/dense" "$measures"
 [ "${SCORED:-no}" = no ] || dense "$of_dense/tasks/dense" "$scores"
@@ -44,15 +55,7 @@ for seed in ${SEEDS:-0}; do
 done
 [ "${TIMED:-no}" = yes ] || timed=()
 for sparsity in "${!timed[@]}"; do
-    record=$RECORDS/$runs/generation_speed_$sparsity checkpoints=()
     is="$(pruning_of), in $DTYPE, of"$'\n'${timed[$sparsity]%$'\n'}
-    recorded "$is" "$record.flags" "$record.json" && continue
-    while read -ra flags; do
-        made "${flags[@]}"
-        checkpoints+=("$checkpoint")
-    done <<< "${timed[$sparsity]%$'\n'}"
-    $PYTHON benchmarks/generation_speed.py --dense "$MODEL" --checkpoints "${checkpoints[@]}" --dtype "$DTYPE" \
-        --device "$DEVICE" --output_path "$record.json"
-    echo "$is" > "$record.flags"
+    once "$RECORDS/$runs/generation_speed_$sparsity" "$is" decoded "${timed[$sparsity]%$'\n'}"
 done
 report methods

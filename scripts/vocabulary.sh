@@ -18,21 +18,22 @@ measures="--ppl ${PPL:-wikitext2,c4} ${WINDOWS:+--ppl_windows $WINDOWS}"
 of_whole() {
     sed -n '/"parameters"/,/}/p' "$MODEL/olica_vocabulary.json" | tr -d ',' | awk -v sparsity="$1" '
         /"before"/ { before = $2 }
-        /"after"/ { after = $2 }
+        /"after"/ { after = $2; exit }  # what may follow is of an earlier loss
         END { printf "%.6f\n", 1 - (1 - sparsity) * before / after }'
 }
 
 counted=${COUNTED:-$DATASETS}
-texts=$(printf '%s' "$counted" | cksum | cut -d ' ' -f 1)  # for the name of a folder
+of=$(printf '%s' "$whole $counted" | cksum | cut -d ' ' -f 1)  # for the name of a folder
 for size in all ${SIZES:-44000 36000}; do
     MODEL=$whole
     if [ "$size" != all ]; then
-        MODEL=$SAVE_DIR/${RECORDS##*/}_vocabulary-$size-$texts
+        MODEL=$SAVE_DIR/${RECORDS##*/}_vocabulary-$size-$of
         [ -d "$MODEL" ] || $PYTHON model_export.py "$whole" --vocab_size "$size" --datasets "$counted" \
             --data_dir "$DATA_DIR" --output_path "$MODEL"
     fi
-    dense "vocabulary/$size/dense" "$measures"
+    mkdir -p "$RECORDS/vocabulary/$size"
     [ "$size" = all ] || cp "$MODEL/olica_vocabulary.json" "$RECORDS/vocabulary/$size/"
+    dense "vocabulary/$size/dense" "$measures"
     for sparsity in ${SPARSITIES:-0.2 0.33}; do
         share=$sparsity
         [ "$size" = all ] || share=$(of_whole "$sparsity")

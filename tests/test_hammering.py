@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,12 +21,14 @@ from launched import COMMAND, environment, start
 from safetensors.torch import save_file
 from tiny_gguf import save
 from tiny_run import FOLDER, PLAIN_FLAGS, contents, prune
+from tiny_sweep import without_times
 
 from olica.errors import UsageError
 from olica.jobs import method_of
 from olica.methods.recipes import RECIPES
 from olica.model.layouts import LAYOUTS, for_family
 from olica.settings import Settings
+from olica.sweeping.plan import RECORD
 
 ROOT, MUTATED = Path(__file__).parents[1], Path(__file__).with_name("mutated.py")
 SEED = os.environ.get("OLICA_SEED", "0")
@@ -33,10 +36,13 @@ KILLS, FULL_DISKS, MUTATIONS, PARTS = 40, 10, 200, 10
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
+CONFIG = make_llama().config
+
+
 def is_possible(recipe: str, layout: str) -> bool:
     """Whether a recipe, with its own parameters, makes a checkpoint of a layout."""
     try:
-        method_of(RECIPES[recipe], Settings(), for_family(LAYOUTS[layout], make_llama().config))
+        method_of(RECIPES[recipe], Settings(), for_family(LAYOUTS[layout], CONFIG))
     except UsageError:
         return False
     return True
@@ -93,7 +99,7 @@ def test_what_is_killed_at_random_moments_leaves_no_half_checkpoint_and_goes_on_
         if folder.exists():
             assert contents(folder) in (replaced, undisturbed)
         else:  # between two moves
-            assert contents(folder.with_name(f".{folder.name}.old")) == replaced
+            assert contents(folder.with_name(f".{folder.name}.old")) in (replaced, undisturbed)
         if process.returncode == -signal.SIGKILL:
             kills -= 1
         else:  # it was faster
@@ -144,18 +150,24 @@ def test_a_disk_that_fills_up_ends_in_a_sentence_and_with_room_all_goes_on_to_th
     draw = random.Random(f"{SEED} {command}")
     whole, _ = on_disk_of(fast_python, 2**30, command)
     assert whole["status"] == 0, whole["errors"]
-    undisturbed, most = weights_in(Path("later")), sum(whole["left"].values())
+    undisturbed, most = made_in(Path("later")), sum(whole["left"].values())
+    assert undisturbed
     for _ in range(times):
         full, later = on_disk_of(fast_python, size := int(draw.uniform(0.05, 1) * most), command)
         check_ended(full, size, place)
         assert later["status"] == 0, later["errors"]
-        assert weights_in(Path("later")) == undisturbed, size
+        assert made_in(Path("later")) == undisturbed, size
 
 
-def weights_in(folder: Path) -> dict[str, bytes]:
-    """Every file of weights below a folder, but for surveys."""
-    held = contents(folder).items()
-    return {name: held for name, held in held if Path(name).suffix in (".safetensors", ".gguf") and "data" not in name}
+def made_in(folder: Path) -> dict[str, Any]:
+    """Every file of weights below a folder, but for surveys, and what was measured, but for how long it took."""
+    held = {name: content for name, content in contents(folder).items() if "data" not in name}
+    measured = {name: json.loads(content) for name, content in held.items() if name.endswith(("said.json", RECORD))}
+    perplexities = {
+        name: [record.get("results"), without_times(record.get("points"))] for name, record in measured.items()
+    }
+    weights = {name: content for name, content in held.items() if Path(name).suffix in (".safetensors", ".gguf")}
+    return perplexities | weights
 
 
 def check_ended(full: dict, size: int, place: str) -> None:

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 import model_evaluate
 import model_export
 import olica
+from olica.errors import UsageError
 from olica.evaluation.paired import compare
 from olica.evaluation.perplexity import bytes_predicted, token_windows
 from olica.outputs.vocabulary_export import WantedTokens, export_with_vocabulary
@@ -206,14 +207,10 @@ def test_settings_name_tokens_by_their_new_ids(tmp_path, texts):
     path = tmp_path / "dense/generation_config.json"
     settings = json.loads(path.read_text())
     kept = json.loads(json.dumps(fewer(tmp_path / "dense", texts)))["tokens"]["after"]
-    gone = next(
-        i
-        for i in range(300, 510)
-        if tokens_by_id(tmp_path / "dense")[i] not in tokens_by_id(tmp_path / "fewer").values()
-    )
-    path.write_text(
-        json.dumps(settings | {"eos_token_id": [511, 65], "suppress_tokens": [66, gone], "pad_token_id": gone})
-    )
+    stayed = tokens_by_id(tmp_path / "fewer").values()
+    gone, lost = [i for i in range(300, 510) if tokens_by_id(tmp_path / "dense")[i] not in stayed][:2]
+    lists = {"suppress_tokens": [66, gone], "begin_suppress_tokens": [66, lost]}
+    path.write_text(json.dumps(settings | lists | {"eos_token_id": [511, 65], "pad_token_id": gone}))
     fewer(tmp_path / "dense", texts, overwrite=True)
     written, names = (
         json.loads((tmp_path / "fewer/generation_config.json").read_text()),
@@ -222,6 +219,7 @@ def test_settings_name_tokens_by_their_new_ids(tmp_path, texts):
     old = tokens_by_id(tmp_path / "dense")
     assert [names[index] for index in written["eos_token_id"]] == ["</s>", old[65]] and kept == SIZE
     assert [names[index] for index in written["suppress_tokens"]] == [old[66], old[gone]]
+    assert [names[index] for index in written["begin_suppress_tokens"]] == [old[66]]
     assert names[written["pad_token_id"]] == old[gone]  # what is needed stays
 
 
@@ -308,6 +306,8 @@ def test_tokens_behind_the_rows_of_the_model_stay_behind_them(tmp_path, texts):
     assert fewer(tmp_path / "dense", texts)["tokens"]["after"] == SIZE
     assert AutoTokenizer.from_pretrained(tmp_path / "fewer").pad_token_id == SIZE
     assert json.loads((tmp_path / "fewer/generation_config.json").read_text())["pad_token_id"] == SIZE
+    with pytest.raises(UsageError, match="--vocab_size 100: the tokenizer needs 258 tokens"):
+        fewer(tmp_path / "dense", texts, size=100, overwrite=True)
 
 
 def test_the_command_says_what_went(tmp_path, texts, capsys):

@@ -31,6 +31,12 @@ def test_models_of_a_size_are_beside_each_other(tmp_path):
     for size in (90, 100):
         told = {"texts": [{"name": "data/alpaca_6k.jsonl.gz"}, {"name": "c4"}], "share_of_text_gone": size / 10_000}
         (tmp_path / f"smollm2/vocabulary/{size}/olica_vocabulary.json").write_text(json.dumps(told))
+    stopped = tmp_path / "smollm2/vocabulary/80/dense"
+    stopped.mkdir(parents=True)
+    (stopped.parent / "olica_vocabulary.json").write_text("{}")
+    other = measured(700, 400, 2.0)
+    other["results"]["model"]["perplexity"]["c4"] = other["results"]["model"]["perplexity"].pop("wikitext2")
+    record("vocabulary/100/sparsity-0.3", other, pruning(sparsity=0.3))
     text = vocabulary.table(record.results)
     assert "The 90 tokens are those that Alpaca + C4 have most; 0.90% of theirs are gone." in text
     header, *rows = cells(text)

@@ -5,6 +5,7 @@ Figures are compared at equal size alone, so that nothing is measured of what is
 
 import argparse
 
+import olica_stopping
 from olica.command_line import run_command
 from olica.errors import UsageError
 from olica.model.skeleton import count_parameters
@@ -45,4 +46,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_command(build_parser(), run)
+    olica_stopping.end_with(lambda: run_command(build_parser(), run))

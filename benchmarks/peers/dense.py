@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+import olica_stopping
 from olica.command_line import run_command
 from olica.outputs.checkpoint import add_former_names
 from olica.sources.locate import locate
@@ -27,4 +28,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_command(build_parser(), run)
+    olica_stopping.end_with(lambda: run_command(build_parser(), run))

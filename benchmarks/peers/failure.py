@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+import olica_stopping
 from olica.command_line import run_command
 from olica.outputs.records import environment, write_record
 
@@ -43,4 +44,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_command(build_parser(), run)
+    olica_stopping.end_with(lambda: run_command(build_parser(), run))

@@ -104,8 +104,9 @@ class Stages:
 
 
 def flags_of(args: argparse.Namespace) -> dict:
-    """The flags of a command as a record has them: dataclasses by their fields, paths and the like in words."""
-    words = json.dumps(vars(args), default=lambda value: asdict(value) if is_dataclass(value) else str(value))
+    """A command's flags as its record has them, without its own path: dataclasses by their fields, paths in words."""
+    flags = {name: value for name, value in vars(args).items() if name != "output_path"}
+    words = json.dumps(flags, default=lambda value: asdict(value) if is_dataclass(value) else str(value))
     return json.loads(words)
 
 

@@ -149,13 +149,13 @@ def _chosen(
         UsageError: as `export_with_vocabulary`; all but faults of the texts before these are read.
     """
     size, settings = source.config.vocab_size, (source.config, source.model.generation_config)
-    asked = wanted.size + sum(index >= size for index in tokenizer.get_vocab().values())
+    behind = sum(index >= size for index in tokenizer.get_vocab().values())
     with location.in_words("its settings name tokens in a way that is not known"):
         needed = {index for one in settings for index in ids_in(one) if 0 <= index < size}
-    check_can_lose_tokens(tokenizer, asked, needed)
+    check_can_lose_tokens(tokenizer, wanted.size, needed, behind)
     counted = count_tokens(wanted.datasets, tokenizer, wanted.data_dir)
     with location.in_words("its tokenizer cannot be made smaller"):
-        return counted, thin_vocabulary(tokenizer, counted.counts, asked, needed)
+        return counted, thin_vocabulary(tokenizer, counted.counts, wanted.size + behind, needed)
 
 
 def _weights(source: DenseModel, target: PreTrainedModel, rows: list[int]) -> Iterator[Tensor]:

@@ -87,7 +87,7 @@ def table(results: Results) -> str | None:
 
 def _rows(results: Results) -> list[Row]:
     """All models of which windows of the first length were measured, by size, each size in the order of KINDS."""
-    folder, found = results.results / results.label / FOLDER, []
+    folder, found = results.folder / FOLDER, []
     for kind in KINDS:
         for run in results.runs("/".join(filter(None, (FOLDER, LENGTHS[0], kind)))):
             path = run.folder.relative_to(folder / LENGTHS[0])

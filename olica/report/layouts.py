@@ -33,20 +33,20 @@ def table(results: Results) -> str | None:
     dense, runs = results.run(f"{FOLDER}/dense"), [run for run in results.runs(FOLDER) if run.pruning]
     if dense is None or not runs:
         return None
-    folder = results.results / results.label / FOLDER
+    folder, texts = results.folder / FOLDER, list(dense.result["perplexity"])
+    ratios = {run.folder: compare(run.result, dense.result)["perplexity"] for run in runs}
+    runs = [run for run in runs if ratios[run.folder].keys() >= {*texts}]  # others were measured by other windows
     read = {engine: _read(folder / name) for engine, name in SPEEDS.items() if (folder / name).is_file()}
-    texts = list(dense.result["perplexity"])
     header = ["removed", "layout", "parameters", "channels", *map(text_name, texts)]
     header += [f"{stage}, {engine}" for engine in read for stage in STAGES]
     rows = [["0%", "dense", f"{dense.result['parameters']['total']:,}", ""]]
     rows[0] += [str(perplexity(dense, text)) for text in texts] + _speeds(read, dense)
     order = [OWN_LAYOUT, "stock", "deci"]
     for run in sorted(runs, key=lambda run: (run.sparsity, order.index(_layout(run)))):
-        compared = compare(run.result, dense.result)["perplexity"]
         widths = [shape["intermediate_size"] for shape in run.pruning["plan"]]
         cells = [percent(run.sparsity), _layout(run), f"{run.result['parameters']['total']:,}"]
         cells += [f"{min(widths)} to {max(widths)}" if len(set(widths)) > 1 else f"{widths[0]}"]
-        rows.append(cells + [ratio_in_words([compared[text]]) for text in texts] + _speeds(read, run))
+        rows.append(cells + [ratio_in_words([ratios[run.folder][text]]) for text in texts] + _speeds(read, run))
     about = (
         "Dense: perplexity. Others: its ratio to that of the dense model, with the paired error. Channels: of an MLP, "
         "over the layers."

@@ -130,7 +130,7 @@ class Mix:
 
 def mixes(results: Results) -> list[Mix]:
     """The mixes of which runs are recorded, in order of their names."""
-    root, found = results.results / results.label / FOLDER, []
+    root, found = results.folder / FOLDER, []
     for folder in sorted(root.iterdir()) if root.is_dir() else []:
         dense = results.run(f"{FOLDER}/{folder.name}/dense") or results.run(f"{FOLDER}/dense")
         runs = [run for run in results.runs(f"{FOLDER}/{folder.name}") if run.pruning]

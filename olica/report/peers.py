@@ -62,7 +62,7 @@ def read(results: Results) -> Recorded | None:
     dense = results.run(f"{FOLDER}/dense")
     pruned = [run for run in results.runs(FOLDER) if run.pruning]
     peers, ours = [run for run in pruned if _is_peer(run)], [run for run in pruned if not _is_peer(run)]
-    found = sorted((results.results / results.label / FOLDER).glob("*/failure.json"))
+    found = sorted((results.folder / FOLDER).glob("*/failure.json"))
     failures = [json.loads(path.read_text()) for path in found if not path.with_name("flags").exists()]
     if dense is None or not (peers or failures):
         return None

@@ -79,7 +79,7 @@ def _draw_perplexity(axes: "Axes", runs: Iterable[Run], x: Callable[[Run], float
 
 def singular_values(results: Results) -> Drawing | None:
     """Figure 2: singular values of the four attention projections, a panel for each of some layers."""
-    path = results.results / results.label / "figure2/singular_values.json"
+    path = results.folder / "figure2/singular_values.json"
     if not path.is_file():
         return None
     record = json.loads(path.read_text())
@@ -304,6 +304,6 @@ def draw(name: str, results: Results) -> tuple[Path, list[str]] | None:
     drawing = FIGURES[name](results)
     if drawing is None:
         return None
-    path = results.results / results.label / f"{name}.png"
+    path = results.folder / f"{name}.png"
     drawing.figure.savefig(path)
     return path, drawing.notes

@@ -156,19 +156,24 @@ class Results:
     label: str
 
     @property
+    def folder(self) -> Path:
+        """Where they are."""
+        return self.results / self.label
+
+    @property
     def title(self) -> str:
         """The model's name for readers."""
         return MODELS.get(self.label, self.label)
 
     def run(self, name: str) -> Run | None:
         """A run by its name; None where it is not recorded as a whole."""
-        folder = self.results / self.label / name
+        folder = self.folder / name
         files = ["flags", "evaluation.json", *([] if folder.name == "dense" else ["pruning.json"])]
         return Run(folder) if all((folder / file).is_file() for file in files) else None
 
     def runs(self, folder: str) -> list[Run]:
         """The runs within a folder of runs."""
-        found = sorted((self.results / self.label / folder).glob("*/flags"))
+        found = sorted((self.folder / folder).glob("*/flags"))
         runs = (self.run(f"{folder}/{path.parent.name}") for path in found)
         return [run for run in runs if run is not None]
 

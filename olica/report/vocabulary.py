@@ -22,12 +22,14 @@ ABOUT = (
 def table(results: Results) -> str | None:
     """A row for each model, those of a size together; None where nothing is recorded."""
     whole = results.run(f"{FOLDER}/{ALL}/dense")
-    folder = results.results / results.label / FOLDER
-    sizes = [ALL, *sorted((path.name for path in folder.glob("*") if path.name.isdecimal()), key=int, reverse=True)]
-    runs = [(size, run) for size in sizes for run in results.runs(f"{FOLDER}/{size}")]
-    if whole is None or len(runs) < 2:
+    if whole is None:
         return None
-    texts = list(whole.result["perplexity"])
+    folder, texts = results.folder / FOLDER, list(whole.result["perplexity"])
+    sizes = [ALL, *sorted((path.name for path in folder.glob("*") if path.name.isdecimal()), key=int, reverse=True)]
+    found = ((size, run) for size in sizes for run in results.runs(f"{FOLDER}/{size}"))
+    runs = [(size, run) for size, run in found if run.result["perplexity"].keys() >= {*texts}]
+    if len(runs) < 2:
+        return None
     header = ["removed", "tokens", "layers", "parameters", *(f"{text_name(text)}, bits per byte" for text in texts)]
     before = whole.result["parameters"]
     rows = []
@@ -44,9 +46,8 @@ def table(results: Results) -> str | None:
             ]
         )
     named = {f"{size} tokens, {run.sparsity:g}" if run.pruning else f"{size} tokens": run for size, run in runs}
-    notes = [
-        _chosen(size, json.loads((folder / size / VOCABULARY_RECORD).read_text())) for size in sizes if size != ALL
-    ]
+    smaller = dict.fromkeys(size for size, _ in runs if size != ALL)
+    notes = [_chosen(size, json.loads((folder / size / VOCABULARY_RECORD).read_text())) for size in smaller]
     return markdown("Fewer tokens", header, rows, [*notes, *protocol(named)], ABOUT)
 
 

@@ -101,10 +101,13 @@ def count_tokens(datasets: str, tokenizer: PreTrainedTokenizerBase, data_dir: Pa
     return TokenCounts(counts, sources)
 
 
-def check_can_lose_tokens(tokenizer: PreTrainedTokenizerBase, size: int, needed: Iterable[int]) -> None:
-    """Raise UsageError, before anything is counted, if `thin_vocabulary` would."""
+def check_can_lose_tokens(tokenizer: PreTrainedTokenizerBase, size: int, needed: Iterable[int], behind: int) -> None:
+    """Raise UsageError if a tokenizer is not of byte pairs, or needs more than `size` tokens.
+
+    `behind` is how many it has behind the model's rows: they stay, and are not counted.
+    """
     rules = _rules_of(tokenizer)
-    fewest = len(kept_tokens(rules, {}, 0, needed))
+    fewest = len(kept_tokens(rules, {}, 0, needed)) - behind
     if fewest > size:
         raise UsageError(f"--vocab_size {size}: the tokenizer needs {fewest} tokens; give at least that many")
 
@@ -112,7 +115,7 @@ def check_can_lose_tokens(tokenizer: PreTrainedTokenizerBase, size: int, needed:
 def thin_vocabulary(
     tokenizer: PreTrainedTokenizerBase, counts: Mapping[int, int], size: int, needed: Iterable[int]
 ) -> ThinnedVocabulary:
-    """A tokenizer of at most `size` tokens, without those that `counts` has least.
+    """A tokenizer of `size` tokens, or of as many as it needs, without those that `counts` has least.
 
     Args:
         tokenizer: of byte pairs.

@@ -227,11 +227,11 @@ def describe_sweep(plan: SweepPlan, processes: int = 1) -> str:
     before = jobs[0].counts.before["total"]
     lines = [f"{'sparsity':>10}  {'parameters':>15}  {'weights':>10}"]
     for sparsity, left, about in [
-        (0.0, before, ""),
+        ("dense", before, ""),
         *((job.budget.sparsity, expected_parameters(job), "" if job.plan else "about ") for job in jobs),
     ]:
         weights = f"{left * jobs[0].bytes_per_weight / 1e9:.3f} GB"
-        lines.append(f"{sparsity or 'dense':>10}  {f'{about}{left:,}':>15}  {weights:>10}")
+        lines.append(f"{sparsity:>10}  {f'{about}{left:,}':>15}  {weights:>10}")
     lines += [f"note         {note}" for note in dict.fromkeys(note for job in jobs for note in job.notes)]
     if wanted.target:
         lines.append(f"search       {wanted.target.text}, to {wanted.tolerance:g}: "
