@@ -69,6 +69,15 @@ def test_least_squares_refits_what_the_recipe_chose(recipe):
     assert lost_columns(refitted, dense)[first].min() > 1e-5
 
 
+@pytest.mark.parametrize(("recipe", "is_surveyed"), [
+    ("olica-paper", False), ("olica-wanda", False), ("olica", True), ("flap", True), ("olica-plus", True),
+])  # fmt: skip
+def test_nothing_is_surveyed_that_nothing_reads(recipe, is_surveyed):
+    """Which MLPs would be corrected has no part in it where none is; the basis of value heads still has."""
+    method = as_method(recipe)
+    assert method.survey is not None and (method.refitted(None).survey is not None) == is_surveyed
+
+
 @pytest.mark.parametrize(("recipe", "parameters", "ridge"), [
     ("olica-plus", {"ridge": 5.0}, 5.0), ("wanda-sp", {}, PlusParameters.ridge),
 ])  # fmt: skip

@@ -119,6 +119,10 @@ def fit_workspace(sizes: Sizes) -> int:
     return DOUBLE * 6 * sizes.hidden_size**2
 
 
+# (sums, solution B) -> how much each output counts in the low-rank step (D,).
+OutputWeights = Callable[[RegressionSums, Tensor], Tensor]
+
+
 @contextmanager
 def naming(percdamp: float) -> Iterator[None]:
     """Have the error of a singular regression name the flag that decides the ridge."""
@@ -142,7 +146,9 @@ def equal_output_weights(_sums: RegressionSums, solution: Tensor) -> Tensor:
     return torch.ones_like(solution[0])
 
 
-def low_rank_correction(sums: RegressionSums, ridge: float, rank: int, output_weights) -> dict[str, Tensor]:
+def low_rank_correction(
+    sums: RegressionSums, ridge: float, rank: int, output_weights: OutputWeights
+) -> dict[str, Tensor]:
     """Factors of the ridge solution B: the best rank-r approximation of B diag(w), with diag(1/w) put back.
 
     Args:
@@ -176,7 +182,7 @@ class LowRankCorrection:
 
     ridge: Ridge
     percdamp: float
-    output_weights: Callable[[RegressionSums, Tensor], Tensor]
+    output_weights: OutputWeights
 
     own_form = "corrections"
 

@@ -271,7 +271,10 @@ class Moments:
         return self._centres[tap].double()
 
     def about_centre(self, statistic: Statistic) -> Tensor:
-        """Sum of x - c, of its squares, of (x - c)(x - c)^T or of (x - c)(y - c')^T."""
+        """Sum of x - c, of its squares, of (x - c)(x - c)^T or of (x - c)(y - c')^T.
+
+        A tap has a centre c where its `total` is summed, or a statistic of two indices is; it is zero elsewhere.
+        """
         if statistic.kind == "diagonal" and statistic not in self._sums:
             return self._sums[full(statistic.tap)].diagonal().double()
         summed = self._sums[statistic]

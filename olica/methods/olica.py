@@ -125,7 +125,10 @@ class OlicaSurvey(Survey):
     corrections: Corrections
     keeps: dict[str, Statistic]
 
-    serves_stages = True
+    @property
+    def serves_stages(self) -> bool:  # type: ignore[override]
+        """See `Survey`."""
+        return bool(self.keeps)
 
     @property
     def reads_plan(self) -> bool:  # type: ignore[override]

@@ -279,9 +279,7 @@ class Method:
         """
         if others := own_forms(stage for stages in self.passes for stage in stages):
             raise ValueError(f"it makes {others}")
-        allocate = self.allocate.alike(kv_heads) if is_alike else self.allocate.of_channels()
-        is_read = allocate.reads_survey or (self.survey is not None and self.survey.serves_stages)
-        return replace(self, survey=self.survey if is_read else None, allocate=allocate)
+        return self._allocating(self.allocate.alike(kv_heads) if is_alike else self.allocate.of_channels())
 
     def refitted(self, refit: Refit | None) -> "Method":
         """The method with its own measures, choice and number of parameters, and this refit, or none, for all repair.
@@ -289,7 +287,12 @@ class Method:
         What is told apart so are the parts of a method: what it removes, how much where, and what it makes of the rest.
         """
         passes = tuple(tuple(stage.refitted(refit) for stage in stages) for stages in self.passes)
-        return replace(self, allocate=self.allocate.without_repairs(), passes=passes)
+        return replace(self, passes=passes)._allocating(self.allocate.without_repairs())
+
+    def _allocating(self, allocate: Allocate) -> "Method":
+        """The method with another allocation, and without a survey that nothing reads any more."""
+        is_read = allocate.reads_survey or (self.survey is not None and self.survey.serves_stages)
+        return replace(self, survey=self.survey if is_read else None, allocate=allocate)
 
 
 @dataclass(frozen=True)

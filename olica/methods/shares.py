@@ -65,6 +65,9 @@ def grouped_sparsities(sizes: list[Sizes], budget: Budget, k: float) -> Sparsiti
     there is to lose, since factors that save little have lost much rank already, which spares the MLPs; and no more
     than MOST_ALONE, above which the keys take over what is missing until both lose the released share. Where there is
     less to lose than FEWEST_ALONE, the MLPs lose it. `results/choices` has the records by which the limits were chosen.
+
+    With p the released share of both, |Q| and |K| the sizes of the projections, and all = p (|Q| + |K|) / |Q|, these
+    are q = max(min(LEAST_ALONE, affordable / |Q|), min(all, MOST_ALONE), p) and k = max(0, all - q) |Q| / |K|.
     """
     released, layer = released_sparsities(sizes, budget, k), sizes[0]
     if layer.key == layer.query:
@@ -194,6 +197,11 @@ class FixedShares(Allocate):
 
     sizes_are = "alike"
 
+    @property
+    def reads_survey(self) -> bool:  # type: ignore[override]
+        """See `Allocate`: which layers get a correction is asked, if any do."""
+        return self.corrections.number > 0 and not self.as_channels
+
     def before_survey(self, sizes: list[Sizes], budget: Budget) -> list[LayerShape]:
         """See `Allocate`."""
         self.corrections.check(sizes)
@@ -204,8 +212,9 @@ class FixedShares(Allocate):
         """See `Allocate`."""
         shapes = [self._shape(sizes, budget)] * len(sizes)
         eligible = self.corrections.eligible(sizes, shapes) if self.corrections.number else []
-        order = sorted(eligible, key=lambda index: findings[index]["correlation"].item(), reverse=True)
-        return self._corrected(shapes, sizes, budget, order)
+        if self.reads_survey:
+            eligible.sort(key=lambda index: findings[index]["correlation"].item(), reverse=True)
+        return self._corrected(shapes, sizes, budget, eligible)
 
     def without_repairs(self) -> "FixedShares":
         """See `Allocate`."""

@@ -87,7 +87,8 @@ class CosineRatios(WholeUnits):
         """See `Allocate`."""
         ratios = softmax_ratios(cosines_of(findings), *self.selection(len(sizes), budget))
         both = torch.stack([ratios, ratios], dim=1)
-        return LayerRatios(lambda _findings, _layers: both, True, biases=self.biases)(sizes, budget, findings)
+        of_cosines = LayerRatios(lambda _findings, _layers: both, reads_findings=True, biases=self.biases)
+        return of_cosines(sizes, budget, findings)
 
     def notes(self, sizes: list[Sizes], budget: Budget) -> list[str]:
         """See `Allocate`."""
