@@ -273,7 +273,7 @@ class Moments:
     def about_centre(self, statistic: Statistic) -> Tensor:
         """Sum of x - c, of its squares, of (x - c)(x - c)^T or of (x - c)(y - c')^T.
 
-        A tap has a centre c where its `total` is summed, or a statistic of two indices is; it is zero elsewhere.
+        A tap has a centre c where its `total` is summed, as with every statistic of two indices; elsewhere it is zero.
         """
         if statistic.kind == "diagonal" and statistic not in self._sums:
             return self._sums[full(statistic.tap)].diagonal().double()
