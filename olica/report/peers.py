@@ -12,7 +12,7 @@ from functools import cached_property
 from ..evaluation.paired import PAPER_METRIC, compare
 from .methods import ratio_in_words
 from .runs import Results, Run, limited, measuring, origin, text_name
-from .tables import TASKS, Measured, markdown, percent, perplexity
+from .tables import TASKS, Measured, accuracy, markdown, percent, perplexity
 
 ABOUT = (
     "Dense: perplexity and accuracy. Others: the ratio of the perplexity to the dense model's and the difference of "
@@ -104,9 +104,7 @@ def _dense_row(recorded: Recorded) -> list[str]:
     cells += [str(perplexity(recorded.dense, text)) for text in recorded.texts]
     cells += [str(perplexity(long, text)) for text in recorded.long_texts]
     for task in recorded.tasks:
-        scores, metric = result["zero_shot"]["tasks"][task], PAPER_METRIC[task]
-        error = scores.get(f"{metric}_stderr")
-        cells.append(str(Measured(100 * scores[metric], None if error is None else 100 * error)))
+        cells.append(str(accuracy(result["zero_shot"]["tasks"][task], PAPER_METRIC[task])))
     return [*cells, "", ""]
 
 

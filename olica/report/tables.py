@@ -141,10 +141,14 @@ def quality_figures(run: Run) -> dict[str, tuple[str, Measured]]:
     figures = {"perplexity": ("perplexity", perplexity(run, TEXT))}
     scores = run.result["zero_shot"]["tasks"]
     for task, name in TASKS.items():
-        metric = PAPER_METRIC[task]
-        error = scores[task].get(f"{metric}_stderr")
-        figures[task] = (name, Measured(100 * scores[task][metric], None if error is None else 100 * error))
+        figures[task] = (name, accuracy(scores[task], PAPER_METRIC[task]))
     return figures | {"mean": ("mean", mean_accuracy(run))}
+
+
+def accuracy(scores: dict, metric: str) -> Measured:
+    """Of a task's recorded scores, in percent."""
+    error = scores.get(f"{metric}_stderr")
+    return Measured(100 * scores[metric], None if error is None else 100 * error)
 
 
 def perplexity(run: Run, text: str) -> Measured:
