@@ -1,4 +1,4 @@
-"""Calibration sets drawn from texts of a few letters."""
+"""Texts of a few letters, calibration sets drawn from them, and the texts of rows that were read."""
 
 import random
 from collections.abc import Callable
@@ -53,3 +53,7 @@ def draw_by_hand(texts, is_prompt, num_samples, seqlen, seed):
 
 def cached(folder):
     return sorted(path.name for path in (folder / "calibration").iterdir())
+
+
+def texts(rows):
+    return list(rows.table[rows.text_field])
