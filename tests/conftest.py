@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported
 
 # ruff: noqa: E402
 import ctypes
+import errno
 import gc
 import subprocess
 import sys
@@ -219,6 +220,20 @@ def no_memory_for_more_than(samples: int, error: str = "cuda"):
     return hook
 
 
+def raising(error: BaseException) -> Callable:
+    """What raises the error, whatever it is called with."""
+
+    def fail(*arguments, **settings):
+        raise error
+
+    return fail
+
+
+def no_space_left(*arguments, **settings) -> None:
+    """Stands for what writes to a disk that is full."""
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def pytest_collection_finish() -> None:
     """What was imported stays: no search for garbage has to visit it again."""
     gc.collect()
@@ -347,10 +362,7 @@ def build(tmp_path, tokenizer) -> Callable:
 @pytest.fixture
 def tokenise_no_more(monkeypatch, tokenizer) -> Callable:
     """From its call on, tokenising fails the test."""
-
-    def refuse(self, *args, **kwargs):
-        raise AssertionError("tokenised again")
-
+    refuse = raising(AssertionError("tokenised again"))
     return lambda: monkeypatch.setattr(type(tokenizer), "__call__", refuse)
 
 

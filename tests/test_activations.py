@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import make_llama, no_memory_for_more_than
+from conftest import make_llama, no_memory_for_more_than, raising
 
 from olica.machine import BatchSize
 from olica.methods.moments import TAPS, Moments, cosine, cross, diagonal, full, total
@@ -197,8 +197,5 @@ def test_a_single_sample_that_does_not_fit_ends_the_run(ids):
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory():
-    def work(rows):
-        raise RuntimeError("shapes do not match")
-
     with pytest.raises(RuntimeError, match="shapes"):
-        BatchSize(4).run(work, 8)
+        BatchSize(4).run(raising(RuntimeError("shapes do not match")), 8)

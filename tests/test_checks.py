@@ -1,4 +1,3 @@
-import errno
 import math
 import os
 from pathlib import Path
@@ -6,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import no_space_left
 
 from olica.checks import all_finite, check_record_path, check_room, check_writable, refuse_pointers
 from olica.errors import UsageError
@@ -40,10 +40,7 @@ def test_a_folder_that_lets_nobody_write_is_told_by_trying():
 
 
 def test_a_full_disk_is_no_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
-    def full(path, *_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "mkdir", full)
+    monkeypatch.setattr(os, "mkdir", no_space_left)
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**6))
     assert check_writable(tmp_path / "a", "--flag") == tmp_path
     with pytest.raises(UsageError, match="--flag: the model takes 2.00 GB more, and .* has 0.00 GB free"):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from called import PAPERS_EVALUATION, PAPERS_PRUNING, call
-from conftest import add_adapter, hub_snapshot, load_weights, make_llama, refused, save_tiny
+from conftest import add_adapter, hub_snapshot, load_weights, make_llama, raising, refused, save_tiny
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny_commands import evaluate, files_in, fill_with_rows, prose, prune
@@ -448,12 +448,9 @@ def undisturbed() -> tuple[dict[str, torch.Tensor], set[str]]:
     "writer", ["olica.outputs.journal.save_tensors", "olica.outputs.checkpoint.custom_object_save"]
 )
 def test_a_full_disk_stops_the_run_and_the_same_command_goes_on(here, capsys, monkeypatch, error, writer):
-    def full(*arguments, **settings):
-        raise error("disk full")
-
     expected, files = undisturbed()
     with monkeypatch.context() as patched:
-        patched.setattr(writer, full)
+        patched.setattr(writer, raising(error("disk full")))
         message = refused(capsys, prune, "--save_dir=out")
     assert all(word in message for word in ("--save_dir", "disk full", "same command"))
     assert not Path("out/tiny_sparsity-0.2").exists()
@@ -489,11 +486,8 @@ def test_the_disk_has_to_hold_hidden_states_or_a_file_of_weights_too(here, capsy
     ],
 )
 def test_memory_that_runs_out_names_the_flags(here, capsys, monkeypatch, place, error):
-    def failing(*arguments, **settings):
-        raise error
-
     with monkeypatch.context() as patched:
-        patched.setattr(place, failing)
+        patched.setattr(place, raising(error))
         message = refused(capsys, prune, "--save_dir=out")
         assert message.startswith("out of memory (") and "a --dtype of half the width or" in message
         assert "--cache_dev" not in message, "hidden states are on the CPU already"

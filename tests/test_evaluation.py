@@ -1,6 +1,5 @@
 """Evaluations from the command line: several measures, stopped ones, several processes."""
 
-import errno
 import json
 import re
 import subprocess
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from called import call
-from conftest import edit_config, make_llama, make_tokenizer, refused, save_tiny
+from conftest import edit_config, make_llama, make_tokenizer, no_space_left, refused, save_tiny
 from launched import end_of, environment, started
 from tiny_run import Killed
 from tiny_tasks import ROWS, WORDS, write_rows
@@ -474,10 +473,7 @@ def test_settings_that_running_alone_meets(here, capsys):
 
 
 def test_a_full_disk_ends_in_a_sentence(here, capsys, monkeypatch):
-    def full(path, *content, **settings):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_text", no_space_left)
     said = refused(capsys, evaluate, "--checkpoint=tiny", "--ppl=one.txt", "--ppl_seqlen=32")
     assert "eval.json" in said and "No space left on device" in said and "make room" in said
     assert not list(here.glob("*eval.json*"))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from called import call, load
-from conftest import edit_config, make_llama, refused, write_pruned
+from conftest import edit_config, make_llama, raising, refused, write_pruned
 from tiny_families import LLAMA3_SCALING, make_family
 from tiny_gguf import GEMMA, GGUF_SIZES, config_of, fields_of, merging_tokenizer, rounded, save
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -313,11 +313,8 @@ def test_a_full_disk_is_foreseen(tmp_path, monkeypatch):
 
 def test_a_disk_that_fills_up_ends_in_a_sentence_and_leaves_nothing(tmp_path, monkeypatch):
     folder = save(make_llama(), tmp_path / "dense")
-
-    def full(*_):
-        raise OSError("8192 requested and 480 written")  # as numpy says it
-
-    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
+    numpys = OSError("8192 requested and 480 written")
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", raising(numpys))
     with pytest.raises(UsageError, match="--output_path: .* cannot be written to .8192 requested.*; make room"):
         write_gguf(folder, tmp_path / "a.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]

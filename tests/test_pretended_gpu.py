@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from called import call
-from conftest import allocate, as_method, load_weights, make_llama, make_tokenizer, pruning_options, refused
+from conftest import allocate, as_method, load_weights, make_llama, make_tokenizer, pruning_options, raising, refused
 from pretended_gpu import DeviceMismatch, DeviceTensor
 from safetensors.torch import save_file
 from tiny_run import killed_at
@@ -446,11 +446,8 @@ def test_no_memory_elsewhere_names_the_flags(here, gpu, capsys, monkeypatch, pla
     "place", ["olica.outputs.run_progress.RunProgress.save_layer", "olica.outputs.journal.Journal.write"]
 )
 def test_no_memory_of_the_host_for_a_layer_that_is_kept(here, gpu, capsys, monkeypatch, place):
-    def failing(*arguments):
-        raise MemoryError
-
     with monkeypatch.context() as patched:
-        patched.setattr(place, failing)
+        patched.setattr(place, raising(MemoryError()))
         message = refused(capsys, prune, "out", "--cache_dev=cpu")
     assert message.endswith("; give --cache_dev cuda, a --dtype of half the width or a smaller calibration set "
                             "(--num_samples, --seqlen)")  # fmt: skip

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from by_threshold import features, inputs_of, weights_of
-from conftest import as_method, make_llama, prune, prune_to, seen
+from conftest import as_method, make_llama, prune, prune_to, raising, seen
 from tiny_families import make_family
 from torch import nn
 
@@ -374,9 +374,6 @@ def test_cosines_that_are_no_numbers_name_the_layer():
 
 
 def test_a_decomposition_that_fails_names_the_layer(monkeypatch):
-    def failing(matrix):
-        raise torch.linalg.LinAlgError("did not converge")
-
-    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    monkeypatch.setattr(torch.linalg, "eigh", raising(torch.linalg.LinAlgError("did not converge")))
     with pytest.raises(UsageError, match=r"in layer \d the decomposition of the MLP fails \(did not converge\)"):
         prune(make_llama(), IDS, "slimllm", 0.2)

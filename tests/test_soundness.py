@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import make_llama, prune
+from conftest import make_llama, prune, raising
 
 from olica.errors import UsageError
 from olica.methods.recipes import RECIPES
@@ -110,10 +110,7 @@ def test_activations_that_overflow_name_the_layer_and_the_projection(projection,
     ],
 )
 def test_a_decomposition_that_fails_names_the_layer_and_the_projections(monkeypatch, place, projections):
-    def failing(gram, rank=None):
-        raise torch.linalg.LinAlgError("did not converge")
-
-    monkeypatch.setattr(f"{place}.principal_components", failing)
+    monkeypatch.setattr(f"{place}.principal_components", raising(torch.linalg.LinAlgError("did not converge")))
     with pytest.raises(UsageError, match=projections):
         prune(make_llama(), IDS, "olica", 0.2)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from called import call
-from conftest import save_tiny
+from conftest import raising, save_tiny
 
 import model_evaluate
 from olica import progress_bar
@@ -54,11 +54,8 @@ def test_an_error_where_not_all_can_be_shown(monkeypatch):
     shown = io.BytesIO()
     monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(shown, encoding="ascii"))
 
-    def run(args: argparse.Namespace) -> None:
-        raise UsageError("--x ½: give 1")
-
     with pytest.raises(SystemExit) as ended:
-        run_command(argparse.ArgumentParser(prog="x"), run, [])
+        run_command(argparse.ArgumentParser(prog="x"), raising(UsageError("--x ½: give 1")), [])
     assert ended.value.code == 2 and shown.getvalue() == b"x: error: --x ?: give 1\n"
 
 

@@ -13,7 +13,7 @@ import datasets
 import huggingface_hub
 import pyarrow
 import pytest
-from conftest import POINTER, write_json
+from conftest import POINTER, no_space_left, raising, write_json
 from pyarrow import parquet
 from tiny_texts import texts
 
@@ -512,20 +512,15 @@ def test_without_any_place_for_a_copy_the_cache_is_named_and_not_the_file(no_cac
 
 
 def test_a_full_disk_is_the_fault_of_the_cache(tmp_path, monkeypatch):
-    def full(*args, **kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(datasets.arrow_writer.ArrowWriter, "__init__", full)
+    monkeypatch.setattr(datasets.arrow_writer.ArrowWriter, "__init__", no_space_left)
     path = write_json(tmp_path / "a.jsonl", sentences("one"))
     with pytest.raises(UsageError, match="No space left.*: a cache cannot be written to; name a folder .*HF_HOME"):
         read_rows(str(path), "train", None)
 
 
 def test_a_cache_that_the_hub_cannot_use_is_named(tmp_path, monkeypatch):
-    def load_dataset(**kwargs):
-        raise PermissionError(errno.EACCES, "Permission denied", "/some/cache")
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    denied = PermissionError(errno.EACCES, "Permission denied", "/some/cache")
+    monkeypatch.setattr(datasets, "load_dataset", raising(denied))
     with pytest.raises(UsageError, match="/some/cache.*: a cache cannot be written to"):
         read_rows("wikitext2", "test", tmp_path)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_llama, no_memory_for_more_than
+from conftest import make_llama, no_memory_for_more_than, raising
 from tiny_tasks import ACTIVITY, ROWS, SCIENCE, write_rows
 from tokenizers import processors
 
@@ -415,10 +415,7 @@ def test_tasks_that_generate_say_how_much(generating):
 
 @pytest.mark.parametrize("error", [AssertionError, KeyError, TypeError])
 def test_what_fails_in_the_model_is_no_fault_of_the_rows(hellaswag, generating, grouped_llama, tokenizer, error):
-    def failing(*arguments):
-        raise error("index out of range in self")
-
-    grouped_llama.register_forward_pre_hook(failing)
+    grouped_llama.register_forward_pre_hook(raising(error("index out of range in self")))
     for task in ("hellaswag", "sums"):
         with pytest.raises(error, match="index out of range in self"):
             score(grouped_llama, tokenizer, [task], generating)
