@@ -390,7 +390,7 @@ def shared_data() -> Path:
     return Path(folder)
 
 
-def fill_with_run(folder: Path, samples: int = 8) -> None:
+def fill_with_run(folder: Path = Path(), samples: int = 8) -> None:
     """Put into a folder a tiny model of several layers and a calibration set."""
     save_tiny(folder / "tiny", num_key_value_heads=2, num_hidden_layers=LAYERS)
     ids = torch.randint(3, 259, (samples, 32), generator=torch.Generator().manual_seed(0))
@@ -398,10 +398,10 @@ def fill_with_run(folder: Path, samples: int = 8) -> None:
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    """An empty current folder with a tiny model of several layers and a calibration set."""
+def here(tmp_path, monkeypatch, request) -> Path:
+    """A current folder with what the module's `fill_here` puts there, or else `fill_with_run`."""
     monkeypatch.chdir(tmp_path)
-    fill_with_run(tmp_path)
+    getattr(request.module, "fill_here", fill_with_run)()
     return tmp_path
 
 

@@ -33,14 +33,7 @@ from olica.methods.value_output import NarrowedHeads, given_directions, released
 from olica.settings import Settings
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """An empty current folder with a tiny model, calibration rows and a text to measure on."""
-    monkeypatch.chdir(tmp_path)
-    fill_with_rows()
-    return tmp_path
+fill_here = fill_with_rows
 
 
 def test_prune_and_evaluate(here, capsys):

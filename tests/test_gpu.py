@@ -19,15 +19,12 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """An empty current folder with a model of three layers of 50 MB and a calibration set."""
-    monkeypatch.chdir(tmp_path)
+def fill_here() -> None:
+    """A model of three layers of 50 MB and a calibration set."""
     sizes = dict(hidden_size=1024, intermediate_size=2752, num_attention_heads=8, num_key_value_heads=4)
     make_llama(initializer_range=0.02, **sizes).save_pretrained("dense", max_shard_size="120MB")
     ids = torch.randint(3, 259, (256, 64), generator=torch.Generator().manual_seed(0))
     save_file({"calibration_ids": ids}, "ids.safetensors")
-    return tmp_path
 
 
 def pruned(save_dir: str, *flags: str) -> tuple[torch.Tensor, dict]:

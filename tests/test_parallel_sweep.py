@@ -11,14 +11,7 @@ from launched import RUN, Ended, end_of, started
 from tiny_sweep import FLAGS, FOLDER, SPARSITIES, fill_with_sweep, sweep, swept, without_times
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """An empty current folder with a tiny model and a text."""
-    monkeypatch.chdir(tmp_path)
-    fill_with_sweep()
-    return tmp_path
+fill_here = fill_with_sweep
 
 
 @pytest.fixture

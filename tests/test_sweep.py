@@ -46,14 +46,7 @@ from olica.sweeping.bisection import Target, as_parameters, as_sparsities, brack
 from olica.sweeping.commands import command_of
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """An empty current folder with a tiny model and a text."""
-    monkeypatch.chdir(tmp_path)
-    fill_with_sweep()
-    return tmp_path
+fill_here = fill_with_sweep
 
 
 def plain_nll(folder: str | Path, ids: torch.Tensor) -> list[float]:

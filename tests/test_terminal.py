@@ -22,13 +22,10 @@ from olica.terminal import time_in_words
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """An empty current folder with a tiny model and a text."""
-    monkeypatch.chdir(tmp_path)
+def fill_here() -> None:
+    """A tiny model and a text."""
     save_tiny("tiny", num_key_value_heads=2)
     Path("text.txt").write_text("seven wise owls " * 40)
-    return tmp_path
 
 
 def evaluate(*flags: str) -> dict:

@@ -12,13 +12,7 @@ from tiny_commands import evaluate, files_in, fill_with_rows, prune
 import olica
 from olica.errors import UsageError
 
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """An empty current folder with a tiny model and rows of text."""
-    monkeypatch.chdir(tmp_path)
-    fill_with_rows()
-    return tmp_path
+fill_here = fill_with_rows
 
 
 @pytest.mark.parametrize(
