@@ -46,6 +46,8 @@ from olica.pruning.progress import Progress, SurveyProgress
 from olica.pruning.survey import survey_layers
 from olica.run import measure_and_decide
 from olica.sources.dense_model import DenseModel
+from olica.sources.locate import locate
+from olica.sources.opening import open_dense_model
 
 CPU = torch.device("cpu")
 FORKED = Path(__file__).with_name("forked.py")
@@ -118,6 +120,11 @@ def add_adapter(folder: str | Path) -> None:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
     adapted.save_pretrained(folder)
+
+
+def opened(folder: str | Path, dtype: str = "auto") -> DenseModel:
+    """The dense model of a folder or a name, as the command line reads it."""
+    return open_dense_model(locate(str(folder)), dtype)
 
 
 def write_json(path: Path, rows: list) -> Path:

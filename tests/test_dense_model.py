@@ -4,7 +4,7 @@ import time
 
 import pytest
 import torch
-from conftest import make_llama
+from conftest import make_llama, opened
 from safetensors.torch import load_file, save_file
 from tiny_families import make_family
 from transformers import AutoModelForCausalLM
@@ -14,13 +14,9 @@ from olica.model.families import FAMILIES
 from olica.model.modeling_olica import SideBySide
 from olica.sources.dense_model import DenseModel, StreamedModel
 from olica.sources.locate import locate
-from olica.sources.opening import is_streamed, open_dense_model
+from olica.sources.opening import is_streamed
 
 CPU = torch.device("cpu")
-
-
-def opened(folder, dtype: str = "auto") -> DenseModel:
-    return open_dense_model(locate(str(folder)), dtype)
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))

@@ -10,15 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from called import call
 from conftest import edit_config, make_tokenizer, refused
 from made_records import RECORD
 from safetensors.torch import load_file
+from tiny_commands import export_model
 from tiny_families import SIZES, make_family
 from tiny_run import contents
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-import model_export
 from olica.errors import UsageError
 from olica.model.configuration_olica import LayerShape
 from olica.model.families import FAMILIES
@@ -216,10 +215,6 @@ def test_deci_is_made_of_a_llama_whose_mlps_alone_are_narrower(tmp_path):
     torch.testing.assert_close(made(IDS).logits, model(IDS).logits, rtol=1e-5, atol=1e-5)
 
 
-def command(*arguments) -> int:
-    return call(model_export, *arguments)
-
-
 def test_what_a_layout_cannot_hold_is_said_in_a_sentence(tmp_path, capsys):
     factors = [replace(WHOLE, q_rank=5, v_head_dim=6)] * 3
     wide = [replace(WHOLE, intermediate_size=173, correction_rank=5)] * 3
@@ -239,11 +234,11 @@ def test_what_a_layout_cannot_hold_is_said_in_a_sentence(tmp_path, capsys):
         if not (tmp_path / name).exists():
             write(family, plan, tmp_path / name)
         new = tmp_path / "new"
-        said = refused(capsys, command, tmp_path / name, f"--layout={layout}", f"--output_path={new}")
+        said = refused(capsys, export_model, tmp_path / name, f"--layout={layout}", f"--output_path={new}")
         assert words in f"{said}\n"
     write("llama", corrected, tmp_path / "relu", hidden_act="tanh")
     assert "corrections, with this activation" in refused(
-        capsys, command, tmp_path / "relu", "--layout=dense", f"--output_path={tmp_path / 'new'}"
+        capsys, export_model, tmp_path / "relu", "--layout=dense", f"--output_path={tmp_path / 'new'}"
     )
     assert not (tmp_path / "new").exists() and not [*tmp_path.glob(".*")]
 
@@ -254,11 +249,11 @@ def test_wrong_input_ends_in_a_sentence_and_changes_nothing(tmp_path, capsys, mo
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts/held.txt").write_text("seven owls")
     flags = ["--layout=dense", f"--output_path={tmp_path / 'new'}"]
-    assert "only checkpoints of the layout olica" in refused(capsys, command, tmp_path / "dense", *flags)
+    assert "only checkpoints of the layout olica" in refused(capsys, export_model, tmp_path / "dense", *flags)
     assert "--max_shard_size much: give a size" in refused(
-        capsys, command, tmp_path / "pruned", *flags, "--max_shard_size=much"
+        capsys, export_model, tmp_path / "pruned", *flags, "--max_shard_size=much"
     )
-    assert "there is no such folder" in refused(capsys, command, tmp_path / "none/of/it", *flags)
+    assert "there is no such folder" in refused(capsys, export_model, tmp_path / "none/of/it", *flags)
     before = contents(tmp_path)
     for path, words in (
         (tmp_path / "texts", "is there and no folder of a checkpoint"),
@@ -267,23 +262,23 @@ def test_wrong_input_ends_in_a_sentence_and_changes_nothing(tmp_path, capsys, mo
         (tmp_path / "pruned", "is or holds CHECKPOINT itself"),
     ):
         message = refused(
-            capsys, command, tmp_path / "pruned", "--layout=dense", f"--output_path={path}", "--overwrite"
+            capsys, export_model, tmp_path / "pruned", "--layout=dense", f"--output_path={path}", "--overwrite"
         )
         assert words in message
     assert "exists already; give --overwrite" in refused(
-        capsys, command, tmp_path / "pruned", "--layout=dense", f"--output_path={tmp_path / 'dense'}"
+        capsys, export_model, tmp_path / "pruned", "--layout=dense", f"--output_path={tmp_path / 'dense'}"
     )
     edit_config(tmp_path / "pruned", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
-    assert "this checkpoint is quantised" in refused(capsys, command, tmp_path / "pruned", *flags)
+    assert "this checkpoint is quantised" in refused(capsys, export_model, tmp_path / "pruned", *flags)
     edit_config(tmp_path / "pruned", quantization_config=None)
     usage = type("Usage", (), {"free": 10_000})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    assert "--output_path: the checkpoint takes 0.00 GB" in refused(capsys, command, tmp_path / "pruned", *flags)
+    assert "--output_path: the checkpoint takes 0.00 GB" in refused(capsys, export_model, tmp_path / "pruned", *flags)
     del before["pruned/config.json"]
     after = contents(tmp_path)
     del after["pruned/config.json"]
     assert after == before
-    assert "not allowed with argument" in refused(capsys, command, tmp_path / "pruned", *flags, "--gguf=f16")
+    assert "not allowed with argument" in refused(capsys, export_model, tmp_path / "pruned", *flags, "--gguf=f16")
 
 
 @pytest.mark.parametrize("error", [UsageError("the disk has gone"), OSError("disk full"), KeyboardInterrupt()])
@@ -330,7 +325,7 @@ def test_the_command_replaces_a_checkpoint_when_asked_to_and_says_its_size(tmp_p
     model = write("llama", PLAN, tmp_path / "pruned")
     make_family("qwen2").save_pretrained(tmp_path / "out")
     flags = [tmp_path / "pruned", "--layout=dense", f"--output_path={tmp_path / 'out'}", "--overwrite"]
-    assert command(*flags, "--max_shard_size=100KB") == 0
+    assert export_model(*flags, "--max_shard_size=100KB") == 0
     size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
     assert capsys.readouterr().out == f"saved {tmp_path / 'out'}, {size / 1e6:,.1f} MB\n"
     assert not (tmp_path / "out/model.safetensors").exists(), "nothing of the old one is left"

@@ -13,9 +13,8 @@ import torch
 from called import call
 from conftest import allocate, make_tokenizer, prune, prune_to, refused, write_pruned
 from safetensors.torch import load_file, save_file
-from tiny_families import PECULIARITIES, WINDOW, generate, kept_parameters, make_family
+from tiny_families import PECULIARITIES, WINDOW, generate, kept_parameters, load, make_family
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 import model_evaluate
 import model_pruning
@@ -63,10 +62,6 @@ def save(model, plan: list[LayerShape], folder: Path) -> Path:
     with torch.no_grad():
         save_file({"ids": IDS, "logits": model(IDS).logits}, folder.with_suffix(".safetensors"))
     return folder
-
-
-def load(folder: Path, **arguments):
-    return AutoModelForCausalLM.from_pretrained(folder, **arguments).eval()
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -7,14 +7,14 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from called import call, load
+from called import load
 from conftest import edit_config, make_llama, raising, refused, write_pruned
+from tiny_commands import export_model
 from tiny_families import LLAMA3_SCALING, make_family
 from tiny_gguf import GEMMA, GGUF_SIZES, config_of, fields_of, merging_tokenizer, rounded, save
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-import model_export
 from olica.errors import UsageError
 from olica.model.configuration_olica import LayerShape
 from olica.outputs.gguf_file import FORMS, Weights, write_gguf, write_model
@@ -260,19 +260,15 @@ def test_sizes_that_no_architecture_holds_are_refused():
         GgufLayout(config_of(), without)
 
 
-def command(*arguments) -> int:
-    return call(model_export, *arguments)
-
-
 def test_the_command_writes_and_says_how_large_the_file_is(tmp_path, capsys):
     folder = save(make_llama(), tmp_path / "dense")
     for form in FORMS:
         path = tmp_path / "new" / f"{form}.gguf"
         if form == "q8_0":
-            said = refused(capsys, command, folder, f"--gguf={form}", f"--output_path={path}")
+            said = refused(capsys, export_model, folder, f"--gguf={form}", f"--output_path={path}")
             assert "wants rows that are multiples of 32" in said  # of which 176 channels are none
         else:
-            assert command(folder, f"--gguf={form}", f"--output_path={path}") == 0
+            assert export_model(folder, f"--gguf={form}", f"--output_path={path}") == 0
             assert capsys.readouterr().out == f"saved {path}, {path.stat().st_size / 1e6:.1f} MB\n"
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["bf16.gguf", "f16.gguf"]
 
@@ -296,9 +292,9 @@ def test_wrong_input_ends_in_one_sentence(tmp_path, capsys):
         ((quantised, f"--output_path={new}"), "this checkpoint is quantised"),
         ((tmp_path / "none" / "of" / "it", f"--output_path={new}"), "there is no such folder"),
     ):
-        assert message in refused(capsys, command, *arguments, alone=True)
+        assert message in refused(capsys, export_model, *arguments, alone=True)
     assert not new.exists() and there.read_text() == "older"
-    assert command(folder, f"--output_path={there}", "--overwrite") == 0
+    assert export_model(folder, f"--output_path={there}", "--overwrite") == 0
     assert fields_of(there)["llama.block_count"] == 3
 
 

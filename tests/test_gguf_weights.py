@@ -5,6 +5,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from conftest import opened
 from tiny_families import make_family
 from tiny_gguf import GGUF_FAMILIES, GGUF_SIZES, write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, modeling_gguf_pytorch_utils
@@ -207,7 +208,7 @@ def test_a_bad_weight_is_named_when_it_is_read(tmp_path):
     with torch.no_grad():
         dense.model.layers[2].input_layernorm.weight[3] = float("nan")
     write_gguf(dense, "qwen2", tmp_path / "tiny.gguf")
-    streamed = open_dense_model(locate(str(tmp_path / "tiny.gguf")))
+    streamed = opened(tmp_path / "tiny.gguf")
     with pytest.raises(UsageError, match=r"NaN or infinite .*model.layers.2.input_layernorm.weight"):
         list(streamed.layers(CPU, "test"))
 

@@ -16,11 +16,10 @@ from conftest import hub_snapshot, make_tokenizer, prune, write_pruned
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_families import make_family
+from tiny_families import load, make_family
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -52,10 +51,6 @@ def pruned_folder(tmp_path_factory):
         return root / family
 
     return folder_of
-
-
-def load(folder: Path, **arguments):
-    return AutoModelForCausalLM.from_pretrained(folder, **arguments).eval()
 
 
 def expected_logits(folder: Path) -> torch.Tensor:

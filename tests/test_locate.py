@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import hub_snapshot, make_llama
+from conftest import hub_snapshot, make_llama, opened
 from transformers import PreTrainedConfig
 
 from olica.errors import UsageError
@@ -14,7 +14,6 @@ from olica.outputs import identity
 from olica.sources.configuration import count_dense_parameters, describe_source, read_config
 from olica.sources.dense_model import StreamedModel
 from olica.sources.locate import MODEL_NAMES, locate
-from olica.sources.opening import open_dense_model
 from olica.sources.weights import read_model
 
 COMMIT = "0" * 40
@@ -147,7 +146,7 @@ def test_the_files_of_a_model_of_the_hub_are_those_that_were_downloaded(grouped_
 def test_a_model_of_the_hub_is_streamed_from_its_safetensors(grouped_llama, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     put_on_hub(grouped_llama, tmp_path)
-    dense = open_dense_model(locate("team/model"))
+    dense = opened("team/model")
     assert isinstance(dense, StreamedModel)
     names = [name for name, _ in grouped_llama.named_parameters()]
     assert all(torch.equal(weight, grouped_llama.state_dict()[name]) for name, weight in dense.read(names).items())

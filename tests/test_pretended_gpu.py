@@ -17,7 +17,17 @@ from pathlib import Path
 import pytest
 import torch
 from called import call
-from conftest import allocate, as_method, load_weights, make_llama, make_tokenizer, pruning_options, raising, refused
+from conftest import (
+    allocate,
+    as_method,
+    load_weights,
+    make_llama,
+    make_tokenizer,
+    opened,
+    pruning_options,
+    raising,
+    refused,
+)
 from pretended_gpu import DeviceMismatch, DeviceTensor
 from safetensors.torch import save_file
 from tiny_run import killed_at
@@ -42,7 +52,6 @@ from olica.pruning.survey import survey_layers
 from olica.sources import dense_model
 from olica.sources.dense_model import DenseModel
 from olica.sources.locate import locate
-from olica.sources.opening import open_dense_model
 from olica.sources.weights import read_model
 
 ROOT = Path(__file__).parents[1]
@@ -239,7 +248,7 @@ def check_threads(gpu, monkeypatch) -> None:
 
 def check_layers(gpu, monkeypatch) -> None:
     """The device holds one layer at a time, whether the model is streamed or in host memory as a whole."""
-    for dense in (open_dense_model(locate("./tiny")), dense_model.DenseModel(read_model(locate("./tiny")))):
+    for dense in (opened("./tiny"), dense_model.DenseModel(read_model(locate("./tiny")))):
         size = sum(parameter.nbytes for parameter in make_layer().parameters())
         for _, layer in dense.layers(CUDA, "test"):
             assert next(layer.parameters()).is_cuda
@@ -276,7 +285,7 @@ def check_final_logits(gpu, monkeypatch) -> None:
 
 def check_survey(gpu, monkeypatch) -> None:
     """What a survey keeps of a layer is on the host."""
-    dense = open_dense_model(locate("./tiny"))
+    dense = opened("./tiny")
     plan, _ = allocate("olica", dense.config, dense.model.num_parameters(), 0.2, 3.0)
     options = pruning_options(device=CUDA, cache_device=CUDA)
     work = Work(dense, torch.arange(3, 67).view(4, 16), as_method("olica"), options)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import allocate, as_method, make_llama, pruning_options, refused
+from conftest import allocate, as_method, make_llama, opened, pruning_options, refused
 from safetensors.torch import save_file
 from tiny_run import (
     BOTH,
@@ -44,8 +44,6 @@ from olica.pruning.layers import prune_layers
 from olica.pruning.options import Work
 from olica.pruning.progress import SurveyProgress
 from olica.pruning.survey import survey_layers
-from olica.sources.locate import locate
-from olica.sources.opening import open_dense_model
 
 ROOT = Path(__file__).parents[1]
 
@@ -71,7 +69,7 @@ def test_hidden_states_are_written_before_the_next_layer_changes_them(here, monk
             write(self, name, tensors)
 
         monkeypatch.setattr(Journal, "write", writing)
-        dense, options = open_dense_model(locate("tiny")), pruning_options()
+        dense, options = opened("tiny"), pruning_options()
         plan, _ = allocate(recipe, dense.config, dense.model.num_parameters(), 0.2, 3.0)
         work = Work(dense, ids, as_method(recipe, mlp_num=0), options)
         with RunFolder.locked(here / f"out/{in_background}") as run:

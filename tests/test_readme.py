@@ -406,14 +406,13 @@ def test_the_terminal_says_of_llama_7b_what_the_page_says(tmp_path, capsys):
 
 
 def test_other_draws_are_those_on_record():
-    records = ROOT / "results/smollm2/methods/paper"
     said = re.search(
         r"`olica-plus` (\d+\.\d) and (\d+\.\d) on\s+WikiText-2 at 20 %, `olica` (\d+\.\d) and (\d+\.\d)",
         README.read_text(),
     )
     runs = [f"{recipe}_sparsity-0.2_seed-{seed}" for recipe in ("olica-plus", "olica") for seed in (1, 2)]
-    measured = [json.loads((records / run / "evaluation.json").read_text())["results"]["model"] for run in runs]
-    assert list(said.groups()) == [f"{result['perplexity']['wikitext2']['value']:.1f}" for result in measured]
+    results = [measured(f"{of_readme(run)}/evaluation") for run in runs]
+    assert list(said.groups()) == [f"{result['perplexity']['wikitext2']['value']:.1f}" for result in results]
 
 
 def rows_of(page: str, heading: str) -> dict[str, list[str]]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from by_threshold import features, silenced
-from conftest import CPU, make_llama, pruning_options, uncorrected
+from conftest import CPU, make_llama, opened, pruning_options, uncorrected
 from tiny_families import make_family
 from tiny_run import Killed
 
@@ -23,8 +23,6 @@ from olica.pruning.options import Work
 from olica.pruning.progress import SurveyProgress
 from olica.pruning.survey import survey_layers
 from olica.sources.dense_model import DenseModel, StreamedModel
-from olica.sources.locate import locate
-from olica.sources.opening import open_dense_model
 
 IDS = torch.randint(3, 319, (7, 23), generator=torch.Generator().manual_seed(0))
 SAMPLES, STRIDE, LAYERS, CHANNELS, GROUPS = 3, 4, 3, 60, 1
@@ -122,7 +120,7 @@ def test_the_logits_are_those_of_the_dense_model_with_those_layers_replaced(fami
     expected = expected_of(model, group)
     if streamed:
         model.save_pretrained(tmp_path / "dense")
-        dense = open_dense_model(locate(str(tmp_path / "dense")))
+        dense = opened(tmp_path / "dense")
         assert isinstance(dense, StreamedModel)
     else:
         dense = DenseModel(model)

@@ -13,13 +13,13 @@ from conftest import edit_config, make_llama, make_tokenizer, refused, write_jso
 from made_records import RECORD
 from safetensors.torch import save_file
 from test_export import PLAN, write
+from tiny_commands import export_model
 from tiny_families import make_family
 from tiny_gguf import GEMMA, GEMMA_PIECES, GGUF_SIZES, LLAMA_PIECES, train_sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 import model_evaluate
-import model_export
 import olica
 from olica.errors import UsageError
 from olica.evaluation.paired import compare
@@ -256,10 +256,6 @@ def test_bytes_of_windows_are_those_of_all_but_their_first_tokens():
     assert bytes_predicted(trained, windows) == counted  # a character of a byte-level token is a byte
 
 
-def command(*arguments) -> int:
-    return call(model_export, *arguments)
-
-
 def spaced_rules(byte_tokens: range) -> dict:
     """Of SentencePiece's kind: four letters and the separator, a merge, and so many of the tokens that are bytes."""
     tokens = "<unk> \u2581 a b c \u2581a " + " ".join(f"<0x{byte:02X}>" for byte in byte_tokens)
@@ -313,7 +309,7 @@ def test_tokens_behind_the_rows_of_the_model_stay_behind_them(tmp_path, texts):
 def test_the_command_says_what_went(tmp_path, texts, capsys):
     save_dense(tmp_path / "dense")
     flags = [f"--vocab_size={SIZE}", f"--datasets={texts}", f"--output_path={tmp_path / 'new'}"]
-    assert command(tmp_path / "dense", *flags) == 0
+    assert export_model(tmp_path / "dense", *flags) == 0
     said = capsys.readouterr().out
     assert said.startswith("tokens 512 -> 400; ") and "\nparameters " in said and "\nsaved " in said
     share = json.loads((tmp_path / "new/olica_vocabulary.json").read_text())["share_of_text_gone"]
@@ -334,29 +330,31 @@ def test_wrong_input_ends_in_a_sentence_and_writes_nothing(tmp_path, texts, caps
         ([size, "--datasets=nowhere"], "neither an existing path nor one of"),
         ([size, text, "--layout=stock"], "not allowed with argument"),
     ):
-        assert words in refused(capsys, command, tmp_path / "dense", new, *flags)
+        assert words in refused(capsys, export_model, tmp_path / "dense", new, *flags)
     whole = Tokenizer(models.Unigram([("<unk>", 0.0), *((chr(97 + index), -1.0) for index in range(26))], unk_id=0))
     make_llama(vocab_size=512).save_pretrained(tmp_path / "unigram")
     PreTrainedTokenizerFast(tokenizer_object=whole, unk_token="<unk>").save_pretrained(tmp_path / "unigram")
     assert "cannot take tokens from this tokenizer: its model is Unigram" in refused(
-        capsys, command, tmp_path / "unigram", new, size, text
+        capsys, export_model, tmp_path / "unigram", new, size, text
     )
     make_llama(vocab_size=512).save_pretrained(tmp_path / "bare")
-    assert "the folder has no tokenizer" in refused(capsys, command, tmp_path / "bare", new, size, text)
+    assert "the folder has no tokenizer" in refused(capsys, export_model, tmp_path / "bare", new, size, text)
     write_json(tmp_path / "empty.jsonl", [{"text": ""}])
     empty = f"--datasets={tmp_path / 'empty.jsonl'}"
-    assert "has no text whose tokens could be counted" in refused(capsys, command, tmp_path / "dense", new, size, empty)
+    assert "has no text whose tokens could be counted" in refused(
+        capsys, export_model, tmp_path / "dense", new, size, empty
+    )
     write_json(tmp_path / "chats.jsonl", [{"messages": [{"role": "user", "content": "owls"}]}])
     chats = f"--datasets={tmp_path / 'chats.jsonl'}"
-    assert "has no chat template" in refused(capsys, command, tmp_path / "dense", new, size, chats)
+    assert "has no chat template" in refused(capsys, export_model, tmp_path / "dense", new, size, chats)
     path = tmp_path / "dense/generation_config.json"
     settings = json.loads(path.read_text())
     path.write_text(json.dumps(settings | {"eos_token_id": [5, "6"]}))
-    assert "eos_token_id is [5, '6']" in refused(capsys, command, tmp_path / "dense", new, size, text)
+    assert "eos_token_id is [5, '6']" in refused(capsys, export_model, tmp_path / "dense", new, size, text)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"bad_words_ids": [[5, 6]]}))
     assert "name tokens in a way that is not known (they have bad_words_ids; remove it" in refused(
-        capsys, command, tmp_path / "dense", new, size, text
+        capsys, export_model, tmp_path / "dense", new, size, text
     )
     edit_config(tmp_path / "dense", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
-    assert "this checkpoint is quantised" in refused(capsys, command, tmp_path / "dense", new, size, text)
+    assert "this checkpoint is quantised" in refused(capsys, export_model, tmp_path / "dense", new, size, text)
     assert not (tmp_path / "new").exists() and not [*tmp_path.glob(".*")]

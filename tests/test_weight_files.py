@@ -1,23 +1,15 @@
 """Weights in .bin files, read in part."""
 
-from pathlib import Path
-
 import psutil
 import pytest
 import torch
-from conftest import hub_snapshot, make_llama, save_bin
+from conftest import hub_snapshot, make_llama, opened, save_bin
 from transformers import AutoModelForCausalLM
 
 from olica.errors import UsageError
 from olica.sources.dense_model import DenseModel, StreamedModel
-from olica.sources.locate import locate
-from olica.sources.opening import open_dense_model
 
 CPU = torch.device("cpu")
-
-
-def opened(folder: Path, dtype: str = "auto") -> DenseModel:
-    return open_dense_model(locate(str(folder)), dtype)
 
 
 def weights_of(dense: DenseModel) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Both command lines on a tiny model and rows of text in the current folder."""
+"""The command lines, two of them on a tiny model and rows of text in the current folder."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ from called import call
 from conftest import save_tiny, write_json
 
 import model_evaluate
+import model_export
 import model_pruning
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven wise owls read old books by candle light ".split()
@@ -30,6 +31,10 @@ def prune(*arguments: str) -> int:
 
 def evaluate(*arguments: str) -> int:
     return call(model_evaluate, *arguments)
+
+
+def export_model(*arguments) -> int:
+    return call(model_export, *arguments)
 
 
 def files_in(folder: Path) -> set[str]:

@@ -1,5 +1,7 @@
 """A tiny seeded model of every supported family, odd in every size that its library code lets be odd."""
 
+from pathlib import Path
+
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -63,6 +65,10 @@ def make_family(
         if tied:  # else the head finds in the last state little but the last token itself
             model.model.embed_tokens.weight.mul_(0.1)
     return model.eval()
+
+
+def load(folder: Path, **arguments):
+    return AutoModelForCausalLM.from_pretrained(folder, **arguments).eval()
 
 
 def kept_parameters(dense: nn.Module, plan) -> int:
