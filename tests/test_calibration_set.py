@@ -176,20 +176,23 @@ def test_the_tokenizer_is_described_by_its_rules(tokenizer):
     assert describe_tokenizer(tokenizer)["vocabulary_sha256"] != described["vocabulary_sha256"]
 
 
+class Slow:
+    """A tokenizer without a backend."""
+
+    def __init__(self, vocabulary, bos):
+        self.vocabulary, self.bos = vocabulary, bos
+
+    def __len__(self):
+        return len(self.vocabulary)
+
+    def get_vocab(self):
+        return self.vocabulary
+
+    def __call__(self, text):
+        return {"input_ids": self.bos}
+
+
 def test_a_tokenizer_without_a_backend_is_described_by_vocabulary_and_special_tokens():
-    class Slow:
-        def __init__(self, vocabulary, bos):
-            self.vocabulary, self.bos = vocabulary, bos
-
-        def __len__(self):
-            return len(self.vocabulary)
-
-        def get_vocab(self):
-            return self.vocabulary
-
-        def __call__(self, text):
-            return {"input_ids": self.bos}
-
     variants = [Slow({"a": 0, "b": 1}, [0]), Slow({"a": 0, "b": 1}, []), Slow({"b": 0, "a": 1}, [0])]
     assert len({describe_tokenizer(variant)["vocabulary_sha256"] for variant in variants}) == 3
     again = describe_tokenizer(Slow({"b": 1, "a": 0}, [0]))

@@ -194,11 +194,13 @@ def test_chat_records_answers_and_totals(chat, tiny, capsys):
     assert "prompts: 20, right: 0" in capsys.readouterr().out
 
 
-def test_totals(chat):
-    def row(right: bool, stopped: bool, goes_round: bool) -> dict:
-        return {"right": right, "stopped": stopped, "goes_round": goes_round}
+def answer_row(right: bool, stopped: bool, goes_round: bool) -> dict:
+    return {"right": right, "stopped": stopped, "goes_round": goes_round}
 
-    rows = [row(True, True, False), row(True, True, True), row(True, False, False), row(False, True, False)]
+
+def test_totals(chat):
+    kinds = [(True, True, False), (True, True, True), (True, False, False), (False, True, False)]
+    rows = [answer_row(*kind) for kind in kinds]
     assert chat.totals(rows) == {"prompts": 4, "right": 3, "stopped": 3, "go_round": 1, "faultless": 1}
 
 

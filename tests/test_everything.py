@@ -4,7 +4,6 @@ import os
 import subprocess
 from pathlib import Path
 
-import pytest
 from called import load
 
 ROOT = Path(__file__).parents[1]
@@ -19,39 +18,35 @@ done
 """
 
 
-@pytest.fixture
-def everything(tmp_path):
-    """Run stages with the stub; what it was called with."""
-    stub, calls = tmp_path / "python", tmp_path / "calls"
+def run_stages(tmp_path: Path, *stages: str, **variables: str) -> list[str]:
+    """Run stages with the stub, in a folder in which others may have been run before; what it was called with."""
+    stub, calls, script = tmp_path / "python", tmp_path / "calls", tmp_path / "copy/everything.sh"
     stub.write_text(STUB)
     stub.chmod(0o755)
     for folder in ("scripts", "benchmarks"):
+        (tmp_path / folder).unlink(missing_ok=True)
         (tmp_path / folder).symlink_to(ROOT / folder)
-    copied = tmp_path / "copy"
-    copied.mkdir()
-    (copied / "everything.sh").write_text((ROOT / "scripts/everything.sh").read_text())
-
-    def run(*stages: str, **variables: str) -> list[str]:
-        calls.write_text("")
-        environment = {"CALLS": str(calls), "PYTHON": str(stub), "SHARED": str(tmp_path), "RESULTS": "records"}
-        command = ["bash", str(copied / "everything.sh"), *stages]
-        done = subprocess.run(command, env=os.environ | environment | variables, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert [line for line in done.stdout.splitlines() if " took " in line] == [
-            f"== {stage} took 0 minutes" for stage in stages
-        ]
-        return calls.read_text().splitlines()
-
-    return run
+    script.parent.mkdir(exist_ok=True)
+    script.write_text((ROOT / "scripts/everything.sh").read_text())
+    calls.write_text("")
+    environment = {"CALLS": str(calls), "PYTHON": str(stub), "SHARED": str(tmp_path), "RESULTS": "records"}
+    done = subprocess.run(
+        ["bash", str(script), *stages], env=os.environ | environment | variables, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if " took " in line] == [
+        f"== {stage} took 0 minutes" for stage in stages
+    ]
+    return calls.read_text().splitlines()
 
 
-def test_benchmarks_are_run_once_with_flags_that_they_have(everything):
+def test_benchmarks_are_run_once_with_flags_that_they_have(tmp_path):
     stages = ("choices", "speed", "shapes")
-    commands = [line.split() for line in everything(*stages) if not line.startswith("-c ")]
+    commands = [line.split() for line in run_stages(tmp_path, *stages) if not line.startswith("-c ")]
     assert {"benchmarks/ablation.py", "benchmarks/pruning_speed.py", "model_pruning.py"} <= {c[0] for c in commands}
     for script, *flags in commands:
         load(script).build_parser().parse_args(flags)
-    again = everything(*stages)
+    again = run_stages(tmp_path, *stages)
     assert not any("--output_path" in line for line in again), "what is recorded is not run again"
 
 

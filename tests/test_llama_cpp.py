@@ -87,16 +87,17 @@ def test_the_other_forms_run_nearly_alike(form, close, tmp_path):
     assert 1e-4 < difference(asked(written(model, tmp_path, form)), model) < close
 
 
+def narrowed(linear: nn.Linear, inputs: int, outputs: int) -> nn.Linear:
+    made = nn.Linear(inputs, outputs, bias=linear.bias is not None)
+    for parameter in made.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return made
+
+
 def uneven(family: str, channels: list[int], kv_heads: list[int], **settings) -> PreTrainedModel:
     """A model whose layers have these channels, and key/value heads with two query heads each."""
     model = make_family(family, peculiar=False, **SIZES | settings)
     torch.manual_seed(1)
-
-    def narrowed(linear: nn.Linear, inputs: int, outputs: int) -> nn.Linear:
-        made = nn.Linear(inputs, outputs, bias=linear.bias is not None)
-        for parameter in made.parameters():
-            nn.init.normal_(parameter, std=0.1)
-        return made
 
     for layer, width, heads in zip(model.model.layers, channels, kv_heads, strict=True):
         for name, shape in {"gate_proj": (64, width), "up_proj": (64, width), "down_proj": (width, 64)}.items():

@@ -91,17 +91,18 @@ def test_what_stays_of_an_mlp_is_the_channels_that_were_kept():
     assert (mlp.gate_proj.out_features, mlp.down_proj.in_features) == (3, 3)
 
 
+def first_channels(model, task):
+    assert [len(batch) for batch in task.batches()] == [4, 2]
+    for layer in model.model.layers:
+        by_peer.keep_channels(layer.mlp, torch.arange(task.width))
+    model.config.intermediate_size = task.width
+    return model
+
+
 def test_a_peer_leaves_a_plain_model_and_a_record(dense, tmp_path, monkeypatch):
     """With a peer made up of a package that is there: the first channels of every MLP stay."""
 
-    def first(model, task):
-        assert [len(batch) for batch in task.batches()] == [4, 2]
-        for layer in model.model.layers:
-            by_peer.keep_channels(layer.mlp, torch.arange(task.width))
-        model.config.intermediate_size = task.width
-        return model
-
-    monkeypatch.setitem(by_peer.PEERS, "optipfair-data", by_peer.Peer("safetensors", first, sees_text=True))
+    monkeypatch.setitem(by_peer.PEERS, "optipfair-data", by_peer.Peer("safetensors", first_channels, sees_text=True))
     save_file({by_peer.IDS: torch.arange(60).view(6, 10)}, tmp_path / "ids.safetensors")
     flags = ["optipfair-data", "--dense", str(dense), "--tokens", str(tmp_path / "ids.safetensors")]
     flags += ["--sparsity", "0.2", "--batch_size", "4", "--output_path", str(tmp_path / "pruned")]

@@ -44,16 +44,17 @@ def test_agreement_with_the_reference_is_strict():
     assert agrees("measured_sparsity", 0.198433, 0.1984332) and not agrees("measured_sparsity", 0.198433, 0.1985)
 
 
-def test_summary_prints_what_the_records_say(tmp_path, capsys):
-    def result(value: float, parameters: int, file_bytes: int | None) -> dict:
-        return {
-            "perplexity": {"pydoc": {"value": value, "standard_error": 0.25, "windows": 40, "seqlen": 128}},
-            "parameters": {"total": parameters, "decoder_layers": parameters - 5000},
-            "weight_bytes": 4 * parameters,
-            "file_bytes": file_bytes,
-            "dtype": "float32",
-        }
+def result_of(value: float, parameters: int, file_bytes: int | None) -> dict:
+    return {
+        "perplexity": {"pydoc": {"value": value, "standard_error": 0.25, "windows": 40, "seqlen": 128}},
+        "parameters": {"total": parameters, "decoder_layers": parameters - 5000},
+        "weight_bytes": 4 * parameters,
+        "file_bytes": file_bytes,
+        "dtype": "float32",
+    }
 
+
+def test_summary_prints_what_the_records_say(tmp_path, capsys):
     stages = {"survey": {"minutes": 0.5, "host_bytes": 10**9}, "prune": {"minutes": 1.0, "host_bytes": 2 * 10**9}}
     pruning = {
         "model": {"name": "tiny", "source": "tiny"},
@@ -62,7 +63,7 @@ def test_summary_prints_what_the_records_say(tmp_path, capsys):
     }
     write_record(tmp_path / PRUNING_RECORD, pruning)
     evaluation = {
-        "results": {"dense": result(20.0, 1_000_000, None), "pruned": result(33.5, 800_000, 3_300_000)},
+        "results": {"dense": result_of(20.0, 1_000_000, None), "pruned": result_of(33.5, 800_000, 3_300_000)},
         "stages": {
             "dense: perplexity of pydoc": {"minutes": 0.2},
             "pruned: perplexity of pydoc": {"minutes": 0.1},

@@ -40,7 +40,7 @@ from olica.errors import UsageError
 from olica.evaluation import measures
 from olica.methods.damage import LeastDamage
 from olica.settings import Settings, settings_of
-from olica.sources.calibration_set import Draw, build_calibration_set, held_back, without
+from olica.sources.calibration_set import CalibrationSet, Draw, build_calibration_set, held_back, without
 from olica.sweeping import work as sweep_module
 from olica.sweeping.bisection import Target, as_parameters, as_sparsities, bracket, next_trial
 from olica.sweeping.commands import command_of
@@ -211,15 +211,16 @@ def rows_in(ids: torch.Tensor) -> set[str]:
     return found
 
 
+def drawn(source: str, samples: int, candidates: int = 1) -> CalibrationSet:
+    draw = Draw(samples, TOKENS, seed=3, candidates=candidates)
+    return build_calibration_set(source, make_tokenizer(), draw, None, Path("drawn"), 320)
+
+
 def test_no_row_calibrates_and_measures(here):
     write_text("other.jsonl", "b")
 
-    def drawn(samples: int):
-        draw = Draw(samples, TOKENS, seed=3)
-        return build_calibration_set("text.jsonl+other.jsonl", make_tokenizer(), draw, None, Path("drawn"), 320)
-
-    calibration = drawn(SAMPLES)
-    ids = held_back(drawn(SAMPLES + HELD), calibration)
+    calibration = drawn("text.jsonl+other.jsonl", SAMPLES)
+    ids = held_back(drawn("text.jsonl+other.jsonl", SAMPLES + HELD), calibration)
     assert ids.shape == (2 * HELD, TOKENS)
     measured, calibrated = rows_in(ids), rows_in(calibration.ids)
     assert len(measured) == 2 * HELD and len(calibrated) == 2 * SAMPLES and not measured & calibrated
@@ -227,12 +228,8 @@ def test_no_row_calibrates_and_measures(here):
 
 
 def test_no_candidate_is_measured(here):
-    def drawn(samples: int, candidates: int = 1):
-        draw = Draw(samples, TOKENS, seed=3, candidates=candidates)
-        return build_calibration_set("text.jsonl", make_tokenizer(), draw, None, Path("drawn"), 320)
-
-    calibration, pool = drawn(2, candidates=3), drawn(6)
-    ids = held_back(drawn(6 + HELD), calibration, candidates=3)
+    calibration, pool = drawn("text.jsonl", 2, candidates=3), drawn("text.jsonl", 6)
+    ids = held_back(drawn("text.jsonl", 6 + HELD), calibration, candidates=3)
     assert len(ids) == HELD and len(calibration.ids) == 2
     assert not rows_in(ids) & rows_in(pool.ids) and rows_in(calibration.ids) < rows_in(pool.ids)
 

@@ -33,14 +33,14 @@ PROMPTS = [
 ]
 
 
+class Recorder(list):
+    def __call__(self, module, args, kwargs):
+        self.extend((args[0] if args else kwargs["input_ids"]).tolist())
+
+
 @pytest.fixture
 def seen_ids():
     """Collects every sequence of token ids a model is given; attach it with `register_forward_pre_hook`."""
-
-    class Recorder(list):
-        def __call__(self, module, args, kwargs):
-            self.extend((args[0] if args else kwargs["input_ids"]).tolist())
-
     return Recorder()
 
 
