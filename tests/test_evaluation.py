@@ -1,19 +1,15 @@
-"""Evaluations from the command line: several measures, stopped ones, several processes."""
+"""Evaluations from the command line: several measures, what cannot be measured, several processes."""
 
 import json
 import re
 import subprocess
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
-from called import call
-from conftest import edit_config, make_llama, make_tokenizer, no_space_left, refused, save_tiny
+from conftest import edit_config, make_llama, make_tokenizer, no_space_left, refused
 from launched import end_of, environment, started
-from tiny_run import Killed
-from tiny_tasks import ROWS, WORDS, write_rows
+from tiny_evaluations import FLAGS, MEASURES, evaluate, fill_with_evaluation
 from tokenizers import processors
 from transformers import AutoTokenizer, GenerationMixin
 
@@ -24,48 +20,10 @@ from olica.evaluation import evaluate as evaluate_module
 from olica.evaluation import measures
 from olica.evaluation.paired import unpack_floats
 from olica.evaluation.settings import EvaluationSettings, listed
-from olica.outputs import identity
 
 pytestmark = pytest.mark.usefixtures("stock_tasks")
 ROOT = Path(__file__).parents[1]
-FLAGS = ["--checkpoint=tiny", "--ppl=one.txt,two.txt", "--ppl_seqlen=32", "--tasks=piqa,hellaswag,boolq",
-         "--data_dir=rows", "--batch_size=3"]  # fmt: skip
-MEASURES = ["sizes", "perplexity of one.txt", "perplexity of two.txt", "piqa", "hellaswag", "boolq"]
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """An empty current folder with a tiny model, two texts and some rows of three tasks."""
-    monkeypatch.chdir(tmp_path)
-    save_tiny("tiny", num_key_value_heads=2)
-    for seed, name in enumerate(("one.txt", "two.txt")):
-        order = torch.randint(len(WORDS), (150,), generator=torch.Generator().manual_seed(seed)).tolist()
-        Path(name).write_text(" ".join(WORDS[index] for index in order))
-    for stem in ("piqa_validation", "hellaswag_validation", "boolq_validation"):
-        write_rows(tmp_path / "rows", stem, [ROWS[stem] | {"idx": index} for index in range(5)])
-    return tmp_path
-
-
-def evaluate(*arguments: str) -> dict:
-    """The record of a call that has to succeed."""
-    assert call(model_evaluate, *arguments, "--output_path=eval.json") == 0
-    return json.loads(Path("eval.json").read_text())
-
-
-@pytest.fixture
-def counted(monkeypatch) -> list[str]:
-    """Names of the measures that are really made."""
-    made, read = [], measures.perplexity
-    monkeypatch.setattr(measures, "perplexity", lambda *a, **k: made.append("text") or read(*a, **k))
-    score = measures.zero_shot
-
-    def counting(*arguments):
-        for task, scores in score(*arguments):
-            made.append(task)
-            yield task, scores
-
-    monkeypatch.setattr(measures, "zero_shot", counting)
-    return made
+fill_here = fill_with_evaluation
 
 
 def test_several_texts_and_tasks_in_one_call(here, capsys):
@@ -152,103 +110,6 @@ def test_python_may_give_numbers_and_paths_as_pruning_takes_them():
 
 def test_the_flags_are_the_settings():
     assert vars(model_evaluate.build_parser().parse_args([])) == asdict(EvaluationSettings()) | {"verbose": False}
-
-
-PROMPTED = [*FLAGS, "--prompt=old books"]
-
-
-@cache
-def undisturbed() -> dict:
-    """The results of an evaluation of `here` that nobody stops: the same in every test."""
-    results = evaluate(*PROMPTED)["results"]
-    Path("eval.json").unlink()
-    return results
-
-
-@cache
-def all_measures() -> str:
-    """The file of an evaluation of `here` that has made all measures and not ended: the same in every test."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(measures.Measures, "forget", lambda self: None)
-        evaluate(*FLAGS)
-    Path("eval.json").unlink()
-    return Path(".eval.json.measures").read_text()
-
-
-@pytest.fixture
-def stopped(here) -> None:
-    Path(".eval.json.measures").write_text(all_measures())
-
-
-@pytest.mark.parametrize("after", [1, 3, 4, 6])
-def test_a_stopped_evaluation_goes_on(here, caplog, monkeypatch, counted, after):
-    expected = undisturbed()
-    counted.clear()
-    with monkeypatch.context() as patched:
-        take = measures.Measures.take
-
-        def dying(self, name, work):
-            if len(self._rows) == after:
-                raise Killed
-            return take(self, name, work)
-
-        patched.setattr(measures.Measures, "take", dying)
-        with pytest.raises(Killed):
-            evaluate(*PROMPTED)
-    assert not Path("eval.json").exists() and len(counted) == after - 1
-    caplog.clear()
-    record = evaluate(*PROMPTED)
-    assert f"measured before: {after}" in caplog.text
-    assert counted == ["text", "text", "piqa", "hellaswag", "boolq"]
-    assert record["results"] == expected
-    assert set(record["stages"]) == {"model: read", *(f"model: {name}" for name in [*MEASURES, "continuation"])}
-
-
-@pytest.mark.parametrize("change", ["flag", "model", "text", "rows", "damage"])
-def test_another_evaluation_is_not_taken_up(here, stopped, counted, caplog, change):
-    match change:
-        case "flag":
-            evaluate(*FLAGS, "--limit=4")
-        case "model":
-            make_llama(1, num_key_value_heads=2).save_pretrained("tiny")
-            evaluate(*FLAGS)
-        case "text":
-            Path("two.txt").write_text(Path("two.txt").read_text()[::-1])
-            evaluate(*FLAGS)
-        case "rows":
-            write_rows(here / "rows", "piqa_validation", [ROWS["piqa_validation"] | {"label": 1}] * 5)
-            evaluate(*FLAGS)
-        case "damage":
-            (path,) = here.glob(".eval.json.measures")
-            path.write_text(path.read_text()[:-5])
-            evaluate(*FLAGS)
-    assert len(counted) == 5
-    said = {"flag": "of other settings", "model": "of other models", "damage": "damaged"}.get(change, "of other data")
-    assert f".eval.json.measures is {said}: measuring" in caplog.text
-
-
-def test_a_commit_that_leaves_the_code_alone_changes_nothing(here, stopped, monkeypatch, counted):
-    real = identity.environment
-    monkeypatch.setattr(identity, "environment", lambda device: real(device) | {"git_commit": "another"})
-    evaluate(*FLAGS)
-    assert not counted
-
-
-def test_another_evaluation_in_between_leaves_a_stopped_one(here, monkeypatch, counted):
-    """Without --output_path, where the record of each has a name of its own."""
-    pruning = {"model": {"name": "x", "source": "x"}, "parameters": {"before": make_llama().num_parameters()}}
-    Path("tiny/olica_run.json").write_text(json.dumps(pruning))
-
-    def measure(*flags: str) -> None:
-        call(model_evaluate, *FLAGS, *flags)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(measures.Measures, "forget", lambda self: None)
-        measure()
-    measure("--limit=2")
-    counted.clear()
-    measure()
-    assert not counted and not list(Path("tiny").glob(".olica_eval*"))
 
 
 def test_start_token_in_windows_and_prompts(here, monkeypatch):
@@ -404,17 +265,6 @@ def test_a_prompt_has_no_token_that_was_not_asked_for(here, monkeypatch, templat
     letters = [tokenizer.convert_tokens_to_ids("Ġ" if letter == " " else letter) for letter in "old books"]
     assert given[-1]["input_ids"].tolist() == [[tokenizer.bos_token_id] * len(flags) + letters]
     assert record["results"]["model"]["continuation"].startswith("old books")
-
-
-def test_a_failure_keeps_what_was_measured(here, monkeypatch, counted):
-    """Whatever fails at last: the same command takes up the rest."""
-    with monkeypatch.context() as patched:
-        patched.setattr(GenerationMixin, "generate", lambda self, **settings: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            evaluate(*FLAGS, "--prompt=old books")
-    assert counted == ["text", "text", "piqa", "hellaswag", "boolq"]
-    evaluate(*FLAGS, "--prompt=old books")
-    assert len(counted) == 5
 
 
 def test_cost_alone(here, capsys):
