@@ -11,33 +11,37 @@ import textwrap
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial, wraps
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
-from called import call
 from conftest import (
     allocate,
     as_method,
     load_weights,
     make_llama,
-    make_tokenizer,
     opened,
     pruning_options,
-    raising,
-    refused,
 )
 from pretended_gpu import DeviceMismatch, DeviceTensor
-from safetensors.torch import save_file
+from tiny_pretended import (
+    LAYERS,
+    MEASURES,
+    SAMPLES,
+    TOKENS,
+    assert_same_weights,
+    checkpoint,
+    device_peak,
+    evaluate,
+    fill_with_shards,
+    perplexity_in,
+    prune,
+)
 from tiny_run import killed_at
-from tiny_tasks import ROWS, WORDS, write_rows
 
-import model_evaluate
-import model_pruning
 from olica.evaluation.cost import generation_latency
 from olica.evaluation.perplexity import perplexity
-from olica.evaluation.subject import LATENCY
 from olica.machine import BatchSize
 from olica.methods.plus import PlusParameters, plus
 from olica.methods.recipes import RECIPES
@@ -56,69 +60,7 @@ from olica.sources.weights import read_model
 
 ROOT = Path(__file__).parents[1]
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
-SAMPLES, TOKENS, LAYERS = 12, 16, 2
-MEASURES = ["--checkpoint=tiny", "--ppl=text.txt", "--ppl_seqlen=16", "--ppl_windows=10", "--tasks=piqa", "--cost",
-            "--prompt=old books", "--data_dir=rows", "--batch_size=5"]  # fmt: skip
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch) -> Path:
-    """An empty current folder with a tiny model in shards, a calibration set, a text and the rows of a task."""
-    monkeypatch.chdir(tmp_path)
-    sizes = dict(hidden_size=48, intermediate_size=104, num_attention_heads=3, num_key_value_heads=1)
-    make_llama(num_hidden_layers=LAYERS, **sizes).save_pretrained("tiny", max_shard_size="40KB")
-    make_tokenizer().save_pretrained("tiny")
-    ids = torch.randint(3, 259, (SAMPLES, TOKENS), generator=torch.Generator().manual_seed(0))
-    save_file({"calibration_ids": ids}, "ids.safetensors")
-    Path("text.txt").write_text(" ".join(WORDS * 3))
-    write_rows(tmp_path / "rows", "piqa_validation", [ROWS["piqa_validation"] | {"idx": index} for index in range(3)])
-    for name, value in dict(prompt_tokens=8, new_tokens=2, repeats=1).items():
-        monkeypatch.setitem(LATENCY, name, value)
-    return tmp_path
-
-
-def prune(save_dir: str, *flags: str) -> dict:
-    """Prune on the device that is there; returns the record, whose checkpoint is alone in its folder."""
-    # A survey that is taken up takes no memory: none is shared.
-    common = [
-        "--base_model=tiny",
-        "--datasets=ids.safetensors",
-        f"--save_dir={save_dir}",
-        f"--data_dir={save_dir}-data",
-    ]
-    recipe = next((flag.partition("=")[2] for flag in flags if flag.startswith("--recipe=")), "olica")
-    if "mlp_num" in RECIPES[recipe].parameter_names:
-        common += ["--mlp_num=1", "--ratio=0.1"]
-    assert call(model_pruning, *common, *flags) == 0
-    return json.loads((checkpoint(save_dir) / "olica_run.json").read_text())
-
-
-def checkpoint(save_dir: str) -> Path:
-    (folder,) = Path(save_dir).iterdir()
-    return folder
-
-
-def evaluate(*flags: str) -> dict:
-    """What was measured of the model, on the device that is there."""
-    flags = [*flags, "--output_path=eval.json"]
-    assert call(model_evaluate, *flags) == 0
-    return json.loads(Path("eval.json").read_text())["results"]["model"]
-
-
-def perplexity_in(result: dict) -> float:
-    return result["perplexity"]["text.txt"]["value"]
-
-
-def assert_same_weights(save_dir: str, expected: dict[str, torch.Tensor]) -> None:
-    """A checkpoint has these weights but for rounding: on the CPU attention takes another kernel."""
-    found = load_weights(checkpoint(save_dir))
-    assert found.keys() == expected.keys()
-    for name, weight in expected.items():
-        assert (found[name] - weight).abs().max() <= 1e-4 * weight.abs().max(), name
-
-
-def device_peak(record: dict) -> int:
-    return max(stage["device_bytes"] for stage in record["stages"].values())
+fill_here = fill_with_shards
 
 
 # ---------------------------------------------------------------------------------------------- the double itself
@@ -177,14 +119,15 @@ def test_modules_move_and_stay_tied(gpu):
     assert gpu.allocated == 0 and not isinstance(model.lm_head.weight, DeviceTensor)
 
 
-def test_threads_see_the_device(gpu):
-    def on_device() -> bool:
-        return torch.zeros(1).to("cuda").is_cuda
+def is_reached() -> bool:
+    return torch.zeros(1).to("cuda").is_cuda
 
+
+def test_threads_see_the_device(gpu):
     with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(on_device).result()
+        assert pool.submit(is_reached).result()
     found = []
-    thread = threading.Thread(target=lambda: found.append(on_device()))
+    thread = threading.Thread(target=lambda: found.append(is_reached()))
     thread.start()
     thread.join()
     assert found == [True]
@@ -293,17 +236,18 @@ def check_survey(gpu, monkeypatch) -> None:
     assert kept and not any(tensor.is_cuda for tensor in kept)
 
 
+def on_device(work: Callable) -> Callable:
+    def checked(layer, hidden, *arguments, **settings):
+        assert next(layer.parameters()).is_cuda and hidden.is_cuda
+        work(layer, hidden, *arguments, **settings)
+
+    return checked
+
+
 def check_resuming(gpu, monkeypatch, recipe: str = "olica", seconds: float = run_progress.SAVED_EVERY) -> None:
     """A run that is killed goes on, on the device, to the same bits."""
     flag = f"--recipe={recipe}"
     prune("undisturbed", flag)
-
-    def on_device(work: Callable) -> Callable:
-        def checked(layer, hidden, *arguments, **settings):
-            assert next(layer.parameters()).is_cuda and hidden.is_cuda
-            work(layer, hidden, *arguments, **settings)
-
-        return checked
 
     with monkeypatch.context() as patched:
         patched.setattr(run_progress, "SAVED_EVERY", seconds)
@@ -346,12 +290,13 @@ def test_a_device_map_spreads_a_model_over_device_and_host(here, gpu):
     assert 61_440 < found["cost"]["peak_memory"]["device_bytes"] < found["weight_bytes"], "the embedding, not all of it"
 
 
+class Summed(Processes):
+    def add_up(self, tensors):
+        assert all(tensor.is_cuda for tensor in tensors)
+
+
 def check_perplexity(gpu, monkeypatch) -> None:
     """A model that is on the device is measured there, and several processes sum there."""
-
-    class Summed(Processes):
-        def add_up(self, tensors):
-            assert all(tensor.is_cuda for tensor in tensors)
 
     windows = torch.randint(3, 259, (7, 16), generator=torch.Generator().manual_seed(1))
     model = read_model(locate("./tiny"))
@@ -370,135 +315,6 @@ def check_that_the_model_is_moved(gpu, monkeypatch) -> None:
     """A model is measured on the device that the flags name."""
     found = evaluate(*MEASURES, "--tasks=")
     assert found["cost"]["peak_memory"]["device_bytes"] > found["weight_bytes"]
-
-
-# ---------------------------------------------------------------------------------------------- memory that runs out
-
-
-@pytest.mark.parametrize(("recipe", "cache_dev"), [("olica", "cpu"), ("olica-paper", "cuda")])
-def test_a_device_that_is_too_small_halves_the_batch(here, gpu, caplog, recipe, cache_dev):
-    flags = [f"--recipe={recipe}", f"--cache_dev={cache_dev}"]
-    peaks = [device_peak(prune(f"{size}", *flags, f"--batch_size={size}")) for size in (1, 12)]
-    gpu.memory = sum(peaks) // 2
-    record = prune("out", *flags, "--batch_size=12")
-    assert record["batch_size"] < 12 and "going on with --batch_size" in caplog.text
-    assert_same_weights("out", load_weights(checkpoint("1")))
-    caplog.clear()
-    gpu.memory = int(1.3 * sum(peaks) / 2)
-    chosen = prune("auto", *flags, "--batch_size=auto")["batch_size"]
-    assert 1 <= chosen < 12 and "out of memory" not in caplog.text
-    assert_same_weights("auto", load_weights(checkpoint("1")))
-
-
-def no_memory_in(monkeypatch, gpu, place: str, above: int = 0) -> list:
-    """Let the device have no room while the function at `place` runs with more than `above` rows; returns its calls."""
-    owner, _, name = place.rpartition(".")
-    module, _, last = owner.rpartition(".")
-    owner = getattr(importlib.import_module(module), last) if last[0].isupper() else importlib.import_module(owner)
-    original, calls = getattr(owner, name), []
-
-    def rows(value) -> int:
-        tensors = value.values() if isinstance(value, dict) else [value]
-        return max((len(t) for t in tensors if isinstance(t, torch.Tensor) and t.ndim > 1), default=0)
-
-    @wraps(original)
-    def without_memory(*arguments, **settings):
-        calls.append(place)
-        if above and max(map(rows, [*arguments, settings])) <= above:
-            return original(*arguments, **settings)
-        with gpu.full():
-            return original(*arguments, **settings)
-
-    monkeypatch.setattr(owner, name, without_memory)
-    return calls
-
-
-@pytest.mark.parametrize("recipe", ["olica", "olica-paper"])
-@pytest.mark.parametrize("place", ["olica.pruning.activations._forward", "olica.methods.moments.Moments.update"])
-def test_no_memory_in_a_batch_halves_it(here, gpu, monkeypatch, caplog, place, recipe):
-    prune("expected", f"--recipe={recipe}")
-    with monkeypatch.context() as patched:
-        no_memory_in(patched, gpu, place, above=3)
-        assert prune("out", f"--recipe={recipe}", "--batch_size=12")["batch_size"] == 3
-    assert "going on with --batch_size 3" in caplog.text
-    assert_same_weights("out", load_weights(checkpoint("expected")))
-
-
-@pytest.mark.parametrize(
-    ("place", "recipe"),
-    [
-        ("olica.pruning.activations.record_layer_calls", "olica"),
-        ("olica.pruning.survey.calibrate", "olica"),
-        ("olica.methods.olica.ridge_regression", "olica"),
-        ("olica.methods.olica.multiple_correlation", "olica"),
-        ("olica.pruning.layers.calibrate", "olica-paper"),
-        ("olica.methods.feed_forward.thin", "olica"),
-        ("olica.methods.correction.residual_sums", "olica"),
-        ("olica.methods.correction.low_rank_correction", "olica-paper"),
-        ("olica.methods.query_key.low_rank_factors", "olica"),
-        ("olica.methods.value_output.rotate", "olica"),
-        ("torch.linalg.qr", "olica-ond"),
-        ("olica.pruning.cutting.cast_weights", "olica"),
-        ("olica.pruning.layers.propagate", "olica"),
-        ("torch.nn.Module.to", "olica"),
-    ],
-)
-def test_no_memory_elsewhere_names_the_flags(here, gpu, capsys, monkeypatch, place, recipe):
-    no_memory_in(monkeypatch, gpu, place)
-    message = refused(capsys, prune, "out", f"--recipe={recipe}", "--batch_size=1", alone=True)
-    ways = "a --dtype of half the width, a smaller calibration set (--num_samples, --seqlen) or --device cpu"
-    assert message.startswith("out of memory (CUDA out of memory. Tried to allocate")
-    assert message.endswith(f"; give --cache_dev cpu, {ways}")
-
-
-@pytest.mark.parametrize(
-    "place", ["olica.outputs.run_progress.RunProgress.save_layer", "olica.outputs.journal.Journal.write"]
-)
-def test_no_memory_of_the_host_for_a_layer_that_is_kept(here, gpu, capsys, monkeypatch, place):
-    with monkeypatch.context() as patched:
-        patched.setattr(place, raising(MemoryError()))
-        message = refused(capsys, prune, "out", "--cache_dev=cpu")
-    assert message.endswith("; give --cache_dev cuda, a --dtype of half the width or a smaller calibration set "
-                            "(--num_samples, --seqlen)")  # fmt: skip
-    prune("out", "--cache_dev=cpu")
-
-
-def test_no_memory_for_a_finished_layer_that_is_read_again(here, gpu, capsys, monkeypatch):
-    prune("expected")
-    with killed_at(1):
-        prune("out")
-    with monkeypatch.context() as patched:
-        no_memory_in(patched, gpu, "olica.pruning.layers.restore")
-        assert "give --cache_dev cpu" in refused(capsys, prune, "out")
-    assert prune("out")["went_on_after"] == [1]
-    assert_same_weights("out", load_weights(checkpoint("expected")))
-
-
-def test_no_memory_for_batches_of_an_evaluation_halves_them(here, gpu, caplog):
-    flags = [*MEASURES[:4], "--tasks=piqa", "--data_dir=rows"]
-    expected = evaluate(*flags, "--batch_size=1")
-    gpu.memory = int(1.05 * gpu.peak)
-    found = evaluate(*flags, "--batch_size=10")
-    assert caplog.text.count("going on with --batch_size") >= 2
-    assert perplexity_in(found) == pytest.approx(perplexity_in(expected), rel=1e-5)
-    assert found["zero_shot"]["tasks"] == expected["zero_shot"]["tasks"]
-
-
-@pytest.mark.parametrize(
-    "place",
-    [
-        "torch.nn.Module.to",
-        "olica.evaluation.measures.perplexity",
-        "olica.evaluation.harness_model.tail_logits",
-        "olica.evaluation.measures.latencies",
-        "olica.evaluation.measures.continuation",
-    ],
-)
-def test_no_memory_for_a_measure_names_the_flags(here, gpu, capsys, monkeypatch, place):
-    no_memory_in(monkeypatch, gpu, place)
-    message = refused(capsys, evaluate, *MEASURES, "--batch_size=1")
-    assert message.startswith("out of memory (CUDA out of memory. Tried to allocate")
-    assert message.endswith("; give a --dtype of half the width or --device_map auto or --device cpu")
 
 
 # ---------------------------------------------------------------------------------------------- whole commands
