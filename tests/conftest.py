@@ -398,7 +398,7 @@ def shared_data() -> Path:
 
 
 def fill_with_run(folder: Path = Path(), samples: int = 8) -> None:
-    """Put into a folder a tiny model of several layers and a calibration set."""
+    """Put into a folder, or the current one, a tiny model of several layers and a calibration set."""
     save_tiny(folder / "tiny", num_key_value_heads=2, num_hidden_layers=LAYERS)
     ids = torch.randint(3, 259, (samples, 32), generator=torch.Generator().manual_seed(0))
     save_file({"calibration_ids": ids}, folder / "ids.safetensors")

@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_llama, no_memory_for_more_than, raising
-from tiny_tasks import ACTIVITY, ROWS, SCIENCE, write_rows
+from conftest import make_llama, no_memory_for_more_than
+from tiny_tasks import ACTIVITY, ROWS, SCIENCE, score, write_rows
 from tokenizers import processors
 
 from olica.errors import UsageError
 from olica.evaluation import zero_shot
-from olica.evaluation.local_rows import LOCAL_ROWS, LocalRows
 from olica.evaluation.paired import PAPER_METRIC
 from olica.evaluation.settings import EvaluationSettings
 
@@ -42,18 +41,6 @@ class Recorder(list):
 def seen_ids():
     """Collects every sequence of token ids a model is given; attach it with `register_forward_pre_hook`."""
     return Recorder()
-
-
-def score(model, tokenizer, tasks, data_dir, batch_size=3, **settings):
-    """The scores of all tasks together, and their averages."""
-    asked = EvaluationSettings(data_dir=data_dir, batch_size=batch_size, **settings)
-    scores = {}
-    for _, of_task in zero_shot.zero_shot(model, tokenizer, tasks, asked):
-        scores |= of_task
-    return {"tasks": scores, "averages": zero_shot.averages(scores)}
-
-
-# ------------------------------------------------------------------------------------------- local tasks
 
 
 @pytest.fixture
@@ -357,74 +344,10 @@ def test_seven_tasks_run_on_the_real_rows(shared_data, tokenizer):
     assert all(0 <= record[PAPER_METRIC[task]] <= 1 for task, record in result["tasks"].items())
 
 
-# ------------------------------------------------------------------------------------- tasks that generate
-
-
-def greedy(model, tokenizer, question: str, tokens: int) -> str:
-    """What the bare model says next, one prompt at a time and without a cache."""
-    ids = tokenizer.encode(question, add_special_tokens=False)
-    for _ in range(tokens):
-        with torch.no_grad():
-            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
-        if ids[-1] == tokenizer.eos_token_id:
-            break
-    return tokenizer.decode(ids[-tokens:], skip_special_tokens=True)
-
-
-@pytest.fixture
-def exact_llama():
-    """A model of just the tokenizer's vocabulary."""
-    return make_llama(num_key_value_heads=2, vocab_size=259)
-
-
-@pytest.fixture
-def generating(monkeypatch, tmp_path, exact_llama, tokenizer):
-    """A data folder with a task `sums` of local rows that generates; every second row asks for what the model says."""
-    stock = {"output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "{{answer}}"}
-    stock |= {"generation_kwargs": {"until": ["Question"], "max_gen_toks": 6}}
-    stock |= {"metric_list": [{"metric": "exact_match"}]}
-    (tmp_path / "sums.yaml").write_text(json.dumps(stock))
-    monkeypatch.setitem(LOCAL_ROWS, "sums", LocalRows(str(tmp_path / "sums.yaml"), "sums", "test"))
-    questions = [f"{'What is ' * index}{index} and {index}?" for index in range(6)]
-    answers = [greedy(exact_llama, tokenizer, question, 6) for question in questions]
-    answers[::2] = ["none"] * 3
-    rows = [{"question": q, "answer": a} for q, a in zip(questions, answers, strict=True)]
-    write_rows(tmp_path / "rows", "sums", rows)
-    return tmp_path / "rows"
-
-
-@pytest.mark.parametrize("pad", ["beyond the vocabulary", "none", "none, nor an unknown one", "its own"])
-def test_prompts_are_padded_by_a_token_that_the_model_has(generating, exact_llama, tokenizer, pad):
-    match pad:
-        case "beyond the vocabulary":
-            tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-            assert tokenizer.pad_token_id == exact_llama.config.vocab_size
-        case "none, nor an unknown one":
-            tokenizer.unk_token = None
-        case "its own":
-            tokenizer.pad_token = "a"
-    before = tokenizer.pad_token
-    result = score(exact_llama, tokenizer, ["sums"], generating, batch_size=4)["tasks"]["sums"]
-    assert (result["exact_match"], result["samples"]) == (0.5, 6) and tokenizer.pad_token == before
-
-
-def test_tasks_that_generate_say_how_much(generating):
-    write_rows(generating, "piqa_validation", [ROWS["piqa_validation"]])
-    assert zero_shot.check_tasks(["piqa", "sums"], EvaluationSettings(data_dir=generating)) == {"sums": 6}
-
-
-@pytest.mark.parametrize("error", [AssertionError, KeyError, TypeError])
-def test_what_fails_in_the_model_is_no_fault_of_the_rows(hellaswag, generating, grouped_llama, tokenizer, error):
-    grouped_llama.register_forward_pre_hook(raising(error("index out of range in self")))
-    for task in ("hellaswag", "sums"):
-        with pytest.raises(error, match="index out of range in self"):
-            score(grouped_llama, tokenizer, [task], generating)
-
-
-def test_log_likelihoods_that_are_nan_choose_nothing(hellaswag, generating, grouped_llama, tokenizer):
+def test_log_likelihoods_that_are_nan_choose_nothing(hellaswag, grouped_llama, tokenizer):
     torch.nn.init.constant_(grouped_llama.lm_head.weight, float("nan"))
     with pytest.raises(UsageError, match="a log-likelihood is NaN"):
-        score(grouped_llama, tokenizer, ["hellaswag"], generating)
+        score(grouped_llama, tokenizer, ["hellaswag"], hellaswag[0])
 
 
 def test_an_empty_file_of_rows_is_named(tmp_path):
@@ -477,49 +400,6 @@ def test_more_examples_than_there_are_rows(monkeypatch, tmp_path):
         with pytest.raises(UsageError, match=f"--num_fewshot {rows + 1}: {name} has {rows} rows to draw examples from"):
             zero_shot.check_tasks([name], EvaluationSettings(num_fewshot=rows + 1))
     zero_shot.check_tasks(["never"], EvaluationSettings(num_fewshot=9))
-
-
-# ---------------------------------------------------------------------------------------------- averages
-
-
-def test_paper_metrics():
-    norm = dict.fromkeys(["openbookqa", "arc_easy", "arc_challenge", "hellaswag", "piqa"], "acc_norm")
-    assert norm | {"boolq": "acc", "winogrande": "acc"} == PAPER_METRIC
-
-
-def test_averages_by_hand():
-    results = {
-        "boolq": {"acc": 0.75},
-        "piqa": {"acc": 0.8, "acc_norm": 0.7},
-        "arc_easy": {"acc": 0.5, "acc_norm": 0.45},
-        "hellaswag": {"acc": 0.3, "acc_norm": 0.5},
-        "mmlu": {"acc": 0.1},
-    }
-    result = zero_shot.averages(results)
-    assert sorted(result["tasks"]) == ["arc_easy", "boolq", "hellaswag", "piqa"]
-    assert result["paper_rule"] == pytest.approx(60.0)  # (75 + 70 + 45 + 50) / 4
-    assert result["max_rule"] == pytest.approx(63.75)  # (75 + 80 + 50 + 50) / 4
-
-
-def test_averages_of_dense_llama_7b():
-    """The paper's own row: its mean is that of the seven numbers, in its order of columns."""
-    columns = ["boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
-    row = [75.08, 79.16, 76.20, 70.00, 72.89, 44.88, 44.40]
-    results = {task: {PAPER_METRIC[task]: value / 100} for task, value in zip(columns, row, strict=True)}
-    assert zero_shot.averages(results)["paper_rule"] == pytest.approx(66.09, abs=0.006)
-
-
-def test_averages_without_a_task_of_the_paper():
-    empty = {"paper_rule": None, "standard_error": None, "max_rule": None, "tasks": []}
-    assert zero_shot.averages({"mmlu": {"acc": 0.1}}) == empty
-
-
-def test_error_of_the_average():
-    """Of independent tasks, each by the metric that counts."""
-    results = {"boolq": {"acc": 0.7, "acc_stderr": 0.03}, "piqa": {"acc": 0.1, "acc_stderr": 9, "acc_norm": 0.4}}
-    assert zero_shot.averages(results)["standard_error"] is None
-    results["piqa"]["acc_norm_stderr"] = 0.04
-    assert zero_shot.averages(results)["standard_error"] == pytest.approx(2.5)  # 100 * 0.05 / 2
 
 
 def test_other_rows_have_another_hash(hellaswag, grouped_llama, tokenizer):

@@ -1,6 +1,9 @@
-"""Rows of the seven tasks, and words of texts, for evaluations of tiny models."""
+"""Rows of the seven tasks, words of texts, and scores, for evaluations of tiny models."""
 
 import json
+
+from olica.evaluation import zero_shot
+from olica.evaluation.settings import EvaluationSettings
 
 WORDS = "seven wise owls read old books by candle light and hoot at every quick brown fox".split()
 
@@ -40,3 +43,12 @@ ROWS = {
 def write_rows(folder, stem, rows):
     folder.mkdir(exist_ok=True)
     (folder / f"{stem}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+
+
+def score(model, tokenizer, tasks, data_dir, batch_size=3, **settings):
+    """The scores of all tasks together, and their averages."""
+    asked = EvaluationSettings(data_dir=data_dir, batch_size=batch_size, **settings)
+    scores = {}
+    for _, of_task in zero_shot.zero_shot(model, tokenizer, tasks, asked):
+        scores |= of_task
+    return {"tasks": scores, "averages": zero_shot.averages(scores)}
