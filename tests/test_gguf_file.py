@@ -309,8 +309,8 @@ def test_a_full_disk_is_foreseen(tmp_path, monkeypatch):
 
 def test_a_disk_that_fills_up_ends_in_a_sentence_and_leaves_nothing(tmp_path, monkeypatch):
     folder = save(make_llama(), tmp_path / "dense")
-    numpys = OSError("8192 requested and 480 written")
-    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", raising(numpys))
+    said_by_numpy = OSError("8192 requested and 480 written")
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", raising(said_by_numpy))
     with pytest.raises(UsageError, match="--output_path: .* cannot be written to .8192 requested.*; make room"):
         write_gguf(folder, tmp_path / "a.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
