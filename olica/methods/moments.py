@@ -257,7 +257,8 @@ class Moments:
                 if statistic.kind == "diagonal":
                     summed += 2 * p * s + self.count * p.square()
                 else:
-                    summed.addr_((s + self.count * p).to(summed), q.to(summed)).addr_(p.to(summed), t.to(summed))
+                    s, t, p, q = (vector.to(summed.dtype) for vector in (s + self.count * p, t, p, q))
+                    summed.addr_(s, q).addr_(p, t)
         for tap, shift in shifts.items():
             self._sums[total(tap)] += self.count * shift
         self._centres = dict(centres)
