@@ -61,7 +61,7 @@ def parser_of_pruning(description: str, **sparsity) -> argparse.ArgumentParser:
         "num_samples",
         type=int,
         default=argparse.SUPPRESS,
-        help=f"samples drawn from each text (default: {PAPERS_TEXT.num_samples}; of a recipe's own text its number)",
+        help=f"samples drawn from each text (default: {own_numbers('num_samples')})",
     )
     add(group, "seqlen", type=int, help="tokens per sample")
     add(group, "seed", type=int, help="seed of the draw")
@@ -71,8 +71,8 @@ def parser_of_pruning(description: str, **sparsity) -> argparse.ArgumentParser:
         "candidates",
         type=int,
         default=argparse.SUPPRESS,
-        help="draw so many times the samples, and keep those with the most different tokens; 1: keep all (default: 1; "
-        "of a recipe's own text its number)",
+        help="draw so many times the samples, and keep those with the most different tokens; 1: keep all (default: "
+        f"{own_numbers('candidates')})",
     )
     add_pruning(parser, sparsity)
     add_parameters(parser)
@@ -107,9 +107,14 @@ def add(group: argparse._ArgumentGroup, name: str, **settings) -> None:
 
 def own_texts() -> str:
     """What recipes are calibrated on by default, in words."""
-    others = [row for row in RECIPES.values() if row.text != PAPERS_TEXT]
-    own = [f"{row.text.datasets}, {row.text.num_samples} samples, for {row.name}" for row in others]
+    own = [f"{row.text.datasets} for {row.name}" for row in RECIPES.values() if row.text != PAPERS_TEXT]
     return "; ".join([PAPERS_TEXT.datasets, *own])
+
+
+def own_numbers(name: str) -> str:
+    """A number of a recipe's text, and of those that have a text of their own, in words."""
+    own = [f"{getattr(row.text, name)} for {row.name}'s own" for row in RECIPES.values() if row.text != PAPERS_TEXT]
+    return "; ".join([str(getattr(PAPERS_TEXT, name)), *own])
 
 
 def add_pruning(parser: argparse.ArgumentParser, sparsity: dict) -> None:

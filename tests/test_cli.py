@@ -229,16 +229,16 @@ def test_dry_run_prints_the_plan_and_reads_no_weights(here, capsys):
 
 def test_a_recipe_has_its_own_text_unless_another_is_given():
     for recipe, given, expected in (
-        ("olica", {}, ("bookcorpus+alpaca", 128)),
-        ("olica-plus", {}, ("c4", 768)),
-        ("olica-plus", {"num_samples": 5}, ("c4", 5)),
-        ("olica-plus", {"datasets": "alpaca"}, ("alpaca", 128)),
-        ("olica", {"datasets": "c4", "num_samples": "7"}, ("c4", 7)),
+        ("olica", {}, ("bookcorpus+alpaca", 128, 1)),
+        ("olica-plus", {}, ("c4", 768, 8)),
+        ("olica-plus", {"num_samples": 5, "candidates": "2"}, ("c4", 5, 2)),
+        ("olica-plus", {"datasets": "alpaca"}, ("alpaca", 128, 1)),
+        ("olica", {"datasets": "c4", "num_samples": "7"}, ("c4", 7, 1)),
     ):
         settings = Settings(recipe=recipe, **given)
-        assert (settings.datasets, settings.num_samples) == expected
+        assert (settings.datasets, settings.num_samples, settings.candidates) == expected
     arguments = model_pruning.build_parser().parse_args(["--recipe=olica-plus"])
-    assert not {"datasets", "num_samples"} & vars(arguments).keys()
+    assert not {"datasets", "num_samples", "candidates"} & vars(arguments).keys()
     with pytest.raises(UsageError, match="--num_samples x"):
         Settings(num_samples="x")
 
