@@ -11,7 +11,7 @@
 #   PRUNING_DTYPE  to prune and save in (auto: as stored); bfloat16 is faster where the processor has it
 #   START_TOKEN yes or no: whether samples and windows begin with the start token, which Gemma wants (no)
 #   SPARSITY_OF what sparsities are a share of: model or layers (model)
-#   TASKS       zero-shot tasks where no table of the paper wants its seven: some of these, joined by commas (all);
+#   TASKS       zero-shot tasks where no table of the paper wants its seven: some of these, joined by commas (all)
 #   LIMIT       rows of every task (default: all)
 #   WINDOWS     of every text (default: all)
 #   BATCH_SIZE  samples, windows or prompts at a time (16); EVALUATION_BATCH_SIZE of them in an evaluation (the same)

@@ -171,7 +171,7 @@ os.rename("smollm2_plain.partial", "smollm2_plain")'
         once streaming/gguf_layers_$layers.json benchmarks/reading_memory.py --base_model "$QWEN" --recipe magnitude \
             --layers $layers
     done
-    is_timed smollm2 || generation smollm2 smollm2 $TWO
+    if ! is_timed smollm2; then generation smollm2 smollm2 $TWO; fi
     is_timed width_2048 && return
     # A wide model with random weights: 4 layers of half the width of LLaMA-7B; its tokens are written when it is whole.
     [ -f pruning_speed/wide/ids.safetensors ] || "$PYTHON" benchmarks/pruning_speed.py --shape 7b --scale 2 --layers 4 \

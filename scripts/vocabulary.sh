@@ -17,8 +17,9 @@ measures="--ppl ${PPL:-wikitext2,c4} ${WINDOWS:+--ppl_windows $WINDOWS}"
 # of_whole SPARSITY: which share of what MODEL has goes when SPARSITY of the whole model is to be gone with its tokens.
 of_whole() {
     sed -n '/"parameters"/,/}/p' "$MODEL/olica_vocabulary.json" | tr -d ',' | awk -v sparsity="$1" '
-        /"before"/ { before = $2 }
-        /"after"/ { after = $2; exit }  # what may follow is of an earlier loss
+        # The first of each: what may follow is of an earlier loss.
+        /"before"/ && !before { before = $2 }
+        /"after"/ && !after { after = $2 }
         END { printf "%.6f\n", 1 - (1 - sparsity) * before / after }'
 }
 
