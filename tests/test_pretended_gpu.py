@@ -326,7 +326,7 @@ def test_the_check_of_a_gpu_runs_with_tiny_sizes(gpu_guard, tmp_path):
     python = f"{sys.executable} {ROOT / 'tests/on_pretended_gpu.py'} {tmp_path}"
     sizes = dict(SCALE=16, DRY_SHAPE="7b", LAYERS=2, NUM_SAMPLES=4, TOKENS=16, MLP_NUM=1, NEW_TOKENS=2, REPEATS=1)
     settings = dict(PYTHON=python, WORK=tmp_path / "work", RESULTS=tmp_path / "results", OMP_NUM_THREADS=1, MINUTES=14)
-    command = ["bash", ROOT / "scripts/gpu_check.sh", "tests/test_cost.py"]
+    command = ["bash", ROOT / "scripts/gpu_check.sh", "tests/test_machine.py"]
     environment = os.environ | {name: str(value) for name, value in (sizes | settings).items()}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
